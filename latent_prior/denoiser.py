@@ -1,0 +1,86 @@
+"""The denoiser: a small residual network over standardised latents."""
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """x + W₂ silu(W₁ (norm(x) · (1 + scale) + shift)), with scale and shift from the time embedding."""
+
+    def __init__(self, width: int, time_width: int, dropout: float):
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.modulation = nn.Linear(time_width, 2 * width)
+        self.up = nn.Linear(width, 2 * width)
+        self.dropout = nn.Dropout(dropout)
+        self.down = nn.Linear(2 * width, width)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
+        """hidden [B, width], time [B or 1, time_width] → [B, width]."""
+        scale, shift = self.modulation(time).chunk(2, dim=-1)
+        inner = F.silu(self.up(self.norm(hidden) * (1 + scale) + shift))
+        return hidden + self.down(self.dropout(inner))
+
+
+class LatentDenoiser(ModelMixin, ConfigMixin):
+    """Predicts the clean latent (or the velocity, as its scheduler says) from a noisy one.
+
+    The mean and standard deviation of the training latents travel with the weights: the network works on
+    standardised latents, :meth:`to_latents` gives the decoder's.
+
+    Args:
+        latent_dim: D, numbers in a latent.
+        width: hidden units of the residual stream.
+        depth: residual blocks.
+        time_width: numbers in the time embedding.
+        dropout: in the blocks, while training.
+        decoder_fingerprint: of the decoder whose latents these are (:meth:`mnif.modeling.MNIFModel.fingerprint`).
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_dim: int = 128,
+        width: int = 512,
+        depth: int = 4,
+        time_width: int = 128,
+        dropout: float = 0.0,
+        decoder_fingerprint: str = "",
+    ):
+        super().__init__()
+        self.register_buffer("latent_mean", torch.zeros(latent_dim))
+        self.register_buffer("latent_std", torch.ones(latent_dim))
+        self.time_in = nn.Linear(time_width, time_width)
+        self.read = nn.Linear(latent_dim, width)
+        self.blocks = nn.ModuleList(ResidualBlock(width, time_width, dropout) for _ in range(depth))
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.write = nn.Linear(width, latent_dim)
+        nn.init.zeros_(self.write.weight)
+        nn.init.zeros_(self.write.bias)
+
+    def time_embedding(self, timestep: Tensor | float) -> Tensor:
+        """The scheduler's timesteps, [B] or one number, 0 to 1000 → [B or 1, time_width]."""
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=self.device).reshape(-1)
+        return F.silu(self.time_in(get_timestep_embedding(timestep, self.config.time_width).to(self.dtype)))
+
+    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+        """Noisy standardised latents [B, D] at the scheduler's timestep → the prediction [B, D]."""
+        time = self.time_embedding(timestep)
+        hidden = self.read(sample)
+        for block in self.blocks:
+            hidden = block(hidden, time)
+        return self.write(self.norm(hidden))
+
+    def standardised(self, latents: Tensor) -> Tensor:
+        """The decoder's latents → zero mean and unit variance per dimension."""
+        return (latents - self.latent_mean) / self.latent_std
+
+    def to_latents(self, standardised: Tensor) -> Tensor:
+        """Standardised latents → the decoder's."""
+        return standardised * self.latent_std + self.latent_mean

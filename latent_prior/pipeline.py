@@ -1,0 +1,145 @@
+"""Noise to pictures: the diffusers pipeline that holds decoder, denoiser and scheduler."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from latent_prior.denoiser import LatentDenoiser
+from mnif.errors import UserError
+from mnif.model_folder import load_component
+from mnif.modeling import MNIFModel
+
+# diffusers finds the classes of an outside pipeline among the modules already imported, so both stand above.
+
+
+@dataclass
+class MNIFPipelineOutput(BaseOutput):
+    """What the pipeline returns.
+
+    Attributes:
+        images: a list of PIL images; [B, H, W, C] float32 in [0, 1] for ``"np"``; a tensor [B, C, H, W] in [0, 1] for
+            ``"pt"``; latents [B, D] for ``"latent"``.
+    """
+
+    images: list[Image.Image] | np.ndarray | Tensor
+
+
+class MNIFPipeline(DiffusionPipeline):
+    """Samples latents with a diffusion prior and decodes them at any resolution.
+
+    Args:
+        decoder: the stage-one model.
+        denoiser: the stage-two model; its latents must belong to this decoder.
+        scheduler: any diffusers scheduler that fits the denoiser's prediction.
+    """
+
+    model_cpu_offload_seq = "denoiser->decoder"
+
+    def __init__(self, decoder: MNIFModel, denoiser: LatentDenoiser, scheduler: SchedulerMixin):
+        super().__init__()
+        self.register_modules(decoder=decoder, denoiser=denoiser, scheduler=scheduler)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 20,
+        resolution: int | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> MNIFPipelineOutput | tuple:
+        """Samples pictures.
+
+        Args:
+            batch_size: how many; ignored if ``latents`` are given.
+            generator: makes the noise; a list holds one generator per picture.
+            num_inference_steps: denoising steps, at least 1.
+            resolution: pixels per axis, at least 1; default: the training resolution.
+            latents: initial noise [B, D] in place of the generator's.
+            output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``.
+            return_dict: False returns a plain tuple.
+
+        Returns:
+            :class:`MNIFPipelineOutput`, or ``(images,)``.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f'output_type "{output_type}": choose pil, np, pt or latent')
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps {num_inference_steps}: at least 1 step is needed")
+        if latents is None:
+            shape = (batch_size, self.decoder.config.latent_dim)
+            latents = randn_tensor(
+                shape, generator=generator, device=self._execution_device, dtype=self.denoiser.dtype
+            )
+        else:
+            latents = latents.to(self._execution_device, self.denoiser.dtype)
+
+        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        for timestep in self.progress_bar(self.scheduler.timesteps):
+            prediction = self.denoiser(latents, timestep)
+            latents = self.scheduler.step(prediction, timestep, latents).prev_sample
+        latents = self.denoiser.to_latents(latents)
+
+        images = latents if output_type == "latent" else self._pictures(latents, resolution, output_type)
+        self.maybe_free_model_hooks()
+        return MNIFPipelineOutput(images=images) if return_dict else (images,)
+
+    def _pictures(self, latents: Tensor, resolution: int | None, output_type: str) -> Tensor | np.ndarray | list:
+        images = (self.decoder(latents, resolution) / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images.permute(0, 3, 1, 2)
+        array = images.float().cpu().numpy()
+        return self.numpy_to_pil(array) if output_type == "pil" else array
+
+
+def load_pipeline(folder: Path) -> MNIFPipeline:
+    """The pipeline in a model folder.
+
+    Raises:
+        UserError: a stage is missing or damaged, or the denoiser belongs to another decoder.
+    """
+    decoder = load_component(MNIFModel, folder, "decoder")
+    denoiser = load_component(LatentDenoiser, folder, "denoiser")
+    fingerprint = decoder.fingerprint()
+    if denoiser.config.decoder_fingerprint != fingerprint:
+        raise UserError(
+            f"{folder}: the denoiser was trained for decoder {denoiser.config.decoder_fingerprint[:12]}, "
+            f"but the decoder here is {fingerprint[:12]}; run `mnif prior` again"
+        )
+    try:
+        return MNIFPipeline.from_pretrained(folder, decoder=decoder, denoiser=denoiser)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: damaged pipeline ({str(error).splitlines()[0]}); run `mnif prior` again") from None
+
+
+def scheduler_by_name(name: str, current: SchedulerMixin) -> SchedulerMixin:
+    """A diffusers scheduler with the settings of ``current``, for the same denoiser.
+
+    Args:
+        name: the class's name, such as ``DDIMScheduler``.
+        current: the scheduler the denoiser came with.
+
+    Raises:
+        UserError: diffusers has no such scheduler, or it does not fit what the denoiser predicts.
+    """
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise UserError(f"--scheduler {name}: diffusers has no such scheduler; try {type(current).__name__}")
+    flow = "FlowMatch" in type(current).__name__
+    if flow != ("FlowMatch" in name):
+        predicts = "the velocity of a flow" if flow else "the clean latent"
+        raise UserError(f"--scheduler {name} does not fit: the denoiser predicts {predicts}")
+    return kind.from_config({key: value for key, value in current.config.items() if not key.startswith("_")})

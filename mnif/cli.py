@@ -1,0 +1,66 @@
+"""The command line: `mnif COMMAND …`, one table of commands, each imported only when it is called."""
+
+import sys
+from importlib import import_module
+
+from mnif.errors import UserError
+
+COMMANDS = {
+    "fit": ("mnif.train:main", "learn bases and latents from data (stage one)"),
+    "encode": ("mnif.encode:main", "find the latents of new data on frozen bases"),
+    "prior": ("latent_prior.train:main", "learn the distribution of the latents (stage two)"),
+    "sample": ("latent_prior.sample:main", "draw new pictures"),
+    "export": ("export.bundle:main", "write ONNX graphs and weights for an edge device"),
+    "eval": ("evals.run:main", "measure samples and reconstructions beside their controls"),
+    "report": ("evals.report:main", "write one HTML page that shows a run"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: without the program's name; default: the process's own.
+
+    Returns:
+        The exit code: 0 done, 2 a mistake the user can mend (one line on stderr), 130 stopped by Ctrl-C.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if arguments[0] == "--version":
+        from mnif import __version__
+
+        print(f"mnif {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        print(f'mnif: no command "{name}"; choose one of {", ".join(COMMANDS)}', file=sys.stderr)
+        return 2
+    module, _, function = COMMANDS[name][0].partition(":")
+    try:
+        getattr(import_module(module), function)(rest)
+    except UserError as error:
+        print(f"mnif {name}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"mnif {name}: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"mnif {name}: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _usage() -> str:
+    lines = [f"  {name:8} {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "mnif: train a generative model of neural fields and run it on an edge GPU",
+            "",
+            "usage: mnif COMMAND [flags]      mnif COMMAND --help lists a command's flags",
+            "",
+            *lines,
+        ]
+    )

@@ -1,0 +1,36 @@
+"""The model folder: one sub-folder per component, as diffusers lays out a pipeline; every stage adds its own."""
+
+from pathlib import Path
+from typing import TypeVar
+
+from diffusers import ModelMixin
+from safetensors import SafetensorError
+
+from mnif.errors import UserError
+from mnif.files import folder_written_atomically
+
+Component = TypeVar("Component", bound=ModelMixin)
+
+_MADE_BY = {"decoder": "mnif fit", "encoder": "mnif fit --method encoder", "denoiser": "mnif prior"}
+
+
+def save_component(folder: Path, name: str, component: ModelMixin) -> None:
+    """Writes a component's weights (safetensors) and configuration to ``folder/name``, atomically."""
+    with folder_written_atomically(folder / name) as temporary:
+        component.save_pretrained(temporary)
+
+
+def load_component(kind: type[Component], folder: Path, name: str) -> Component:
+    """Reads ``folder/name`` in evaluation mode.
+
+    Raises:
+        UserError: the folder or the component is missing or damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model folder; `mnif fit` writes one at RUN/model")
+    if not (folder / name / "config.json").is_file():
+        raise UserError(f"{folder} has no {name}; `{_MADE_BY[name]}` makes it")
+    try:
+        return kind.from_pretrained(folder / name, use_safetensors=True, low_cpu_mem_usage=False).eval()
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder / name}: damaged component ({str(error).splitlines()[0]})") from None
