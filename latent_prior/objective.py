@@ -63,7 +63,7 @@ class DenoisingLoss(nn.Module):
             error = self.denoiser(noisy, time * TRAIN_TIMESTEPS) - (noise - clean)
             return error.square().mean(dim=1)
         timesteps = (time * TRAIN_TIMESTEPS).long()
-        noisy = self.noising.add_noise(clean, noise, timesteps)  # type: ignore[arg-type]
+        noisy = self.noising.add_noise(clean, noise, timesteps)
         weight = (compute_snr(self.noising, timesteps) + 1).clamp(max=self.snr_limit)
         return weight * (self.denoiser(noisy, timesteps) - clean).square().mean(dim=1)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -119,6 +120,7 @@ def load_pipeline(folder: Path) -> MNIFPipeline:
             f"{folder}: the denoiser was trained for decoder {denoiser.config.decoder_fingerprint[:12]}, "
             f"but the decoder here is {fingerprint[:12]}; run `mnif prior` again"
         )
+    diffusers.utils.logging.disable_progress_bar()
     try:
         return MNIFPipeline.from_pretrained(folder, decoder=decoder, denoiser=denoiser)
     except (OSError, ValueError) as error:
@@ -135,8 +137,8 @@ def scheduler_by_name(name: str, current: SchedulerMixin) -> SchedulerMixin:
     Raises:
         UserError: diffusers has no such scheduler, or it does not fit what the denoiser predicts.
     """
-    kind = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+    kind: Any = getattr(diffusers, name, None)
+    if SchedulerMixin not in getattr(kind, "__mro__", ()):
         raise UserError(f"--scheduler {name}: diffusers has no such scheduler; try {type(current).__name__}")
     flow = "FlowMatch" in type(current).__name__
     if flow != ("FlowMatch" in name):

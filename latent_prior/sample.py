@@ -109,11 +109,13 @@ def _check_same_samples(output: Path, asked: dict[str, Any], some_are_there: boo
 
 def _draw(pipeline: MNIFPipeline, arguments: SampleArguments, indices: list[int]) -> list[Image.Image]:
     noise = initial_noise(arguments.seed, indices, pipeline.decoder.config.latent_dim)
-    return pipeline(
+    (images,) = pipeline(
         latents=torch.from_numpy(noise),
         num_inference_steps=arguments.num_inference_steps,
         resolution=arguments.resolution,
-    ).images
+        return_dict=False,
+    )
+    return images
 
 
 def _save_preview(output: Path, count: int) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
@@ -114,8 +115,8 @@ def _finish(arguments: PriorArguments, decoder: MNIFModel, denoiser: LatentDenoi
     add_prior(run / "model", pipeline)
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.from_numpy(initial_noise(arguments.seed, range(64), denoiser.config.latent_dim))
-    images = pipeline(latents=noise, output_type="np").images
-    save_picture(run / "samples" / "samples.png", picture_grid((images * 255).round().astype("uint8"), 16, scale=2))
+    (images,) = pipeline(latents=noise, return_dict=False)
+    save_picture(run / "samples" / "samples.png", picture_grid([np.asarray(i) for i in images], 16, scale=2))
     figures = {
         "seconds": round(seconds, 1),
         "peak_rss_mb": peak_memory_megabytes(),

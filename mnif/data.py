@@ -140,4 +140,4 @@ def _square(image: Image.Image, resolution: int) -> np.ndarray:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
-    return np.asarray(image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box))
+    return np.asarray(image.crop(box).resize((resolution, resolution), Image.Resampling.BICUBIC))

@@ -48,7 +48,7 @@ class PatchEncoder(ModelMixin, ConfigMixin):
         self.skip = nn.Linear(features, latent_dim)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Values [B, resolution, resolution, channels] in [-1, 1] → latents [B, D], zero mean and unit variance each."""
+        """Values [B, resolution, resolution, channels] in [-1, 1] → latents [B, D], each of mean 0, variance 1."""
         size = self.config.patch_size
         batch, side = len(values), self.config.resolution // size
         patches = values.view(batch, side, size, side, size, -1).transpose(2, 3).reshape(batch, self.patches, -1)

@@ -18,15 +18,20 @@ class AmortisedFitting(nn.Module):
         encoder: values → latents.
         latent_noise: standard deviation of the noise added to latents while training. It keeps neighbouring latents
             drawing similar pictures, which the prior needs.
+        random_flip: mirror half of the pictures left to right while training.
     """
 
-    def __init__(self, decoder: MNIFModel, encoder: PatchEncoder, latent_noise: float):
+    def __init__(self, decoder: MNIFModel, encoder: PatchEncoder, latent_noise: float, random_flip: bool):
         super().__init__()
-        self.decoder, self.encoder, self.latent_noise = decoder, encoder, latent_noise
+        self.decoder, self.encoder = decoder, encoder
+        self.latent_noise, self.random_flip = latent_noise, random_flip
         self.grid = decoder.grid()
 
     def forward(self, values: Tensor, row: Tensor) -> Tensor:
         """Mean squared error of values [B, R, R, C] in [-1, 1]; the rows' numbers are not needed."""
+        if self.random_flip:
+            flipped = torch.rand(len(values), 1, 1, 1, device=values.device) < 0.5
+            values = torch.where(flipped, values.flip(2), values)
         latents = self.encoder(values)
         latents = latents + self.latent_noise * torch.randn_like(latents)
         return (self.decoder.decode_on(latents, self.grid) - values).square().mean()
@@ -107,6 +112,34 @@ def refined_latents(
     for parameter in frozen:
         parameter.requires_grad_(True)
     return torch.cat(refined)
+
+
+def encoded_latents(
+    decoder: MNIFModel,
+    encoder: PatchEncoder | None,
+    values: Tensor,
+    refinement_steps: int,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> Tensor:
+    """Latents of new instances on frozen bases.
+
+    Args:
+        decoder: the bases.
+        encoder: gives the latents to start from; None starts from zero and takes five times as many steps.
+        values: [N, R, R, C] in [-1, 1], at the decoder's training resolution.
+        refinement_steps: of :func:`refined_latents`.
+        batch_size: instances at a time; changes speed and memory only.
+        progress: show a bar.
+
+    Returns:
+        [N, D].
+    """
+    if encoder is not None:
+        start = in_batches(encoder, values, batch_size)
+    else:
+        start, refinement_steps = values.new_zeros(len(values), decoder.config.latent_dim), 5 * refinement_steps
+    return refined_latents(decoder, values, start, refinement_steps, batch_size=batch_size, progress=progress)
 
 
 @torch.no_grad()

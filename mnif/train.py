@@ -15,7 +15,7 @@ from mnif.data import ImageData, load_images
 from mnif.encoder import PatchEncoder
 from mnif.errors import UserError
 from mnif.files import merge_json
-from mnif.fitting import AmortisedFitting, AutoDecoding, in_batches, psnr, refined_latents
+from mnif.fitting import AmortisedFitting, AutoDecoding, encoded_latents, in_batches, psnr
 from mnif.latents import LatentTable
 from mnif.model_folder import load_component, save_component
 from mnif.modeling import MNIFModel
@@ -58,6 +58,8 @@ class FitArguments(TrainingArguments):
     """Mean network plus mixed differences, or the paper's plain weighted average."""
     output_sine: bool = False
     """A sine after the last layer too, as the paper's image fields have it."""
+    random_flip: bool = False
+    """Mirror half of the pictures left to right while training (encoder)."""
     max_train_steps: int = 6000
     """Optimizer steps."""
     learning_rate: float = 4e-3
@@ -129,6 +131,8 @@ def _check(arguments: FitArguments, held_out: np.ndarray) -> None:
         raise UserError(f"--data {arguments.data}: no picture is left to train on; lower --held_out_fraction")
     if arguments.method == "encoder" and arguments.resolution % 4:
         raise UserError(f"--resolution {arguments.resolution}: the encoder needs a multiple of 4")
+    if arguments.random_flip and arguments.method == "auto-decoding":
+        raise UserError("--random_flip needs --method encoder: with auto-decoding a picture has one latent, not two")
     for flag in ("num_bases", "width", "latent_dim", "cells", "max_train_steps", "train_batch_size"):
         if getattr(arguments, flag) < 1:
             raise UserError(f"--{flag} {getattr(arguments, flag)}: must be at least 1")
@@ -156,7 +160,7 @@ def _training_module(arguments: FitArguments, decoder: MNIFModel, instances: int
     encoder = PatchEncoder(
         resolution=arguments.resolution, patch_size=arguments.resolution // 4, latent_dim=arguments.latent_dim
     )
-    return AmortisedFitting(decoder, encoder, arguments.latent_noise)
+    return AmortisedFitting(decoder, encoder, arguments.latent_noise, arguments.random_flip)
 
 
 def _optimizers(arguments: FitArguments, module: AmortisedFitting | AutoDecoding) -> list[torch.optim.Optimizer]:
@@ -204,12 +208,14 @@ def _finish(
     figures: dict[str, float | None] = {}
     latents = torch.zeros(len(values), arguments.latent_dim)
     if isinstance(module, AmortisedFitting):
-        latents = in_batches(module.encoder, values)
+        encoder = module.encoder
+        latents = in_batches(encoder, values)
         figures["psnr_heldout_encoder"] = _table_psnr(decoder, latents[held], values[held])
-        refined = refined_latents(decoder, values[held], latents[held], arguments.refinement_steps, progress=True)
     else:
+        encoder = None
         latents[~held] = module.latents.weight.detach()
-        refined = refined_latents(decoder, values[held], latents[held], 5 * arguments.refinement_steps, progress=True)
+    refined = encoded_latents(decoder, encoder, values[held], arguments.refinement_steps, progress=True)
+    if encoder is None:
         latents[held] = refined
     figures["psnr_heldout"] = _table_psnr(decoder, refined, values[held])
     figures["psnr_train"] = _table_psnr(decoder, latents[~held], values[~held])

@@ -1,15 +1,14 @@
 """The training loop both stages share: Accelerate, checkpoints, exact resume, EMA, trackers, curves."""
 
-import json
 import math
 import os
-import re
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +17,12 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mnif.checkpoints import Checkpoints, Progress
+from mnif.curves import Curves
 from mnif.errors import UserError
-from mnif.files import folder_written_atomically, read_json, write_json
 from mnif.progress import progress_bar
 
 LOG_STEPS = 50
@@ -151,50 +150,44 @@ def train(
         UserError: the loss is not finite, or a checkpoint cannot be used.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
-    checkpoints = folder / "checkpoints" / stage
-    steps = arguments.max_train_steps
-    schedules = [
-        get_scheduler(
-            arguments.lr_scheduler,
-            optimizer,
-            num_warmup_steps=min(arguments.lr_warmup_steps, steps),
-            num_training_steps=steps,
-        )
-        for optimizer in optimizers
-    ]
+    steps, accumulation = arguments.max_train_steps, arguments.gradient_accumulation_steps
     if arguments.compile == "on" or (arguments.compile == "auto" and _can_compile(accelerator)):
         module.compile()
     parameters = list(module.parameters())
-    prepared = accelerator.prepare(module, *optimizers, *schedules)
-    model, optimizers, schedules = prepared[0], prepared[1 : 1 + len(optimizers)], prepared[1 + len(optimizers) :]
+    schedules = [_schedule(arguments, optimizer) for optimizer in optimizers]
+    model, *prepared = accelerator.prepare(module, *optimizers, *schedules)
+    optimizers, schedules = prepared[: len(optimizers)], prepared[len(optimizers) :]
 
-    state = {"step": 0, "seconds": 0.0, "best": None, "best_step": 0}
-    checkpoint = _checkpoint_to_resume(arguments, checkpoints)
+    checkpoints = Checkpoints(
+        folder / "checkpoints" / stage, accelerator, ema, limit=arguments.checkpoints_total_limit
+    )
+    progress = Progress()
+    checkpoint = checkpoints.to_resume(arguments.resume_from_checkpoint)
     if checkpoint is not None:
         accelerator.print(f"resuming from {checkpoint}")
-        state = _load(accelerator, checkpoint, ema)
-    curves = Curves(folder / "metrics.jsonl", stage, state["step"]) if accelerator.is_main_process else None
+        progress = checkpoints.load(checkpoint)
     if arguments.report_to:
         accelerator.init_trackers(stage)
+    curves = Curves(folder / "metrics.jsonl", stage, progress.step) if accelerator.is_main_process else None
 
-    accumulation = arguments.gradient_accumulation_steps
-    sampler = ShuffledBatches(
-        len(rows), arguments.train_batch_size, arguments.seed, state["step"] * accumulation, steps * accumulation
-    )
-    loader = DataLoader(
-        rows, batch_sampler=sampler, collate_fn=_as_it_is, num_workers=arguments.dataloader_num_workers
-    )
-    batches = iter(accelerator.prepare(loader))
+    def record(figures: dict[str, float]) -> None:
+        if curves is not None:
+            curves.add(progress.step, progress.seconds, figures)
+        accelerator.log(figures, step=progress.step)
+
+    batches = iter(accelerator.prepare(_loader(arguments, rows, progress.step)))
     bar = progress_bar(
-        total=steps, initial=state["step"], desc=stage, unit="step", disable=not accelerator.is_local_main_process
+        total=steps, initial=progress.step, desc=stage, unit="step", disable=not accelerator.is_local_main_process
     )
-    running, started = [], time.perf_counter() - state["seconds"]
+    losses: list[Tensor] = []
+    started = time.perf_counter() - progress.seconds
     with _interruptible() as interrupted, bar:
-        while state["step"] < steps:
-            _seed_step(arguments.seed, state["step"], accelerator.process_index)
-            for _ in range(accumulation):
+        while progress.step < steps:
+            step_batches = list(islice(batches, accumulation))  # drawn first: a loader's start uses up random numbers
+            _seed_step(arguments.seed, progress.step, accelerator.process_index)
+            for batch in step_batches:
                 with accelerator.accumulate(model):
-                    loss = model(**next(batches))
+                    loss = model(**batch)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(_dense(parameters), arguments.max_grad_norm)
@@ -202,74 +195,69 @@ def train(
                         optimizer.step()
                         schedule.step()
                         optimizer.zero_grad()
-                running.append(loss.detach())
+                losses.append(loss.detach())
             if ema is not None:
                 ema.step(parameters)
-            state["step"] += 1
+            progress.step += 1
+            progress.seconds = time.perf_counter() - started
             bar.update()
-            step, last = state["step"], state["step"] == steps
-            state["seconds"] = time.perf_counter() - started
-            if step % LOG_STEPS == 0 or last:
-                mean = accelerator.reduce(torch.stack(running).mean(), "mean").item()
-                running.clear()
+            last = progress.step == steps
+            if progress.step % LOG_STEPS == 0 or last:
+                mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+                losses.clear()
                 if not math.isfinite(mean):
-                    raise UserError(_diverged(step, checkpoints))
-                rate = schedules[0].get_last_lr()[0]
+                    raise UserError(_diverged(progress.step, checkpoints))
                 bar.set_postfix(loss=f"{mean:.4g}")
-                _record(accelerator, curves, state, {"loss": mean, "learning_rate": rate})
-            if step % arguments.validation_steps == 0 or last:
-                figures = _validated(accelerator, module, parameters, validate, ema)
-                _record(accelerator, curves, state, figures)
-                bar.write(f"{stage} step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
-                if keep_best and (state["best"] is None or figures[keep_best] < state["best"]):
-                    state.update(best=figures[keep_best], best_step=step)
-                    _save_best(accelerator, parameters, ema, checkpoints)
-            if step % arguments.checkpointing_steps == 0 or last or interrupted():
-                _save(accelerator, checkpoints, state, ema, arguments.checkpoints_total_limit)
+                record({"loss": mean, "learning_rate": schedules[0].get_last_lr()[0]})
+            if progress.step % arguments.validation_steps == 0 or last:
+                figures = _validated(module, parameters, validate, ema)
+                record(figures)
+                bar.write(f"{stage} step {progress.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+                if keep_best and (progress.best is None or figures[keep_best] < progress.best):
+                    progress.best, progress.best_step = figures[keep_best], progress.step
+                    checkpoints.save_best(parameters)
+            if progress.step % arguments.checkpointing_steps == 0 or last or interrupted():
+                checkpoints.save(progress)
             if interrupted() and not last:
-                accelerator.print(f"stopped at step {step}; the same command continues from here")
+                accelerator.print(f"stopped at step {progress.step}; the same command continues from here")
                 raise KeyboardInterrupt
     if arguments.report_to:
         accelerator.end_training()
     if keep_best:
-        _load_best(parameters, checkpoints)
-        accelerator.print(f"kept the weights of step {state['best_step']} ({keep_best} {state['best']:.4g})")
+        checkpoints.load_best(parameters)
+        accelerator.print(f"kept the weights of step {progress.best_step} ({keep_best} {progress.best:.4g})")
     elif ema is not None:
         ema.copy_to(parameters)
 
 
-class Curves:
-    """Appends rows to a run's ``metrics.jsonl``; a resumed stage first drops its rows beyond the step it starts at."""
-
-    def __init__(self, path: Path, stage: str, step: int):
-        self.path, self.stage = path, stage
-        if path.exists():
-            kept = [row for row in read_curves(path) if row["stage"] != stage or row["step"] <= step]
-            path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-
-    def add(self, step: int, seconds: float, figures: dict[str, float]) -> None:
-        """Appends one row: stage, step, seconds of training so far, and the figures."""
-        row = {"stage": self.stage, "step": step, "seconds": round(seconds, 3), **figures}
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+def _schedule(arguments: TrainingArguments, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    steps = arguments.max_train_steps
+    warmup = min(arguments.lr_warmup_steps, steps)
+    try:
+        return get_scheduler(arguments.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    except ValueError as error:
+        raise UserError(f"--lr_scheduler {arguments.lr_scheduler}: {error}") from None
 
 
-def read_curves(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a last line cut off by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
+def _loader(arguments: TrainingArguments, rows: Rows, step: int) -> DataLoader:
+    """Batches from ``step`` to the end; a batch is made by one indexing, so there is nothing to collate."""
+    accumulation = arguments.gradient_accumulation_steps
+    batches = ShuffledBatches(
+        len(rows),
+        arguments.train_batch_size,
+        arguments.seed,
+        step * accumulation,
+        arguments.max_train_steps * accumulation,
+    )
+    workers = arguments.dataloader_num_workers
+    return DataLoader(rows, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers)
 
 
 def _can_compile(accelerator: Accelerator) -> bool:
     return accelerator.device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
-def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
@@ -283,14 +271,7 @@ def _seed_step(seed: int, step: int, process: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0]))
 
 
-def _record(accelerator: Accelerator, curves: Curves | None, state: dict[str, Any], figures: dict[str, float]) -> None:
-    if curves is not None:
-        curves.add(state["step"], state["seconds"], figures)
-    accelerator.log(figures, step=state["step"])
-
-
 def _validated(
-    accelerator: Accelerator,
     module: nn.Module,
     parameters: list[nn.Parameter],
     validate: Callable[[], dict[str, float]],
@@ -308,79 +289,8 @@ def _validated(
     return figures
 
 
-def _checkpoint_to_resume(arguments: TrainingArguments, checkpoints: Path) -> Path | None:
-    if arguments.resume_from_checkpoint == "no":
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        return None
-    if arguments.resume_from_checkpoint != "latest":
-        path = Path(arguments.resume_from_checkpoint)
-        if not (path / "state.json").is_file():
-            raise UserError(f"--resume_from_checkpoint {path}: not a checkpoint folder")
-        return path
-    found = _numbered(checkpoints)
-    return found[-1] if found else None
-
-
-def _numbered(checkpoints: Path) -> list[Path]:
-    """The complete checkpoints, oldest first."""
-    folders = [path for path in checkpoints.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def _save(
-    accelerator: Accelerator, checkpoints: Path, state: dict[str, Any], ema: EMAModel | None, limit: int
-) -> None:
-    target = checkpoints / f"checkpoint-{state['step']}"
-    if accelerator.is_main_process:
-        with folder_written_atomically(target) as temporary:
-            accelerator.save_state(str(temporary), safe_serialization=True)
-            if ema is not None:
-                shadow = {str(index): p.contiguous() for index, p in enumerate(ema.shadow_params)}
-                save_file(shadow, temporary / "ema.safetensors")
-            write_json(temporary / "state.json", state | {"ema_step": ema.optimization_step if ema else 0})
-        for old in _numbered(checkpoints)[:-limit]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def _load(accelerator: Accelerator, checkpoint: Path, ema: EMAModel | None) -> dict[str, Any]:
-    try:
-        accelerator.load_state(str(checkpoint))
-        state = read_json(checkpoint / "state.json")
-        ema_step = state.pop("ema_step")
-        if ema is not None:
-            shadow = load_file(checkpoint / "ema.safetensors")
-            for index, parameter in enumerate(ema.shadow_params):
-                parameter.copy_(shadow[str(index)])
-            ema.optimization_step = ema_step
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{checkpoint}: cannot resume from it ({reason}); remove the folder to use an older one"
-        ) from None
-    return state
-
-
-def _save_best(
-    accelerator: Accelerator, parameters: list[nn.Parameter], ema: EMAModel | None, checkpoints: Path
-) -> None:
-    if accelerator.is_main_process:
-        best = ema.shadow_params if ema is not None else parameters
-        with folder_written_atomically(checkpoints / "best") as temporary:
-            tensors = {str(index): p.detach().contiguous() for index, p in enumerate(best)}
-            save_file(tensors, temporary / "parameters.safetensors")
-    accelerator.wait_for_everyone()
-
-
-def _load_best(parameters: list[nn.Parameter], checkpoints: Path) -> None:
-    best = load_file(checkpoints / "best" / "parameters.safetensors")
-    with torch.no_grad():
-        for index, parameter in enumerate(parameters):
-            parameter.copy_(best[str(index)])
-
-
-def _diverged(step: int, checkpoints: Path) -> str:
-    kept = _numbered(checkpoints)
+def _diverged(step: int, checkpoints: Checkpoints) -> str:
+    kept = checkpoints.complete()
     last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
     return f"the loss is not finite at step {step}; {last}; lower --learning_rate or --max_grad_norm"
 

@@ -1,0 +1,128 @@
+"""Checkpoints of a training stage: ``checkpoint-<step>`` folders written whole, and the best weights so far."""
+
+import pickle
+import re
+import shutil
+import struct
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from mnif.errors import UserError
+from mnif.files import folder_written_atomically, read_json, write_json
+
+
+@dataclass
+class Progress:
+    """How far a stage has come.
+
+    Attributes:
+        step: optimizer steps done.
+        seconds: of training, over all sessions.
+        best: the smallest value of the figure that picks the weights, or None before the first validation.
+        best_step: the step of ``best``.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    best_step: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of one stage of a run.
+
+    Optimizer and schedule are stored by Accelerate and read back as tensors only; weights and moving averages are
+    safetensors.
+
+    Args:
+        folder: where ``checkpoint-<step>`` folders stand.
+        accelerator: holds what is to be saved.
+        ema: the moving average of the weights, if there is one.
+        limit: older checkpoints beyond this number are removed.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator, ema: EMAModel | None, limit: int):
+        self.folder, self.accelerator, self.ema, self.limit = folder, accelerator, ema, limit
+
+    def complete(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        folders = [path for path in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+        return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
+
+    def to_resume(self, wish: str) -> Path | None:
+        """The checkpoint meant by ``--resume_from_checkpoint``: "latest", a folder, or "no", which removes all.
+
+        Raises:
+            UserError: the folder is no checkpoint.
+        """
+        if wish == "no":
+            if self.accelerator.is_main_process:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            return None
+        if wish == "latest":
+            found = self.complete()
+            return found[-1] if found else None
+        if not (Path(wish) / "progress.json").is_file():
+            raise UserError(f"--resume_from_checkpoint {wish}: not a checkpoint folder")
+        return Path(wish)
+
+    def save(self, progress: Progress) -> None:
+        """Writes ``checkpoint-<step>`` and removes those beyond the limit."""
+        if self.accelerator.is_main_process:
+            with folder_written_atomically(self.folder / f"checkpoint-{progress.step}") as temporary:
+                self.accelerator.save_state(str(temporary), safe_serialization=True)
+                if self.ema is not None:
+                    _save_tensors(self.ema.shadow_params, temporary / "ema.safetensors")
+                ema_step = self.ema.optimization_step if self.ema is not None else 0
+                write_json(temporary / "progress.json", asdict(progress) | {"ema_step": ema_step})
+            for old in self.complete()[: -self.limit]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def load(self, checkpoint: Path) -> Progress:
+        """Puts everything back as it was at ``checkpoint``.
+
+        Raises:
+            UserError: the checkpoint is damaged or belongs to another model.
+        """
+        try:
+            self.accelerator.load_state(str(checkpoint))
+            record = read_json(checkpoint / "progress.json")
+            ema_step = record.pop("ema_step")
+            if self.ema is not None:
+                _load_tensors(self.ema.shadow_params, checkpoint / "ema.safetensors")
+                self.ema.optimization_step = ema_step
+            return Progress(**record)
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError, struct.error, pickle.PickleError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{checkpoint}: cannot resume from it ({reason}); remove it to use an older one") from None
+
+    def save_best(self, parameters: list[nn.Parameter]) -> None:
+        """Keeps the weights of now (of the moving average, if there is one) as the best so far."""
+        if self.accelerator.is_main_process:
+            with folder_written_atomically(self.folder / "best") as temporary:
+                best = self.ema.shadow_params if self.ema is not None else parameters
+                _save_tensors(best, temporary / "parameters.safetensors")
+        self.accelerator.wait_for_everyone()
+
+    def load_best(self, parameters: list[nn.Parameter]) -> None:
+        """Puts the best weights into ``parameters``."""
+        _load_tensors(parameters, self.folder / "best" / "parameters.safetensors")
+
+
+def _save_tensors(tensors: list[torch.Tensor] | list[nn.Parameter], path: Path) -> None:
+    save_file({str(index): tensor.detach().contiguous() for index, tensor in enumerate(tensors)}, path)
+
+
+@torch.no_grad()
+def _load_tensors(tensors: list[torch.Tensor] | list[nn.Parameter], path: Path) -> None:
+    stored = load_file(path)
+    for index, tensor in enumerate(tensors):
+        tensor.copy_(stored[str(index)])

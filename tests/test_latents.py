@@ -1,0 +1,50 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mnif.errors import UserError
+from mnif.latents import LatentTable
+
+
+@pytest.fixture
+def table() -> LatentTable:
+    latents = torch.randn(6, 4) * 3 + 1
+    held_out = torch.tensor([False, False, True, False, False, True])
+    return LatentTable(latents, ["a", "é/2.png", "", "d" * 300, "5", "六"], held_out, "f" * 64, "some data")
+
+
+def test_table_comes_back_as_it_was(table: LatentTable, tmp_path: Path) -> None:
+    table.save(tmp_path / "latents.safetensors")
+    loaded = LatentTable.load(tmp_path / "latents.safetensors", "f" * 64)
+    assert loaded.ids == table.ids
+    assert torch.equal(loaded.latents, table.latents)
+    assert torch.equal(loaded.held_out, table.held_out)
+    assert (loaded.fingerprint, loaded.data) == (table.fingerprint, table.data)
+
+
+def test_statistics_are_those_of_the_training_rows(table: LatentTable) -> None:
+    mean, std = table.mean_and_std()
+    rows = table.latents[[0, 1, 3, 4]].numpy()
+    torch.testing.assert_close(mean, torch.from_numpy(rows.mean(0)))
+    torch.testing.assert_close(std, torch.from_numpy(rows.std(0)))
+
+
+def test_table_of_another_decoder_is_refused(table: LatentTable, tmp_path: Path) -> None:
+    table.save(tmp_path / "latents.safetensors")
+    with pytest.raises(UserError, match="belong to decoder ffffffffffff, not to the one at hand"):
+        LatentTable.load(tmp_path / "latents.safetensors", "0" * 64)
+
+
+def test_damaged_missing_and_foreign_files_are_refused(table: LatentTable, tmp_path: Path) -> None:
+    path = tmp_path / "latents.safetensors"
+    with pytest.raises(UserError, match="no latent table"):
+        LatentTable.load(path)
+    table.save(path)
+    path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(UserError, match="damaged"):
+        LatentTable.load(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="not a latent table"):
+        LatentTable.load(path)

@@ -1,0 +1,128 @@
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
+from torch import nn
+
+from mnif.curves import read_curves
+from mnif.errors import UserError
+from mnif.training import Rows, ShuffledBatches, TrainingArguments, make_accelerator, train
+
+
+class NoisyRegression(nn.Module):
+    """A small network with dropout, so that a wrong random state or data order after a resume would show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 1))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return (self.network(x + 0.1 * torch.randn_like(x)) - y).square().mean()
+
+
+def run(folder: Path, steps: int = 12, stop_after: int | None = None, **settings: object) -> torch.Tensor:
+    """Trains and returns all weights in one vector; ``stop_after`` sends Ctrl-C once that step is done."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    arguments = TrainingArguments(max_train_steps=steps, train_batch_size=4, validation_steps=3, compile="off")
+    for name, value in ({"checkpointing_steps": 4} | settings).items():
+        setattr(arguments, name, value)
+    torch.manual_seed(0)
+    module = NoisyRegression()
+    rows = Rows(x=torch.randn(10, 3), y=torch.randn(10, 1))
+    accelerator: Accelerator = make_accelerator(arguments, folder)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    ema = EMAModel(module.parameters(), decay=0.9)
+    calls = 0
+
+    def validate() -> dict[str, float]:
+        nonlocal calls
+        calls += 1
+        if stop_after is not None and calls * 3 >= stop_after:
+            os.kill(os.getpid(), signal.SIGINT)
+        return {"held_out": float(next(module.parameters()).detach().abs().mean())}
+
+    folder.mkdir(exist_ok=True)
+    train(accelerator, arguments, module, [optimizer], rows, folder, "stage", validate, ema, keep_best="held_out")
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def test_interrupted_run_continues_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", stop_after=6)
+    assert [path.name for path in (tmp_path / "parts/checkpoints/stage").glob("checkpoint-*")] == [
+        "checkpoint-4",
+        "checkpoint-6",
+    ] or (tmp_path / "parts/checkpoints/stage/checkpoint-6").is_dir()
+    assert torch.equal(run(tmp_path / "parts"), whole)
+    curves = [read_curves(tmp_path / part / "metrics.jsonl") for part in ("whole", "parts")]
+    for rows in curves:
+        for row in rows:
+            del row["seconds"]
+    assert curves[0][-1] == curves[1][-1]
+    assert [row["step"] for row in curves[0]] == [row["step"] for row in curves[1]]
+
+
+def test_run_killed_between_checkpoints_repeats_from_the_last(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", stop_after=6)
+    shutil_target = tmp_path / "killed/checkpoints/stage/checkpoint-6"
+    for file in shutil_target.iterdir():
+        file.unlink()
+    shutil_target.rmdir()
+    assert torch.equal(run(tmp_path / "killed"), whole)
+
+
+def test_old_checkpoints_are_removed_and_the_best_weights_kept(tmp_path: Path) -> None:
+    weights = run(tmp_path / "run", checkpointing_steps=2, checkpoints_total_limit=2)
+    checkpoints = tmp_path / "run/checkpoints/stage"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["best", "checkpoint-10", "checkpoint-12"]
+    best = load_file(checkpoints / "best/parameters.safetensors")
+    assert torch.equal(torch.cat([best[str(i)].flatten() for i in range(len(best))]), weights)
+    progress = json.loads((checkpoints / "checkpoint-12/progress.json").read_text())
+    figures = [row for row in read_curves(tmp_path / "run/metrics.jsonl") if "held_out" in row]
+    assert progress["best"] == min(row["held_out"] for row in figures)
+
+
+def test_accumulated_batches_cover_the_same_rows(tmp_path: Path) -> None:
+    assert len(list(ShuffledBatches(10, 4, seed=0, start=0, stop=6))) == 6
+    run(tmp_path / "run", gradient_accumulation_steps=2)
+
+
+def test_diverging_run_names_the_flag_to_lower(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"not finite at step 12; .* lower --learning_rate"):
+        run(tmp_path / "run", max_grad_norm=float("nan"))
+
+
+def test_unknown_schedule_and_checkpoint_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--lr_scheduler zigzag"):
+        run(tmp_path / "a", lr_scheduler="zigzag")
+    with pytest.raises(UserError, match="not a checkpoint folder"):
+        run(tmp_path / "b", resume_from_checkpoint="nowhere")
+
+
+def test_damaged_checkpoint_names_itself(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", stop_after=6)
+    (tmp_path / "run/checkpoints/stage/checkpoint-6/optimizer.bin").write_bytes(b"junk")
+    with pytest.raises(UserError, match="checkpoint-6: cannot resume"):
+        run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("rows", [3, 10])
+def test_batches_are_a_function_of_seed_and_step(rows: int) -> None:
+    whole = list(ShuffledBatches(rows, 4, seed=5, start=0, stop=20))
+    assert whole[7:] == list(ShuffledBatches(rows, 4, seed=5, start=7, stop=20))
+    assert whole != list(ShuffledBatches(rows, 4, seed=6, start=0, stop=20))
+    per_epoch = rows // min(4, rows)
+    seen = [row for batch in whole[:per_epoch] for row in batch]
+    assert len(seen) == len(set(seen)) == per_epoch * min(4, rows)
