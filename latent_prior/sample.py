@@ -16,7 +16,7 @@ from mnif.errors import UserError
 from mnif.files import read_json, write_json
 from mnif.pictures import picture_grid, save_picture
 from mnif.progress import progress_bar
-from mnif.runs import peak_memory_megabytes
+from mnif.runs import command_line, peak_memory_megabytes
 
 
 @dataclass(kw_only=True)
@@ -85,7 +85,12 @@ def sample(arguments: SampleArguments) -> None:
         rate = len(missing) / seconds
         write_json(
             output / "metrics.json",
-            {"images_per_second": rate, "seconds": round(seconds, 2), "peak_rss_mb": peak_memory_megabytes()},
+            {
+                "images_per_second": rate,
+                "seconds": round(seconds, 2),
+                "peak_rss_mb": peak_memory_megabytes(),
+                "command": command_line(),
+            },
         )
         print(f"{output}: {len(missing)} pictures drawn, {rate:.0f} images/s")
     else:

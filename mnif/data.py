@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -107,12 +108,18 @@ def _load_files(
 ) -> ImageData:
     images = np.empty((len(files), resolution, resolution, 3), dtype=np.uint8)
     for row, path in enumerate(progress_bar(files.values(), desc=f"reading {name}", unit="image", leave=False)):
-        try:
-            with Image.open(path) as image:
-                images[row] = _square(image, resolution)
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-            raise UserError(f"{path}: unreadable picture ({error}); remove or replace it") from None
+        with _opened(path) as image:
+            images[row] = _square(image, resolution)
     return ImageData(name, images, list(files), [group(id) for id in files])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+        raise UserError(f"{path}: unreadable picture ({error}); remove or replace it") from None
 
 
 def _load_npz(path: Path, resolution: int) -> ImageData:
@@ -141,3 +148,29 @@ def _square(image: Image.Image, resolution: int) -> np.ndarray:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
     return np.asarray(image.crop(box).resize((resolution, resolution), Image.Resampling.BICUBIC))
+
+
+def picture_size(source: str) -> int:
+    """Pixels per axis of the pictures in a folder or ``.npz`` file of square pictures of one size.
+
+    Raises:
+        UserError: the source is missing, or its pictures are not square or differ in size.
+    """
+    path = Path(source)
+    sizes: dict[tuple[int, int], str] = {}
+    if path.suffix == ".npz" and path.is_file():
+        with np.load(path, allow_pickle=False) as file:
+            sizes[tuple(file["images"].shape[1:3])] = source
+    elif path.is_dir():
+        for file_path in _image_files(path).values():
+            with _opened(file_path) as image:
+                sizes.setdefault(image.size, str(file_path))
+    else:
+        raise UserError(f"--samples {source}: no such folder or .npz file")
+    if len(sizes) > 1:
+        (a, first), (b, second), *_ = sizes.items()
+        raise UserError(f"{source}: pictures differ in size: {first} is {a[0]}×{a[1]}, {second} is {b[0]}×{b[1]}")
+    ((width, height),) = sizes
+    if width != height:
+        raise UserError(f"{source}: pictures are {width}×{height}; square ones are needed")
+    return width

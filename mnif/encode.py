@@ -15,7 +15,7 @@ from mnif.fitting import encoded_latents, in_batches, psnr
 from mnif.latents import LatentTable
 from mnif.model_folder import load_component
 from mnif.modeling import MNIFModel
-from mnif.runs import peak_memory_megabytes
+from mnif.runs import command_line, peak_memory_megabytes
 
 
 @dataclass(kw_only=True)
@@ -70,6 +70,7 @@ def encode(arguments: EncodeArguments) -> None:
             "psnr_per_image": dict(zip(data.ids, (round(q, 3) for q in quality.tolist()), strict=True)),
             "images_per_second": len(latents) / seconds,
             "seconds": round(seconds, 2),
+            "command": command_line(),
             "peak_rss_mb": peak_memory_megabytes(),
         },
     )

@@ -112,14 +112,18 @@ class MNIFModel(ModelMixin, ConfigMixin):
         resolution = config.resolution if resolution is None else resolution
         return cell_grid(resolution, config.cells, config.overlap, config.dimensions, self.device, self.dtype)
 
-    def decode_on(self, latents: Tensor, grid: CellGrid) -> Tensor:
-        """The values of the latents' fields [B, D] on a grid: [B, resolution, resolution, channels], about [-1, 1]."""
-        field = self.bake(self.coefficients(latents))
+    def decode_coefficients(self, coefficients: Tensor, grid: CellGrid) -> Tensor:
+        """Values on a grid from coefficients [B, cells, layers, M]: [B, resolution, resolution, channels]."""
+        field = self.bake(coefficients)
         coordinates = grid.coordinates
         if len(coordinates) > 1:
-            coordinates = coordinates.repeat(len(latents), 1, 1)
+            coordinates = coordinates.repeat(len(coefficients), 1, 1)
         values = field(coordinates)
-        return grid.blend(values.view(len(latents), -1, *values.shape[1:]))
+        return grid.blend(values.view(len(coefficients), -1, *values.shape[1:]))
+
+    def decode_on(self, latents: Tensor, grid: CellGrid) -> Tensor:
+        """The values of the latents' fields [B, D] on a grid: [B, resolution, resolution, channels], about [-1, 1]."""
+        return self.decode_coefficients(self.coefficients(latents), grid)
 
     def forward(self, latents: Tensor, resolution: int | None = None) -> Tensor:
         """Decodes latents [B, D] at any resolution: values [B, resolution, resolution, channels] in about [-1, 1]."""

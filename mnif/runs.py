@@ -52,8 +52,7 @@ def begin_stage(folder: Path, stage: str, arguments: Any, inputs: dict[str, str]
             )
         if before["finished"]:
             return True
-    command = shlex.join(["mnif", *sys.argv[1:]])
-    record[stage] = {"arguments": asked, "inputs": inputs, "command": command, "finished": False}
+    record[stage] = {"arguments": asked, "inputs": inputs, "command": command_line(), "finished": False}
     write_json(path, record)
     return False
 
@@ -63,6 +62,11 @@ def finish_stage(folder: Path, stage: str) -> None:
     record = read_json(folder / "run.json")
     record[stage]["finished"] = True
     write_json(folder / "run.json", record)
+
+
+def command_line() -> str:
+    """The command this process runs, as a user would type it."""
+    return shlex.join(["mnif", *sys.argv[1:]])
 
 
 def peak_memory_megabytes() -> float:

@@ -1,0 +1,67 @@
+"""Distances from instances to their nearest neighbours: are samples new, or copies of what was trained on?"""
+
+import numpy as np
+
+from mnif.errors import UserError
+
+
+def nearest_neighbour_distances(
+    queries: np.ndarray, references: np.ndarray, chunk: int = 256
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest reference of every query, exactly.
+
+    Args:
+        queries: [N, D].
+        references: [R, D]; a query that is among them finds itself.
+        chunk: queries at a time; a matrix of [chunk, R] float64 is held.
+
+    Returns:
+        Euclidean distances [N] float64, exactly 0 for a copy, and indices of the references [N] int64.
+
+    Raises:
+        UserError: not two-dimensional, different dimensions, no references, a chunk below 1, or values that are not
+            finite.
+    """
+    queries, references = np.asarray(queries, dtype=np.float64), np.asarray(references, dtype=np.float64)
+    if queries.ndim != 2 or references.ndim != 2 or queries.shape[1] != references.shape[1] or not len(references):
+        raise UserError(
+            f"neighbours: {list(queries.shape)} against {list(references.shape)}; [N, D], [R, D] is needed"
+        )
+    if not (np.isfinite(queries).all() and np.isfinite(references).all()):
+        raise UserError("neighbours: the features hold NaN or infinity; look at what they come from")
+    if chunk < 1:
+        raise UserError(f"neighbours: a chunk of {chunk}; at least 1 is needed")
+    centre = references.mean(axis=0)  # far from the origin |q|² + |r|² − 2qr would cancel to nothing
+    centred = references - centre
+    lengths = np.square(centred).sum(axis=1)
+    distances, indices = np.empty(len(queries)), np.empty(len(queries), dtype=np.int64)
+    for start in range(0, len(queries), chunk):
+        rows = slice(start, start + chunk)
+        indices[rows] = np.argmin(lengths - 2 * (queries[rows] - centre) @ centred.T, axis=1)
+        # The product only picks the winner: its own rounding would give a copy a distance above zero.
+        distances[rows] = np.linalg.norm(queries[rows] - references[indices[rows]], axis=1)
+    return distances, indices
+
+
+def nearest_neighbour_ratio(samples: np.ndarray, held_out: np.ndarray, train: np.ndarray) -> float:
+    """How close samples come to training instances, by the measure of real instances that were held out.
+
+    The median distance of samples to their nearest training instance over the median distance of held-out instances to
+    theirs. About 1: samples are as new as real unseen data. Well below 1: training instances are copied. Above 1:
+    samples lie away from the data.
+
+    Args:
+        samples: [N, D] features or pixels of generated instances.
+        held_out: [H, D] of real instances that were kept out of training, without their near duplicates.
+        train: [R, D] of the training instances.
+
+    Raises:
+        UserError: as :func:`nearest_neighbour_distances`; no samples or held-out instances; or half of the held-out
+            instances are training instances, so that there is nothing to measure by.
+    """
+    if not (len(samples) and len(held_out)):
+        raise UserError(f"nn_ratio: {len(samples)} samples and {len(held_out)} held-out instances; both are needed")
+    unit = float(np.median(nearest_neighbour_distances(held_out, train)[0]))
+    if unit == 0:
+        raise UserError("nn_ratio: half of the held-out instances are in the training set; split the data again")
+    return float(np.median(nearest_neighbour_distances(samples, train)[0])) / unit

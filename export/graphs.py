@@ -1,0 +1,207 @@
+"""The three graphs of a model, written node by node.
+
+- *baked*: coordinates → values, the weights of one sample inside; a plain coordinate network per cell.
+- *decoder*: mixture coefficients → values on a fixed grid.
+- *sampler*: noise → values on a fixed grid, the denoising steps unrolled.
+
+Everything that does not depend on the input is worked out here and stored: what the time embedding does to each block
+at each step, and the first layer of delta mixing, whose sine is the same for all samples. Weights bear the names they
+have in the model's state dict, with ``decoder.`` or ``denoiser.`` in front, and each is stored once.
+"""
+
+from collections.abc import Iterable
+from typing import cast
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor
+
+from export.nodes import Nodes
+from export.steps import LinearSteps
+from latent_prior.denoiser import LatentDenoiser, ResidualBlock
+from latent_prior.pipeline import MNIFPipeline
+from mnif.cells import CellGrid
+from mnif.fields import BakedField
+from mnif.modeling import MNIFModel
+
+
+def baked_graph(field: BakedField) -> onnx.ModelProto:
+    """``coordinates`` [cells, points, dimensions] → ``values`` [cells, points, channels], ``points`` dynamic.
+
+    Args:
+        field: one sample's networks, one per cell. Each is asked at coordinates of its own cell, [-1, 1] across it
+            (:func:`mnif.cells.cell_grid`; rows shared by all cells are to be repeated).
+    """
+    nodes = Nodes()
+    hidden = "coordinates"
+    for index, (weight, bias) in enumerate(zip(field.weights, field.biases, strict=True)):
+        name = f"layer_{index}"
+        hidden = _layer(
+            nodes,
+            hidden,
+            nodes.constant(f"{name}.weight", weight),
+            nodes.constant(f"{name}.bias", bias),
+            sine=index < len(field.weights) - 1 or field.output_sine,
+            output=name,
+        )
+    cells = max(len(weight) for weight in field.weights)
+    dimensions, channels = field.weights[0].shape[1], field.weights[-1].shape[2]
+    return nodes.model(
+        "baked", ("coordinates", [cells, "points", dimensions]), ("values", [cells, "points", channels]), hidden
+    )
+
+
+def decoder_graph(decoder: MNIFModel, resolution: int) -> onnx.ModelProto:
+    """``coefficients`` [batch, cells, layers, bases] → ``values`` [batch, resolution, ..., channels], batch dynamic.
+
+    Raises:
+        UserError: the resolution is below 1.
+    """
+    nodes = Nodes()
+    values = _decoded(nodes, decoder, "coefficients", resolution)
+    source = ("coefficients", ["batch", _cells(decoder), len(decoder.bases), decoder.config.num_bases])
+    return nodes.model("decoder", source, _picture(decoder, resolution), values)
+
+
+def sampler_graph(pipeline: MNIFPipeline, steps: LinearSteps, resolution: int) -> onnx.ModelProto:
+    """``noise`` [batch, latent_dim] → ``values`` [batch, resolution, ..., channels], batch dynamic.
+
+    Args:
+        pipeline: decoder and denoiser.
+        steps: its scheduler's (:func:`export.steps.linear_steps`).
+        resolution: pixels per axis.
+
+    Raises:
+        UserError: the resolution is below 1.
+    """
+    decoder, denoiser = pipeline.decoder, pipeline.denoiser
+    nodes = Nodes()
+    samples = ["noise"]
+    predictions: list[str] = []
+    for step, timestep in enumerate(steps.timesteps):
+        predictions.append(_denoised(nodes, denoiser, samples[-1], float(timestep), f"step_{step}"))
+        samples.append(nodes.weighted_sum(steps.terms(step, samples, predictions), f"step_{step}/next"))
+
+    spread = nodes.constant("denoiser.latent_std", denoiser.latent_std)
+    mean = nodes.constant("denoiser.latent_mean", denoiser.latent_mean)
+    latents = nodes.add("Add", [nodes.add("Mul", [samples[-1], spread], "latents/spread"), mean], "latents")
+    coefficients = nodes.linear(
+        latents,
+        nodes.constant("decoder.coefficient_map.weight", decoder.coefficient_map.weight),
+        nodes.constant("decoder.coefficient_map.bias", decoder.coefficient_map.bias),
+        "coefficients",
+        scale=decoder.config.num_bases**-0.5,
+    )
+    values = _decoded(nodes, decoder, coefficients, resolution)
+    source = ("noise", ["batch", decoder.config.latent_dim])
+    return nodes.model("sampler", source, _picture(decoder, resolution), values)
+
+
+def _cells(decoder: MNIFModel) -> int:
+    return decoder.config.cells**decoder.config.dimensions
+
+
+def _picture(decoder: MNIFModel, resolution: int) -> tuple[str, list[int | str]]:
+    return "values", ["batch", *[resolution] * decoder.config.dimensions, decoder.config.channels]
+
+
+def _layer(nodes: Nodes, hidden: str, weight: str, bias: str, sine: bool, output: str) -> str:
+    hidden = nodes.add("Add", [nodes.add("MatMul", [hidden, weight], f"{output}/product"), bias], f"{output}/sum")
+    return nodes.add("Sin", [hidden], f"{output}/sine") if sine else hidden
+
+
+def _decoded(nodes: Nodes, decoder: MNIFModel, coefficients: str, resolution: int) -> str:
+    """Mixes the bases, evaluates the fields on the grid and blends: tensors are [batch, cells, points, features]."""
+    grid = decoder.grid(resolution)
+    cells, last = _cells(decoder), len(decoder.shapes) - 1
+    by_cell = nodes.reshape(coefficients, (-1, len(decoder.bases), decoder.config.num_bases), "coefficients_by_cell")
+    hidden = nodes.constant("grid", _shared_part(decoder, grid)[None])
+    for mixed, index in enumerate(decoder.mixed_layers):
+        shape, name = decoder.shapes[index], f"layer_{index}"
+        layer = nodes.constant(f"{name}/index", np.array(mixed, dtype=np.int64))
+        operands = [
+            nodes.add("Gather", [by_cell, layer], f"{name}/coefficients", axis=1),
+            nodes.constant(f"decoder.bases.{mixed}", decoder.bases[mixed]),
+        ]
+        if decoder.means:
+            operands.append(nodes.constant(f"decoder.means.{mixed}", decoder.means[mixed]))
+        rows = nodes.add("Gemm", operands, f"{name}/rows")
+        sizes = (shape.inputs * shape.outputs, shape.outputs)
+        weight, bias = nodes.split(rows, sizes, [f"{name}/weight_rows", f"{name}/bias_rows"])
+        weight = nodes.reshape(weight, (-1, cells, shape.inputs, shape.outputs), f"{name}/weight")
+        bias = nodes.reshape(bias, (-1, cells, 1, shape.outputs), f"{name}/bias")
+        hidden = _layer(nodes, hidden, weight, bias, index < last or decoder.config.output_sine, name)
+    return _blended(nodes, decoder, grid, hidden)
+
+
+@torch.no_grad()
+def _shared_part(decoder: MNIFModel, grid: CellGrid) -> Tensor:
+    """What all samples have in common: the coordinates, or a shared first layer's sines, [1 or cells, points, n]."""
+    hidden = grid.coordinates
+    for shape, row in zip(decoder.shapes, decoder.shared, strict=False):
+        weight, bias = shape.split(row)
+        hidden = BakedField([weight], [bias], output_sine=True)(hidden)
+    return hidden
+
+
+def _blended(nodes: Nodes, decoder: MNIFModel, grid: CellGrid, values: str) -> str:
+    """[batch, cells, points, channels] → [batch, resolution, ..., channels], as :meth:`CellGrid.blend` does it."""
+    dimensions, count, channels = decoder.config.dimensions, decoder.config.cells, decoder.config.channels
+    points = round(grid.coordinates.shape[1] ** (1 / dimensions))
+    if count > 1:
+        values = nodes.reshape(values, (-1, *[count] * dimensions, *[points] * dimensions, channels), "blend/apart")
+        interleaved = [axis + offset for axis in range(1, dimensions + 1) for offset in (0, dimensions)]
+        values = nodes.add("Transpose", [values], "blend/order", perm=[0, *interleaved, 2 * dimensions + 1])
+    values = nodes.reshape(values, (-1, *[count * points] * dimensions, channels), "blend/line")
+    blends = bool(grid.weight.any())
+    if not blends and torch.equal(grid.first, torch.arange(count * points)):
+        return values
+    first = nodes.constant("blend/first", grid.first)
+    if not blends:
+        for axis in range(1, dimensions + 1):
+            values = nodes.add("Gather", [values, first], f"blend/axis_{axis}", axis=axis)
+        return values
+    second = nodes.constant("blend/second", grid.second)
+    for axis in range(1, dimensions + 1):
+        name = f"blend/axis_{axis}"
+        weight = nodes.constant(f"{name}/weight", grid.weight.view(-1, *[1] * (dimensions + 1 - axis)))
+        ours = nodes.add("Gather", [values, first], f"{name}/ours", axis=axis)
+        theirs = nodes.add("Gather", [values, second], f"{name}/theirs", axis=axis)
+        step = nodes.add("Sub", [theirs, ours], f"{name}/difference")
+        values = nodes.add("Add", [ours, nodes.add("Mul", [step, weight], f"{name}/share")], f"{name}/blended")
+    return values
+
+
+@torch.no_grad()
+def _denoised(nodes: Nodes, denoiser: LatentDenoiser, sample: str, timestep: float, name: str) -> str:
+    """One evaluation of the denoiser, [batch, latent_dim] → [batch, latent_dim]."""
+    weights = dict(denoiser.named_parameters())
+
+    def stored(parameter: str) -> str:
+        return nodes.constant(f"denoiser.{parameter}", weights[parameter])
+
+    time = denoiser.time_embedding(timestep)
+    hidden = nodes.linear(sample, stored("read.weight"), stored("read.bias"), f"{name}/read")
+    for index, block in enumerate(cast(Iterable[ResidualBlock], denoiser.blocks)):
+        here, place = f"{name}/block_{index}", f"blocks.{index}"
+        # up((normal · gain) (1 + scale) + shift) = up.weight @ (normal · factor) + up(shift), both constant at a step.
+        scale, shift = block.modulation(time).chunk(2, dim=-1)
+        factor = nodes.constant(f"{here}/factor", block.norm.weight * (1 + scale))
+        offset = nodes.constant(f"{here}/offset", block.up(shift))
+        inner = nodes.add("Mul", [_normalised(nodes, hidden, block.norm, here), factor], f"{here}/modulated")
+        inner = nodes.linear(inner, stored(f"{place}.up.weight"), offset, f"{here}/up")
+        inner = nodes.add("Mul", [inner, nodes.add("Sigmoid", [inner], f"{here}/sigmoid")], f"{here}/silu")
+        inner = nodes.linear(inner, stored(f"{place}.down.weight"), stored(f"{place}.down.bias"), f"{here}/down")
+        hidden = nodes.add("Add", [hidden, inner], f"{here}/out")
+    hidden = nodes.add("Mul", [_normalised(nodes, hidden, denoiser.norm, name), stored("norm.weight")], f"{name}/norm")
+    return nodes.linear(hidden, stored("write.weight"), stored("write.bias"), f"{name}/write")
+
+
+def _normalised(nodes: Nodes, hidden: str, norm: torch.nn.RMSNorm, name: str) -> str:
+    """x / sqrt(mean(x²) + eps) over the last axis, without the gain."""
+    square = nodes.add("Mul", [hidden, hidden], f"{name}/square")
+    mean = nodes.add("ReduceMean", [square], f"{name}/mean", axes=[-1], keepdims=1)
+    epsilon = nodes.constant("epsilon", np.array([norm.eps], dtype=np.float32))
+    root = nodes.add("Sqrt", [nodes.add("Add", [mean, epsilon], f"{name}/mean_and_epsilon")], f"{name}/root")
+    return nodes.add("Div", [hidden, root], f"{name}/normal")
