@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -37,18 +38,14 @@ def measured_latencies(pipeline: MNIFPipeline, bundle: Path | None, steps: int) 
         with torch.no_grad():
             coefficients = decoder.coefficients(noise_tensor)
             grid = decoder.grid()
+        draw = partial(pipeline, latents=noise_tensor, num_inference_steps=steps, output_type="np")
         work: dict[tuple[str, str], Callable[[], object]] = {
-            ("noise to picture", "PyTorch"): lambda noise=noise_tensor: pipeline(
-                latents=noise, num_inference_steps=steps, output_type="np"
-            ),
-            ("coefficients to picture", "PyTorch"): lambda c=coefficients, grid=grid: decoder.decode_coefficients(
-                c, grid
-            ),
+            ("noise to picture", "PyTorch"): draw,
+            ("coefficients to picture", "PyTorch"): partial(decoder.decode_coefficients, coefficients, grid),
         }
         if exported is not None:
-            array = coefficients.numpy()
-            work["noise to picture", "ONNX Runtime"] = lambda noise=noise: exported.draw(noise)
-            work["coefficients to picture", "ONNX Runtime"] = lambda c=array: exported.decode(c)
+            work["noise to picture", "ONNX Runtime"] = partial(exported.run, "sampler", noise)
+            work["coefficients to picture", "ONNX Runtime"] = partial(exported.decode, coefficients.numpy())
         for (name, runtime), seconds in _medians(work).items():
             rows.append(
                 {

@@ -95,7 +95,7 @@ def report(arguments: ReportArguments) -> None:
 
 
 def _steps_of(manifest: dict[str, Any] | None, steps: int) -> int:
-    return manifest["num_inference_steps"] if manifest else steps
+    return manifest["sampling"]["num_inference_steps"] if manifest else steps
 
 
 def _drawn_pictures(pipeline: MNIFPipeline, seed: int, steps: int) -> dict[str, str]:

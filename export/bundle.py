@@ -20,6 +20,7 @@ from mnif import __version__
 from mnif.arguments import parse_arguments
 from mnif.errors import UserError
 from mnif.files import folder_written_atomically, read_json, sha256_of_file, write_json
+from mnif.runs import command_line
 
 
 @dataclass(kw_only=True)
@@ -174,6 +175,7 @@ def _manifest(pipeline: MNIFPipeline, options: ExportArguments, resolution: int)
             "scheduler": type(pipeline.scheduler).__name__,
             "seed": options.seed,
         },
+        "command": command_line(),
     }
 
 
@@ -186,7 +188,6 @@ def _write_weights(pipeline: MNIFPipeline, path: Path) -> None:
         for name, tensor in module.state_dict().items()
     }
     save_file(tensors, path, {"decoder_fingerprint": pipeline.decoder.fingerprint()})
-    path.chmod(0o644)  # safetensors keeps its files from other users; the rest of a bundle is open
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -177,7 +177,7 @@ def axis_cells(resolution: int, cells: int, overlap: float) -> tuple:
     """
     _check_least("resolution", resolution, 1)
     position = (np.arange(resolution) + 0.5) * cells / resolution
-    reach = max(overlap - 1e-9, 0.0)  # a pixel on the very rim has weight 0 and is left out
+    reach = max(overlap - 1e-9, 0.0) if cells > 1 else 0.0  # a pixel on the very rim has weight 0 and is left out
     start = np.ceil((np.arange(cells) - reach) * resolution / cells - 0.5).astype(np.int64)
     stop = np.floor((np.arange(cells) + 1 + reach) * resolution / cells - 0.5).astype(np.int64) + 1
     points = max(int((stop - start).max()), 1)

@@ -144,4 +144,9 @@ def scheduler_by_name(name: str, current: SchedulerMixin) -> SchedulerMixin:
     if flow != ("FlowMatch" in name):
         predicts = "the velocity of a flow" if flow else "the clean latent"
         raise UserError(f"--scheduler {name} does not fit: the denoiser predicts {predicts}")
-    return kind.from_config({key: value for key, value in current.config.items() if not key.startswith("_")})
+    scheduler = kind.from_config({key: value for key, value in current.config.items() if not key.startswith("_")})
+    if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
+        raise UserError(
+            f"--scheduler {name} does not fit: it scales its samples, which the denoiser was not trained on"
+        )
+    return scheduler

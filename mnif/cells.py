@@ -50,7 +50,7 @@ def axis_cells(resolution: int, cells: int, overlap: float) -> AxisCells:
     if resolution < 1:
         raise UserError(f"resolution {resolution}: at least 1 pixel is needed")
     position = (np.arange(resolution) + 0.5) * cells / resolution  # in units of one cell
-    reach = max(overlap - 1e-9, 0.0)  # a pixel on the very rim has weight 0 and is left out
+    reach = max(overlap - 1e-9, 0.0) if cells > 1 else 0.0  # a pixel on the very rim has weight 0 and is left out
     start = np.ceil((np.arange(cells) - reach) * resolution / cells - 0.5).astype(np.int64)
     stop = np.floor((np.arange(cells) + 1 + reach) * resolution / cells - 0.5).astype(np.int64) + 1
     points = max(int((stop - start).max()), 1)

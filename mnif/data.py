@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -123,19 +124,25 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def _load_npz(path: Path, resolution: int) -> ImageData:
+    images, ids = _npz_images(path)
+    if images.shape[1:3] != (resolution, resolution):
+        images = np.stack([_square(Image.fromarray(image), resolution) for image in images])
+    return ImageData(str(path), images, ids, ids)
+
+
+def _npz_images(path: Path) -> tuple[np.ndarray, list[str]]:
+    """The pictures of an ``.npz`` file as they are, and their ids."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             images = file["images"]
             ids = [str(id) for id in file["ids"]] if "ids" in file else [f"{row:06d}" for row in range(len(images))]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise UserError(f'{path}: needs an array "images", uint8 [N, H, W, 3] ({error})') from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
         raise UserError(f'{path}: "images" is {images.dtype} {list(images.shape)}; uint8 [N, H, W, 3] is needed')
     if len(ids) != len(images) or len(set(ids)) != len(ids):
         raise UserError(f'{path}: "ids" must be {len(images)} different names')
-    if images.shape[1:3] != (resolution, resolution):
-        images = np.stack([_square(Image.fromarray(image), resolution) for image in images])
-    return ImageData(str(path), images, ids, ids)
+    return images, ids
 
 
 def _square(image: Image.Image, resolution: int) -> np.ndarray:
@@ -159,8 +166,8 @@ def picture_size(source: str) -> int:
     path = Path(source)
     sizes: dict[tuple[int, int], str] = {}
     if path.suffix == ".npz" and path.is_file():
-        with np.load(path, allow_pickle=False) as file:
-            sizes[tuple(file["images"].shape[1:3])] = source
+        height, width = _npz_images(path)[0].shape[1:3]
+        sizes[width, height] = source
     elif path.is_dir():
         for file_path in _image_files(path).values():
             with _opened(file_path) as image:

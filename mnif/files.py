@@ -23,6 +23,7 @@ def written_atomically(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        _open_to_others(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -33,10 +34,11 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
     """Yields a temporary folder beside ``path``; it replaces ``path`` when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    temporary.chmod(0o755)
     replaced = temporary.with_suffix(".old")
     try:
         yield temporary
+        for entry in (temporary, *temporary.rglob("*")):
+            _open_to_others(entry)
         if path.exists():
             path.rename(replaced)
         try:
@@ -48,6 +50,11 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _open_to_others(path: Path) -> None:
+    """Usual permissions: temporary names and safetensors keep what they make from other users."""
+    path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -95,6 +95,8 @@ def test_scheduler_by_name() -> None:
         scheduler_by_name("PlanetScheduler", current)
     with pytest.raises(UserError, match="does not fit"):
         scheduler_by_name("FlowMatchEulerDiscreteScheduler", current)
+    with pytest.raises(UserError, match="scales its samples"):
+        scheduler_by_name("EulerDiscreteScheduler", current)
 
 
 class ExactDenoiser(LatentDenoiser):
