@@ -1,6 +1,6 @@
 """Draw a few pictures at two resolutions and walk between two of them.
 
-    python examples/sample_in_python.py runs/demo/model pictures
+python examples/sample_in_python.py runs/demo/model pictures
 """
 
 import sys

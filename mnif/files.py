@@ -1,5 +1,6 @@
 """Files and folders that are either old and whole or new and whole, never half-written."""
 
+import errno
 import hashlib
 import json
 import os
@@ -9,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from mnif.errors import UserError
 
@@ -22,7 +25,8 @@ def written_atomically(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
+        with _one_kind_of_write_error(path):
+            yield temporary
         _open_to_others(temporary)
         os.replace(temporary, path)
     finally:
@@ -36,7 +40,8 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     replaced = temporary.with_suffix(".old")
     try:
-        yield temporary
+        with _one_kind_of_write_error(path):
+            yield temporary
         for entry in (temporary, *temporary.rglob("*")):
             _open_to_others(entry)
         if path.exists():
@@ -50,6 +55,19 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def _one_kind_of_write_error(path: Path) -> Iterator[None]:
+    """Libraries that write in native code raise errors of their own for a full disk; callers see OSError alone."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(path)) from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "iostream" not in str(error):
+            raise
+        raise OSError(errno.EIO, str(error).splitlines()[0], str(path)) from error
 
 
 def _open_to_others(path: Path) -> None:
