@@ -7,7 +7,7 @@ MNIF := $(BIN)/mnif
 # `make demo` fits this in about ten minutes on two cores; CI shrinks it.
 RUN ?= runs/demo
 FIT_STEPS ?= 5000
-PRIOR_STEPS ?= 3000
+PRIOR_STEPS ?= 1000
 SAMPLES ?= 1000
 
 .PHONY: demo test lint install clean
@@ -20,7 +20,7 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	$(MNIF) fit --data twemoji --output_dir $(RUN) --num_bases 96 --width 24 --random_flip --max_train_steps $(FIT_STEPS)
+	$(MNIF) fit --data twemoji --output_dir $(RUN) --random_flip --max_train_steps $(FIT_STEPS)
 	$(MNIF) prior --run $(RUN) --max_train_steps $(PRIOR_STEPS)
 	$(MNIF) sample --model $(RUN)/model --num_samples 64 --output_dir $(RUN)/pictures
 	$(MNIF) export --model $(RUN)/model --output_dir $(RUN)/bundle

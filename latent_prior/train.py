@@ -37,11 +37,11 @@ class PriorArguments(TrainingArguments):
     """Hidden units of the denoiser."""
     depth: int = 4
     """Residual blocks of the denoiser."""
-    dropout: float = 0.2
+    dropout: float = 0.1
     """Dropout in the blocks."""
     train_batch_size: int = 256
     """Latents per step, over all processes together."""
-    max_train_steps: int = 3000
+    max_train_steps: int = 1000
     """Optimizer steps."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -49,7 +49,7 @@ class PriorArguments(TrainingArguments):
     """Of AdamW."""
     ema_decay: float = 0.999
     """Largest decay of the weights' moving average, which is what is validated, kept and sampled from."""
-    validation_steps: int = 200
+    validation_steps: int = 100
     """Steps between validations; the weights with the smallest loss on held-out latents are kept."""
 
 

@@ -40,9 +40,9 @@ class FitArguments(TrainingArguments):
     """Pictures are resized to this many pixels per axis."""
     held_out_fraction: float = 0.1
     """Share of the designs kept out of training."""
-    num_bases: int = 48
+    num_bases: int = 96
     """Basis networks per layer."""
-    width: int = 16
+    width: int = 24
     """Hidden units of a field."""
     depth: int = 2
     """Hidden-to-hidden layers of a field."""
@@ -60,13 +60,13 @@ class FitArguments(TrainingArguments):
     """A sine after the last layer too, as the paper's image fields have it."""
     random_flip: bool = False
     """Mirror half of the pictures left to right while training (encoder)."""
-    max_train_steps: int = 6000
+    max_train_steps: int = 5000
     """Optimizer steps."""
     learning_rate: float = 4e-3
     """Peak learning rate of the encoder and of the latent → coefficients map."""
     basis_learning_rate: float = 1.2e-2
     """Peak learning rate of the bases."""
-    latent_noise: float = 0.1
+    latent_noise: float = 0.3
     """Standard deviation of the noise added to the encoder's latents while training."""
     latent_learning_rate: float = 1e-2
     """Peak learning rate of the latents (auto-decoding)."""
