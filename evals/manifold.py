@@ -65,3 +65,22 @@ def nearest_neighbour_ratio(samples: np.ndarray, held_out: np.ndarray, train: np
     if unit == 0:
         raise UserError("nn_ratio: half of the held-out instances are in the training set; split the data again")
     return float(np.median(nearest_neighbour_distances(samples, train)[0])) / unit
+
+
+def copied_share(samples: np.ndarray, held_out: np.ndarray, train: np.ndarray, quantile: float = 0.05) -> float:
+    """The share of samples that lie nearer to training instances than all but a few held-out instances do.
+
+    A median hides a prior that copies half of the time and draws something unseen the other half; this does not. A
+    prior that draws as new instances as the held-out ones has a share of ``quantile``.
+
+    Args:
+        samples, held_out, train: as in :func:`nearest_neighbour_ratio`.
+        quantile: how many of the held-out instances may be nearer than the threshold.
+
+    Raises:
+        UserError: as :func:`nearest_neighbour_distances`, or no samples or held-out instances.
+    """
+    if not (len(samples) and len(held_out)):
+        raise UserError(f"copied share: {len(samples)} samples, {len(held_out)} held-out instances; both are needed")
+    threshold = np.quantile(nearest_neighbour_distances(held_out, train)[0], quantile)
+    return float((nearest_neighbour_distances(samples, train)[0] < threshold).mean())

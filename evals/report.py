@@ -75,7 +75,7 @@ def report(arguments: ReportArguments) -> None:
         title=run.resolve().name,
         fit=read_json(run / "metrics.json"),
         figures=figures,
-        verdict=copying_verdict(figures["nn_ratio"]) if "nn_ratio" in figures else None,
+        verdict=copying_verdict(figures),
         pictures=_drawn_pictures(pipeline, arguments.seed, steps)
         | _stored_pictures(evaluation, ("reconstructions_train", "reconstructions_heldout", "nearest")),
         plots=_plots(run / "metrics.jsonl"),

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from mnif.errors import UserError
 from mnif.files import read_json, write_json
+from mnif.training import TrainingArguments
 
 # Flags that change where a run's result goes or how fast it comes, not what it is.
 _CONVENIENCES = {
@@ -25,13 +25,13 @@ _CONVENIENCES = {
 }
 
 
-def begin_stage(folder: Path, stage: str, arguments: Any, inputs: dict[str, str]) -> bool:
+def begin_stage(folder: Path, stage: str, arguments: TrainingArguments, inputs: dict[str, str]) -> bool:
     """Notes in ``folder/run.json`` that ``stage`` runs with ``arguments``.
 
     Args:
         folder: the run folder, made if it is missing.
         stage: the command's name.
-        arguments: its dataclass.
+        arguments: its dataclass; ``resume_from_checkpoint="no"`` forgets what the stage has done here before.
         inputs: fingerprints of what it reads.
 
     Returns:
@@ -44,11 +44,11 @@ def begin_stage(folder: Path, stage: str, arguments: Any, inputs: dict[str, str]
     asked = {key: str(value) for key, value in asdict(arguments).items() if key not in _CONVENIENCES}
     record = read_json(path) if path.exists() else {}
     before = record.get(stage)
-    if before is not None:
+    if before is not None and arguments.resume_from_checkpoint != "no":
         for name, old, new in _differences(before["arguments"] | before["inputs"], asked | inputs):
             raise UserError(
                 f"{folder} holds a `{stage}` with {name} {old} where now it is {new}; "
-                f"choose another --output_dir, or remove {path} and checkpoints/{stage} to begin anew"
+                "choose another run folder, or begin anew with --resume_from_checkpoint no"
             )
         if before["finished"]:
             return True

@@ -55,7 +55,7 @@ class TrainingArguments:
     checkpoints_total_limit: int = 2
     """Older checkpoints beyond this number are removed."""
     resume_from_checkpoint: str = "latest"
-    """"latest", the path of a checkpoint folder, or "no" to begin anew."""
+    """"latest", the path of a checkpoint folder, or "no" to forget what was done here and begin anew."""
     validation_steps: int = 500
     """Steps between validations."""
     report_to: str | None = None

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from evals.manifold import nearest_neighbour_distances, nearest_neighbour_ratio
+from evals.manifold import copied_share, nearest_neighbour_distances, nearest_neighbour_ratio
 from mnif.errors import UserError
 
 
@@ -76,3 +76,12 @@ def test_an_impossible_chunk_is_refused() -> None:
 def test_a_ratio_of_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="nn_ratio"):
         nearest_neighbour_ratio(np.ones((0, 3)), np.ones((2, 3)), np.zeros((2, 3)))
+
+
+def test_copied_share_sees_copies_that_the_median_hides() -> None:
+    generator = np.random.default_rng(0)
+    train, held_out, fresh = (generator.standard_normal((400, 8)) for _ in range(3))
+    assert copied_share(fresh, held_out, train) == pytest.approx(0.05, abs=0.04)
+    a_third_copied = np.concatenate([fresh[:200], train[:100] + 0.01])
+    assert nearest_neighbour_ratio(a_third_copied, held_out, train) > 0.7
+    assert copied_share(a_third_copied, held_out, train) == pytest.approx(0.36, abs=0.05)
