@@ -19,7 +19,7 @@ from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from mnif import __version__
 from mnif.arguments import parse_arguments
 from mnif.errors import UserError
-from mnif.files import folder_written_atomically, read_json, sha256_of_file, write_json
+from mnif.files import folder_written_atomically, read_json, sha256_of_file, sha256_of_folder, write_json
 from mnif.runs import command_line
 
 
@@ -48,15 +48,33 @@ def main(arguments: list[str]) -> None:
     """Runs `mnif export`."""
     options = parse_arguments(ExportArguments, arguments, "mnif export")
     pipeline = load_pipeline(options.model)
-    export_bundle(pipeline, options)
+    inputs = {key: str(value) for key, value in asdict(options).items() if key != "output_dir"}
+    inputs |= {"version": __version__, "model_sha256": sha256_of_folder(options.model)}
+    if _holds(options.output_dir, inputs):
+        print(f"{options.output_dir}: exported here before from this model with these flags; nothing to do")
+        return
+    export_bundle(pipeline, options, inputs)
 
 
-def export_bundle(pipeline: MNIFPipeline, options: ExportArguments) -> None:
+def _holds(output: Path, inputs: dict[str, str]) -> bool:
+    """Whether a bundle of the same inputs lies there, each file as it was written."""
+    if not (output / "manifest.json").is_file():
+        return False
+    manifest = read_json(output / "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("inputs") != inputs:
+        return False
+    found = _files(output)
+    del found["manifest.json"]
+    return found == manifest.get("files")
+
+
+def export_bundle(pipeline: MNIFPipeline, options: ExportArguments, inputs: dict[str, str] | None = None) -> None:
     """Writes a bundle to ``options.output_dir``, whole or not at all.
 
     Args:
         pipeline: what to export, on the CPU in float32.
         options: the command's flags; ``options.model`` is not read.
+        inputs: what the bundle depends on, noted in the manifest.
 
     Raises:
         UserError: a flag is out of range, the folder holds something else, the scheduler cannot be exported, a graph
@@ -89,6 +107,7 @@ def export_bundle(pipeline: MNIFPipeline, options: ExportArguments) -> None:
             reference |= {f"{case.name}.input": case.array, f"{case.name}.output": case.expected}
             print(_line(case, parity, report))
         manifest = _manifest(pipeline, options, resolution) | {"graphs": graphs, "measured": measured}
+        manifest["inputs"] = inputs or {}
         _write_weights(pipeline, folder / "weights.safetensors")
         np.savez_compressed(folder / "reference.npz", **reference)
         shutil.copyfile(runtime.__file__, folder / "runtime.py")

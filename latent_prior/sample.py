@@ -13,7 +13,7 @@ from latent_prior.noise import initial_noise
 from latent_prior.pipeline import MNIFPipeline, load_pipeline, scheduler_by_name
 from mnif.arguments import parse_arguments
 from mnif.errors import UserError
-from mnif.files import read_json, write_json
+from mnif.files import read_json, sha256_of_folder, write_json
 from mnif.pictures import picture_grid, save_picture
 from mnif.progress import progress_bar
 from mnif.runs import command_line, peak_memory_megabytes
@@ -64,7 +64,7 @@ def sample(arguments: SampleArguments) -> None:
 
     output = arguments.output_dir
     asked = {
-        "decoder_fingerprint": pipeline.decoder.fingerprint(),
+        "model_sha256": sha256_of_folder(arguments.model),
         "seed": arguments.seed,
         "num_inference_steps": arguments.num_inference_steps,
         "resolution": arguments.resolution or pipeline.decoder.config.resolution,

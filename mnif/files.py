@@ -104,3 +104,13 @@ def sha256_of_file(path: Path) -> str:
     """The hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_folder(folder: Path) -> str:
+    """The hexadecimal SHA-256 of a folder's files and their names, hidden ones left out."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if path.is_file() and not any(part.startswith(".") for part in name.parts):
+            digest.update(f"{name.as_posix()} {sha256_of_file(path)}\n".encode())
+    return digest.hexdigest()

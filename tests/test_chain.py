@@ -33,6 +33,7 @@ SMALL = [
     "--latent_dim",
     "12",
 ]
+BAKE = ["--num_baked", "1", "--compile_rtx", "off"]
 QUICK = ["--max_train_steps", "30", "--validation_steps", "15", "--train_batch_size", "16", "--compile", "off"]
 
 
@@ -47,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path) -> Path:
         [*fit, *SMALL, *QUICK],
         ["prior", "--run", str(folder), "--width", "32", "--depth", "2", *QUICK],
         ["sample", "--model", model, "--num_samples", "10", "--output_dir", f"{folder}/pictures"],
-        ["export", "--model", model, "--output_dir", f"{folder}/bundle", "--num_baked", "1", "--compile_rtx", "off"],
+        ["export", "--model", model, "--output_dir", f"{folder}/bundle", *BAKE],
         [*evaluate, "--model", model, "--num_samples", "20", "--output_dir", f"{folder}/eval"],
         ["report", "--run", str(folder)],
     ]
@@ -90,6 +91,11 @@ def test_finished_stages_are_reused(run: Path, picture_folder: Path, capsys: pyt
     assert main(["prior", "--run", str(run), "--width", "32", "--depth", "2", *QUICK]) == 0
     assert "nothing to do" in capsys.readouterr().out
     assert (run / "model/denoiser/diffusion_pytorch_model.safetensors").stat().st_mtime_ns == before
+    assert main(["export", "--model", f"{run}/model", "--output_dir", f"{run}/bundle", *BAKE]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    evaluate = ["eval", "--reference", str(picture_folder), "--held_out_fraction", "0.25", "--model", f"{run}/model"]
+    assert main([*evaluate, "--num_samples", "20", "--output_dir", f"{run}/eval"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
     message = error_of(["prior", "--run", str(run), "--width", "64", "--depth", "2", *QUICK], capsys)
     assert "with width 32 where now it is 64" in message
 

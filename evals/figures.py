@@ -1,0 +1,153 @@
+"""The figures of an evaluation, each beside its controls."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from evals.features import PROTOCOL, extract_features
+from evals.frechet import frechet_distance_from_features
+from evals.manifold import copied_share, nearest_neighbour_distances, nearest_neighbour_ratio
+from evals.reconstruction import border_step_ratio, fit_pca, mean_image_psnr, psnr_per_image
+from mnif.data import ImageData
+from mnif.encoder import PatchEncoder
+from mnif.fitting import encoded_latents, in_batches
+from mnif.latents import LatentTable
+from mnif.modeling import MNIFModel
+from mnif.pictures import picture_grid, save_picture
+
+COPYING_BELOW = 0.9
+EXPECTED_SHARE = 0.05  # of samples that do not copy, by the definition of copied_share
+SHOWN = 24
+
+
+def reconstruction_figures(
+    decoder: MNIFModel,
+    encoder: PatchEncoder | None,
+    reference: ImageData,
+    held_out: np.ndarray,
+    table: LatentTable | None,
+    refinement_steps: int,
+    pictures: Path,
+) -> dict[str, float]:
+    """PSNR of training and held-out pictures beside PCA with as many numbers and the mean image, and border steps.
+
+    Args:
+        decoder: the bases.
+        encoder: gives training latents and the start of held-out ones; None takes the table's and starts from zero.
+        reference: the pictures.
+        held_out: [N] bool, which of them were kept out of training.
+        table: the latents of ``reference``, if they are known.
+        refinement_steps: Adam steps on held-out latents.
+        pictures: folder for pictures of originals above reconstructions.
+
+    Returns:
+        PSNR in dB, mean over pictures, on [0, 1]; border steps as a share of the originals'.
+    """
+    originals = {"train": reference.images[~held_out], "heldout": reference.images[held_out]}
+    pca = fit_pca(originals["train"] / 255, decoder.config.latent_dim)
+    figures: dict[str, float] = {}
+    for part, images in originals.items():
+        if not len(images):
+            continue
+        values = torch.from_numpy(images).float() / 127.5 - 1
+        if part == "train" and encoder is None and table is not None:
+            latents = table.train
+        else:
+            steps = refinement_steps if part == "heldout" or encoder is None else 0
+            latents = encoded_latents(decoder, encoder, values, steps, progress=True)
+        decoded = _decoded(decoder, latents)
+        figures |= {
+            f"psnr_{part}": float(psnr_per_image(decoded, images / 255).mean()),
+            f"psnr_pca_{part}": float(psnr_per_image(pca.reconstruct(images / 255), images / 255).mean()),
+            f"psnr_mean_{part}": mean_image_psnr(originals["train"] / 255, images / 255),
+            f"border_step_ratio_{part}": border_step_ratio(decoded, images / 255, decoder.config.cells),
+        }
+        if part == "heldout" and encoder is not None:
+            first = _decoded(decoder, in_batches(encoder, values))
+            figures["psnr_heldout_encoder"] = float(psnr_per_image(first, images / 255).mean())
+        rows = np.linspace(0, len(images) - 1, min(SHOWN, len(images))).astype(int)
+        shown = np.concatenate([images[rows], (decoded[rows] * 255).round().astype(np.uint8)])
+        save_picture(pictures / f"reconstructions_{part}.png", picture_grid(shown, columns=len(rows)))
+    return figures
+
+
+def memorisation_figures(samples: np.ndarray, table: LatentTable) -> dict[str, float]:
+    """How near sampled latents [N, D] lie to training latents, by the measure of held-out ones.
+
+    Both are standardised per dimension, as the prior sees them.
+    """
+    mean, std = (statistic.numpy() for statistic in table.mean_and_std())
+    parts = (samples, table.latents[table.held_out].numpy(), table.train.numpy())
+    standardised = [(part - mean) / std for part in parts]
+    return {
+        "nn_ratio_latents": nearest_neighbour_ratio(*standardised),
+        "copied_share_latents": copied_share(*standardised),
+    }
+
+
+def sample_figures(
+    drawn: dict[str, np.ndarray], reference: ImageData, held_out: np.ndarray, pictures: Path
+) -> dict[str, Any]:
+    """Fréchet distances of each set of drawn pictures, their floor, and how near samples lie to training pictures.
+
+    All distances have the same counts and the same reference: one half of the real pictures, whole designs to a side.
+    The floor is the distance of as many pictures from the other half.
+
+    Args:
+        drawn: figure name → pictures [N, H, W, 3] uint8; ``"fd_lite0"`` are the samples.
+        reference: the real pictures.
+        held_out: [N] bool, which of them were kept out of training.
+        pictures: folder for a picture of samples above their nearest training pictures.
+
+    Returns:
+        The distances, ``nn_ratio`` if anything was held out, and the ``protocol``.
+    """
+    real = extract_features(reference.images, description="features of real pictures")
+    features = {name: extract_features(images, description=name) for name, images in drawn.items()}
+    half = reference.held_out(0.5)
+    others = np.flatnonzero(~half)
+    count = min(len(others), *(len(images) for images in drawn.values()))
+    floor = real[np.random.default_rng(0).permutation(others)[:count]]
+    compared = {name: rows[:count] for name, rows in features.items()} | {"fd_lite0_floor": floor}
+    figures: dict[str, Any] = {
+        name: frechet_distance_from_features(rows, real[half]) for name, rows in compared.items()
+    }
+    samples, train = features["fd_lite0"], real[~held_out]
+    if held_out.any():
+        figures["nn_ratio"] = nearest_neighbour_ratio(samples, real[held_out], train)
+    _, nearest = nearest_neighbour_distances(samples[:SHOWN], train)
+    pairs = np.concatenate([drawn["fd_lite0"][:SHOWN], reference.images[~held_out][nearest]])
+    save_picture(pictures / "nearest.png", picture_grid(pairs, columns=len(nearest)))
+    figures["protocol"] = PROTOCOL | {
+        "reference": reference.name,
+        "resolution": reference.images.shape[1],
+        "samples": count,
+        "reference_images": int(half.sum()),
+        "held_out_images": int(held_out.sum()),
+    }
+    if count < real.shape[1]:
+        print(f"note: {count} samples are fewer than the {real.shape[1]} feature dimensions; distances are biased up")
+    return figures
+
+
+def copying_verdict(figures: dict[str, Any]) -> str | None:
+    """What the memorisation figures say, in words; None if they are missing.
+
+    In pictures the decoder's blur keeps even a copy away from its original, so the smaller of the two ratios counts.
+    """
+    ratios = [figures[name] for name in ("nn_ratio", "nn_ratio_latents") if name in figures]
+    if not ratios:
+        return None
+    if min(ratios) < COPYING_BELOW:
+        return "copies: its samples lie nearer to training pictures than unseen pictures do"
+    share = figures.get("copied_share_latents", 0.0)
+    if share > 2 * EXPECTED_SHARE:
+        return f"copies at times: {share:.0%} of its samples are nearer to a training picture than 95 % of unseen ones"
+    return "does not copy: its samples lie as far from training pictures as unseen pictures do"
+
+
+def _decoded(decoder: MNIFModel, latents: torch.Tensor) -> np.ndarray:
+    """Pictures of latents [N, D]: [N, R, R, 3] float32 in [0, 1]."""
+    return (in_batches(decoder, latents) / 2 + 0.5).clamp(0, 1).numpy()
