@@ -111,6 +111,7 @@ class Rows(Dataset[dict[str, Tensor]]):
 def make_accelerator(arguments: TrainingArguments, folder: Path) -> Accelerator:
     """An Accelerator for ``arguments`` that logs under ``folder``."""
     return Accelerator(
+        cpu=not torch.accelerator.is_available(),  # else processes on CPUs stay apart
         mixed_precision=arguments.mixed_precision,
         gradient_accumulation_steps=arguments.gradient_accumulation_steps,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
@@ -175,7 +176,7 @@ def train(
             curves.add(progress.step, progress.seconds, figures)
         accelerator.log(figures, step=progress.step)
 
-    batches = iter(accelerator.prepare(_loader(arguments, rows, progress.step)))
+    batches = iter(accelerator.prepare(_loader(arguments, rows, progress.step, accelerator.num_processes)))
     bar = progress_bar(
         total=steps, initial=progress.step, desc=stage, unit="step", disable=not accelerator.is_local_main_process
     )
@@ -212,7 +213,8 @@ def train(
             if progress.step % arguments.validation_steps == 0 or last:
                 figures = _validated(module, parameters, validate, ema)
                 record(figures)
-                bar.write(f"{stage} step {progress.step}: " + ", ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+                if accelerator.is_main_process:
+                    bar.write(f"{stage} step {progress.step}: " + _shown(figures))
                 if keep_best and (progress.best is None or figures[keep_best] < progress.best):
                     progress.best, progress.best_step = figures[keep_best], progress.step
                     checkpoints.save_best(parameters)
@@ -239,12 +241,15 @@ def _schedule(arguments: TrainingArguments, optimizer: torch.optim.Optimizer) ->
         raise UserError(f"--lr_scheduler {arguments.lr_scheduler}: {error}") from None
 
 
-def _loader(arguments: TrainingArguments, rows: Rows, step: int) -> DataLoader:
+def _loader(arguments: TrainingArguments, rows: Rows, step: int, processes: int) -> DataLoader:
     """Batches from ``step`` to the end; a batch is made by one indexing, so there is nothing to collate."""
+    batch_size = min(arguments.train_batch_size, len(rows)) // processes * processes
+    if not batch_size:
+        raise UserError(f"--train_batch_size {arguments.train_batch_size}: fewer than one row for each process")
     accumulation = arguments.gradient_accumulation_steps
     batches = ShuffledBatches(
         len(rows),
-        arguments.train_batch_size,
+        batch_size,
         arguments.seed,
         step * accumulation,
         arguments.max_train_steps * accumulation,
@@ -287,6 +292,10 @@ def _validated(
     if ema is not None:
         ema.restore(parameters)
     return figures
+
+
+def _shown(figures: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
 
 
 def _diverged(step: int, checkpoints: Checkpoints) -> str:

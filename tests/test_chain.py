@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from mnif.cli import main
 from mnif.curves import read_curves
@@ -219,6 +220,23 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_continues(picture_folde
     subprocess.run(whole, capture_output=True, check=True, env=environment)
     weights = [folder / "model/decoder/diffusion_pytorch_model.safetensors" for folder in (run, tmp_path / "whole")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_two_processes_learn_what_one_does(picture_folder: Path, tmp_path: Path) -> None:
+    """The same batches, split over gloo processes; without noise, which each process draws for itself."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for processes in ("1", "2"):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "-m", "--", "mnif"]
+        folder = str(tmp_path / processes)
+        fit = ["fit", "--data", str(picture_folder), "--output_dir", folder, "--latent_noise", "0", *SMALL, *QUICK]
+        done = subprocess.run([*launch, *fit], check=True, capture_output=True, env=environment, text=True)
+        assert done.stdout.count("pictures to train") == 1  # one of the processes speaks: they know of each other
+        prior = ["prior", "--run", folder, "--width", "32", *QUICK]
+        subprocess.run([*launch, *prior], check=True, capture_output=True, env=environment)
+    one, two = (load_file(tmp_path / n / "model/decoder/diffusion_pytorch_model.safetensors") for n in ("1", "2"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=1e-5, rtol=0)
+    assert (tmp_path / "2/model/model_index.json").exists()
 
 
 def test_report_is_self_contained_and_renders_in_a_browser(run: Path, tmp_path: Path) -> None:
