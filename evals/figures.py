@@ -145,7 +145,10 @@ def copying_verdict(figures: dict[str, Any]) -> str | None:
     share = figures.get("copied_share_latents", 0.0)
     if share > 2 * EXPECTED_SHARE:
         return f"copies at times: {share:.0%} of its samples are nearer to a training picture than 95 % of unseen ones"
-    return "does not copy: its samples lie as far from training pictures as unseen pictures do"
+    return (
+        "does not copy more than unseen pictures do: its samples lie as far from training pictures as those, which may "
+        "themselves be variants of training designs"
+    )
 
 
 def _decoded(decoder: MNIFModel, latents: torch.Tensor) -> np.ndarray:
