@@ -146,8 +146,8 @@ def copying_verdict(figures: dict[str, Any]) -> str | None:
     if share > 2 * EXPECTED_SHARE:
         return f"copies at times: {share:.0%} of its samples are nearer to a training picture than 95 % of unseen ones"
     return (
-        "does not copy more than unseen pictures do: its samples lie as far from training pictures as those, which may "
-        "themselves be variants of training designs"
+        "does not copy more than unseen pictures do: its samples lie as far from training pictures as those, which "
+        "may themselves be variants of training designs"
     )
 
 
