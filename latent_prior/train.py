@@ -70,11 +70,11 @@ def fit_prior(arguments: PriorArguments) -> None:
         raise UserError(f"--run {run}: no such run folder; `mnif fit --output_dir {run}` makes it")
     decoder = load_component(MNIFModel, run / "model", "decoder")
     table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint())
+    accelerator = make_accelerator(arguments, run)
     if begin_stage(run, "prior", arguments, {"decoder_fingerprint": table.fingerprint}):
         print(f"{run}: `mnif prior` has finished here before with these arguments; nothing to do")
         return
     set_seed(arguments.seed)
-    accelerator = make_accelerator(arguments, run)
     mean, std = table.mean_and_std()
     denoiser = LatentDenoiser(
         latent_dim=table.latents.shape[1],

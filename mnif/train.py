@@ -93,13 +93,13 @@ def fit(arguments: FitArguments) -> None:
     held_out = data.held_out(arguments.held_out_fraction)
     _check(arguments, held_out)
     run = arguments.output_dir
+    accelerator = make_accelerator(arguments, run)
     if begin_stage(run, "fit", arguments, {"data_fingerprint": data.fingerprint()}):
         print(f"{run}: `mnif fit` has finished here before with these arguments; nothing to do")
         return
     set_seed(arguments.seed)
     values = torch.from_numpy(data.images).float() / 127.5 - 1
     train_values, held_values = values[~held_out], values[held_out]
-    accelerator = make_accelerator(arguments, run)
     decoder = _decoder(arguments).to(accelerator.device)
     module = _training_module(arguments, decoder, len(train_values)).to(accelerator.device)
     accelerator.print(
@@ -205,24 +205,27 @@ def _finish(
     run, decoder = arguments.output_dir, module.decoder
     started = time.perf_counter()
     held = torch.from_numpy(held_out)
-    figures: dict[str, float | None] = {}
+    figures: dict[str, float] = {}
     latents = torch.zeros(len(values), arguments.latent_dim)
+    encoder = None
     if isinstance(module, AmortisedFitting):
         encoder = module.encoder
         latents = in_batches(encoder, values)
-        figures["psnr_heldout_encoder"] = _table_psnr(decoder, latents[held], values[held])
     else:
-        encoder = None
         latents[~held] = module.latents.weight.detach()
-    refined = encoded_latents(decoder, encoder, values[held], arguments.refinement_steps, progress=True)
-    if encoder is None:
-        latents[held] = refined
-    figures["psnr_heldout"] = _table_psnr(decoder, refined, values[held])
+    refined = latents[held]
+    if held.any():
+        refined = encoded_latents(decoder, encoder, values[held], arguments.refinement_steps, progress=True)
+        if encoder is None:
+            latents[held] = refined
+        else:
+            figures["psnr_heldout_encoder"] = _table_psnr(decoder, latents[held], values[held])
+        figures["psnr_heldout"] = _table_psnr(decoder, refined, values[held])
     figures["psnr_train"] = _table_psnr(decoder, latents[~held], values[~held])
 
     save_component(run / "model", "decoder", decoder)
-    if isinstance(module, AmortisedFitting):
-        save_component(run / "model", "encoder", module.encoder)
+    if encoder is not None:
+        save_component(run / "model", "encoder", encoder)
     # Through the file and back, so that the fingerprint is that of what later commands will load.
     decoder = load_component(MNIFModel, run / "model", "decoder")
     LatentTable(latents, data.ids, held, decoder.fingerprint(), data.name).save(run / "latents.safetensors")
@@ -240,12 +243,12 @@ def _finish(
         },
     )
     finish_stage(run, "fit")
-    shown = ", ".join(f"{name} {value:.2f} dB" for name, value in figures.items() if value is not None)
+    shown = ", ".join(f"{name} {value:.2f} dB" for name, value in figures.items())
     print(f"{run / 'model'}: {shown}")
 
 
-def _table_psnr(decoder: MNIFModel, latents: Tensor, values: Tensor) -> float | None:
-    return psnr(in_batches(decoder, latents), values).mean().item() if len(values) else None
+def _table_psnr(decoder: MNIFModel, latents: Tensor, values: Tensor) -> float:
+    return psnr(in_batches(decoder, latents), values).mean().item()
 
 
 def _save_reconstructions(

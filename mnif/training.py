@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import LoggerType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -42,7 +43,9 @@ class TrainingArguments:
     """Batches summed up before an optimizer step."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
-    lr_scheduler: str = "cosine"
+    lr_scheduler: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
+    ] = "cosine"
     """Learning-rate schedule, by its name in diffusers."""
     lr_warmup_steps: int = 100
     """Steps of linear warm-up."""
@@ -109,7 +112,14 @@ class Rows(Dataset[dict[str, Tensor]]):
 
 
 def make_accelerator(arguments: TrainingArguments, folder: Path) -> Accelerator:
-    """An Accelerator for ``arguments`` that logs under ``folder``."""
+    """An Accelerator for ``arguments`` that logs under ``folder``.
+
+    Raises:
+        UserError: Accelerate knows no such tracker.
+    """
+    if arguments.report_to is not None and arguments.report_to not in LoggerType.list():
+        known = ", ".join(LoggerType.list())
+        raise UserError(f"--report_to {arguments.report_to}: Accelerate knows {known}")
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # else processes on CPUs stay apart
         mixed_precision=arguments.mixed_precision,
@@ -235,10 +245,7 @@ def train(
 def _schedule(arguments: TrainingArguments, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     steps = arguments.max_train_steps
     warmup = min(arguments.lr_warmup_steps, steps)
-    try:
-        return get_scheduler(arguments.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-    except ValueError as error:
-        raise UserError(f"--lr_scheduler {arguments.lr_scheduler}: {error}") from None
+    return get_scheduler(arguments.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
 def _loader(arguments: TrainingArguments, rows: Rows, step: int, processes: int) -> DataLoader:

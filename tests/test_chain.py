@@ -180,7 +180,21 @@ def test_bad_data_is_named_and_leaves_nothing(
     (tmp_path / "cut/a.png").write_bytes(whole[: len(whole) // 2])
     assert re.search(r"cut/a\.png: unreadable picture", error_of([*fit, "--data", f"{tmp_path}/cut"], capsys))
     assert "--resolution 0" in error_of([*fit, "--data", f"{tmp_path}/cut", "--resolution", "0"], capsys)
+    assert "zigzag" in error_of([*fit, "--data", f"{tmp_path}/cut", "--lr_scheduler", "zigzag"], capsys)
     assert not (tmp_path / "run").exists()
+
+
+def test_nothing_held_out(picture_folder: Path, tmp_path: Path) -> None:
+    folder = f"{tmp_path}/run"
+    fit = ["fit", "--data", str(picture_folder), "--output_dir", folder, "--held_out_fraction", "0", *SMALL, *QUICK]
+    assert main(fit) == 0
+    assert main(["prior", "--run", folder, "--width", "32", *QUICK]) == 0
+    evaluate = ["eval", "--model", f"{folder}/model", "--reference", str(picture_folder), "--num_samples", "20"]
+    assert main([*evaluate, "--output_dir", f"{folder}/eval"]) == 0
+    figures = json.loads((tmp_path / "run/eval/metrics.json").read_text())
+    assert "psnr_train" in figures
+    assert not {"psnr_heldout", "nn_ratio"} & figures.keys()
+    assert main(["report", "--run", folder]) == 0
 
 
 def test_model_folder_that_lacks_a_stage(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,9 +103,9 @@ def test_diverging_run_names_the_flag_to_lower(tmp_path: Path) -> None:
         run(tmp_path / "run", max_grad_norm=float("nan"))
 
 
-def test_unknown_schedule_and_checkpoint_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--lr_scheduler zigzag"):
-        run(tmp_path / "a", lr_scheduler="zigzag")
+def test_unknown_tracker_and_checkpoint_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--report_to zigzag: Accelerate knows"):
+        run(tmp_path / "a", report_to="zigzag")
     with pytest.raises(UserError, match="not a checkpoint folder"):
         run(tmp_path / "b", resume_from_checkpoint="nowhere")
 
