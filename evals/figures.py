@@ -43,11 +43,14 @@ def reconstruction_figures(
         pictures: folder for pictures of originals above reconstructions.
 
     Returns:
-        PSNR in dB, mean over pictures, on [0, 1]; border steps as a share of the originals'.
+        PSNR in dB, mean over pictures, on [0, 1]; border steps as a share of the originals'; ``pca_components``, fewer
+        than the latent's numbers only where there are fewer training pictures.
     """
     originals = {"train": reference.images[~held_out], "heldout": reference.images[held_out]}
-    pca = fit_pca(originals["train"] / 255, decoder.config.latent_dim)
-    figures: dict[str, float] = {}
+    # PCA cannot have more components than there are pictures or numbers in one.
+    components = min(decoder.config.latent_dim, len(originals["train"]), reference.images[0].size)
+    pca = fit_pca(originals["train"] / 255, components)
+    figures: dict[str, float] = {"pca_components": components}
     for part, images in originals.items():
         if not len(images):
             continue

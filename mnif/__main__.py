@@ -1,4 +1,4 @@
-"""`python -m mnif`, which is also what `accelerate launch -m mnif` runs."""
+"""`python -m mnif`, which is also what `torchrun -m -- mnif` runs."""
 
 import sys
 
