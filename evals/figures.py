@@ -9,13 +9,16 @@ import torch
 from evals.features import PROTOCOL, extract_features
 from evals.frechet import frechet_distance_from_features
 from evals.manifold import copied_share, nearest_neighbour_distances, nearest_neighbour_ratio
-from evals.reconstruction import border_step_ratio, fit_pca, mean_image_psnr, psnr_per_image
-from mnif.data import ImageData
-from mnif.encoder import PatchEncoder
-from mnif.fitting import encoded_latents, in_batches
+from evals.reconstruction import border_step_ratio, mean_image_psnr, psnr_per_image
+from mnif.data import ImageData, Split
+from mnif.inner_loop import InnerLoop
 from mnif.latents import LatentTable
 from mnif.modeling import MNIFModel
-from mnif.pictures import picture_grid, save_picture
+from mnif.pca import fit_pca
+from mnif.pictures import picture_grid, save_picture, to_pixels
+from mnif.refinement import Finder, latents_of
+from mnif.rows import rows_of
+from mnif.signal_table import signal_of_model
 
 COPYING_BELOW = 0.9
 EXPECTED_SHARE = 0.05  # of samples that do not copy, by the definition of copied_share
@@ -24,55 +27,60 @@ SHOWN = 24
 
 def reconstruction_figures(
     decoder: MNIFModel,
-    encoder: PatchEncoder | None,
+    finder: Finder,
     reference: ImageData,
-    held_out: np.ndarray,
+    sides: np.ndarray,
     table: LatentTable | None,
     refinement_steps: int,
     pictures: Path,
 ) -> dict[str, float]:
-    """PSNR of training and held-out pictures beside PCA with as many numbers and the mean image, and border steps.
+    """PSNR of every side's pictures beside PCA with as many numbers and the mean image, and border steps.
 
     Args:
         decoder: the bases.
-        encoder: gives training latents and the start of held-out ones; None takes the table's and starts from zero.
+        finder: gives training latents and the start of the others; None takes the table's and starts from zero.
         reference: the pictures.
-        held_out: [N] bool, which of them were kept out of training.
+        sides: [N] of :class:`mnif.data.Split`.
         table: the latents of ``reference``, if they are known.
-        refinement_steps: Adam steps on held-out latents.
+        refinement_steps: Adam steps on the latents of pictures not trained on.
         pictures: folder for pictures of originals above reconstructions.
 
     Returns:
         PSNR in dB, mean over pictures, on [0, 1]; border steps as a share of the originals'; ``pca_components``, fewer
         than the latent's numbers only where there are fewer training pictures.
     """
-    originals = {"train": reference.images[~held_out], "heldout": reference.images[held_out]}
+    signal = signal_of_model(decoder)
+    train = reference.images[sides == Split.TRAIN]
     # PCA cannot have more components than there are pictures or numbers in one.
-    components = min(decoder.config.latent_dim, len(originals["train"]), reference.images[0].size)
-    pca = fit_pca(originals["train"] / 255, components)
+    components = min(decoder.config.latent_dim, len(train), reference.images[0].size)
+    pca = fit_pca(train / 255, components)
     figures: dict[str, float] = {"pca_components": components}
-    for part, images in originals.items():
+    for part, side in (("train", Split.TRAIN), ("heldout", Split.HELD_OUT), ("test", Split.TEST)):
+        images = reference.images[sides == side]
         if not len(images):
             continue
-        values = torch.from_numpy(images).float() / 127.5 - 1
-        if part == "train" and encoder is None and table is not None:
+        rows = rows_of({"images": images})
+        if side == Split.TRAIN and finder is None and table is not None:
             latents = table.train
         else:
-            steps = refinement_steps if part == "heldout" or encoder is None else 0
-            latents = encoded_latents(decoder, encoder, values, steps, progress=True)
-        decoded = _decoded(decoder, latents)
+            steps = 0 if side == Split.TRAIN and finder is not None else refinement_steps
+            latents = torch.cat([*latents_of(decoder, signal, rows, finder, steps, progress=True)])
+        decoded = decoded_pictures(decoder, latents) / 255
         figures |= {
             f"psnr_{part}": float(psnr_per_image(decoded, images / 255).mean()),
             f"psnr_pca_{part}": float(psnr_per_image(pca.reconstruct(images / 255), images / 255).mean()),
-            f"psnr_mean_{part}": mean_image_psnr(originals["train"] / 255, images / 255),
-            f"border_step_ratio_{part}": border_step_ratio(decoded, images / 255, decoder.config.cells),
+            f"psnr_mean_{part}": mean_image_psnr(train / 255, images / 255),
         }
-        if part == "heldout" and encoder is not None:
-            first = _decoded(decoder, in_batches(encoder, values))
-            figures["psnr_heldout_encoder"] = float(psnr_per_image(first, images / 255).mean())
-        rows = np.linspace(0, len(images) - 1, min(SHOWN, len(images))).astype(int)
-        shown = np.concatenate([images[rows], (decoded[rows] * 255).round().astype(np.uint8)])
-        save_picture(pictures / f"reconstructions_{part}.png", picture_grid(shown, columns=len(rows)))
+        if all(pixels % decoder.config.cells == 0 for pixels in images.shape[1:3]):
+            figures[f"border_step_ratio_{part}"] = border_step_ratio(decoded, images / 255, decoder.config.cells)
+        if side != Split.TRAIN and finder is not None:
+            first = torch.cat([*latents_of(decoder, signal, rows, finder, 0)])
+            found = decoded_pictures(decoder, first) / 255
+            name = "inner_loop" if isinstance(finder, InnerLoop) else "encoder"
+            figures[f"psnr_{part}_{name}"] = float(psnr_per_image(found, images / 255).mean())
+        pick = np.linspace(0, len(images) - 1, min(SHOWN, len(images))).astype(int)
+        shown = np.concatenate([images[pick], (decoded[pick] * 255).round().astype(np.uint8)])
+        save_picture(pictures / f"reconstructions_{part}.png", picture_grid(shown, columns=len(pick)))
     return figures
 
 
@@ -91,7 +99,7 @@ def memorisation_figures(samples: np.ndarray, table: LatentTable) -> dict[str, f
 
 
 def sample_figures(
-    drawn: dict[str, np.ndarray], reference: ImageData, held_out: np.ndarray, pictures: Path
+    drawn: dict[str, np.ndarray], reference: ImageData, sides: np.ndarray, pictures: Path
 ) -> dict[str, Any]:
     """Fréchet distances of each set of drawn pictures, their floor, and how near samples lie to training pictures.
 
@@ -101,7 +109,7 @@ def sample_figures(
     Args:
         drawn: figure name → pictures [N, H, W, 3] uint8; ``"fd_lite0"`` are the samples.
         reference: the real pictures.
-        held_out: [N] bool, which of them were kept out of training.
+        sides: [N] of :class:`mnif.data.Split`.
         pictures: folder for a picture of samples above their nearest training pictures.
 
     Returns:
@@ -117,11 +125,12 @@ def sample_figures(
     figures: dict[str, Any] = {
         name: frechet_distance_from_features(rows, real[half]) for name, rows in compared.items()
     }
-    samples, train = features["fd_lite0"], real[~held_out]
+    held_out, train_side = sides == Split.HELD_OUT, sides == Split.TRAIN
+    samples, train = features["fd_lite0"], real[train_side]
     if held_out.any():
         figures["nn_ratio"] = nearest_neighbour_ratio(samples, real[held_out], train)
     _, nearest = nearest_neighbour_distances(samples[:SHOWN], train)
-    pairs = np.concatenate([drawn["fd_lite0"][:SHOWN], reference.images[~held_out][nearest]])
+    pairs = np.concatenate([drawn["fd_lite0"][:SHOWN], reference.images[train_side][nearest]])
     save_picture(pictures / "nearest.png", picture_grid(pairs, columns=len(nearest)))
     figures["protocol"] = PROTOCOL | {
         "reference": reference.name,
@@ -154,6 +163,7 @@ def copying_verdict(figures: dict[str, Any]) -> str | None:
     )
 
 
-def _decoded(decoder: MNIFModel, latents: torch.Tensor) -> np.ndarray:
-    """Pictures of latents [N, D]: [N, R, R, 3] float32 in [0, 1]."""
-    return (in_batches(decoder, latents) / 2 + 0.5).clamp(0, 1).numpy()
+@torch.no_grad()
+def decoded_pictures(decoder: MNIFModel, latents: torch.Tensor, batch_size: int = 256) -> np.ndarray:
+    """Pictures of latents [N, D]: [N, H, W, C] uint8, as files of them hold."""
+    return np.concatenate([to_pixels(decoder(batch)) for batch in latents.split(batch_size)])

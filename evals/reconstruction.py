@@ -1,9 +1,6 @@
 """How well instances are reconstructed, beside the controls any learned latent has to beat."""
 
-from dataclasses import dataclass
-
 import numpy as np
-import scipy.linalg
 
 from mnif.errors import UserError
 
@@ -28,53 +25,6 @@ def psnr_per_image(images: np.ndarray, references: np.ndarray) -> np.ndarray:
     difference = np.clip(images, 0, 1).astype(np.float64) - np.clip(references, 0, 1)
     error = np.square(difference).reshape(len(images), -1).mean(axis=1)
     return -10 * np.log10(np.maximum(error, 1e-10))
-
-
-@dataclass(frozen=True, eq=False)
-class PCA:
-    """Principal components of a data set: the best linear code of its size, a control for any learned one.
-
-    Attributes:
-        mean: [D] float32, D numbers to an instance.
-        components: [K, D] float32, orthonormal rows, the widest first.
-    """
-
-    mean: np.ndarray
-    components: np.ndarray
-
-    def reconstruct(self, images: np.ndarray) -> np.ndarray:
-        """Instances [N, ...] from their K coefficients, float32 in the shape they came in, not clipped."""
-        rows = images.reshape(len(images), -1).astype(np.float32) - self.mean
-        return (rows @ self.components.T @ self.components + self.mean).reshape(images.shape)
-
-
-def fit_pca(train: np.ndarray, components: int) -> PCA:
-    """The first principal components of ``train`` [N, ...].
-
-    An eigendecomposition in float32 of the smaller of the D×D scatter and N×N Gram matrices, for the leading
-    eigenvectors alone: a few seconds for 3,561 pictures of 32×32×3 and 128 components.
-
-    Args:
-        train: [N, ...] numbers.
-        components: how many, from 1 to the smaller of N and D.
-
-    Raises:
-        UserError: more components than N or D allow, or fewer than 1.
-    """
-    rows = train.reshape(len(train), -1).astype(np.float32)
-    size = min(rows.shape)
-    if not 1 <= components <= size:
-        raise UserError(
-            f"PCA: {components} components of {rows.shape[0]}×{rows.shape[1]} numbers; 1 to {size} is possible"
-        )
-    mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
-    rows -= mean
-    narrow = rows.shape[1] <= rows.shape[0]
-    matrix = rows.T @ rows if narrow else rows @ rows.T
-    vectors = scipy.linalg.eigh(matrix, subset_by_index=[size - components, size - 1], overwrite_a=True)[1][:, ::-1]
-    if not narrow:
-        vectors = np.linalg.qr(rows.T @ vectors)[0]  # the rows' span; orthonormal even where the rank runs out
-    return PCA(mean, np.ascontiguousarray(vectors.T))
 
 
 def mean_image_psnr(train: np.ndarray, images: np.ndarray) -> float:

@@ -6,19 +6,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evals.controls import gaussian_latents, latent_table_of, prior_latents
-from evals.figures import copying_verdict, memorisation_figures, reconstruction_figures, sample_figures
+from evals.figures import (
+    copying_verdict,
+    decoded_pictures,
+    memorisation_figures,
+    reconstruction_figures,
+    sample_figures,
+)
 from latent_prior.pipeline import load_pipeline
 from mnif import __version__
 from mnif.arguments import parse_arguments
-from mnif.data import ImageData, load_images, picture_size
-from mnif.encoder import PatchEncoder
+from mnif.data import ImageData, Split, load_images, picture_size
 from mnif.errors import UserError
 from mnif.files import read_json, sha256_of_folder, write_json
-from mnif.fitting import in_batches
-from mnif.model_folder import load_component
-from mnif.pictures import to_pixels
+from mnif.latents import LatentTable
+from mnif.model_folder import load_finder
 from mnif.runs import command_line, peak_memory_megabytes
+from mnif.signal_table import signal_of_model
 
 
 @dataclass(kw_only=True)
@@ -41,6 +48,8 @@ class EvalArguments:
     """Of the noise."""
     held_out_fraction: float = 0.1
     """Share of the reference's designs kept out of training, where no latent table beside the model tells."""
+    test_fraction: float = 0.05
+    """Share of the designs kept for a test, likewise."""
     refinement_steps: int = 60
     """Adam steps on held-out latents; as given to `mnif fit`."""
 
@@ -87,24 +96,32 @@ def _model(arguments: EvalArguments) -> tuple[dict[str, str], Callable[[], dict[
     model = arguments.model
     pipeline = load_pipeline(model)
     decoder = pipeline.decoder
-    reference = load_images(arguments.reference, decoder.config.resolution)
+    signal = signal_of_model(decoder)
+    if signal.name != "image" or signal.channels != 3:
+        raise UserError(
+            f"{model}: a model of {signal.name} with {signal.channels} channel(s); `mnif eval` measures RGB pictures. "
+            "How well its latents fit is in RUN/metrics.json and in the output of `mnif encode`"
+        )
+    reference = load_images(arguments.reference, _size(decoder.config.resolution))
 
     def measure() -> dict[str, Any]:
-        encoder = load_component(PatchEncoder, model, "encoder") if (model / "encoder").is_dir() else None
+        finder = load_finder(model)
         table = latent_table_of(model, pipeline)
-        known = table if table is not None and table.ids == reference.ids else None
-        held_out = reference.held_out(arguments.held_out_fraction) if known is None else known.held_out.numpy()
+        sides = reference.split(arguments.held_out_fraction, arguments.test_fraction)
+        known = table if table is not None and _is_of(table, reference) else None
+        if known is not None:
+            sides = _sides(known, reference)
         steps, output = arguments.refinement_steps, arguments.output_dir
         figures: dict[str, Any] = {}
-        figures |= reconstruction_figures(decoder, encoder, reference, held_out, known, steps, output)
+        figures |= reconstruction_figures(decoder, finder, reference, sides, known, steps, output)
         latents = prior_latents(pipeline, arguments.num_samples, arguments.seed, arguments.num_inference_steps)
-        drawn = {"fd_lite0": to_pixels(in_batches(decoder, latents))}
+        drawn = {"fd_lite0": decoded_pictures(decoder, latents)}
         if table is not None:
             gaussian = gaussian_latents(table, arguments.num_samples, arguments.seed)
-            drawn["fd_lite0_gaussian"] = to_pixels(in_batches(decoder, gaussian))
+            drawn["fd_lite0_gaussian"] = decoded_pictures(decoder, gaussian)
             if table.held_out.any():
                 figures |= memorisation_figures(latents.numpy(), table)
-        return figures | sample_figures(drawn, reference, held_out, output)
+        return figures | sample_figures(drawn, reference, sides, output)
 
     return _inputs(arguments, reference, sha256_of_folder(model)), measure
 
@@ -117,10 +134,28 @@ def _samples(arguments: EvalArguments) -> tuple[dict[str, str], Callable[[], dic
 
     def measure() -> dict[str, Any]:
         drawn = {"fd_lite0": samples.images[: arguments.num_samples]}
-        held_out = reference.held_out(arguments.held_out_fraction)
-        return sample_figures(drawn, reference, held_out, arguments.output_dir)
+        sides = reference.split(arguments.held_out_fraction, arguments.test_fraction)
+        return sample_figures(drawn, reference, sides, arguments.output_dir)
 
     return _inputs(arguments, reference, samples.fingerprint()), measure
+
+
+def _size(resolution: int | list[int]) -> int | tuple[int, int]:
+    return resolution if isinstance(resolution, int) else (resolution[0], resolution[1])
+
+
+def _is_of(table: LatentTable, reference: ImageData) -> bool:
+    """Whether the table's instances are the reference's, in order, some perhaps kept out of it for a test."""
+    known = set(table.ids)
+    return table.ids == [id for id in reference.ids if id in known]
+
+
+def _sides(table: LatentTable, reference: ImageData) -> np.ndarray:
+    """The sides as `mnif fit` cut them; what is not in its table was never looked at."""
+    sides = np.full(len(reference), Split.TEST, dtype=np.int8)
+    known = set(table.ids)
+    sides[[id in known for id in reference.ids]] = np.where(table.held_out.numpy(), Split.HELD_OUT, Split.TRAIN)
+    return sides
 
 
 def _inputs(arguments: EvalArguments, reference: ImageData, measured: str) -> dict[str, str]:

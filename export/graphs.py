@@ -34,19 +34,18 @@ def baked_graph(field: BakedField) -> onnx.ModelProto:
             (:func:`mnif.cells.cell_grid`; rows shared by all cells are to be repeated).
     """
     nodes = Nodes()
-    hidden = "coordinates"
-    for index, (weight, bias) in enumerate(zip(field.weights, field.biases, strict=True)):
+    hidden, layers = "coordinates", field.layers()
+    for index, (weight, bias) in enumerate(layers):
         name = f"layer_{index}"
         hidden = _layer(
             nodes,
             hidden,
             nodes.constant(f"{name}.weight", weight),
             nodes.constant(f"{name}.bias", bias),
-            sine=index < len(field.weights) - 1 or field.output_sine,
+            sine=index < len(layers) - 1 or field.output_sine,
             output=name,
         )
-    cells = max(len(weight) for weight in field.weights)
-    dimensions, channels = field.weights[0].shape[1], field.weights[-1].shape[2]
+    cells, dimensions, channels = len(field.rows), field.shapes[0].inputs, field.shapes[-1].outputs
     return nodes.model(
         "baked", ("coordinates", [cells, "points", dimensions]), ("values", [cells, "points", channels]), hidden
     )
@@ -86,16 +85,31 @@ def sampler_graph(pipeline: MNIFPipeline, steps: LinearSteps, resolution: int) -
     spread = nodes.constant("denoiser.latent_std", denoiser.latent_std)
     mean = nodes.constant("denoiser.latent_mean", denoiser.latent_mean)
     latents = nodes.add("Add", [nodes.add("Mul", [samples[-1], spread], "latents/spread"), mean], "latents")
-    coefficients = nodes.linear(
+    values = _decoded(nodes, decoder, _coefficients(nodes, decoder, latents), resolution)
+    source = ("noise", ["batch", decoder.config.latent_dim])
+    return nodes.model("sampler", source, _picture(decoder, resolution), values)
+
+
+def _coefficients(nodes: Nodes, decoder: MNIFModel, latents: str) -> str:
+    """Latents [batch, latent_dim] → coefficients [batch, cells · layers · bases], as the model has them."""
+    config, scale = decoder.config, decoder.config.num_bases**-0.5
+    if decoder.coefficient_map is None:
+        factor = nodes.constant("coefficients/scale", np.array([scale], dtype=np.float32))
+        if config.mixing == "average":
+            one = nodes.constant("coefficients/one", np.array([1.0], dtype=np.float32))
+            latents = nodes.add("Add", [latents, one], "coefficients/shifted")
+        return nodes.add("Mul", [latents, factor], "coefficients")
+    mapped = nodes.linear(
         latents,
         nodes.constant("decoder.coefficient_map.weight", decoder.coefficient_map.weight),
         nodes.constant("decoder.coefficient_map.bias", decoder.coefficient_map.bias),
         "coefficients",
-        scale=decoder.config.num_bases**-0.5,
+        scale=scale,
     )
-    values = _decoded(nodes, decoder, coefficients, resolution)
-    source = ("noise", ["batch", decoder.config.latent_dim])
-    return nodes.model("sampler", source, _picture(decoder, resolution), values)
+    if config.coefficient_form == "layer":
+        return mapped
+    by_cell = nodes.reshape(mapped, (-1, 1, config.num_bases), "coefficients/shared")
+    return nodes.add("Concat", [by_cell] * len(decoder.bases), "coefficients/by_layer", axis=1)
 
 
 def _cells(decoder: MNIFModel) -> int:
@@ -140,36 +154,30 @@ def _shared_part(decoder: MNIFModel, grid: CellGrid) -> Tensor:
     """What all samples have in common: the coordinates, or a shared first layer's sines, [1 or cells, points, n]."""
     hidden = grid.coordinates
     for shape, row in zip(decoder.shapes, decoder.shared, strict=False):
-        weight, bias = shape.split(row)
-        hidden = BakedField([weight], [bias], output_sine=True)(hidden)
+        hidden = BakedField([shape], row.expand(len(hidden), -1), output_sine=True)(hidden)
     return hidden
 
 
 def _blended(nodes: Nodes, decoder: MNIFModel, grid: CellGrid, values: str) -> str:
     """[batch, cells, points, channels] → [batch, resolution, ..., channels], as :meth:`CellGrid.blend` does it."""
     dimensions, count, channels = decoder.config.dimensions, decoder.config.cells, decoder.config.channels
-    points = round(grid.coordinates.shape[1] ** (1 / dimensions))
     if count > 1:
-        values = nodes.reshape(values, (-1, *[count] * dimensions, *[points] * dimensions, channels), "blend/apart")
+        values = nodes.reshape(values, (-1, *[count] * dimensions, *grid.points_per_axis, channels), "blend/apart")
         interleaved = [axis + offset for axis in range(1, dimensions + 1) for offset in (0, dimensions)]
         values = nodes.add("Transpose", [values], "blend/order", perm=[0, *interleaved, 2 * dimensions + 1])
-    values = nodes.reshape(values, (-1, *[count * points] * dimensions, channels), "blend/line")
-    blends = bool(grid.weight.any())
-    if not blends and torch.equal(grid.first, torch.arange(count * points)):
+    values = nodes.reshape(values, (-1, *[count * points for points in grid.points_per_axis], channels), "blend/line")
+    if count == 1:
         return values
-    first = nodes.constant("blend/first", grid.first)
-    if not blends:
-        for axis in range(1, dimensions + 1):
-            values = nodes.add("Gather", [values, first], f"blend/axis_{axis}", axis=axis)
-        return values
-    second = nodes.constant("blend/second", grid.second)
-    for axis in range(1, dimensions + 1):
+    for axis, (first, second, weight) in enumerate(grid.axes, start=1):
         name = f"blend/axis_{axis}"
-        weight = nodes.constant(f"{name}/weight", grid.weight.view(-1, *[1] * (dimensions + 1 - axis)))
-        ours = nodes.add("Gather", [values, first], f"{name}/ours", axis=axis)
-        theirs = nodes.add("Gather", [values, second], f"{name}/theirs", axis=axis)
+        ours = nodes.add("Gather", [values, nodes.constant(f"{name}/first", first)], f"{name}/ours", axis=axis)
+        if not weight.any():
+            values = ours
+            continue
+        share = nodes.constant(f"{name}/weight", weight.view(-1, *[1] * (dimensions + 1 - axis)))
+        theirs = nodes.add("Gather", [values, nodes.constant(f"{name}/second", second)], f"{name}/theirs", axis=axis)
         step = nodes.add("Sub", [theirs, ours], f"{name}/difference")
-        values = nodes.add("Add", [ours, nodes.add("Mul", [step, weight], f"{name}/share")], f"{name}/blended")
+        values = nodes.add("Add", [ours, nodes.add("Mul", [step, share], f"{name}/share")], f"{name}/blended")
     return values
 
 

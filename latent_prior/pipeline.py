@@ -17,6 +17,7 @@ from latent_prior.denoiser import LatentDenoiser
 from mnif.errors import UserError
 from mnif.model_folder import load_component
 from mnif.modeling import MNIFModel
+from mnif.signal_table import signal_of_model
 
 # diffusers finds the classes of an outside pipeline among the modules already imported, so both stand above.
 
@@ -35,6 +36,9 @@ class MNIFPipelineOutput(BaseOutput):
 
 class MNIFPipeline(DiffusionPipeline):
     """Samples latents with a diffusion prior and decodes them at any resolution.
+
+    Shapes and objects come as pictures of them, at a size of their own; ask for ``output_type="latent"`` and decode to
+    have the volume itself.
 
     Args:
         decoder: the stage-one model.
@@ -99,11 +103,22 @@ class MNIFPipeline(DiffusionPipeline):
         return MNIFPipelineOutput(images=images) if return_dict else (images,)
 
     def _pictures(self, latents: Tensor, resolution: int | None, output_type: str) -> Tensor | np.ndarray | list:
+        signal = signal_of_model(self.decoder)
+        if signal.name != "image":
+            return _views(signal.pictures(self.decoder, latents), output_type)
         images = (self.decoder(latents, resolution) / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images.permute(0, 3, 1, 2)
         array = images.float().cpu().numpy()
         return self.numpy_to_pil(array) if output_type == "pil" else array
+
+
+def _views(pictures: np.ndarray, output_type: str) -> Tensor | np.ndarray | list:
+    """Pictures [B, H, W, 3] uint8 of shapes and objects in the form asked for."""
+    if output_type == "pil":
+        return [Image.fromarray(picture) for picture in pictures]
+    values = pictures.astype(np.float32) / 255
+    return values if output_type == "np" else torch.from_numpy(values).permute(0, 3, 1, 2)
 
 
 def load_pipeline(folder: Path) -> MNIFPipeline:

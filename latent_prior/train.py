@@ -21,8 +21,9 @@ from mnif.latents import LatentTable
 from mnif.model_folder import load_component, save_component
 from mnif.modeling import MNIFModel
 from mnif.pictures import picture_grid, save_picture
+from mnif.rows import Rows
 from mnif.runs import begin_stage, finish_stage, peak_memory_megabytes
-from mnif.training import Rows, TrainingArguments, make_accelerator, train
+from mnif.training import TrainingArguments, make_accelerator, train
 
 
 @dataclass(kw_only=True)

@@ -1,9 +1,9 @@
 """The coarse grid of cells over the domain: where each cell's field is asked, and how neighbours blend.
 
-The domain is cut into ``cells`` equal intervals along every axis. Each cell has a tiny field in coordinates of its
-own, [-1, 1] across the cell. A field reaches over its borders by ``overlap`` of a cell's width; there the two
-neighbours are averaged with weights that run smoothly from one to the other, so the whole is continuous and has no
-seams. The weights are the product of one weight per axis and sum to one (a partition of unity).
+The domain is cut into ``cells`` equal intervals along every axis, for any number of axes. Each cell has a tiny field
+in coordinates of its own, [-1, 1] across the cell. A field reaches over its borders by ``overlap`` of a cell's width;
+there the two neighbours are averaged with weights that run smoothly from one to the other, so the whole is continuous
+and has no seams. The weights are the product of one weight per axis and sum to one (a partition of unity).
 
 Pixels are areas: the centre of pixel r of n lies at (r + 1/2) / n of the axis, so pictures decoded at different
 resolutions show the same thing at the same place.
@@ -36,26 +36,30 @@ class AxisCells:
     weight: np.ndarray
 
 
-def axis_cells(resolution: int, cells: int, overlap: float) -> AxisCells:
+def axis_cells(resolution: int, cells: int, overlap: float, stride: int = 1, phase: int = 0) -> AxisCells:
     """The points each cell is asked at along one axis, and for each pixel the one or two values that make it.
 
     Args:
         resolution: pixels along the axis, at least 1.
         cells: cells along the axis, at least 1.
         overlap: how far a cell's field reaches over its borders, as a fraction of its width, 0 to 0.5.
+        stride: only every ``stride``-th pixel is taken, from pixel ``phase`` on; a divisor of the resolution.
+        phase: 0 to ``stride`` - 1.
 
     Raises:
         UserError: the resolution is below 1.
     """
     if resolution < 1:
         raise UserError(f"resolution {resolution}: at least 1 pixel is needed")
-    position = (np.arange(resolution) + 0.5) * cells / resolution  # in units of one cell
+    # From here on a pixel is one of those taken, number r at (r + centre) / resolution of the axis.
+    resolution, centre = resolution // stride, (phase + 0.5) / stride
+    position = (np.arange(resolution) + centre) * cells / resolution  # in units of one cell
     reach = max(overlap - 1e-9, 0.0) if cells > 1 else 0.0  # a pixel on the very rim has weight 0 and is left out
-    start = np.ceil((np.arange(cells) - reach) * resolution / cells - 0.5).astype(np.int64)
-    stop = np.floor((np.arange(cells) + 1 + reach) * resolution / cells - 0.5).astype(np.int64) + 1
+    start = np.ceil((np.arange(cells) - reach) * resolution / cells - centre).astype(np.int64)
+    stop = np.floor((np.arange(cells) + 1 + reach) * resolution / cells - centre).astype(np.int64) + 1
     points = max(int((stop - start).max()), 1)
     pixel = start[:, None] + np.arange(points)
-    coordinates = ((pixel + 0.5) * cells / resolution - np.arange(cells)[:, None]) * 2 - 1
+    coordinates = ((pixel + centre) * cells / resolution - np.arange(cells)[:, None]) * 2 - 1
 
     inside = np.minimum(position.astype(np.int64), cells - 1)
     border = np.rint(position).astype(np.int64)
@@ -76,63 +80,92 @@ def axis_cells(resolution: int, cells: int, overlap: float) -> AxisCells:
 
 @dataclass(frozen=True)
 class CellGrid:
-    """A square grid of pixels over all cells, as tensors.
+    """A grid of pixels over all cells, as tensors.
 
     Attributes:
-        coordinates: [cells**d, points**d, d], or [1, points**d, d] where all cells have the same points.
-        first, second: [resolution] int64; weight: [resolution], as in :class:`AxisCells`, the same for every axis.
+        coordinates: [cells**d, points, d], or [1, points, d] where all cells have the same points; ``points`` is the
+            product of ``points_per_axis``.
+        cells: cells per axis.
+        points_per_axis: d numbers.
+        axes: for each axis ``first`` and ``second``, [resolution] int64, and ``weight``, [resolution], as in
+            :class:`AxisCells`.
     """
 
     coordinates: Tensor
-    first: Tensor
-    second: Tensor
-    weight: Tensor
+    cells: int
+    points_per_axis: tuple[int, ...]
+    axes: tuple[tuple[Tensor, Tensor, Tensor], ...]
 
     def blend(self, values: Tensor) -> Tensor:
         """Puts the cells' values together to one grid.
 
         Args:
-            values: [batch, cells**d, points**d, channels].
+            values: [batch, cells**d, points, channels].
 
         Returns:
-            [batch, resolution, ..., resolution, channels], d axes.
+            [batch, resolution of axis 1, ..., resolution of axis d, channels].
         """
-        dimensions = self.coordinates.shape[-1]
-        batch, cells, points, channels = values.shape
-        cells_axis, points_axis = round(cells ** (1 / dimensions)), round(points ** (1 / dimensions))
-        values = values.reshape(batch, *[cells_axis] * dimensions, *[points_axis] * dimensions, channels)
+        dimensions = len(self.axes)
+        batch, channels = len(values), values.shape[-1]
+        values = values.reshape(batch, *[self.cells] * dimensions, *self.points_per_axis, channels)
         interleaved = [axis + offset for axis in range(1, dimensions + 1) for offset in (0, dimensions)]
         values = values.permute(0, *interleaved, 2 * dimensions + 1)
-        values = values.reshape(batch, *[cells_axis * points_axis] * dimensions, channels)
-        for axis in range(1, dimensions + 1):
-            weight = self.weight.view(-1, *[1] * (dimensions + 1 - axis))
-            first, second = values.index_select(axis, self.first), values.index_select(axis, self.second)
-            values = torch.lerp(first, second, weight.to(values.dtype))
+        values = values.reshape(batch, *[self.cells * points for points in self.points_per_axis], channels)
+        if self.cells == 1:
+            return values
+        for axis, (first, second, weight) in enumerate(self.axes, start=1):
+            weight = weight.view(-1, *[1] * (dimensions + 1 - axis))
+            values = torch.lerp(
+                values.index_select(axis, first), values.index_select(axis, second), weight.to(values.dtype)
+            )
         return values
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def cell_grid(
-    resolution: int,
+    resolution: int | tuple[int, ...],
     cells: int,
     overlap: float,
     dimensions: int = 2,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    stride: int = 1,
+    phase: tuple[int, ...] | None = None,
 ) -> CellGrid:
-    """The grid of ``resolution`` pixels along each of ``dimensions`` axes; arguments as in :func:`axis_cells`."""
-    axis = axis_cells(resolution, cells, overlap)
-    local = axis.coordinates
-    if np.allclose(local, local[:1], atol=1e-12):
-        local = local[:1]
-    count, points = local.shape
-    per_axis = torch.as_tensor(local)
-    indices = torch.cartesian_prod(*[torch.arange(count)] * dimensions).view(-1, dimensions)
-    offsets = torch.cartesian_prod(*[torch.arange(points)] * dimensions).view(-1, dimensions)
-    coordinates = per_axis[indices[:, None, :], offsets[None, :, :]]
+    """The pixels of a grid, or every ``stride``-th of them along each axis.
+
+    Args:
+        resolution: pixels along each of ``dimensions`` axes; one number stands for all.
+        cells: cells along each axis, at least 1.
+        overlap: as in :func:`axis_cells`.
+        dimensions: d.
+        device: of the tensors.
+        dtype: of coordinates and weights.
+        stride: distance of the pixels taken, a divisor of the resolution; 1 takes all.
+        phase: the first pixel taken along each axis, below ``stride``; default 0.
+    """
+    resolutions = (resolution,) * dimensions if isinstance(resolution, int) else resolution
+    phases = phase or (0,) * dimensions
+    axes = [axis_cells(n, cells, overlap, stride, start) for n, start in zip(resolutions, phases, strict=True)]
+    local = [axis.coordinates for axis in axes]
+    if all(np.allclose(rows, rows[:1], atol=1e-12) for rows in local):
+        local = [rows[:1] for rows in local]
+    count, points = len(local[0]), [rows.shape[1] for rows in local]
+    cell = torch.cartesian_prod(*[torch.arange(count)] * dimensions).view(-1, dimensions)
+    point = torch.cartesian_prod(*[torch.arange(n) for n in points]).view(-1, dimensions)
+    coordinates = torch.stack(
+        [torch.as_tensor(rows)[cell[:, None, axis], point[None, :, axis]] for axis, rows in enumerate(local)], dim=-1
+    )
     return CellGrid(
         coordinates=coordinates.to(device, dtype),
-        first=torch.as_tensor(axis.first, device=device),
-        second=torch.as_tensor(axis.second, device=device),
-        weight=torch.as_tensor(axis.weight).to(device, dtype),
+        cells=cells,
+        points_per_axis=tuple(points),
+        axes=tuple(
+            (
+                torch.as_tensor(axis.first, device=device),
+                torch.as_tensor(axis.second, device=device),
+                torch.as_tensor(axis.weight).to(device, dtype),
+            )
+            for axis in axes
+        ),
     )

@@ -15,6 +15,7 @@ from torch import nn
 
 from mnif.errors import UserError
 from mnif.files import folder_written_atomically, read_json, write_json
+from mnif.latent_rows import LatentRows
 
 
 @dataclass
@@ -44,16 +45,24 @@ class Checkpoints:
         folder: where ``checkpoint-<step>`` folders stand.
         accelerator: holds what is to be saved.
         ema: the moving average of the weights, if there is one.
+        latent_rows: the latents of instances that this process owns, if they learn by themselves.
         limit: older checkpoints beyond this number are removed.
     """
 
-    def __init__(self, folder: Path, accelerator: Accelerator, ema: EMAModel | None, limit: int):
+    def __init__(
+        self,
+        folder: Path,
+        accelerator: Accelerator,
+        ema: EMAModel | None,
+        latent_rows: LatentRows | None,
+        limit: int,
+    ):
         self.folder, self.accelerator, self.ema, self.limit = folder, accelerator, ema, limit
+        self.latent_rows = latent_rows
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        folders = [path for path in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-        return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
+        return _complete(self.folder)
 
     def to_resume(self, wish: str) -> Path | None:
         """The checkpoint meant by ``--resume_from_checkpoint``: "latest", a folder, or "no", which removes all.
@@ -75,8 +84,20 @@ class Checkpoints:
 
     def save(self, progress: Progress) -> None:
         """Writes ``checkpoint-<step>`` and removes those beyond the limit."""
+        if self.latent_rows is not None:
+            # Every process leaves its share before the main process makes a complete checkpoint of all of them.
+            if self.accelerator.is_main_process:
+                shutil.rmtree(self._shares, ignore_errors=True)
+                self._shares.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            self.latent_rows.save(self._shares)
+            self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             with folder_written_atomically(self.folder / f"checkpoint-{progress.step}") as temporary:
+                if self.latent_rows is not None:
+                    for share in self._shares.iterdir():
+                        share.rename(temporary / share.name)
+                    self._shares.rmdir()
                 self.accelerator.save_state(str(temporary), safe_serialization=True)
                 if self.ema is not None:
                     _save_tensors(self.ema.shadow_params, temporary / "ema.safetensors")
@@ -86,6 +107,10 @@ class Checkpoints:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
+    @property
+    def _shares(self) -> Path:
+        return self.folder / ".latent-rows"
+
     def load(self, checkpoint: Path) -> Progress:
         """Puts everything back as it was at ``checkpoint``.
 
@@ -94,6 +119,8 @@ class Checkpoints:
         """
         try:
             self.accelerator.load_state(str(checkpoint))
+            if self.latent_rows is not None:
+                self.latent_rows.load(checkpoint)
             record = read_json(checkpoint / "progress.json")
             ema_step = record.pop("ema_step")
             if self.ema is not None:
@@ -115,6 +142,16 @@ class Checkpoints:
     def load_best(self, parameters: list[nn.Parameter]) -> None:
         """Puts the best weights into ``parameters``."""
         _load_tensors(parameters, self.folder / "best" / "parameters.safetensors")
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The last of a finished stage's checkpoints."""
+    return _complete(folder)[-1]
+
+
+def _complete(folder: Path) -> list[Path]:
+    folders = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
 def _save_tensors(tensors: list[torch.Tensor] | list[nn.Parameter], path: Path) -> None:

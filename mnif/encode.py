@@ -1,38 +1,64 @@
 """`mnif encode`: finds the latents of new data on frozen bases."""
 
+import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from mnif.arguments import parse_arguments
-from mnif.data import load_images
-from mnif.encoder import PatchEncoder
+from mnif.data import Instances, Split
 from mnif.errors import UserError
-from mnif.files import write_json
-from mnif.fitting import encoded_latents, in_batches, psnr
+from mnif.files import read_json, sha256_of_folder, write_json, written_atomically
 from mnif.latents import LatentTable
-from mnif.model_folder import load_component
+from mnif.masks import Observe, masked, read_masks, some_views
+from mnif.model_folder import load_component, load_finder
 from mnif.modeling import MNIFModel
+from mnif.progress import progress_bar
+from mnif.refinement import figures_of, latents_of
+from mnif.rows import Rows, rows_of
 from mnif.runs import command_line, peak_memory_megabytes
+from mnif.signal_table import signal_of_model
+from mnif.signals import Signal
+
+REFINEMENT_STEPS = {"fast": 0, "balanced": 60, "best": 300}
 
 
 @dataclass(kw_only=True)
 class EncodeArguments:
-    """Find the latents of new data on frozen bases; writes latents.safetensors and metrics.json."""
+    """Find the latents of new data on frozen bases; the same command again continues where it was stopped."""
 
     model: Path
     """The model folder, RUN/model."""
     data: str
-    """A built-in set (twemoji), a folder of pictures, or an .npz file."""
+    """A built-in set, a folder or a file of what the model was trained on."""
     output_dir: Path
     """Gets latents.safetensors and metrics.json."""
-    refinement_steps: int = 60
-    """Adam steps on each latent; 0 takes the encoder's as they are. Without an encoder the latents start from zero
-    and take five times as many."""
+    method: Literal["auto", "encoder", "meta", "auto-decoding"] = "auto"
+    """Where the search starts: at the encoder's answer, at the inner loop's, or at zero; auto: what the model has."""
+    preset: Literal["fast", "balanced", "best"] = "balanced"
+    """0, 60 or 300 refinement steps."""
+    refinement_steps: int | None = None
+    """Adam steps on each latent, in place of the preset's; a search from zero takes five times as many."""
+    refinement_learning_rate: float = 0.05
+    """Of the first of these steps."""
+    split: Literal["all", "train", "held_out", "test"] = "all"
+    """Which part of the data, cut as `mnif fit` does it."""
+    held_out_fraction: float = 0.1
+    """As in `mnif fit`."""
+    test_fraction: float = 0.05
+    """As in `mnif fit`."""
+    mask: Path | None = None
+    """What was seen: a picture (white is seen), or an .npy or .npz with masks; the rest is filled in by the model."""
+    views: list[int] | None = None
+    """The views that were seen, by number (radiance)."""
     batch_size: int = 256
-    """Pictures at a time; changes speed and memory, not the result."""
+    """Instances at a time; changes speed and memory, not the result."""
 
 
 def main(arguments: list[str]) -> None:
@@ -46,33 +72,117 @@ def encode(arguments: EncodeArguments) -> None:
     Raises:
         UserError: the model or the data cannot be read, or a flag is out of range.
     """
+    steps = arguments.refinement_steps
+    steps = REFINEMENT_STEPS[arguments.preset] if steps is None else steps
     if arguments.batch_size < 1:
         raise UserError(f"--batch_size {arguments.batch_size}: must be at least 1")
-    if arguments.refinement_steps < 0:
-        raise UserError(f"--refinement_steps {arguments.refinement_steps}: must be at least 0")
+    if steps < 0:
+        raise UserError(f"--refinement_steps {steps}: must be at least 0")
     decoder = load_component(MNIFModel, arguments.model, "decoder")
-    encoder = None
-    if (arguments.model / "encoder").is_dir():
-        encoder = load_component(PatchEncoder, arguments.model, "encoder")
-    data = load_images(arguments.data, decoder.config.resolution)
-    values = torch.from_numpy(data.images).float() / 127.5 - 1
-    started = time.perf_counter()
-    latents = encoded_latents(decoder, encoder, values, arguments.refinement_steps, arguments.batch_size, True)
+    signal = signal_of_model(decoder)
+    finder = load_finder(arguments.model, arguments.method)
+    data = signal.load_more(arguments.data)
+    if arguments.split != "all":
+        sides = data.split(arguments.held_out_fraction, arguments.test_fraction)
+        data = data.rows(sides == Split[arguments.split.upper()])
+        if not len(data):
+            raise UserError(f"--split {arguments.split}: no {signal.unit} of {arguments.data} is in it")
+    rows = rows_of(data.arrays())
+    observe = _observation(arguments, signal, data, rows)
+
+    output, started = arguments.output_dir, time.perf_counter()
+    search = {"steps": steps, "model": sha256_of_folder(arguments.model), "data": data.fingerprint()}
+    search |= {name: str(value) for name, value in asdict(arguments).items() if name != "output_dir"}
+    parts = Parts(output / ".parts", search)
+    with progress_bar(total=len(rows), desc="finding latents", unit=signal.unit) as bar:
+        for begin in range(0, len(rows), arguments.batch_size):
+            batch = rows.subset(np.arange(begin, min(begin + arguments.batch_size, len(rows))))
+            if begin not in parts:
+                (latents,) = latents_of(
+                    decoder, signal, batch, finder, steps, arguments.refinement_learning_rate, len(batch), observe
+                )
+                parts.save(begin, latents)
+            bar.update(len(batch))
+    found = parts.all()
     seconds = time.perf_counter() - started
-    quality = psnr(in_batches(decoder, latents, arguments.batch_size), values)
-    output = arguments.output_dir
-    held_out = torch.zeros(len(latents), dtype=torch.bool)
-    LatentTable(latents, data.ids, held_out, decoder.fingerprint(), data.name).save(output / "latents.safetensors")
+    figures = figures_of(decoder, signal, rows, found)
+    held_out = torch.zeros(len(found), dtype=torch.bool)
+    LatentTable(found, data.ids, held_out, decoder.fingerprint(), data.name).save(output / "latents.safetensors")
+    badly = _fitting_badly(figures["psnr"], data.ids)
     write_json(
         output / "metrics.json",
-        {
-            "psnr": quality.mean().item(),
-            "psnr_per_image": dict(zip(data.ids, (round(q, 3) for q in quality.tolist()), strict=True)),
-            "images_per_second": len(latents) / seconds,
+        {name: values.double().mean().item() for name, values in figures.items()}
+        | {
+            f"{name}_per_instance": dict(zip(data.ids, (round(v, 3) for v in values.tolist()), strict=True))
+            for name, values in figures.items()
+        }
+        | {
+            "fitting_badly": badly,
+            "images_per_second": len(found) / seconds,
             "seconds": round(seconds, 2),
             "command": command_line(),
             "peak_rss_mb": peak_memory_megabytes(),
         },
     )
-    worst = ", ".join(f"{data.ids[row]} ({quality[row]:.1f} dB)" for row in quality.argsort()[:5])
-    print(f"{output}: {len(latents)} latents, {quality.mean():.2f} dB on average; fitting worst: {worst}")
+    parts.remove()
+    shown = ", ".join(f"{name} {values.double().mean():.3f}" for name, values in figures.items())
+    print(f"{output}: {len(found)} latents, {shown} on average")
+    if badly:
+        worst = ", ".join(f"{id} ({value:.1f} dB)" for id, value in list(badly.items())[:5])
+        print(f"warning: {len(badly)} of them fit much worse than the rest: {worst}")
+
+
+def _observation(arguments: EncodeArguments, signal: Signal, data: Instances, rows: Rows) -> Observe | None:
+    """How a batch is observed: whole (None), through masks, or in some views."""
+    if arguments.mask is not None and arguments.views is not None:
+        raise UserError("give either --mask or --views")
+    (first,) = rows.subset(np.arange(1)).batches(1)
+    if arguments.mask is not None:
+        shape = signal.observe(first).values.shape[1:-1]
+        return masked(signal, read_masks(arguments.mask, shape, data.ids))
+    if arguments.views is not None:
+        return some_views(signal, arguments.views, first["images"].shape[1] if "images" in first else 0)
+    return None
+
+
+class Parts:
+    """Batches of latents that have been found already, so that a stopped command loses one batch at most.
+
+    Args:
+        folder: where they wait; emptied if it is of another search.
+        search: what the latents depend on.
+    """
+
+    def __init__(self, folder: Path, search: dict[str, Any]):
+        self.folder = folder
+        record = folder / "search.json"
+        if folder.exists() and (not record.exists() or read_json(record) != search):
+            shutil.rmtree(folder)
+        write_json(record, search)
+
+    def __contains__(self, begin: int) -> bool:
+        return self._file(begin).exists()
+
+    def save(self, begin: int, latents: Tensor) -> None:
+        """Keeps the latents of the batch that begins at a row."""
+        with written_atomically(self._file(begin)) as temporary:
+            save_file({"latents": latents.cpu()}, temporary)
+
+    def all(self) -> Tensor:
+        """All latents in order, [N, D]."""
+        return torch.cat([load_file(path)["latents"] for path in sorted(self.folder.glob("*.safetensors"))])
+
+    def remove(self) -> None:
+        """Forgets everything, once it has been written elsewhere."""
+        shutil.rmtree(self.folder)
+
+    def _file(self, begin: int) -> Path:
+        return self.folder / f"{begin:09d}.safetensors"
+
+
+def _fitting_badly(quality: Tensor, ids: list[str]) -> dict[str, float]:
+    """Instances whose PSNR lies more than three robust standard deviations below the median, the worst first."""
+    median = quality.median()
+    spread = 1.4826 * (quality - median).abs().median()
+    rows = [row for row in quality.argsort().tolist() if quality[row] < median - 3 * spread]
+    return {ids[row]: round(quality[row].item(), 3) for row in rows}

@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from mnif.field_operator import field_values
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -28,7 +30,7 @@ class LayerShape:
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Splits rows [batch, parameters] into weights [batch, inputs, outputs] and biases [batch, 1, outputs]."""
-        weights = rows[:, : self.inputs * self.outputs].view(-1, self.inputs, self.outputs)
+        weights = rows[:, : self.inputs * self.outputs].reshape(-1, self.inputs, self.outputs)
         return weights, rows[:, None, self.inputs * self.outputs :]
 
 
@@ -62,35 +64,37 @@ class BakedField:
     """Plain networks, one per instance and cell, that no longer know of bases.
 
     Attributes:
-        weights: one tensor per layer, [fields, in, out]; the first layer may be shared, [1, in, out].
-        biases: one tensor per layer, [fields, 1, out] or [1, 1, out].
+        shapes: the linear layers.
+        rows: [fields, parameters], a field's layers one after the other, each weight [in, out] then bias [out].
         output_sine: a sine follows the last layer too (the paper's image and voxel fields).
     """
 
-    weights: list[Tensor]
-    biases: list[Tensor]
+    shapes: list[LayerShape]
+    rows: Tensor
     output_sine: bool = False
 
     def __call__(self, coordinates: Tensor) -> Tensor:
         """The fields' values.
 
         Args:
-            coordinates: [fields, points, d] or [1, points, d], the same points for all.
+            coordinates: [sets, points, d]; field i is asked at set i modulo ``sets``, so one set serves all fields
+                and one set per cell serves all instances.
 
         Returns:
             [fields, points, channels], within about [-1, 1] for colours and occupancies.
         """
-        hidden = coordinates
-        last = len(self.weights) - 1
-        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            fields = max(len(hidden), len(weight))
-            hidden = torch.baddbmm(
-                bias.expand(fields, -1, -1), hidden.expand(fields, -1, -1), weight.expand(fields, -1, -1)
-            )
-            if index < last or self.output_sine:
-                hidden = torch.sin(hidden)
-        return hidden
+        sizes = [self.shapes[0].inputs, *(shape.outputs for shape in self.shapes)]
+        return field_values(coordinates, self.rows, sizes, self.output_sine)
+
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Every layer's weights [fields, in, out] and biases [fields, 1, out]."""
+        parts = self.rows.split([shape.parameters for shape in self.shapes], dim=1)
+        return [shape.split(part) for shape, part in zip(self.shapes, parts, strict=True)]
 
     def parameters_per_field(self) -> int:
-        """Numbers one field holds, a shared first layer included."""
-        return sum(w[0].numel() + b[0].numel() for w, b in zip(self.weights, self.biases, strict=True))
+        """Numbers one field holds."""
+        return self.rows.shape[1]
+
+    def multiply_adds_per_point(self) -> int:
+        """Multiplications (each with an addition) that one value of one field costs, sines not counted."""
+        return sum(shape.inputs * shape.outputs for shape in self.shapes)

@@ -114,3 +114,9 @@ def sha256_of_folder(folder: Path) -> str:
         if path.is_file() and not any(part.startswith(".") for part in name.parts):
             digest.update(f"{name.as_posix()} {sha256_of_file(path)}\n".encode())
     return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where things that can be made again are kept: ``MNIF_CACHE``, or ``mnif`` in the user's cache folder."""
+    own = os.environ.get("MNIF_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnif"

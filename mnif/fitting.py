@@ -1,159 +1,118 @@
-"""Ways of learning: the amortised encoder, auto-decoding, and finding latents while the bases stand still."""
+"""The three ways of learning bases: what each minimises in a step of training."""
 
-from collections.abc import Callable
+from abc import abstractmethod
 
 import torch
 from torch import Tensor, nn
 
-from mnif.encoder import PatchEncoder
+from mnif.inner_loop import InnerLoop
+from mnif.latent_rows import LatentRows
 from mnif.modeling import MNIFModel
-from mnif.progress import progress_bar
+from mnif.signals import Observation, Signal
 
 
-class AmortisedFitting(nn.Module):
+class Fitting(nn.Module):
+    """A way of learning: called on a batch of rows, gives the loss.
+
+    Args:
+        decoder: the bases.
+        signal: what the data are.
+    """
+
+    def __init__(self, decoder: MNIFModel, signal: Signal):
+        super().__init__()
+        self.decoder, self.signal = decoder, signal
+
+    @abstractmethod
+    def latents(self, observation: Observation, row: Tensor) -> Tensor:
+        """The latents [B, D] of a batch as they are found now, without noise; ``row`` [B] are row numbers."""
+
+    def others(self) -> list[nn.Parameter]:
+        """What is learned besides the decoder."""
+        own = {id(parameter) for parameter in self.decoder.parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in own]
+
+
+class AmortisedFitting(Fitting):
     """An encoder names the latent, the decoder draws it; both learn from the squared error.
 
     Args:
         decoder: the bases.
-        encoder: values → latents.
+        signal: what the data are.
+        encoder: of the signal (:meth:`mnif.signals.Signal.encoder`).
         latent_noise: standard deviation of the noise added to latents while training. It keeps neighbouring latents
-            drawing similar pictures, which the prior needs.
-        random_flip: mirror half of the pictures left to right while training.
+            drawing similar instances, which the prior needs.
+        augment: change instances at random in ways the signal knows (mirror images).
     """
 
-    def __init__(self, decoder: MNIFModel, encoder: PatchEncoder, latent_noise: float, random_flip: bool):
-        super().__init__()
-        self.decoder, self.encoder = decoder, encoder
-        self.latent_noise, self.random_flip = latent_noise, random_flip
-        self.grid = decoder.grid()
+    def __init__(self, decoder: MNIFModel, signal: Signal, encoder: nn.Module, latent_noise: float, augment: bool):
+        super().__init__(decoder, signal)
+        self.encoder, self.latent_noise, self.augment = encoder, latent_noise, augment
 
-    def forward(self, values: Tensor, row: Tensor) -> Tensor:
-        """Mean squared error of values [B, R, R, C] in [-1, 1]; the rows' numbers are not needed."""
-        if self.random_flip:
-            flipped = torch.rand(len(values), 1, 1, 1, device=values.device) < 0.5
-            values = torch.where(flipped, values.flip(2), values)
-        latents = self.encoder(values)
+    def forward(self, row: Tensor, **batch: Tensor) -> Tensor:
+        """Mean squared error of a batch."""
+        observation = self.signal.observe(batch)
+        if self.augment:
+            observation = self.signal.augmented(observation)
+        latents = self.latents(observation, row)
         latents = latents + self.latent_noise * torch.randn_like(latents)
-        return (self.decoder.decode_on(latents, self.grid) - values).square().mean()
+        return self.signal.errors(self.decoder, latents, self.signal.part(observation)).mean()
+
+    def latents(self, observation: Observation, row: Tensor) -> Tensor:
+        """The encoder's."""
+        return self.signal.encode(self.encoder, observation)
 
 
-class AutoDecoding(nn.Module):
-    """Every instance owns a row of latents that learns together with the bases (Park et al., DeepSDF, 2019).
-
-    The rows have sparse gradients, so a step touches the rows of its batch only.
+class AutoDecoding(Fitting):
+    """Every instance owns a row of latents that learns together with the bases (DeepSDF; Park et al., CVPR 2019).
 
     Args:
         decoder: the bases.
-        instances: rows of the table.
+        signal: what the data are.
+        rows: this process's latents.
         latent_regularisation: weight of the latents' mean square in the loss.
     """
 
-    def __init__(self, decoder: MNIFModel, instances: int, latent_regularisation: float):
-        super().__init__()
-        self.decoder, self.latent_regularisation = decoder, latent_regularisation
-        self.latents = nn.Embedding(instances, decoder.config.latent_dim, sparse=True)
-        nn.init.normal_(self.latents.weight, std=0.1)
-        self.grid = decoder.grid()
+    def __init__(self, decoder: MNIFModel, signal: Signal, rows: LatentRows, latent_regularisation: float):
+        super().__init__(decoder, signal)
+        self.rows, self.latent_regularisation = rows, latent_regularisation
 
-    def forward(self, values: Tensor, row: Tensor) -> Tensor:
-        """Mean squared error of values [B, R, R, C] in [-1, 1] for table rows [B], and the latents' regularisation."""
-        latents = self.latents(row)
-        error = (self.decoder.decode_on(latents, self.grid) - values).square().mean()
+    def forward(self, row: Tensor, **batch: Tensor) -> Tensor:
+        """Mean squared error of a batch, and the latents' regularisation."""
+        latents = self.rows.take(row)
+        part = self.signal.part(self.signal.observe(batch))
+        error = self.signal.errors(self.decoder, latents, part).mean()
         return error + self.latent_regularisation * latents.square().mean()
 
+    def latents(self, observation: Observation, row: Tensor) -> Tensor:
+        """The rows as they are."""
+        return self.rows.read(row)
 
-def refined_latents(
-    decoder: MNIFModel,
-    values: Tensor,
-    start: Tensor,
-    steps: int,
-    learning_rate: float = 0.05,
-    batch_size: int = 256,
-    progress: bool = False,
-) -> Tensor:
-    """Latents that fit ``values`` better, by Adam on the latents alone while the bases stand still.
 
-    Errors are summed over instances and Adam works number by number, so an instance's latent does not depend on
-    which others are in its batch.
+class MetaLearning(Fitting):
+    """Bases from which a few gradient steps on the latent reach any instance (CAVIA; the paper's stage one).
 
     Args:
         decoder: the bases.
-        values: [N, R, R, C] in [-1, 1], at the decoder's training resolution.
-        start: latents to start from, [N, D].
-        steps: Adam steps; the rate falls to zero as a cosine. 0 returns ``start``.
-        learning_rate: the first step's.
-        batch_size: instances at a time; changes speed and memory only.
-        progress: show a bar.
-
-    Returns:
-        [N, D].
+        signal: what the data are.
+        inner_loop: the steps; its rates learn together with the bases.
+        second_order: differentiate through the steps. First order is faster and reaches less.
+        start_noise: the latents start at N(0, start_noise²) in training; they start at 0 afterwards.
     """
-    if not steps:
-        return start
-    grid = decoder.grid()
-    frozen = [p for p in decoder.parameters() if p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    refined = []
-    bar = progress_bar(total=len(values), desc="refining latents", unit="image", disable=not progress)
-    for target, first in zip(values.split(batch_size), start.split(batch_size), strict=True):
-        latents = first.clone().requires_grad_()
-        optimizer = torch.optim.Adam([latents], lr=learning_rate, betas=(0.9, 0.99))
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        for _ in range(steps):
-            with torch.enable_grad():
-                errors = (decoder.decode_on(latents, grid) - target).square().mean(dim=(1, 2, 3))
-                (latents.grad,) = torch.autograd.grad(errors.sum(), latents)
-            optimizer.step()
-            schedule.step()
-        refined.append(latents.detach())
-        bar.update(len(target))
-    bar.close()
-    for parameter in frozen:
-        parameter.requires_grad_(True)
-    return torch.cat(refined)
 
+    def __init__(
+        self, decoder: MNIFModel, signal: Signal, inner_loop: InnerLoop, second_order: bool, start_noise: float = 1e-4
+    ):
+        super().__init__(decoder, signal)
+        self.inner_loop, self.second_order, self.start_noise = inner_loop, second_order, start_noise
 
-def encoded_latents(
-    decoder: MNIFModel,
-    encoder: PatchEncoder | None,
-    values: Tensor,
-    refinement_steps: int,
-    batch_size: int = 256,
-    progress: bool = False,
-) -> Tensor:
-    """Latents of new instances on frozen bases.
+    def forward(self, row: Tensor, **batch: Tensor) -> Tensor:
+        """Mean squared error of a batch after the inner loop."""
+        part = self.signal.part(self.signal.observe(batch))
+        start = self.start_noise * torch.randn(len(row), self.decoder.config.latent_dim, device=row.device)
+        latents = self.inner_loop(self.decoder, self.signal, part, start, self.second_order)
+        return self.signal.errors(self.decoder, latents, part).mean()
 
-    Args:
-        decoder: the bases.
-        encoder: gives the latents to start from; None starts from zero and takes five times as many steps.
-        values: [N, R, R, C] in [-1, 1], at the decoder's training resolution.
-        refinement_steps: of :func:`refined_latents`.
-        batch_size: instances at a time; changes speed and memory only.
-        progress: show a bar.
-
-    Returns:
-        [N, D].
-    """
-    if encoder is not None:
-        start = in_batches(encoder, values, batch_size)
-    else:
-        start, refinement_steps = values.new_zeros(len(values), decoder.config.latent_dim), 5 * refinement_steps
-    return refined_latents(decoder, values, start, refinement_steps, batch_size=batch_size, progress=progress)
-
-
-@torch.no_grad()
-def in_batches(function: Callable[[Tensor], Tensor], inputs: Tensor, batch_size: int = 256) -> Tensor:
-    """``function`` over the rows of ``inputs``, a batch at a time, without gradients."""
-    return torch.cat([function(batch) for batch in inputs.split(batch_size)])
-
-
-def psnr(values: Tensor, targets: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each instance in dB, [N].
-
-    Args:
-        values: [N, ...] in about [-1, 1], clipped to it.
-        targets: [N, ...] in [-1, 1]. The peak is 2, which equals the PSNR of the same pictures on [0, 1].
-    """
-    error = (values.clamp(-1, 1) - targets).square().flatten(1).mean(dim=1) / 4
-    return -10 * torch.log10(error.clamp_min(1e-10))
+    def latents(self, observation: Observation, row: Tensor) -> Tensor:
+        """After the inner loop, on one random part of what is known."""
+        return self.inner_loop(self.decoder, self.signal, self.signal.part(observation))

@@ -6,12 +6,20 @@ from typing import TypeVar
 from diffusers import ModelMixin
 from safetensors import SafetensorError
 
+from mnif.encoder import PatchEncoder, ViewsEncoder
 from mnif.errors import UserError
-from mnif.files import folder_written_atomically
+from mnif.files import folder_written_atomically, read_json
+from mnif.inner_loop import InnerLoop
+from mnif.refinement import Finder
 
 Component = TypeVar("Component", bound=ModelMixin)
 
-_MADE_BY = {"decoder": "mnif fit", "encoder": "mnif fit --method encoder", "denoiser": "mnif prior"}
+_MADE_BY = {
+    "decoder": "mnif fit",
+    "encoder": "mnif fit --method encoder",
+    "inner_loop": "mnif fit --method meta",
+    "denoiser": "mnif prior",
+}
 
 
 def save_component(folder: Path, name: str, component: ModelMixin) -> None:
@@ -34,3 +42,25 @@ def load_component(kind: type[Component], folder: Path, name: str) -> Component:
         return kind.from_pretrained(folder / name, use_safetensors=True, low_cpu_mem_usage=False).eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder / name}: damaged component ({str(error).splitlines()[0]})") from None
+
+
+def load_finder(folder: Path, method: str = "auto") -> Finder:
+    """What finds the latents of new data: the folder's encoder or inner loop, or None for a search from zero.
+
+    Args:
+        folder: the model folder.
+        method: "encoder", "meta" or "auto-decoding" (None); "auto" takes what there is.
+
+    Raises:
+        UserError: the folder lacks what was asked for.
+    """
+    name = {"encoder": "encoder", "meta": "inner_loop", "auto-decoding": None}.get(method, "auto")
+    if name == "auto":
+        name = next((name for name in ("encoder", "inner_loop") if (folder / name).is_dir()), None)
+    if name is None:
+        return None
+    if name == "inner_loop":
+        return load_component(InnerLoop, folder, name)
+    config = folder / name / "config.json"
+    radiance = config.is_file() and read_json(config).get("_class_name") == ViewsEncoder.__name__
+    return load_component(ViewsEncoder if radiance else PatchEncoder, folder, name)

@@ -1,8 +1,6 @@
 """The training loop both stages share: Accelerate, checkpoints, exact resume, EMA, trackers, curves."""
 
 import math
-import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +17,14 @@ from accelerate.utils import LoggerType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from mnif.checkpoints import Checkpoints, Progress
 from mnif.curves import Curves
 from mnif.errors import UserError
+from mnif.latent_rows import LatentRows
 from mnif.progress import progress_bar
+from mnif.rows import Rows, ShuffledBatches
 
 LOG_STEPS = 50
 
@@ -66,49 +66,7 @@ class TrainingArguments:
     dataloader_num_workers: int = 0
     """Worker processes that load data; 0 loads in the training process."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; "auto" compiles where a C++ compiler or a GPU is present."""
-
-
-class ShuffledBatches(Sampler[list[int]]):
-    """Batches of row numbers for steps ``start`` to ``stop``: a function of seed and step alone.
-
-    Every epoch is a new permutation; rows beyond the last whole batch of an epoch wait for the next one. Starting at
-    any step yields what a run from step 0 would have seen there, so a resumed run continues exactly.
-    """
-
-    def __init__(self, rows: int, batch_size: int, seed: int, start: int, stop: int):
-        self.rows, self.batch_size, self.seed, self.start, self.stop = rows, min(batch_size, rows), seed, start, stop
-        self.drop_last = True  # read by Accelerate when it shares batches out to processes
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __iter__(self) -> Iterator[list[int]]:
-        per_epoch = self.rows // self.batch_size
-        epoch, order = -1, np.empty(0, dtype=np.int64)
-        for step in range(self.start, self.stop):
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
-            begin = step % per_epoch * self.batch_size
-            yield order[begin : begin + self.batch_size].tolist()
-
-
-class Rows(Dataset[dict[str, Tensor]]):
-    """Tensors with the same first axis; a batch is one indexing of each, under the tensors' names."""
-
-    def __init__(self, **tensors: Tensor):
-        self.tensors = tensors
-
-    def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
-
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {name: tensor[row] for name, tensor in self.tensors.items()}
-
-    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
-        index = torch.as_tensor(rows)
-        return {name: tensor[index] for name, tensor in self.tensors.items()}
+    """torch.compile; "auto" compiles on a GPU. On a CPU the fields are an operator of their own, compiled once."""
 
 
 def make_accelerator(arguments: TrainingArguments, folder: Path) -> Accelerator:
@@ -141,6 +99,7 @@ def train(
     validate: Callable[[], dict[str, float]],
     ema: EMAModel | None = None,
     keep_best: str | None = None,
+    latent_rows: LatentRows | None = None,
 ) -> None:
     """Trains ``module``, whose call on a batch of ``rows`` gives the loss, and leaves the final weights in it.
 
@@ -156,13 +115,14 @@ def train(
         validate: figures of the current weights (of the EMA weights if there is an EMA).
         ema: averages the module's parameters; its weights are the ones validated and kept.
         keep_best: the figure whose smallest value picks the weights that are kept; None keeps the last.
+        latent_rows: latents that the module takes and that learn by themselves, each process its own.
 
     Raises:
         UserError: the loss is not finite, or a checkpoint cannot be used.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
     """
     steps, accumulation = arguments.max_train_steps, arguments.gradient_accumulation_steps
-    if arguments.compile == "on" or (arguments.compile == "auto" and _can_compile(accelerator)):
+    if arguments.compile == "on" or (arguments.compile == "auto" and accelerator.device.type == "cuda"):
         module.compile()
     parameters = list(module.parameters())
     schedules = [_schedule(arguments, optimizer) for optimizer in optimizers]
@@ -170,7 +130,7 @@ def train(
     optimizers, schedules = prepared[: len(optimizers)], prepared[len(optimizers) :]
 
     checkpoints = Checkpoints(
-        folder / "checkpoints" / stage, accelerator, ema, limit=arguments.checkpoints_total_limit
+        folder / "checkpoints" / stage, accelerator, ema, latent_rows, limit=arguments.checkpoints_total_limit
     )
     progress = Progress()
     checkpoint = checkpoints.to_resume(arguments.resume_from_checkpoint)
@@ -201,7 +161,9 @@ def train(
                     loss = model(**batch)
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(_dense(parameters), arguments.max_grad_norm)
+                        accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm)
+                        if latent_rows is not None:
+                            latent_rows.step(_share_of_peak(optimizers[0]))
                     for optimizer, schedule in zip(optimizers, schedules, strict=True):
                         optimizer.step()
                         schedule.step()
@@ -265,17 +227,14 @@ def _loader(arguments: TrainingArguments, rows: Rows, step: int, processes: int)
     return DataLoader(rows, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers)
 
 
-def _can_compile(accelerator: Accelerator) -> bool:
-    return accelerator.device.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
-
-
 def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _dense(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
-    """Without the embeddings that have sparse gradients, whose rows belong to single instances."""
-    return [p for p in parameters if p.grad is not None and not p.grad.is_sparse]
+def _share_of_peak(optimizer: torch.optim.Optimizer) -> float:
+    """What the schedule multiplies learning rates with now."""
+    group = optimizer.param_groups[0]
+    return group["lr"] / group["initial_lr"]
 
 
 def _seed_step(seed: int, step: int, process: int) -> None:

@@ -60,7 +60,7 @@ def test_field_is_alive_at_the_start_whatever_the_number_of_bases(mixing: str, n
     torch.manual_seed(0)
     model = MNIFModel(num_bases=num_bases, width=64, depth=2, cells=1, mixing=mixing, omega=30.0)
     field = model.bake(model.coefficients(torch.randn(4, 128)))
-    for weight in field.weights[1:-1]:
+    for weight, _ in field.layers()[1:-1]:
         assert weight.std().item() == pytest.approx(math.sqrt(2 / 64), rel=0.1)
     grid = cell_grid(32, 1, 0.0)
     assert field(grid.coordinates).std() > 0.01

@@ -4,8 +4,9 @@ import sklearn.decomposition
 import torch
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from evals.reconstruction import border_step_ratio, fit_pca, mean_image_psnr, psnr_per_image
+from evals.reconstruction import border_step_ratio, mean_image_psnr, psnr_per_image
 from mnif.errors import UserError
+from mnif.pca import fit_pca
 
 
 @pytest.fixture

@@ -1,0 +1,461 @@
+// Coordinate networks of one batch, evaluated block by block of points so that nothing but parameters, coordinates,
+// values and their gradients ever reaches main memory. Three entry points, each with all fields of a batch at once:
+//
+//   values          Y = f(W; X)
+//   vjp             dW for a given dY (the activations are worked out again rather than stored)
+//   second_order    for a direction V in parameter space and a given dY: the gradient by W of <dY, J V>, and J V itself
+//
+// `vjp` is the backward pass of `values`, and `second_order` that of `vjp`: what second-order meta-learning needs.
+// Plain C interface, called through ctypes; mnif/field_operator.py is the other side. GCC or Clang vector extensions
+// make it run on any CPU; -march=native picks the widest instructions.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+template <int LANES>
+struct Vector;
+template <>
+struct Vector<8> {
+    typedef float Floats __attribute__((vector_size(32), aligned(4), may_alias));
+    typedef int32_t Ints __attribute__((vector_size(32), aligned(4), may_alias));
+};
+template <>
+struct Vector<16> {
+    typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+    typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
+};
+
+// sin and cos of LANES numbers, both within 2e-7 for |x| up to 1e5: x - n pi in two parts, then a polynomial. The
+// coefficients are Chebyshev fits of (sin(r)/r - 1)/r^2 and (cos(r) - 1)/r^2 over |r| <= pi/2.
+template <int LANES, bool WITH_COSINE>
+inline void sine(typename Vector<LANES>::Floats x, float* s, float* c) {
+    using Floats = typename Vector<LANES>::Floats;
+    using Ints = typename Vector<LANES>::Ints;
+    const Floats shifted = x * 0.318309886f + 12582912.0f;  // the low bits of the sum hold round(x / pi)
+    const Floats n = shifted - 12582912.0f;
+    const Ints sign = (Ints)shifted << 31;
+    Floats r = x - n * 3.1415927410125732f;
+    r = r + n * 8.742277657347586e-08f;
+    const Floats q = r * r;
+    Floats u = q * 2.63479182649462e-06f - 0.0001982275425689295f;
+    u = u * q + 0.008333242498338223f;
+    u = u * q - 0.1666666567325592f;
+    const Floats odd = u * (q * r) + r;
+    *(Floats*)s = (Floats)((Ints)odd ^ sign);
+    if (WITH_COSINE) {
+        Floats v = q * -2.629768403039634e-07f + 2.4774590201559477e-05f;
+        v = v * q - 0.0013888651737943292f;
+        v = v * q + 0.0416666604578495f;
+        v = v * q - 0.5f;
+        const Floats even = v * q + 1.0f;
+        *(Floats*)c = (Floats)((Ints)even ^ sign);
+    }
+}
+
+// C[m][:] (+)= sum over k of A(m, k) B[k][:] for ROWS rows of C and COLUMNS vectors of columns, all in registers.
+template <int LANES, int COLUMNS, int ROWS>
+inline void tile(const float* a, long a_row, long a_inner, const float* b, long b_row, float* c, long c_row, long inner,
+                 const float* start, bool add) {
+    using Floats = typename Vector<LANES>::Floats;
+    Floats sum[ROWS][COLUMNS];
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < COLUMNS; j++) {
+            if (add)
+                sum[i][j] = *(const Floats*)(c + i * c_row + j * LANES);
+            else if (start)
+                sum[i][j] = *(const Floats*)(start + j * LANES);
+            else
+                sum[i][j] = Floats{};
+        }
+    for (long k = 0; k < inner; k++) {
+        Floats right[COLUMNS];
+        for (int j = 0; j < COLUMNS; j++) right[j] = *(const Floats*)(b + k * b_row + j * LANES);
+        for (int i = 0; i < ROWS; i++) {
+            const float left = a[i * a_row + k * a_inner];
+            for (int j = 0; j < COLUMNS; j++) sum[i][j] += left * right[j];
+        }
+    }
+    for (int i = 0; i < ROWS; i++)
+        for (int j = 0; j < COLUMNS; j++) *(Floats*)(c + i * c_row + j * LANES) = sum[i][j];
+}
+
+template <int LANES, int COLUMNS, int ROWS>
+inline void rows_of_tiles(long rows, const float* a, long a_row, long a_inner, const float* b, long b_row, float* c,
+                          long c_row, long inner, const float* start, bool add) {
+    long m = 0;
+    for (; m + ROWS <= rows; m += ROWS)
+        tile<LANES, COLUMNS, ROWS>(a + m * a_row, a_row, a_inner, b, b_row, c + m * c_row, c_row, inner, start, add);
+    if constexpr (ROWS > 1)
+        if (m < rows)
+            rows_of_tiles<LANES, COLUMNS, (ROWS > 4 ? 4 : ROWS / 2)>(rows - m, a + m * a_row, a_row, a_inner, b, b_row,
+                                                                     c + m * c_row, c_row, inner, start, add);
+}
+
+// C[rows][columns] = (start or zero or C) + A B; `columns` is a multiple of LANES.
+template <int LANES>
+void product(long rows, long columns, long inner, const float* a, long a_row, long a_inner, const float* b, long b_row,
+             float* c, long c_row, const float* start = nullptr, bool add = false) {
+    long vectors = columns / LANES;
+    while (vectors > 0) {
+        long taken;
+        if (vectors >= 4) {
+            rows_of_tiles<LANES, 4, (LANES == 16 ? 6 : 3)>(rows, a, a_row, a_inner, b, b_row, c, c_row, inner, start, add);
+            taken = 4;
+        } else if (vectors == 3) {
+            rows_of_tiles<LANES, 3, 8>(rows, a, a_row, a_inner, b, b_row, c, c_row, inner, start, add);
+            taken = 3;
+        } else if (vectors == 2) {
+            rows_of_tiles<LANES, 2, 12>(rows, a, a_row, a_inner, b, b_row, c, c_row, inner, start, add);
+            taken = 2;
+        } else {
+            rows_of_tiles<LANES, 1, 12>(rows, a, a_row, a_inner, b, b_row, c, c_row, inner, start, add);
+            taken = 1;
+        }
+        vectors -= taken;
+        b += taken * LANES;
+        c += taken * LANES;
+        if (start) start += taken * LANES;
+    }
+}
+
+struct Shape {
+    int layers;        // linear layers
+    const int* sizes;  // layers + 1 numbers: coordinates, hidden units ..., channels
+    bool output_sine;
+    long parameters;  // numbers in one field's row
+};
+
+inline long padded(long n, int lanes) { return (n + lanes - 1) / lanes * lanes; }
+
+// The weights of one field, columns padded with zeros to whole vectors, and transposed likewise.
+struct Weights {
+    std::vector<std::vector<float>> forward, backward, bias;
+
+    void read(const Shape& shape, const float* row, int lanes, bool transposed) {
+        forward.resize(shape.layers);
+        backward.resize(shape.layers);
+        bias.resize(shape.layers);
+        for (int l = 0; l < shape.layers; l++) {
+            const long in = shape.sizes[l], out = shape.sizes[l + 1], wide = padded(out, lanes), high = padded(in, lanes);
+            forward[l].assign(in * wide, 0.0f);
+            bias[l].assign(wide, 0.0f);
+            for (long k = 0; k < in; k++) std::copy(row + k * out, row + (k + 1) * out, forward[l].data() + k * wide);
+            std::copy(row + in * out, row + in * out + out, bias[l].data());
+            if (transposed && l > 0) {
+                backward[l].assign(out * high, 0.0f);
+                for (long k = 0; k < in; k++)
+                    for (long j = 0; j < out; j++) backward[l][j * high + k] = row[k * out + j];
+            }
+            row += (in + 1) * out;
+        }
+    }
+};
+
+// Sums of dW and db over blocks, padded; written out once per field.
+struct Gradients {
+    std::vector<std::vector<float>> weight, bias;
+
+    void clear(const Shape& shape, int lanes) {
+        weight.resize(shape.layers);
+        bias.resize(shape.layers);
+        for (int l = 0; l < shape.layers; l++) {
+            const long wide = padded(shape.sizes[l + 1], lanes);
+            weight[l].assign(shape.sizes[l] * wide, 0.0f);
+            bias[l].assign(wide, 0.0f);
+        }
+    }
+
+    void add_to(const Shape& shape, int lanes, float* row) const {
+        for (int l = 0; l < shape.layers; l++) {
+            const long in = shape.sizes[l], out = shape.sizes[l + 1], wide = padded(out, lanes);
+            for (long k = 0; k < in; k++)
+                for (long j = 0; j < out; j++) row[k * out + j] += weight[l][k * wide + j];
+            for (long j = 0; j < out; j++) row[in * out + j] += bias[l][j];
+            row += (in + 1) * out;
+        }
+    }
+};
+
+typedef std::vector<std::vector<float>> Buffers;
+
+// One thread's memory for a block of points: everything between the layers.
+struct Workspace {
+    Weights weights, direction;
+    Gradients gradients;
+    Buffers sines, cosines, tangents, tangent_inputs;
+    std::vector<float> output, upper_a, upper_e, lower_a, lower_e;
+};
+
+Workspace& workspace() {
+    static thread_local Workspace space;
+    return space;
+}
+
+template <int LANES>
+class Block {
+   public:
+    Block(const Shape& shape, Workspace& space) : shape_(shape), space_(space) {
+        widest_ = 0;
+        for (int l = 1; l <= shape.layers; l++) widest_ = std::max(widest_, padded(shape.sizes[l], LANES));
+        points_ = std::max<long>(24, std::min<long>(192, 3072 / widest_ / 24 * 24));
+        for (Buffers* buffers : {&space.sines, &space.cosines, &space.tangents, &space.tangent_inputs})
+            buffers->resize(shape.layers);
+        for (int l = 0; l < shape.layers; l++)
+            for (Buffers* buffers : {&space.sines, &space.cosines, &space.tangents, &space.tangent_inputs})
+                (*buffers)[l].resize(points_ * widest_);
+        for (auto* buffer : {&space.output, &space.upper_a, &space.upper_e, &space.lower_a, &space.lower_e})
+            buffer->resize(points_ * widest_);
+    }
+
+    long points() const { return points_; }
+
+    // sines[l] (and cosines[l]) of every layer's sums; the last layer's sums stay as they are without an output sine.
+    template <bool WITH_COSINE>
+    void forward(const float* coordinates, long count) {
+        const float* input = coordinates;
+        long stride = shape_.sizes[0];
+        for (int l = 0; l < shape_.layers; l++) {
+            const long wide = width(l);
+            float* out = space_.sines[l].data();
+            product<LANES>(count, wide, shape_.sizes[l], input, stride, 1, space_.weights.forward[l].data(), wide, out,
+                           wide, space_.weights.bias[l].data());
+            if (l < shape_.layers - 1 || shape_.output_sine) {
+                using Floats = typename Vector<LANES>::Floats;
+                float* cosine = space_.cosines[l].data();
+                for (long i = 0; i < count * wide; i += LANES)
+                    sine<LANES, WITH_COSINE>(*(const Floats*)(out + i), out + i, cosine + i);
+            }
+            input = out;
+            stride = wide;
+        }
+    }
+
+    void copy_values(float* values, long count) const {
+        const long channels = shape_.sizes[shape_.layers], wide = width(shape_.layers - 1);
+        const float* out = space_.sines[shape_.layers - 1].data();
+        for (long p = 0; p < count; p++)
+            for (long j = 0; j < channels; j++) values[p * channels + j] = out[p * wide + j];
+    }
+
+    // Adds this block's dW to the workspace's gradients, after forward<true>.
+    void vjp(const float* coordinates, const float* upstream, long count) {
+        float *upper = space_.upper_a.data(), *lower = space_.lower_a.data();
+        read_upstream(upstream, count, upper);
+        if (shape_.output_sine) multiply(upper, space_.cosines[shape_.layers - 1].data(), count * width(shape_.layers - 1));
+        for (int l = shape_.layers - 1; l >= 0; l--) {
+            add_gradient(l, input(l, coordinates), input_stride(l), upper, count, true);
+            if (l == 0) break;
+            pass_down(l, space_.weights, upper, lower, count, false);
+            multiply(lower, space_.cosines[l - 1].data(), count * width(l - 1));
+            std::swap(upper, lower);
+        }
+    }
+
+    // J V into `values_tangent`, and the gradient by W of <upstream, J V> into the workspace's gradients.
+    void second_order(const float* coordinates, const float* upstream, long count, float* values_tangent) {
+        const int last = shape_.layers - 1;
+        tangent(coordinates, count);
+        const long channels = shape_.sizes[shape_.layers], wide = width(last);
+        const float* out = shape_.output_sine ? space_.tangent_inputs[last].data() : space_.tangents[last].data();
+        for (long p = 0; p < count; p++)
+            for (long j = 0; j < channels; j++) values_tangent[p * channels + j] = out[p * wide + j];
+
+        // a: cotangent of a layer's tangent sums; e: cotangent of its sums.
+        float *a = space_.upper_a.data(), *e = space_.upper_e.data();
+        float *lower_a = space_.lower_a.data(), *lower_e = space_.lower_e.data();
+        read_upstream(upstream, count, a);
+        std::fill(e, e + count * wide, 0.0f);
+        if (shape_.output_sine) through_sine(last, a, e, count);
+        for (int l = last; l >= 0; l--) {
+            add_gradient(l, input(l, coordinates), input_stride(l), e, count, true);
+            if (l == 0) break;
+            add_gradient(l, space_.tangent_inputs[l - 1].data(), width(l - 1), a, count, false);
+            pass_down(l, space_.weights, a, lower_a, count, false);
+            pass_down(l, space_.weights, e, lower_e, count, false);
+            pass_down(l, space_.direction, a, lower_e, count, true);
+            through_sine(l - 1, lower_a, lower_e, count);
+            std::swap(a, lower_a);
+            std::swap(e, lower_e);
+        }
+    }
+
+   private:
+    long width(int layer) const { return padded(shape_.sizes[layer + 1], LANES); }
+
+    const float* input(int layer, const float* coordinates) const {
+        return layer ? space_.sines[layer - 1].data() : coordinates;
+    }
+
+    long input_stride(int layer) const { return layer ? width(layer - 1) : shape_.sizes[0]; }
+
+    void read_upstream(const float* upstream, long count, float* to) const {
+        const long channels = shape_.sizes[shape_.layers], wide = width(shape_.layers - 1);
+        std::fill(to, to + count * wide, 0.0f);
+        for (long p = 0; p < count; p++)
+            for (long j = 0; j < channels; j++) to[p * wide + j] = upstream[p * channels + j];
+    }
+
+    static void multiply(float* x, const float* y, long count) {
+        for (long i = 0; i < count; i++) x[i] *= y[i];
+    }
+
+    void add_gradient(int layer, const float* in, long stride, const float* cotangent, long count, bool with_bias) {
+        const long wide = width(layer);
+        product<LANES>(shape_.sizes[layer], wide, count, in, 1, stride, cotangent, wide,
+                       space_.gradients.weight[layer].data(), wide, nullptr, true);
+        if (!with_bias) return;
+        float* bias = space_.gradients.bias[layer].data();
+        for (long p = 0; p < count; p++)
+            for (long j = 0; j < wide; j++) bias[j] += cotangent[p * wide + j];
+    }
+
+    void pass_down(int layer, const Weights& weights, const float* upper, float* lower, long count, bool add) const {
+        const long wide = width(layer), below = width(layer - 1);
+        product<LANES>(count, below, shape_.sizes[layer + 1], upper, wide, 1, weights.backward[layer].data(), below, lower,
+                       below, nullptr, add);
+    }
+
+    // tangents[l]: of layer l's sums; tangent_inputs[l]: of its sines.
+    void tangent(const float* coordinates, long count) {
+        for (int l = 0; l < shape_.layers; l++) {
+            const long wide = width(l);
+            float* out = space_.tangents[l].data();
+            product<LANES>(count, wide, shape_.sizes[l], input(l, coordinates), input_stride(l), 1,
+                           space_.direction.forward[l].data(), wide, out, wide, space_.direction.bias[l].data());
+            if (l > 0)
+                product<LANES>(count, wide, shape_.sizes[l], space_.tangent_inputs[l - 1].data(), width(l - 1), 1,
+                               space_.weights.forward[l].data(), wide, out, wide, nullptr, true);
+            if (l == shape_.layers - 1 && !shape_.output_sine) break;
+            const float* cosine = space_.cosines[l].data();
+            float* next = space_.tangent_inputs[l].data();
+            for (long i = 0; i < count * wide; i++) next[i] = out[i] * cosine[i];
+        }
+    }
+
+    // From cotangents of a layer's sines (and their tangents) to those of its sums.
+    void through_sine(int layer, float* a, float* e, long count) const {
+        const float *s = space_.sines[layer].data(), *c = space_.cosines[layer].data(), *t = space_.tangents[layer].data();
+        for (long i = 0; i < count * width(layer); i++) {
+            e[i] = e[i] * c[i] - a[i] * s[i] * t[i];
+            a[i] *= c[i];
+        }
+    }
+
+    const Shape& shape_;
+    Workspace& space_;
+    long points_, widest_;
+};
+
+Shape shape_of(int layers, const int* sizes, int output_sine) {
+    long parameters = 0;
+    for (int l = 0; l < layers; l++) parameters += (long)(sizes[l] + 1) * sizes[l + 1];
+    return {layers, sizes, output_sine != 0, parameters};
+}
+
+const long CHUNK = 512;  // points a thread takes at a time when there are few fields
+
+template <int LANES>
+void values(const Shape& shape, long fields, long points, const float* coordinates, long sets, const float* rows,
+            float* out, int threads) {
+    const long d = shape.sizes[0], channels = shape.sizes[shape.layers];
+    const long parts = fields >= 4 * threads ? 1 : (points + CHUNK - 1) / CHUNK;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (long item = 0; item < fields * parts; item++) {
+        const long field = item / parts, part = item % parts;
+        const long begin = points * part / parts, end = points * (part + 1) / parts;
+        Workspace& space = workspace();
+        Block<LANES> block(shape, space);
+        space.weights.read(shape, rows + field * shape.parameters, LANES, false);
+        for (long p = begin; p < end; p += block.points()) {
+            const long count = std::min(block.points(), end - p);
+            block.template forward<false>(coordinates + ((field % sets) * points + p) * d, count);
+            block.copy_values(out + (field * points + p) * channels, count);
+        }
+    }
+}
+
+template <int LANES>
+void vjp(const Shape& shape, long fields, long points, const float* coordinates, long sets, const float* rows,
+         const float* upstream, float* gradient, int threads) {
+    const long d = shape.sizes[0], channels = shape.sizes[shape.layers];
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (long field = 0; field < fields; field++) {
+        Workspace& space = workspace();
+        Block<LANES> block(shape, space);
+        space.weights.read(shape, rows + field * shape.parameters, LANES, true);
+        space.gradients.clear(shape, LANES);
+        for (long p = 0; p < points; p += block.points()) {
+            const long count = std::min(block.points(), points - p);
+            const float* at = coordinates + ((field % sets) * points + p) * d;
+            block.template forward<true>(at, count);
+            block.vjp(at, upstream + (field * points + p) * channels, count);
+        }
+        float* row = gradient + field * shape.parameters;
+        std::fill(row, row + shape.parameters, 0.0f);
+        space.gradients.add_to(shape, LANES, row);
+    }
+}
+
+template <int LANES>
+void second_order(const Shape& shape, long fields, long points, const float* coordinates, long sets, const float* rows,
+                  const float* upstream, const float* direction, float* gradient, float* values_tangent, int threads) {
+    const long d = shape.sizes[0], channels = shape.sizes[shape.layers];
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (long field = 0; field < fields; field++) {
+        Workspace& space = workspace();
+        Block<LANES> block(shape, space);
+        space.weights.read(shape, rows + field * shape.parameters, LANES, true);
+        space.direction.read(shape, direction + field * shape.parameters, LANES, true);
+        space.gradients.clear(shape, LANES);
+        for (long p = 0; p < points; p += block.points()) {
+            const long count = std::min(block.points(), points - p);
+            const float* at = coordinates + ((field % sets) * points + p) * d;
+            const long offset = (field * points + p) * channels;
+            block.template forward<true>(at, count);
+            block.second_order(at, upstream + offset, count, values_tangent + offset);
+        }
+        float* row = gradient + field * shape.parameters;
+        std::fill(row, row + shape.parameters, 0.0f);
+        space.gradients.add_to(shape, LANES, row);
+    }
+}
+
+// Eight lanes where sixteen would leave more of the hidden units' vectors empty.
+bool narrow(const Shape& shape) {
+    const long width = shape.layers > 1 ? shape.sizes[1] : shape.sizes[shape.layers];
+    return padded(width, 16) != padded(width, 8);
+}
+
+}  // namespace
+
+extern "C" {
+
+void mnif_field_values(int layers, const int* sizes, int output_sine, long fields, long points, const float* coordinates,
+                       long sets, const float* rows, float* out, int threads) {
+    const Shape shape = shape_of(layers, sizes, output_sine);
+    narrow(shape) ? values<8>(shape, fields, points, coordinates, sets, rows, out, threads)
+                  : values<16>(shape, fields, points, coordinates, sets, rows, out, threads);
+}
+
+void mnif_field_vjp(int layers, const int* sizes, int output_sine, long fields, long points, const float* coordinates,
+                    long sets, const float* rows, const float* upstream, float* gradient, int threads) {
+    const Shape shape = shape_of(layers, sizes, output_sine);
+    narrow(shape) ? vjp<8>(shape, fields, points, coordinates, sets, rows, upstream, gradient, threads)
+                  : vjp<16>(shape, fields, points, coordinates, sets, rows, upstream, gradient, threads);
+}
+
+void mnif_field_second_order(int layers, const int* sizes, int output_sine, long fields, long points,
+                             const float* coordinates, long sets, const float* rows, const float* upstream,
+                             const float* direction, float* gradient, float* values_tangent, int threads) {
+    const Shape shape = shape_of(layers, sizes, output_sine);
+    narrow(shape) ? second_order<8>(shape, fields, points, coordinates, sets, rows, upstream, direction, gradient,
+                                    values_tangent, threads)
+                  : second_order<16>(shape, fields, points, coordinates, sets, rows, upstream, direction, gradient,
+                                     values_tangent, threads);
+}
+}

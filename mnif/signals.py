@@ -1,0 +1,326 @@
+"""What a signal is: how an instance is observed, how fields are asked for it, and how well they fit.
+
+Everything that learns latents (``fitting``, ``inner_loop``, ``refinement``) knows signals by this interface alone, so
+a new one is a class of its own: see docs/new_signal.md.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mnif.data import ImageData, Instances, VoxelData, load_images, load_voxels
+from mnif.encoder import PatchEncoder
+from mnif.errors import UserError
+from mnif.modeling import MNIFModel
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What is known of a batch of instances.
+
+    Attributes:
+        values: [B, ..., C] in [-1, 1], what was seen.
+        query: where it was seen, in a form only the signal knows (a grid, cameras, rays).
+        mask: [B, ...], 1 where it was seen and 0 where it was not; None: all of it.
+    """
+
+    values: Tensor
+    query: Any
+    mask: Tensor | None = None
+
+    def errors(self, predictions: Tensor) -> Tensor:
+        """Mean squared error of each instance over what was seen of it, [B]; other instances do not enter."""
+        squares = (predictions - self.values).square().mean(dim=-1).flatten(1)
+        if self.mask is None:
+            return squares.mean(dim=1)
+        seen = self.mask.flatten(1)
+        return (squares * seen).sum(dim=1) / seen.sum(dim=1).clamp_min(1)
+
+
+class Signal(ABC):
+    """A modality. An instance of this class also holds the settings of one model (resolution, cameras, ...).
+
+    Attributes:
+        name: as on the command line.
+        unit: what one instance is called.
+        dimensions: coordinates per point.
+        channels: values a field gives per point.
+    """
+
+    name: ClassVar[str]
+    unit: ClassVar[str]
+    dimensions: int
+    channels: int
+
+    @classmethod
+    @abstractmethod
+    def load(cls, source: str, options: Mapping[str, Any]) -> Instances:
+        """Reads a data set to learn from; ``options`` are the flags of ``mnif fit`` by name."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, data: Any, options: Mapping[str, Any]) -> "Signal":
+        """The signal that fits ``data``."""
+
+    @abstractmethod
+    def load_more(self, source: str) -> Instances:
+        """Reads further data in the form this model was trained on."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """The numbers that make this object again: ``type(self)(**settings)``. Stored in the decoder's config."""
+
+    @property
+    @abstractmethod
+    def grid_resolution(self) -> int | list[int]:
+        """Points per axis of the grid that :class:`mnif.modeling.MNIFModel` decodes to unless told otherwise."""
+
+    @abstractmethod
+    def observe(self, batch: Mapping[str, Tensor]) -> Observation:
+        """All that is known of a batch of rows (:meth:`mnif.data.Instances.arrays`, as tensors)."""
+
+    @abstractmethod
+    def part(self, observation: Observation, generator: torch.Generator | None = None) -> Observation:
+        """What one step of learning looks at, drawn at random: the same part of every instance of the batch."""
+
+    @abstractmethod
+    def predict(self, decoder: MNIFModel, coefficients: Tensor, observation: Observation) -> Tensor:
+        """What the fields of ``coefficients`` [B, cells, layers, M] show there, as ``observation.values``."""
+
+    @abstractmethod
+    def encoder(self, latent_dim: int, width: int) -> nn.Module:
+        """A network of its own with ``width`` hidden units: observation → latents (:meth:`encode`)."""
+
+    @abstractmethod
+    def encode(self, encoder: nn.Module, observation: Observation) -> Tensor:
+        """Latents [B, D] from :meth:`encoder`'s network."""
+
+    @abstractmethod
+    def pictures(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
+        """Something to look at for each latent: [B, H, W, 3] uint8."""
+
+    @abstractmethod
+    def original_pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray:
+        """The same view of the data: [B, H, W, 3] uint8."""
+
+    def augmented(self, observation: Observation) -> Observation:
+        """A randomly changed copy that is as likely as the original, such as its mirror image."""
+        return observation
+
+    def figures(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """How well latents fit a batch of rows: for each figure (``psnr`` in dB at least) one number per instance."""
+        observation = self.observe(batch)
+        predictions = self.predict(decoder, decoder.coefficients(latents), observation)
+        return {"psnr": psnr(predictions, observation.values)}
+
+    def errors(self, decoder: MNIFModel, latents: Tensor, observation: Observation) -> Tensor:
+        """Mean squared error of each instance, [B]."""
+        return observation.errors(self.predict(decoder, decoder.coefficients(latents), observation))
+
+
+def psnr(values: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Peak signal-to-noise ratio of each instance in dB, [B].
+
+    Args:
+        values: [B, ..., C] in about [-1, 1], clipped to it.
+        targets: [B, ..., C] in [-1, 1]. The peak is 2, which equals the PSNR of the same values on [0, 1].
+        mask: [B, ...], 1 for what counts.
+    """
+    error = Observation(targets, None, mask).errors(values.clamp(-1, 1)) / 4
+    return -10 * torch.log10(error.clamp_min(1e-10))
+
+
+def intersection_over_union(values: Tensor, targets: Tensor) -> Tensor:
+    """Of what lies above 0 in both, over what does in either, for each instance [B]; 1 where neither has anything."""
+    inside, truth = (values > 0).flatten(1), (targets > 0).flatten(1)
+    common, either = (inside & truth).sum(dim=1), (inside | truth).sum(dim=1)
+    return torch.where(either > 0, common / either.clamp_min(1), 1.0)
+
+
+class GridSignal(Signal):
+    """Values on a grid of one, two, three ... axes: pictures, voxels, sound.
+
+    Args:
+        resolution: pixels per axis: one number, or one for each axis.
+        channels: values per pixel.
+        stride: a step of learning looks at every ``stride``-th pixel along each axis, with a random offset.
+    """
+
+    def __init__(self, resolution: int | list[int], channels: int, stride: int = 1):
+        for pixels in [resolution] if isinstance(resolution, int) else resolution:
+            if stride < 1 or pixels % stride:
+                raise UserError(f"--stride {stride}: must divide the resolution, {pixels}")
+        self.resolution, self.channels, self.stride = resolution, channels, stride
+
+    @property
+    def grid_resolution(self) -> int | list[int]:
+        """That of the data."""
+        return self.resolution
+
+    def settings(self) -> dict[str, Any]:
+        """Resolution, channels and stride."""
+        return {"resolution": self.resolution, "channels": self.channels, "stride": self.stride}
+
+    def part(self, observation: Observation, generator: torch.Generator | None = None) -> Observation:
+        """Every ``stride``-th pixel, from a random one on."""
+        if self.stride == 1:
+            return observation
+        phases = list(product(range(self.stride), repeat=self.dimensions))
+        phase = phases[int(torch.randint(len(phases), (), generator=generator))]
+        taken = (slice(None), *(slice(start, None, self.stride) for start in phase))
+        mask = None if observation.mask is None else observation.mask[taken]
+        return Observation(observation.values[taken], (self.stride, phase), mask)
+
+    def predict(self, decoder: MNIFModel, coefficients: Tensor, observation: Observation) -> Tensor:
+        """Values on the observed grid."""
+        stride, phase = observation.query
+        return decoder.decode_coefficients(coefficients, decoder.grid(self.resolution, stride, phase))
+
+    def encoder(self, latent_dim: int, width: int) -> nn.Module:
+        """A network over patches of the grid."""
+        return PatchEncoder(self.channels, self.resolution, latent_dim, self.dimensions, width=width)
+
+    def encode(self, encoder: nn.Module, observation: Observation) -> Tensor:
+        """Latents [B, D] from the whole grid, or from what was seen of it."""
+        return encoder(observation.values, observation.mask)
+
+    def on_grid(self, values: Tensor) -> Observation:
+        """An observation of the whole grid, [B, ..., C]."""
+        return Observation(values, (1, None))
+
+
+class Image(GridSignal):
+    """Pictures of 1 (grey), 3 (RGB) or 4 (RGBA) channels."""
+
+    name = "image"
+    unit = "picture"
+    dimensions = 2
+
+    @classmethod
+    def load(cls, source: str, options: Mapping[str, Any]) -> Instances:
+        """Reads pictures (:func:`mnif.data.load_images`) at ``resolution``, 32 unless given, with ``channels``."""
+        return load_images(source, _height_and_width(options["resolution"] or [32]), options["channels"])
+
+    @classmethod
+    def of(cls, data: ImageData, options: Mapping[str, Any]) -> "Image":
+        """Takes ``stride``."""
+        height, width, channels = data.images.shape[1:]
+        return cls(height if height == width else [height, width], channels, options["stride"])
+
+    def load_more(self, source: str) -> Instances:
+        """Pictures of the model's size and channels."""
+        size = [self.resolution] if isinstance(self.resolution, int) else self.resolution
+        return load_images(source, _height_and_width(size), self.channels)
+
+    def observe(self, batch: Mapping[str, Tensor]) -> Observation:
+        """``images`` [B, H, W, C] uint8 → [-1, 1]."""
+        return self.on_grid(batch["images"].float() / 127.5 - 1)
+
+    def augmented(self, observation: Observation) -> Observation:
+        """Half of the pictures mirrored left to right."""
+        return replace(observation, values=_mirrored(observation.values, axis=2))
+
+    def pictures(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
+        """The pictures, with grey as RGB and transparency laid on white."""
+        return _as_rgb(decoder(latents))
+
+    def original_pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray:
+        """The originals, likewise."""
+        return _as_rgb(self.observe(batch).values)
+
+
+class Voxels(GridSignal):
+    """Occupancy on a cube: 1 inside and -1 outside, with the surface at 0."""
+
+    name = "voxels"
+    unit = "shape"
+    dimensions = 3
+
+    def __init__(self, resolution: int, channels: int = 1, stride: int = 1):
+        super().__init__(resolution, channels, stride)
+
+    @classmethod
+    def load(cls, source: str, options: Mapping[str, Any]) -> Instances:
+        """Reads shapes (:func:`mnif.data.load_voxels`), at ``resolution`` if it is given."""
+        return load_voxels(source, _one_number(options["resolution"]))
+
+    @classmethod
+    def of(cls, data: VoxelData, options: Mapping[str, Any]) -> "Voxels":
+        """Takes ``stride``."""
+        return cls(data.resolution, stride=options["stride"])
+
+    def load_more(self, source: str) -> Instances:
+        """Shapes of the model's resolution."""
+        return load_voxels(source, self.cube)
+
+    @property
+    def cube(self) -> int:
+        """Voxels per axis."""
+        assert isinstance(self.resolution, int)
+        return self.resolution
+
+    def observe(self, batch: Mapping[str, Tensor]) -> Observation:
+        """``packed`` [B, R, R, R/8] bits → -1 and 1."""
+        bits = torch.arange(7, -1, -1, device=batch["packed"].device)
+        occupied = (batch["packed"][..., None] >> bits & 1).flatten(-2)[..., : self.cube]
+        return self.on_grid(occupied[..., None].float() * 2 - 1)
+
+    def augmented(self, observation: Observation) -> Observation:
+        """Half of the shapes mirrored along x."""
+        return replace(observation, values=_mirrored(observation.values, axis=1))
+
+    def figures(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """PSNR of the occupancy on [0, 1], and intersection over union of what lies above one half."""
+        observation = self.observe(batch)
+        predictions = self.predict(decoder, decoder.coefficients(latents), observation)
+        return {
+            "psnr": psnr(predictions, observation.values),
+            "iou": intersection_over_union(predictions, observation.values),
+        }
+
+    def pictures(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
+        """Shaded surfaces."""
+        return _surfaces(decoder(latents))
+
+    def original_pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray:
+        """The originals' surfaces."""
+        return _surfaces(self.observe(batch).values)
+
+
+def _height_and_width(resolution: Sequence[int]) -> int | tuple[int, int]:
+    if len(resolution) > 2:
+        raise UserError(f"--resolution {' '.join(map(str, resolution))}: one number, or height and width")
+    return resolution[0] if len(resolution) == 1 else (resolution[0], resolution[1])
+
+
+def _one_number(resolution: Sequence[int] | None) -> int | None:
+    if resolution and len(resolution) > 1:
+        raise UserError(f"--resolution {' '.join(map(str, resolution))}: voxels are cubes; give one number")
+    return resolution[0] if resolution else None
+
+
+def _mirrored(values: Tensor, axis: int) -> Tensor:
+    """Half of the instances, at random, with one axis reversed."""
+    chosen = torch.rand(len(values), *[1] * (values.ndim - 1), device=values.device) < 0.5
+    return torch.where(chosen, values.flip(axis), values)
+
+
+def _as_rgb(values: Tensor) -> np.ndarray:
+    """Values [B, H, W, 1, 3 or 4] in about [-1, 1] → [B, H, W, 3] uint8."""
+    values = values.clamp(-1, 1)
+    if values.shape[-1] == 4:
+        opacity = values[..., 3:] / 2 + 0.5
+        values = values[..., :3] * opacity + (1 - opacity)
+    return (values.expand(*values.shape[:-1], 3) * 127.5 + 127.5).round().byte().cpu().numpy()
+
+
+def _surfaces(values: Tensor) -> np.ndarray:
+    from mnif.meshes import occupancy_preview
+
+    return np.stack([occupancy_preview(shape, 96) for shape in (values[..., 0] > 0).cpu().numpy()])
