@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mnif.field_operator import field_values
+from mnif.field_operator import field_errors, field_values
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,14 @@ class BakedField:
         Returns:
             [fields, points, channels], within about [-1, 1] for colours and occupancies.
         """
-        sizes = [self.shapes[0].inputs, *(shape.outputs for shape in self.shapes)]
-        return field_values(coordinates, self.rows, sizes, self.output_sine)
+        return field_values(coordinates, self.rows, self._sizes(), self.output_sine)
+
+    def errors(self, coordinates: Tensor, targets: Tensor) -> Tensor:
+        """Mean squared error of every field against ``targets`` [fields, points, channels], [fields]; faster."""
+        return field_errors(coordinates, self.rows, targets, self._sizes(), self.output_sine)
+
+    def _sizes(self) -> list[int]:
+        return [self.shapes[0].inputs, *(shape.outputs for shape in self.shapes)]
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """Every layer's weights [fields, in, out] and biases [fields, 1, out]."""

@@ -182,6 +182,14 @@ class GridSignal(Signal):
         stride, phase = observation.query
         return decoder.decode_coefficients(coefficients, decoder.grid(self.resolution, stride, phase))
 
+    def errors(self, decoder: MNIFModel, latents: Tensor, observation: Observation) -> Tensor:
+        """Mean squared error of each instance, [B]; one field that sees everything needs no blending."""
+        if decoder.config.cells > 1 or observation.mask is not None:
+            return super().errors(decoder, latents, observation)
+        stride, phase = observation.query
+        grid = decoder.grid(self.resolution, stride, phase)
+        return decoder.bake(decoder.coefficients(latents)).errors(grid.coordinates, observation.values.flatten(1, -2))
+
     def encoder(self, latent_dim: int, width: int) -> nn.Module:
         """A network over patches of the grid."""
         return PatchEncoder(self.channels, self.resolution, latent_dim, self.dimensions, width=width)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mnif import field_operator
-from mnif.field_operator import field_values, plain_field_values
+from mnif.field_operator import field_errors, field_values, plain_field_values
 
 SHAPES = {
     "cells of width 24": ((2, 24, 24, 24, 3), False, 8, 4, 140),
@@ -56,6 +56,28 @@ def test_operator_and_both_its_gradients_equal_float64(case: tuple) -> None:
     exact = with_gradients(plain_field_values, case, torch.float64)
     for a, b in zip(ours, exact, strict=True):
         assert (a - b).abs().max() <= 4e-6 * b.abs().max()
+
+
+@compiled
+def test_errors_and_both_their_gradients_equal_float64(case: tuple) -> None:
+    sizes, output_sine, coordinates, rows = case
+    targets = torch.randn(len(rows), coordinates.shape[1], sizes[-1])
+    direction, weight = torch.randn_like(rows), torch.randn(len(rows))
+    found = []
+    for function, dtype in ((field_errors, torch.float32), (plain_errors, torch.float64)):
+        parameters = rows.to(dtype).requires_grad_()
+        errors = function(coordinates.to(dtype), parameters, targets.to(dtype), sizes, output_sine)
+        weighted = (errors * weight.to(dtype)).sum()
+        (gradient,) = torch.autograd.grad(weighted, parameters, create_graph=True)
+        # A product of errors and gradients, so that both outputs are differentiated at once.
+        (second,) = torch.autograd.grad((gradient * direction.to(dtype)).sum() + weighted, parameters)
+        found.append([tensor.double() for tensor in (errors, gradient, second)])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).abs().max() <= 4e-6 * b.abs().max()
+
+
+def plain_errors(coordinates, rows, targets, sizes, output_sine):
+    return (plain_field_values(coordinates, rows, sizes, output_sine) - targets).square().mean(dim=(1, 2))
 
 
 @compiled

@@ -11,8 +11,8 @@ from scipy.ndimage import binary_dilation
 import mnif
 
 FOLDER = Path(mnif.__file__).parent / "data_files"
-# Objects without symmetry: their mirror images would fall beside their silhouettes.
-LOPSIDED = ["kitchenaid", "desk", "cuckooclock", "l-shaped-sofa", "beerglass", "childhut", "coffeebrewer"]
+# Objects without symmetry: their mirror images fall beside their silhouettes.
+LOPSIDED = ["l-shaped-sofa", "pianoaqueue", "televisioncabinet", "sofa", "childhut", "spiralstaircase"]
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +173,6 @@ def test_a_mirrored_or_turned_object_falls_beside_the_silhouettes(
     true, _ = silhouette_share(grid, drawn, views)
     wrong = [grid[::-1], grid[:, ::-1], grid[:, :, ::-1], grid.transpose(2, 1, 0), grid.transpose(0, 2, 1)]
     shares = [silhouette_share(other, drawn, views)[0] for other in wrong]
-    print(name, round(true, 3), np.round(shares, 3))
-    assert true > 0.99
-    assert max(shares) < 0.95
+    assert true > 0.999
+    assert max(shares) < 0.98
+    assert np.mean(shares) < 0.9

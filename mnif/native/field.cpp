@@ -1,11 +1,14 @@
 // Coordinate networks of one batch, evaluated block by block of points so that nothing but parameters, coordinates,
-// values and their gradients ever reaches main memory. Three entry points, each with all fields of a batch at once:
+// values and their gradients ever reaches main memory. The entry points take all fields of a batch at once:
 //
 //   values          Y = f(W; X)
 //   vjp             dW for a given dY (the activations are worked out again rather than stored)
 //   second_order    for a direction V in parameter space and a given dY: the gradient by W of <dY, J V>, and J V itself
+//   errors          mean squared error against targets, and its gradient by W, in one pass
+//   errors_hvp      the Hessian of that error times a direction V
 //
-// `vjp` is the backward pass of `values`, and `second_order` that of `vjp`: what second-order meta-learning needs.
+// `vjp` is the backward pass of `values`, and `second_order` that of `vjp`; `errors_hvp` is the backward pass of the
+// gradient that `errors` gives: what second-order meta-learning needs.
 // Plain C interface, called through ctypes; mnif/field_operator.py is the other side. GCC or Clang vector extensions
 // make it run on any CPU; -march=native picks the widest instructions.
 
@@ -244,16 +247,15 @@ class Block {
 
     // Adds this block's dW to the workspace's gradients, after forward<true>.
     void vjp(const float* coordinates, const float* upstream, long count) {
-        float *upper = space_.upper_a.data(), *lower = space_.lower_a.data();
-        read_upstream(upstream, count, upper);
-        if (shape_.output_sine) multiply(upper, space_.cosines[shape_.layers - 1].data(), count * width(shape_.layers - 1));
-        for (int l = shape_.layers - 1; l >= 0; l--) {
-            add_gradient(l, input(l, coordinates), input_stride(l), upper, count, true);
-            if (l == 0) break;
-            pass_down(l, space_.weights, upper, lower, count, false);
-            multiply(lower, space_.cosines[l - 1].data(), count * width(l - 1));
-            std::swap(upper, lower);
-        }
+        read_upstream(upstream, count, space_.upper_a.data());
+        pull_back(coordinates, count);
+    }
+
+    // The sum of squared errors, and dW of `scale` / 2 times it, after forward<true>.
+    double errors(const float* coordinates, const float* targets, float scale, long count) {
+        const double sum = read_residuals(targets, scale, count);
+        pull_back(coordinates, count);
+        return sum;
     }
 
     // J V into `values_tangent`, and the gradient by W of <upstream, J V> into the workspace's gradients.
@@ -261,27 +263,22 @@ class Block {
         const int last = shape_.layers - 1;
         tangent(coordinates, count);
         const long channels = shape_.sizes[shape_.layers], wide = width(last);
-        const float* out = shape_.output_sine ? space_.tangent_inputs[last].data() : space_.tangents[last].data();
+        const float* out = output_tangent();
         for (long p = 0; p < count; p++)
             for (long j = 0; j < channels; j++) values_tangent[p * channels + j] = out[p * wide + j];
+        read_upstream(upstream, count, space_.upper_a.data());
+        std::fill(space_.upper_e.begin(), space_.upper_e.begin() + count * wide, 0.0f);
+        pull_back_tangent(coordinates, count);
+    }
 
-        // a: cotangent of a layer's tangent sums; e: cotangent of its sums.
-        float *a = space_.upper_a.data(), *e = space_.upper_e.data();
-        float *lower_a = space_.lower_a.data(), *lower_e = space_.lower_e.data();
-        read_upstream(upstream, count, a);
-        std::fill(e, e + count * wide, 0.0f);
-        if (shape_.output_sine) through_sine(last, a, e, count);
-        for (int l = last; l >= 0; l--) {
-            add_gradient(l, input(l, coordinates), input_stride(l), e, count, true);
-            if (l == 0) break;
-            add_gradient(l, space_.tangent_inputs[l - 1].data(), width(l - 1), a, count, false);
-            pass_down(l, space_.weights, a, lower_a, count, false);
-            pass_down(l, space_.weights, e, lower_e, count, false);
-            pass_down(l, space_.direction, a, lower_e, count, true);
-            through_sine(l - 1, lower_a, lower_e, count);
-            std::swap(a, lower_a);
-            std::swap(e, lower_e);
-        }
+    // The Hessian of `scale` / 2 times the sum of squared errors, times V, into the workspace's gradients.
+    void errors_hvp(const float* coordinates, const float* targets, float scale, long count) {
+        tangent(coordinates, count);
+        read_residuals(targets, scale, count);
+        const float* out = output_tangent();
+        float* e = space_.upper_e.data();
+        for (long i = 0; i < count * width(shape_.layers - 1); i++) e[i] = out[i] * scale;
+        pull_back_tangent(coordinates, count);
     }
 
    private:
@@ -298,6 +295,59 @@ class Block {
         std::fill(to, to + count * wide, 0.0f);
         for (long p = 0; p < count; p++)
             for (long j = 0; j < channels; j++) to[p * wide + j] = upstream[p * channels + j];
+    }
+
+    // (values - targets) * scale into upper_a; gives the sum of squares without the scale.
+    double read_residuals(const float* targets, float scale, long count) {
+        const long channels = shape_.sizes[shape_.layers], wide = width(shape_.layers - 1);
+        const float* out = space_.sines[shape_.layers - 1].data();
+        float* to = space_.upper_a.data();
+        std::fill(to, to + count * wide, 0.0f);
+        double sum = 0;
+        for (long p = 0; p < count; p++)
+            for (long j = 0; j < channels; j++) {
+                const float residual = out[p * wide + j] - targets[p * channels + j];
+                to[p * wide + j] = residual * scale;
+                sum += (double)residual * residual;
+            }
+        return sum;
+    }
+
+    const float* output_tangent() const {
+        const int last = shape_.layers - 1;
+        return shape_.output_sine ? space_.tangent_inputs[last].data() : space_.tangents[last].data();
+    }
+
+    // From cotangents of the values in upper_a down to dW.
+    void pull_back(const float* coordinates, long count) {
+        float *upper = space_.upper_a.data(), *lower = space_.lower_a.data();
+        if (shape_.output_sine) multiply(upper, space_.cosines[shape_.layers - 1].data(), count * width(shape_.layers - 1));
+        for (int l = shape_.layers - 1; l >= 0; l--) {
+            add_gradient(l, input(l, coordinates), input_stride(l), upper, count, true);
+            if (l == 0) break;
+            pass_down(l, space_.weights, upper, lower, count, false);
+            multiply(lower, space_.cosines[l - 1].data(), count * width(l - 1));
+            std::swap(upper, lower);
+        }
+    }
+
+    // From cotangents of the values' tangents in upper_a and of the values in upper_e down to dW. On the way, a belongs
+    // to a layer's tangent sums and e to its sums.
+    void pull_back_tangent(const float* coordinates, long count) {
+        float *a = space_.upper_a.data(), *e = space_.upper_e.data();
+        float *lower_a = space_.lower_a.data(), *lower_e = space_.lower_e.data();
+        if (shape_.output_sine) through_sine(shape_.layers - 1, a, e, count);
+        for (int l = shape_.layers - 1; l >= 0; l--) {
+            add_gradient(l, input(l, coordinates), input_stride(l), e, count, true);
+            if (l == 0) break;
+            add_gradient(l, space_.tangent_inputs[l - 1].data(), width(l - 1), a, count, false);
+            pass_down(l, space_.weights, a, lower_a, count, false);
+            pass_down(l, space_.weights, e, lower_e, count, false);
+            pass_down(l, space_.direction, a, lower_e, count, true);
+            through_sine(l - 1, lower_a, lower_e, count);
+            std::swap(a, lower_a);
+            std::swap(e, lower_e);
+        }
     }
 
     static void multiply(float* x, const float* y, long count) {
@@ -379,45 +429,23 @@ void values(const Shape& shape, long fields, long points, const float* coordinat
     }
 }
 
-template <int LANES>
-void vjp(const Shape& shape, long fields, long points, const float* coordinates, long sets, const float* rows,
-         const float* upstream, float* gradient, int threads) {
-    const long d = shape.sizes[0], channels = shape.sizes[shape.layers];
+// Calls `work` on every block of every field, and writes the gradients it has added up to `gradient`.
+template <int LANES, typename WORK>
+void gradients(const Shape& shape, long fields, long points, const float* coordinates, long sets, const float* rows,
+               const float* direction, float* gradient, int threads, WORK work) {
+    const long d = shape.sizes[0];
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (long field = 0; field < fields; field++) {
         Workspace& space = workspace();
         Block<LANES> block(shape, space);
         space.weights.read(shape, rows + field * shape.parameters, LANES, true);
+        if (direction) space.direction.read(shape, direction + field * shape.parameters, LANES, true);
         space.gradients.clear(shape, LANES);
         for (long p = 0; p < points; p += block.points()) {
             const long count = std::min(block.points(), points - p);
             const float* at = coordinates + ((field % sets) * points + p) * d;
             block.template forward<true>(at, count);
-            block.vjp(at, upstream + (field * points + p) * channels, count);
-        }
-        float* row = gradient + field * shape.parameters;
-        std::fill(row, row + shape.parameters, 0.0f);
-        space.gradients.add_to(shape, LANES, row);
-    }
-}
-
-template <int LANES>
-void second_order(const Shape& shape, long fields, long points, const float* coordinates, long sets, const float* rows,
-                  const float* upstream, const float* direction, float* gradient, float* values_tangent, int threads) {
-    const long d = shape.sizes[0], channels = shape.sizes[shape.layers];
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (long field = 0; field < fields; field++) {
-        Workspace& space = workspace();
-        Block<LANES> block(shape, space);
-        space.weights.read(shape, rows + field * shape.parameters, LANES, true);
-        space.direction.read(shape, direction + field * shape.parameters, LANES, true);
-        space.gradients.clear(shape, LANES);
-        for (long p = 0; p < points; p += block.points()) {
-            const long count = std::min(block.points(), points - p);
-            const float* at = coordinates + ((field % sets) * points + p) * d;
-            const long offset = (field * points + p) * channels;
-            block.template forward<true>(at, count);
-            block.second_order(at, upstream + offset, count, values_tangent + offset);
+            work(block, at, field, p, count);
         }
         float* row = gradient + field * shape.parameters;
         std::fill(row, row + shape.parameters, 0.0f);
@@ -445,17 +473,51 @@ void mnif_field_values(int layers, const int* sizes, int output_sine, long field
 void mnif_field_vjp(int layers, const int* sizes, int output_sine, long fields, long points, const float* coordinates,
                     long sets, const float* rows, const float* upstream, float* gradient, int threads) {
     const Shape shape = shape_of(layers, sizes, output_sine);
-    narrow(shape) ? vjp<8>(shape, fields, points, coordinates, sets, rows, upstream, gradient, threads)
-                  : vjp<16>(shape, fields, points, coordinates, sets, rows, upstream, gradient, threads);
+    const long channels = sizes[layers];
+    auto work = [&](auto& block, const float* at, long field, long p, long count) {
+        block.vjp(at, upstream + (field * points + p) * channels, count);
+    };
+    narrow(shape) ? gradients<8>(shape, fields, points, coordinates, sets, rows, nullptr, gradient, threads, work)
+                  : gradients<16>(shape, fields, points, coordinates, sets, rows, nullptr, gradient, threads, work);
 }
 
 void mnif_field_second_order(int layers, const int* sizes, int output_sine, long fields, long points,
                              const float* coordinates, long sets, const float* rows, const float* upstream,
                              const float* direction, float* gradient, float* values_tangent, int threads) {
     const Shape shape = shape_of(layers, sizes, output_sine);
-    narrow(shape) ? second_order<8>(shape, fields, points, coordinates, sets, rows, upstream, direction, gradient,
-                                    values_tangent, threads)
-                  : second_order<16>(shape, fields, points, coordinates, sets, rows, upstream, direction, gradient,
-                                     values_tangent, threads);
+    const long channels = sizes[layers];
+    auto work = [&](auto& block, const float* at, long field, long p, long count) {
+        const long offset = (field * points + p) * channels;
+        block.second_order(at, upstream + offset, count, values_tangent + offset);
+    };
+    narrow(shape) ? gradients<8>(shape, fields, points, coordinates, sets, rows, direction, gradient, threads, work)
+                  : gradients<16>(shape, fields, points, coordinates, sets, rows, direction, gradient, threads, work);
+}
+
+// `errors` [fields] starts at zero.
+void mnif_field_errors(int layers, const int* sizes, int output_sine, long fields, long points, const float* coordinates,
+                       long sets, const float* rows, const float* targets, float* errors, float* gradient, int threads) {
+    const Shape shape = shape_of(layers, sizes, output_sine);
+    const long channels = sizes[layers];
+    const double numbers = (double)points * channels;
+    auto work = [&](auto& block, const float* at, long field, long p, long count) {
+        const double sum = block.errors(at, targets + (field * points + p) * channels, (float)(2 / numbers), count);
+        errors[field] += (float)(sum / numbers);
+    };
+    narrow(shape) ? gradients<8>(shape, fields, points, coordinates, sets, rows, nullptr, gradient, threads, work)
+                  : gradients<16>(shape, fields, points, coordinates, sets, rows, nullptr, gradient, threads, work);
+}
+
+void mnif_field_errors_hvp(int layers, const int* sizes, int output_sine, long fields, long points,
+                           const float* coordinates, long sets, const float* rows, const float* targets,
+                           const float* direction, float* gradient, int threads) {
+    const Shape shape = shape_of(layers, sizes, output_sine);
+    const long channels = sizes[layers];
+    const float scale = (float)(2 / ((double)points * channels));
+    auto work = [&](auto& block, const float* at, long field, long p, long count) {
+        block.errors_hvp(at, targets + (field * points + p) * channels, scale, count);
+    };
+    narrow(shape) ? gradients<8>(shape, fields, points, coordinates, sets, rows, direction, gradient, threads, work)
+                  : gradients<16>(shape, fields, points, coordinates, sets, rows, direction, gradient, threads, work);
 }
 }
