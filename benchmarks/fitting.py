@@ -3,9 +3,9 @@
     python benchmarks/fitting.py
 
 Plain is what the equations say, written down in PyTorch: mixing makes a [B, M, parameters] tensor, fields are batched
-products and sines, gradients are autograd's. Ours goes through the product's own classes. Both are timed in alternating
-rounds; medians are printed, with the share of the machine's own matrix-product rate that the fields' products reach,
-which is measured in between.
+products and sines, gradients are autograd's. Ours goes through the product's own classes. Both are timed in
+alternating rounds; medians are printed, with the share of the machine's own matrix-product rate that the fields'
+products reach, which is measured in between.
 """
 
 import resource
@@ -64,6 +64,7 @@ class Work:
     prepare: Callable[[], tuple[Callable[[], object], Callable[[], object]]]
 
     def measured(self, rounds: int, with_plain: bool) -> str:
+        """The row's line."""
         ours, plain = self.prepare()
         functions = [ours, matrix_product] + ([plain] if with_plain else [])
         times: list[list[float]] = [[] for _ in functions]
@@ -79,7 +80,9 @@ class Work:
         medians = [sorted(seconds)[len(seconds) // 2] for seconds in times]
         rate, peak = self.images / medians[0], 2 * SIZE**3 / medians[1]
         share = self.operations / medians[0] / peak
-        slow, ratio = ("", "") if not with_plain else (f"{self.images / medians[2]:.1f}", f"{medians[2] / medians[0]:.1f}")
+        slow, ratio = "", ""
+        if with_plain:
+            slow, ratio = f"{self.images / medians[2]:.1f}", f"{medians[2] / medians[0]:.1f}"
         return f"{self.name:48} {rate:15.1f} {slow:>16} {ratio:>6} {share:8.0%} {megabytes:8.0f}"
 
 
@@ -117,9 +120,7 @@ def plain_decode(model: MNIFModel, latents: Tensor, coordinates: Tensor) -> Tens
     return plain_field_values(coordinates, torch.cat(rows, dim=1), sizes, True)
 
 
-def meta_learning(
-    name: str, bases: int, depth: int, width: int, latent_dim: int, resolution: int, batch: int
-) -> Work:
+def meta_learning(name: str, bases: int, depth: int, width: int, latent_dim: int, resolution: int, batch: int) -> Work:
     model = paper_model(bases, depth, width, latent_dim, resolution)
     steps = 3
 

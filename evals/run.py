@@ -105,7 +105,7 @@ def _model(arguments: EvalArguments) -> tuple[dict[str, str], Callable[[], dict[
     reference = load_images(arguments.reference, _size(decoder.config.resolution))
 
     def measure() -> dict[str, Any]:
-        finder = load_finder(model)
+        finder = load_finder(model, signal)
         table = latent_table_of(model, pipeline)
         sides = reference.split(arguments.held_out_fraction, arguments.test_fraction)
         known = table if table is not None and _is_of(table, reference) else None

@@ -10,12 +10,24 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mnif.errors import UserError
 from mnif.files import folder_written_atomically, read_json, write_json
 from mnif.latent_rows import LatentRows
+
+_DAMAGE = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    struct.error,
+    pickle.PickleError,
+    SafetensorError,
+)
 
 
 @dataclass
@@ -127,7 +139,7 @@ class Checkpoints:
                 _load_tensors(self.ema.shadow_params, checkpoint / "ema.safetensors")
                 self.ema.optimization_step = ema_step
             return Progress(**record)
-        except (OSError, RuntimeError, ValueError, LookupError, TypeError, struct.error, pickle.PickleError) as error:
+        except _DAMAGE as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{checkpoint}: cannot resume from it ({reason}); remove it to use an older one") from None
 

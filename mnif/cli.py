@@ -7,6 +7,10 @@ from mnif.errors import UserError
 
 COMMANDS = {
     "fit": ("mnif.train:main", "learn bases and latents from data (stage one)"),
+    "compare-fit": (
+        "mnif.compare.command:main",
+        "learn in several ways at equal compute, and compare",
+    ),
     "encode": ("mnif.encode:main", "find the latents of new data on frozen bases"),
     "prior": ("latent_prior.train:main", "learn the distribution of the latents (stage two)"),
     "sample": ("latent_prior.sample:main", "draw new pictures"),
@@ -54,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:8} {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    lines = [f"  {name:11} {purpose}" for name, (_, purpose) in COMMANDS.items()]
     return "\n".join(
         [
             "mnif: train a generative model of neural fields and run it on an edge GPU",

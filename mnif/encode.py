@@ -80,7 +80,7 @@ def encode(arguments: EncodeArguments) -> None:
         raise UserError(f"--refinement_steps {steps}: must be at least 0")
     decoder = load_component(MNIFModel, arguments.model, "decoder")
     signal = signal_of_model(decoder)
-    finder = load_finder(arguments.model, arguments.method)
+    finder = load_finder(arguments.model, signal, arguments.method)
     data = signal.load_more(arguments.data)
     if arguments.split != "all":
         sides = data.split(arguments.held_out_fraction, arguments.test_fraction)

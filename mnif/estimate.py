@@ -21,15 +21,16 @@ def estimate_lines(arguments: FitArguments, decoder: MNIFModel, signal: Signal, 
     passes = _passes(arguments)
     operations = 2.0 * points * field.multiply_adds_per_point() * passes
     operations += 6.0 * sum(bases.numel() for bases in decoder.bases) * config.cells**config.dimensions
-    total = operations * arguments.train_batch_size * arguments.max_train_steps
+    batch = min(arguments.train_batch_size, instances)
+    total = operations * batch * arguments.max_train_steps
     learned = decoder.num_parameters()
     rows = instances * config.latent_dim if arguments.method == "auto-decoding" else 0
-    kept = points * sum(shape.outputs + shape.inputs for shape in decoder.shapes) * arguments.train_batch_size
+    kept = points * sum(shape.outputs + shape.inputs for shape in decoder.shapes) * batch
     if arguments.method == "meta":
         kept *= 3 * arguments.inner_steps + 1 if arguments.inner_order == "second" else 1
     megabytes = (16 * learned + 12 * rows + 4 * kept) / 1e6
     return [
-        f"{instances:,} {signal.unit}s to train, {arguments.max_train_steps:,} steps of {arguments.train_batch_size}",
+        f"{instances:,} {signal.unit}s to train, {arguments.max_train_steps:,} steps of {batch}",
         f"decoder: {learned:,} parameters; {len(field.rows)} field(s) of {field.parameters_per_field():,} parameters",
         f"a step looks at {points:,} points of each {signal.unit}: {operations / 1e9:.3g} GFLOP each",
         f"about {total / SUSTAINED / 3600:.2g} GPU hours at {SUSTAINED / 1e12:g} TFLOP/s sustained (a quarter of an "

@@ -14,6 +14,7 @@ from mnif.files import read_json
 from mnif.training import TrainingArguments
 
 _PRESETS = Path(__file__).parent / "presets"
+_NOT_OF_A_PRESET = {"data", "output_dir", "signal", "preset"}
 
 
 @dataclass(kw_only=True)
@@ -67,13 +68,15 @@ class FitArguments(TrainingArguments):
     """A sine after the last layer too, as the paper's image fields have it."""
 
     max_train_steps: int = 5000
-    """Optimizer steps."""
+    """Optimizer steps; given here, they win over the epochs of a preset."""
     num_train_epochs: int | None = None
     """Passes over the data; takes the place of --max_train_steps."""
     learning_rate: float = 4e-3
     """Peak learning rate of all but bases and latents."""
     basis_learning_rate: float = 1.2e-2
     """Peak learning rate of the bases."""
+    adam_beta2: float = 0.99
+    """Of Adam, for bases and networks."""
     random_flip: bool = False
     """Mirror half of the instances while training (encoder)."""
     latent_noise: float = 0.3
@@ -135,11 +138,10 @@ def parse_fit_arguments(arguments: list[str], program: str = "mnif fit", kind: t
         preset = _preset(signal_of(data))
     else:
         preset = {"signal": "auto", "arguments": {}}
-    known = {field.name for field in dataclasses.fields(kind)}
-    unknown = sorted(set(preset["arguments"]) - known)
-    if unknown:
-        raise UserError(f"--preset {named}: there is no flag --{unknown[0]}")
-    parsed = parse_arguments(kind, arguments, program, kind(**plain, signal=preset["signal"], **preset["arguments"]))
+    if _flag(arguments, "max_train_steps") is not None:
+        preset["arguments"].pop("num_train_epochs", None)
+    defaults = _defaults(kind, preset["arguments"], named)
+    parsed = parse_arguments(kind, arguments, program, dataclasses.replace(defaults, **plain, signal=preset["signal"]))
     parsed.signal = preset["signal"] if parsed.signal == "auto" else parsed.signal
     _check(parsed)
     return parsed
@@ -156,19 +158,37 @@ def _preset(name: str) -> dict[str, Any]:
     if path.suffix != ".json" or not path.is_file():
         raise UserError(f"--preset {name}: neither a JSON file nor one of {', '.join(preset_names())}")
     content = read_json(path)
-    if not isinstance(content, dict) or not {"signal", "arguments"} <= content.keys():
-        raise UserError(f'--preset {name}: an object with "signal" and "arguments" is needed')
-    return content
+    parts = content if isinstance(content, dict) else {}
+    if not isinstance(parts.get("signal"), str) or not isinstance(parts.get("arguments"), dict):
+        raise UserError(f'--preset {name}: an object with "signal", a name, and "arguments", an object, is needed')
+    return parts
+
+
+def _defaults(kind: type, preset: dict[str, Any], named: str | None) -> Any:
+    """The flags as a preset has them; what it says is checked as if it were typed."""
+    known = {field.name for field in dataclasses.fields(kind)} - _NOT_OF_A_PRESET
+    unknown = sorted(set(preset) - known)
+    if unknown:
+        raise UserError(f"--preset {named}: a preset cannot set {unknown[0]!r}; its arguments are flags of `mnif fit`")
+    typed = ["--data", "", "--output_dir", ""]
+    for name, value in preset.items():
+        if isinstance(value, bool):
+            typed.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            typed += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    try:
+        return parse_arguments(kind, typed, "mnif fit")
+    except UserError as error:
+        raise UserError(f"--preset {named}: {error}") from None
 
 
 def _flag(arguments: list[str], name: str) -> str | None:
     """The value a flag is given, before anything is parsed; the last one counts."""
     value = None
     for index, argument in enumerate(arguments):
-        if argument == f"--{name}" and index + 1 < len(arguments):
-            value = arguments[index + 1]
-        elif argument.startswith(f"--{name}="):
-            value = argument.partition("=")[2]
+        flag, equals, joined = argument.partition("=")
+        if flag.replace("-", "_") == f"__{name}":  # tyro takes either
+            value = joined if equals else next(iter(arguments[index + 1 :]), None)
     return value
 
 

@@ -106,6 +106,7 @@ class MetaLearning(Fitting):
         super().__init__(decoder, signal)
         self.inner_loop, self.second_order, self.start_noise = inner_loop, second_order, start_noise
 
+    @torch.compiler.disable  # torch.compile makes graphs that cannot be differentiated twice
     def forward(self, row: Tensor, **batch: Tensor) -> Tensor:
         """Mean squared error of a batch after the inner loop."""
         part = self.signal.part(self.signal.observe(batch))

@@ -19,7 +19,8 @@ class InnerLoop(ModelMixin, ConfigMixin):
     Args:
         latent_dim: D, numbers in a latent.
         steps: n, gradient steps.
-        learning_rate: multiplies the learned rates. The authors' 1 on the mean of a batch of 32 is 1/32 here.
+        learning_rate: multiplies the learned rates. The authors' 1 on the mean of a batch of 32 is about M here: 1/32
+            for the batch, and 100/3 · M because our coefficients start smaller and carry 1/sqrt(M).
         rates_from, rates_to: the rates start uniformly between the two, and are kept in [0, 1].
     """
 

@@ -1,5 +1,6 @@
 """The latent table: the latents of a data set, with the ids they stand for and the decoder they belong to."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from mnif.errors import UserError
 from mnif.files import written_atomically
 
 _FORMAT = "mnif-latents/1"
+_CHUNK = 8192  # rows in float64 at a time
 
 
 @dataclass
@@ -37,13 +39,23 @@ class LatentTable:
     @property
     def train(self) -> Tensor:
         """The rows trained on, [N_train, D]."""
-        return self.latents[~self.held_out]
+        return self.latents[~self.held_out] if self.held_out.any() else self.latents
 
     def mean_and_std(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of each dimension over the training rows, [D] and [D]."""
-        rows = self.train.double()
-        std, mean = torch.std_mean(rows, dim=0, correction=0)
-        return mean.float(), std.clamp_min(1e-6).float()
+        total = square = torch.zeros(self.latents.shape[1], dtype=torch.float64)
+        for rows in self._train_chunks():
+            total = total + rows.sum(dim=0)
+        count = int((~self.held_out).sum())
+        mean = total / count
+        for rows in self._train_chunks():
+            square = square + (rows - mean).square().sum(dim=0)
+        return mean.float(), (square / count).sqrt().clamp_min(1e-6).float()
+
+    def _train_chunks(self) -> Iterator[Tensor]:
+        """The training rows in float64, a few at a time: a table may be half of what memory holds."""
+        for latents, held_out in zip(self.latents.split(_CHUNK), self.held_out.split(_CHUNK), strict=True):
+            yield latents[~held_out].double()
 
     def save(self, path: Path) -> None:
         """Writes the table as safetensors, atomically. Ids are UTF-8 bytes with offsets, so any number fits."""

@@ -6,11 +6,11 @@ from typing import TypeVar
 from diffusers import ModelMixin
 from safetensors import SafetensorError
 
-from mnif.encoder import PatchEncoder, ViewsEncoder
 from mnif.errors import UserError
-from mnif.files import folder_written_atomically, read_json
+from mnif.files import folder_written_atomically
 from mnif.inner_loop import InnerLoop
 from mnif.refinement import Finder
+from mnif.signals import Signal
 
 Component = TypeVar("Component", bound=ModelMixin)
 
@@ -44,11 +44,12 @@ def load_component(kind: type[Component], folder: Path, name: str) -> Component:
         raise UserError(f"{folder / name}: damaged component ({str(error).splitlines()[0]})") from None
 
 
-def load_finder(folder: Path, method: str = "auto") -> Finder:
+def load_finder(folder: Path, signal: Signal, method: str = "auto") -> Finder:
     """What finds the latents of new data: the folder's encoder or inner loop, or None for a search from zero.
 
     Args:
         folder: the model folder.
+        signal: the model's.
         method: "encoder", "meta" or "auto-decoding" (None); "auto" takes what there is.
 
     Raises:
@@ -59,8 +60,5 @@ def load_finder(folder: Path, method: str = "auto") -> Finder:
         name = next((name for name in ("encoder", "inner_loop") if (folder / name).is_dir()), None)
     if name is None:
         return None
-    if name == "inner_loop":
-        return load_component(InnerLoop, folder, name)
-    config = folder / name / "config.json"
-    radiance = config.is_file() and read_json(config).get("_class_name") == ViewsEncoder.__name__
-    return load_component(ViewsEncoder if radiance else PatchEncoder, folder, name)
+    kind = InnerLoop if name == "inner_loop" else signal.encoder_class
+    return load_component(kind, folder, name)

@@ -64,6 +64,7 @@ class RadianceField(Signal):
 
     name = "radiance"
     unit = "object"
+    encoder_class = ViewsEncoder
     dimensions = 3
     channels = 4
 

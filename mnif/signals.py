@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from mnif.data import ImageData, Instances, VoxelData, load_images, load_voxels
@@ -49,12 +50,14 @@ class Signal(ABC):
     Attributes:
         name: as on the command line.
         unit: what one instance is called.
+        encoder_class: what :meth:`encoder` makes.
         dimensions: coordinates per point.
         channels: values a field gives per point.
     """
 
     name: ClassVar[str]
     unit: ClassVar[str]
+    encoder_class: ClassVar[type[ModelMixin]]
     dimensions: int
     channels: int
 
@@ -151,6 +154,8 @@ class GridSignal(Signal):
         channels: values per pixel.
         stride: a step of learning looks at every ``stride``-th pixel along each axis, with a random offset.
     """
+
+    encoder_class = PatchEncoder
 
     def __init__(self, resolution: int | list[int], channels: int, stride: int = 1):
         for pixels in [resolution] if isinstance(resolution, int) else resolution:

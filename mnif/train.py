@@ -20,7 +20,7 @@ from mnif.files import merge_json
 from mnif.fit_arguments import FitArguments, parse_fit_arguments
 from mnif.fitting import AmortisedFitting, AutoDecoding, Fitting, MetaLearning
 from mnif.inner_loop import InnerLoop
-from mnif.latent_rows import LatentRows, read_all
+from mnif.latent_rows import LatentRows
 from mnif.latents import LatentTable
 from mnif.model_folder import load_component, save_component
 from mnif.modeling import MNIFModel
@@ -31,7 +31,7 @@ from mnif.rows import Rows, rows_of
 from mnif.runs import begin_stage, finish_stage, peak_memory_megabytes
 from mnif.signal_table import signal_class
 from mnif.signals import GridSignal, Signal
-from mnif.training import make_accelerator, train
+from mnif.training import batch_size_of, make_accelerator, train
 
 _PROBES = 512  # instances of each side that a validation looks at
 
@@ -87,8 +87,7 @@ def fit(arguments: FitArguments) -> None:
     optimizers = make_optimizers(arguments, fitting)
     train(accelerator, arguments, fitting, optimizers, rows, run, "fit", validate, latent_rows=latent_rows)
     if accelerator.is_main_process:
-        _finish(arguments, data, sides, fitting.to("cpu").eval(), time.perf_counter() - started)
-    accelerator.wait_for_everyone()
+        _finish(arguments, data, sides, rows, held_rows, fitting.to("cpu").eval(), time.perf_counter() - started)
 
 
 def make_decoder(arguments: FitArguments, signal: Signal) -> MNIFModel:
@@ -120,7 +119,7 @@ def make_fitting(
     latent_rows = LatentRows(
         instances,
         latent_dim,
-        min(arguments.train_batch_size, instances) // processes * processes,
+        batch_size_of(arguments, instances, processes),
         arguments.latent_learning_rate,
         arguments.seed,
         process,
@@ -140,64 +139,72 @@ def make_optimizers(arguments: FitArguments, fitting: Fitting) -> list[torch.opt
         others += decoder.coefficient_map.parameters()
     if others:
         groups.append({"params": others, "lr": arguments.learning_rate})
-    return [torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0, fused=True)]
+    return [torch.optim.AdamW(groups, betas=(0.9, arguments.adam_beta2), weight_decay=0.0, fused=True)]
 
 
 def _probe(rows: Rows, fitting: Fitting, accelerator: Accelerator) -> Rows:
-    """The instances a validation looks at: the first ones of this process."""
-    index = np.arange(len(rows))
-    if isinstance(fitting, AutoDecoding) and accelerator.num_processes > 1:
-        index = index[fitting.rows.owns(torch.from_numpy(index)).numpy()]
-    return rows.subset(index[:_PROBES])
+    """This process's share of the instances a validation looks at, which are the first ones."""
+    index = torch.arange(min(len(rows), _PROBES))
+    if isinstance(fitting, AutoDecoding):
+        return rows.subset(index[fitting.rows.owns(index)].numpy())
+    return rows.subset(index[accelerator.process_index :: accelerator.num_processes].numpy())
 
 
 @torch.no_grad()
 def _mean_psnr(fitting: Fitting, rows: Rows, accelerator: Accelerator) -> float:
     """Mean PSNR in dB of instances with the latents that are found for them now, over all processes."""
-    values = []
-    for batch in rows.batches(64, accelerator.device):
+    total_and_count = torch.zeros(2, device=accelerator.device)
+    for batch in rows.batches(64, accelerator.device) if len(rows) else ():
         latents = fitting.latents(fitting.signal.observe(batch), batch["row"])
-        values.append(fitting.signal.figures(fitting.decoder, latents, batch)["psnr"])
-    return accelerator.reduce(torch.cat(values).mean(), "mean").item()
+        values = fitting.signal.figures(fitting.decoder, latents, batch)["psnr"]
+        total_and_count += torch.stack([values.sum(), values.new_tensor(len(values))])
+    total, count = accelerator.reduce(total_and_count, "sum").tolist()
+    return total / count
 
 
-def _finish(arguments: FitArguments, data: Instances, sides: np.ndarray, fitting: Fitting, seconds: float) -> None:
+def _finish(
+    arguments: FitArguments,
+    data: Instances,
+    sides: np.ndarray,
+    train_rows: Rows,
+    held_rows: Rows,
+    fitting: Fitting,
+    seconds: float,
+) -> None:
     """Writes model, latent table, figures and a picture of reconstructions."""
     run, decoder, signal = arguments.output_dir, fitting.decoder, fitting.signal
     started = time.perf_counter()
     held, train_side = sides == Split.HELD_OUT, sides == Split.TRAIN
-    train_rows, held_rows = (rows_of(data.rows(side).arrays()) for side in (train_side, held))
     finder = save_model(arguments, fitting)
     # Through the file and back, so that the fingerprint is that of what later commands will load.
     decoder = load_component(MNIFModel, run / "model", "decoder")
 
     figures: dict[str, float] = {}
-    latents = torch.zeros(len(data), decoder.config.latent_dim)
     if isinstance(fitting, AutoDecoding):
-        latents[train_side] = read_all(newest_checkpoint(run / "checkpoints" / "fit"), len(train_rows))
+        of_train = fitting.rows.read_all(newest_checkpoint(run / "checkpoints" / "fit"))
     else:
-        latents[train_side] = torch.cat([*latents_of(decoder, signal, train_rows, finder, 0)])
-    refined = latents[held]
+        of_train = torch.cat([*latents_of(decoder, signal, train_rows, finder, 0)])
+    of_held = refined = of_train[:0]
     if held.any():
         steps = arguments.refinement_steps
-        refined = torch.cat([*latents_of(decoder, signal, held_rows, finder, steps, progress=True)])
-        if finder is None:
-            latents[held] = refined
-        else:
-            latents[held] = torch.cat([*latents_of(decoder, signal, held_rows, finder, 0)])
-            figures |= _means(figures_of(decoder, signal, held_rows, latents[held]), f"heldout_{arguments.method}")
+        of_held = refined = torch.cat([*latents_of(decoder, signal, held_rows, finder, steps, progress=True)])
+        if finder is not None:
+            of_held = torch.cat([*latents_of(decoder, signal, held_rows, finder, 0)])
+            figures |= _means(figures_of(decoder, signal, held_rows, of_held), f"heldout_{arguments.method}")
         figures |= _means(figures_of(decoder, signal, held_rows, refined), "heldout")
-    figures |= _means(figures_of(decoder, signal, train_rows, latents[train_side]), "train")
+    figures |= _means(figures_of(decoder, signal, train_rows, of_train), "train")
     if isinstance(signal, GridSignal):
         figures |= pca_figures(signal, train_rows, held_rows, decoder.config.latent_dim)
 
-    kept = torch.from_numpy(train_side | held)
+    kept = train_side | held
+    held_out = torch.from_numpy(held[kept])
+    latents = torch.empty(len(held_out), decoder.config.latent_dim)
+    latents[~held_out], latents[held_out] = of_train, of_held
     ids = [id for id, keep in zip(data.ids, kept.tolist(), strict=True) if keep]
-    table = LatentTable(latents[kept], ids, torch.from_numpy(held)[kept], decoder.fingerprint(), data.name)
+    table = LatentTable(latents, ids, held_out, decoder.fingerprint(), data.name)
     table.save(run / "latents.safetensors")
-    side = held if held.any() else train_side
-    shown = rows_of(data.rows(side).arrays())
-    _save_reconstructions(run, decoder, signal, shown, latents[side], refined if held.any() else latents[side])
+    shown = (held_rows, of_held, refined) if held.any() else (train_rows, of_train, of_train)
+    _save_reconstructions(run, decoder, signal, *shown)
     field = decoder.bake(decoder.coefficients(latents[:1]))
     merge_json(
         run / "metrics.json",

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import LoggerType
+from accelerate.utils import GradientAccumulationPlugin, LoggerType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
@@ -81,7 +81,10 @@ def make_accelerator(arguments: TrainingArguments, folder: Path) -> Accelerator:
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # else processes on CPUs stay apart
         mixed_precision=arguments.mixed_precision,
-        gradient_accumulation_steps=arguments.gradient_accumulation_steps,
+        # The loader's end does not end a sum of batches: all of a step's batches are drawn before the first is used.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=arguments.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         log_with=arguments.report_to,
         project_dir=folder,
@@ -152,6 +155,7 @@ def train(
     )
     losses: list[Tensor] = []
     started = time.perf_counter() - progress.seconds
+    agreed = _agreement()
     with _interruptible() as interrupted, bar:
         while progress.step < steps:
             step_batches = list(islice(batches, accumulation))  # drawn first: a loader's start uses up random numbers
@@ -162,10 +166,15 @@ def train(
                     accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm)
-                        if latent_rows is not None:
-                            latent_rows.step(_share_of_peak(optimizers[0]))
-                    for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                    scale = _scale_of_loss(accelerator)
+                    for optimizer in optimizers:
                         optimizer.step()
+                    if latent_rows is not None and accelerator.sync_gradients:
+                        if accelerator.optimizer_step_was_skipped:  # float16 overflowed
+                            latent_rows.forget()
+                        else:
+                            latent_rows.step(_share_of_peak(optimizers[0]), scale)
+                    for optimizer, schedule in zip(optimizers, schedules, strict=True):
                         schedule.step()
                         optimizer.zero_grad()
                 losses.append(loss.detach())
@@ -190,9 +199,10 @@ def train(
                 if keep_best and (progress.best is None or figures[keep_best] < progress.best):
                     progress.best, progress.best_step = figures[keep_best], progress.step
                     checkpoints.save_best(parameters)
-            if progress.step % arguments.checkpointing_steps == 0 or last or interrupted():
+            stop = agreed(interrupted())
+            if progress.step % arguments.checkpointing_steps == 0 or last or stop:
                 checkpoints.save(progress)
-            if interrupted() and not last:
+            if stop and not last:
                 accelerator.print(f"stopped at step {progress.step}; the same command continues from here")
                 raise KeyboardInterrupt
     if arguments.report_to:
@@ -210,11 +220,21 @@ def _schedule(arguments: TrainingArguments, optimizer: torch.optim.Optimizer) ->
     return get_scheduler(arguments.lr_scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
-def _loader(arguments: TrainingArguments, rows: Rows, step: int, processes: int) -> DataLoader:
-    """Batches from ``step`` to the end; a batch is made by one indexing, so there is nothing to collate."""
-    batch_size = min(arguments.train_batch_size, len(rows)) // processes * processes
+def batch_size_of(arguments: TrainingArguments, instances: int, processes: int) -> int:
+    """Instances in a batch over all processes: what was asked for if there are as many, and as many for each process.
+
+    Raises:
+        UserError: that is none.
+    """
+    batch_size = min(arguments.train_batch_size, instances) // processes * processes
     if not batch_size:
         raise UserError(f"--train_batch_size {arguments.train_batch_size}: fewer than one row for each process")
+    return batch_size
+
+
+def _loader(arguments: TrainingArguments, rows: Rows, step: int, processes: int) -> DataLoader:
+    """Batches from ``step`` to the end; a batch is made by one indexing, so there is nothing to collate."""
+    batch_size = batch_size_of(arguments, len(rows), processes)
     accumulation = arguments.gradient_accumulation_steps
     batches = ShuffledBatches(
         len(rows),
@@ -235,6 +255,14 @@ def _share_of_peak(optimizer: torch.optim.Optimizer) -> float:
     """What the schedule multiplies learning rates with now."""
     group = optimizer.param_groups[0]
     return group["lr"] / group["initial_lr"]
+
+
+def _scale_of_loss(accelerator: Accelerator) -> float:
+    """How many times too large a gradient is that this process keeps to itself.
+
+    The loss is multiplied for float16, and is the mean of this process's share of the batch alone.
+    """
+    return accelerator.num_processes * (accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0)
 
 
 def _seed_step(seed: int, step: int, process: int) -> None:
@@ -268,6 +296,23 @@ def _diverged(step: int, checkpoints: Checkpoints) -> str:
     kept = checkpoints.complete()
     last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
     return f"the loss is not finite at step {step}; {last}; lower --learning_rate or --max_grad_norm"
+
+
+def _agreement() -> Callable[[bool], bool]:
+    """Whether any process says yes: all learn it at the same step, or one would wait for the others for ever.
+
+    Processes have a channel of their own for it, so that no GPU is waited for.
+    """
+    if not torch.distributed.is_initialized():
+        return lambda said: said
+    channel = torch.distributed.new_group(backend="gloo")
+
+    def agreed(said: bool) -> bool:
+        answer = torch.tensor([said], dtype=torch.uint8)
+        torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX, group=channel)
+        return bool(answer)
+
+    return agreed
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ SHAPES = {
 
 def rows_of(fields: int, sizes: tuple[int, ...]) -> torch.Tensor:
     layers = []
-    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+    for inputs, outputs in pairwise(sizes):
         layers += [torch.randn(fields, inputs * outputs) * (1.4 / inputs**0.5), torch.randn(fields, outputs)]
     return torch.cat(layers, dim=1)
 
@@ -122,9 +123,8 @@ def test_plain_pytorch_serves_where_there_is_no_compiler() -> None:
         "print(rows.grad.shape)"
     )
     for environment in ({"MNIF_NATIVE": "0"}, {"CXX": "no-such-compiler"}):
-        found = subprocess.run(
-            [sys.executable, "-c", program], env={"PATH": "/usr/bin:/bin", **environment}, capture_output=True, text=True
-        )
+        environment = {"PATH": "/usr/bin:/bin", **environment}
+        found = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
         assert found.stdout.strip() == "torch.Size([2, 7])", found.stderr
 
 

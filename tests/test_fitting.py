@@ -102,6 +102,14 @@ def test_first_order_ignores_how_a_step_depends_on_the_bases(decoder: MNIFModel,
     assert inner_loop(decoder, signal, observation).requires_grad  # the rates learn
 
 
+def test_meta_learning_where_training_is_compiled(decoder: MNIFModel, signal: Image) -> None:
+    fitting = MetaLearning(decoder, signal, InnerLoop(12), second_order=True, start_noise=0.0)
+    batch = {"row": torch.arange(2), "images": torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)}
+    plain = torch.autograd.grad(fitting(**batch), decoder.bases[0])
+    fitting.compile(backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(fitting(**batch), decoder.bases[0]), plain)
+
+
 def test_diverging_inner_loop_names_the_flag_to_lower(decoder: MNIFModel, signal: Image) -> None:
     torch.nn.init.normal_(decoder.coefficient_map.weight, std=1e19)
     with pytest.raises(UserError, match=r"inner loop diverged at step \d of 5; lower --inner_learning_rate"):

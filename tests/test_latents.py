@@ -31,6 +31,13 @@ def test_statistics_are_those_of_the_training_rows(table: LatentTable) -> None:
     torch.testing.assert_close(std, torch.from_numpy(rows.std(0)))
 
 
+def test_statistics_of_more_rows_than_are_read_at_once() -> None:
+    held_out = torch.arange(20_000) % 7 == 0
+    table = LatentTable(torch.randn(20_000, 3) + 100, [""] * 20_000, held_out, "f" * 64, "some data")
+    std, mean = torch.std_mean(table.latents[~held_out].double(), dim=0, correction=0)
+    torch.testing.assert_close(table.mean_and_std(), (mean.float(), std.float()), rtol=1e-6, atol=0)
+
+
 def test_table_of_another_decoder_is_refused(table: LatentTable, tmp_path: Path) -> None:
     table.save(tmp_path / "latents.safetensors")
     with pytest.raises(UserError, match="belong to decoder ffffffffffff, not to the one at hand"):

@@ -97,6 +97,8 @@ def test_old_checkpoints_are_removed_and_the_best_weights_kept(tmp_path: Path) -
 def test_accumulated_batches_cover_the_same_rows(tmp_path: Path) -> None:
     assert len(list(ShuffledBatches(10, 4, seed=0, start=0, stop=6))) == 6
     run(tmp_path / "run", gradient_accumulation_steps=2)
+    state = torch.load(tmp_path / "run/checkpoints/stage/checkpoint-12/optimizer.bin")["state"]
+    assert {int(moments["step"]) for moments in state.values()} == {12}  # the last step too is one
 
 
 def test_diverging_run_names_the_flag_to_lower(tmp_path: Path) -> None:
@@ -115,6 +117,9 @@ def test_damaged_checkpoint_names_itself(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", stop_after=6)
     (tmp_path / "run/checkpoints/stage/checkpoint-6/optimizer.bin").write_bytes(b"junk")
+    with pytest.raises(UserError, match="checkpoint-6: cannot resume"):
+        run(tmp_path / "run")
+    (tmp_path / "run/checkpoints/stage/checkpoint-6/model.safetensors").write_bytes(b"junk")
     with pytest.raises(UserError, match="checkpoint-6: cannot resume"):
         run(tmp_path / "run")
 

@@ -1,0 +1,281 @@
+"""`mnif compare-fit`: the ways of learning at equal compute on one data set, and the table to choose by."""
+
+import contextlib
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from mnif.compare.controls import control_figures
+from mnif.compare.report import comparison_table, curves_picture
+from mnif.compare.robustness import CONDITIONS, conditions_of, robustness, seconds_per_instance
+from mnif.compare.speed import seconds_per_step
+from mnif.curves import read_curves
+from mnif.data import Instances, Split
+from mnif.errors import UserError
+from mnif.files import merge_json, read_json, write_json, written_atomically
+from mnif.fit_arguments import FitArguments, parse_fit_arguments
+from mnif.model_folder import load_component, load_finder
+from mnif.modeling import MNIFModel
+from mnif.rows import rows_of
+from mnif.runs import command_line
+from mnif.signal_table import signal_class
+from mnif.train import fit
+
+PROGRAM = "mnif compare-fit"
+_TRAIN_SECONDS = 480.0
+_LONGEST_MEASUREMENT = 10.0  # seconds of throw-away steps
+_VALIDATIONS = 8  # of a run at least, so that its curve has a shape, unless they would take long:
+_VALIDATED = 1024  # instances a validation looks at, at most; each costs about a third of one in a step
+_BUDGETS = ("train_seconds", "max_train_steps", "num_train_epochs")
+# What is compared on, and what the process can have only once: no variant may differ in it.
+_COMMON = {*_BUDGETS, "data", "output_dir", "signal", "preset", "dry_run", "resolution", "channels", "method"}
+_COMMON |= {"held_out_fraction", "test_fraction", "held_out_views", "max_views", "near", "far", "background"}
+_COMMON |= {"mixed_precision", "resume_from_checkpoint", "report_to"}
+
+
+@dataclass(kw_only=True)
+class CompareArguments(FitArguments):
+    """Learn in several ways at equal compute and tabulate what each is worth; takes every flag of `mnif fit`.
+
+    Writes compare.json, compare.md, curves.png and one run folder for each way; the same command again continues or
+    reuses what is there. Flags a way cannot use (--random_flip without an encoder) are left out for it.
+    """
+
+    train_seconds: float | None = None
+    """Seconds of optimizer steps that each run gets on this machine; 480 unless a number of steps is given."""
+    methods: list[Literal["encoder", "auto-decoding", "meta"]] = field(
+        default_factory=lambda: ["encoder", "auto-decoding", "meta"]
+    )
+    """The ways of learning, in the order of the table; takes the place of --method."""
+    variants: list[str] = field(default_factory=list)
+    """Settings to try with each method on top of the flags given, such as cells=4 cells=1,width=64,depth=4."""
+    probes: int = 256
+    """Held-out instances that robustness is measured on, at most."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the table.
+
+    Attributes:
+        name: of the row and of the run folder.
+        variant: as the user wrote it, or "".
+        arguments: of its `mnif fit`.
+    """
+
+    name: str
+    variant: str
+    arguments: FitArguments
+
+
+def main(arguments: list[str]) -> None:
+    """Runs `mnif compare-fit`."""
+    compare(*parse_compare_arguments(arguments))
+
+
+def compare(asked: CompareArguments, runs: list[Run]) -> None:
+    """Trains every run, measures it, and writes the comparison to ``asked.output_dir``.
+
+    Raises:
+        UserError: the data cannot be read or nothing of it is held out, a run folder holds something else, or
+            training diverges.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("several processes cannot be compared; run it without torchrun")
+    data = signal_class(asked.signal).load(asked.data, asdict(asked))
+    sides = data.split(asked.held_out_fraction, asked.test_fraction)
+    train_data, held_data = (data.rows(sides == side) for side in (Split.TRAIN, Split.HELD_OUT))
+    for side, flag in ((train_data, "lower"), (held_data, "raise")):
+        if not len(side):
+            raise UserError(
+                f"--data {asked.data}: {len(train_data)} to learn from and {len(held_data)} held out; "
+                f"{flag} --held_out_fraction, both sides are needed"
+            )
+    results = [_result(asked, run, data, train_data, held_data) for run in runs]
+    signal = signal_class(asked.signal).of(data, asdict(asked))
+    controls = control_figures(signal, rows_of(train_data.arrays()), rows_of(held_data.arrays()), results)
+    count = {"train": len(train_data), "heldout": len(held_data), "probes": min(len(held_data), asked.probes)}
+    comparison = {
+        "command": command_line(),
+        "data": asked.data,
+        "unit": signal.unit,
+        "instances": count,
+        "train_seconds": asked.train_seconds,
+        "max_train_steps": asked.max_train_steps if asked.train_seconds is None else None,
+        "num_train_epochs": asked.num_train_epochs,
+        "seed": asked.seed,
+        "machine": {"device": _device().type, "threads": torch.get_num_threads()},
+        "conditions": {name: CONDITIONS[name] for name in conditions_of(signal)},
+        "controls": controls,
+        "runs": results,
+    }
+    write_json(asked.output_dir / "compare.json", comparison)
+    table = comparison_table(comparison)
+    with written_atomically(asked.output_dir / "compare.md") as temporary:
+        temporary.write_text(table)
+    curves = {run.name: read_curves(run.arguments.output_dir / "metrics.jsonl") for run in runs}
+    with written_atomically(asked.output_dir / "curves.png") as temporary:
+        temporary.write_bytes(curves_picture(curves, {result["name"]: result for result in results}))
+    print(f"\n{table}\n{asked.output_dir}: compare.json, compare.md and curves.png written")
+
+
+def parse_compare_arguments(arguments: list[str]) -> tuple[CompareArguments, list[Run]]:
+    """The flags in common, and the runs that methods and variants make of them.
+
+    Raises:
+        UserError: a flag or a variant cannot be understood or used.
+    """
+    if _given(arguments, "method"):
+        raise UserError("--method: give --methods, the ways of learning to compare")
+    # Presets choose a method; here all are tried, and the encoder is the one that every flag goes with.
+    asked = parse_fit_arguments([*arguments, "--method", "encoder"], PROGRAM, CompareArguments)
+    budgets = [name for name in _BUDGETS if _given(arguments, name)]
+    if len(budgets) > 1:
+        raise UserError(f"--{budgets[0]} and --{budgets[1]}: give one of them; it is what every run gets")
+    if asked.dry_run:
+        raise UserError("--dry_run: is for `mnif fit`, once for each --method")
+    if asked.train_seconds is not None and not 0 < asked.train_seconds < float("inf"):
+        raise UserError(f"--train_seconds {asked.train_seconds:g}: must be above 0")
+    if asked.probes < 1:
+        raise UserError(f"--probes {asked.probes}: must be at least 1")
+    if not budgets:
+        asked.train_seconds = _TRAIN_SECONDS
+    if "num_train_epochs" not in budgets:
+        asked.num_train_epochs = None  # a preset's
+    variants, methods = dict.fromkeys(asked.variants or [""]), dict.fromkeys(asked.methods)
+    return asked, [_run(arguments, asked, method, variant) for variant in variants for method in methods]
+
+
+def _run(arguments: list[str], asked: CompareArguments, method: str, variant: str) -> Run:
+    """Reads the flags once more, for one method and variant."""
+    own = ["--method", method] + ([] if method == "encoder" else ["--no_random_flip"])
+    try:
+        parsed = parse_fit_arguments([*arguments, *own, *_flags_of(variant)], PROGRAM, CompareArguments)
+    except UserError as error:
+        raise UserError(f"--variants {variant}: {error}" if variant else str(error)) from None
+    fit_arguments = FitArguments(**{field.name: getattr(parsed, field.name) for field in fields(FitArguments)})
+    name = f"{method}-{variant}" if variant else method
+    fit_arguments.output_dir = asked.output_dir / name
+    fit_arguments.num_train_epochs = asked.num_train_epochs
+    return Run(name, variant, fit_arguments)
+
+
+def _flags_of(variant: str) -> list[str]:
+    """``cells=1,output_sine=true`` → ``--cells 1 --output_sine``."""
+    kinds, flags = {field.name: field.type for field in fields(FitArguments)}, []
+    for setting in variant.split(",") if variant else []:
+        name, equals, value = setting.partition("=")
+        if name not in kinds:
+            raise UserError(f'there is no flag --{name}; settings are written as "cells=1,width=64"')
+        if name in _COMMON:
+            raise UserError(f"--{name} must be the same for all; give it outside of --variants")
+        if not equals or not value:
+            raise UserError(f"{name} needs a value, {name}=…")
+        if kinds[name] is not bool:
+            flags += [f"--{name}={value}"]
+        elif value in ("true", "false"):
+            flags += [f"--{name}" if value == "true" else f"--no_{name}"]
+        else:
+            raise UserError(f"{name}={value}: must be true or false")
+    return flags
+
+
+def _given(arguments: list[str], name: str) -> bool:
+    """Whether a flag stands on the command line."""
+    return any(argument.partition("=")[0].replace("-", "_") == f"__{name}" for argument in arguments)
+
+
+def _result(
+    asked: CompareArguments, run: Run, data: Instances, train_data: Instances, held_data: Instances
+) -> dict[str, Any]:
+    """Trains a run, or takes it as it is, and gives everything that is known of it."""
+    print(f"== {run.name}", flush=True)
+    folder, arguments = run.arguments.output_dir, run.arguments
+    speed = _planned(asked, run, data, train_data) if asked.train_seconds is not None else None
+    _forget_peak_memory()
+    fit(arguments)
+    last = [row for row in read_curves(folder / "metrics.jsonl") if row["stage"] == "fit"][-1]
+    batch = min(arguments.train_batch_size, len(train_data)) * arguments.gradient_accumulation_steps
+    return {
+        **read_json(folder / "metrics.json"),
+        **_measured(asked, run, data, held_data),
+        "name": run.name,
+        "method": arguments.method,
+        "variant": run.variant,
+        "folder": str(folder),
+        "random_flip": arguments.random_flip,
+        "refinement_steps": arguments.refinement_steps,
+        "train_steps": last["step"],
+        "train_seconds": last["seconds"],  # validations included, unlike in seconds_per_step
+        "seconds_per_step": speed,
+        "images_per_second": batch * last["step"] / last["seconds"],
+    }
+
+
+def _planned(asked: CompareArguments, run: Run, data: Instances, train_data: Instances) -> float:
+    """Sets the run's number of steps to what fits into the seconds asked for; gives the seconds of a step.
+
+    Schedules need the number of steps beforehand. It is kept beside the run, because a second measurement would give
+    another number and so another run.
+    """
+    seconds, arguments = asked.train_seconds, run.arguments
+    assert seconds is not None
+    path, key = arguments.output_dir / "speed.json", f"{seconds:g}"
+    kept = read_json(path) if path.exists() and arguments.resume_from_checkpoint != "no" else {}
+    if key not in kept:
+        signal = signal_class(asked.signal).of(data, asdict(arguments))
+        measured = seconds_per_step(arguments, signal, train_data, min(seconds / 20, _LONGEST_MEASUREMENT))
+        kept[key] = {"seconds_per_step": measured, "max_train_steps": max(round(seconds / measured), 1)}
+        merge_json(path, kept)
+    arguments.max_train_steps = kept[key]["max_train_steps"]
+    steps_worth = min(_VALIDATED, len(data)) / 3 / min(arguments.train_batch_size, len(train_data))
+    often = max(arguments.max_train_steps // _VALIDATIONS, round(10 * steps_worth), 1)
+    arguments.validation_steps = min(arguments.validation_steps, often)
+    measured = kept[key]["seconds_per_step"]
+    print(f"{1000 * measured:.3g} ms a step: {arguments.max_train_steps} steps in {seconds:g} s", flush=True)
+    return measured
+
+
+def _measured(asked: CompareArguments, run: Run, data: Instances, held_data: Instances) -> dict[str, float]:
+    """Robustness and seconds for each new instance; taken from ``measured.json`` if they are of the same model."""
+    folder, arguments = run.arguments.output_dir, run.arguments
+    decoder = load_component(MNIFModel, folder / "model", "decoder").to(_device())
+    chosen = np.linspace(0, len(held_data) - 1, min(len(held_data), asked.probes)).round().astype(int)
+    probes = held_data.rows(chosen)
+    subject = {
+        "decoder": decoder.fingerprint(),
+        "probes": probes.fingerprint(),
+        "seed": asked.seed,
+        "refinement_steps": arguments.refinement_steps,
+        "device": _device().type,
+        "threads": torch.get_num_threads(),
+    }
+    path = folder / "measured.json"
+    if path.exists() and (stored := read_json(path))["subject"] == subject:
+        print(f"{path}: measured before; nothing to do")
+        return stored["figures"]
+    signal = signal_class(asked.signal).of(data, asdict(arguments))
+    finder = load_finder(folder / "model", signal, arguments.method)
+    finder = None if finder is None else finder.to(_device())
+    rows, steps = rows_of(probes.arrays()), arguments.refinement_steps
+    figures = {"latent_dim": decoder.config.latent_dim}
+    figures |= robustness(decoder, signal, rows, finder, steps, asked.seed)
+    figures |= seconds_per_instance(decoder, signal, rows, finder, steps)
+    write_json(path, {"subject": subject, "figures": figures})
+    return figures
+
+
+def _device() -> torch.device:
+    """Where new instances are looked for: the accelerator, if there is one."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def _forget_peak_memory() -> None:
+    """Starts the process's peak anew, so that a run's is not that of the runs before; elsewhere than Linux it is."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
