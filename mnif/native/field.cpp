@@ -137,24 +137,38 @@ inline long padded(long n, int lanes) { return (n + lanes - 1) / lanes * lanes; 
 
 // The weights of one field, columns padded with zeros to whole vectors, and transposed likewise.
 struct Weights {
+   public:
     std::vector<std::vector<float>> forward, backward, bias;
 
     void read(const Shape& shape, const float* row, int lanes, bool transposed) {
-        forward.resize(shape.layers);
-        backward.resize(shape.layers);
-        bias.resize(shape.layers);
+        prepare(shape, lanes);
         for (int l = 0; l < shape.layers; l++) {
             const long in = shape.sizes[l], out = shape.sizes[l + 1], wide = padded(out, lanes), high = padded(in, lanes);
-            forward[l].assign(in * wide, 0.0f);
-            bias[l].assign(wide, 0.0f);
             for (long k = 0; k < in; k++) std::copy(row + k * out, row + (k + 1) * out, forward[l].data() + k * wide);
             std::copy(row + in * out, row + in * out + out, bias[l].data());
-            if (transposed && l > 0) {
-                backward[l].assign(out * high, 0.0f);
-                for (long k = 0; k < in; k++)
-                    for (long j = 0; j < out; j++) backward[l][j * high + k] = row[k * out + j];
-            }
+            if (transposed && l > 0)
+                for (long j = 0; j < out; j++)
+                    for (long k = 0; k < in; k++) backward[l][j * high + k] = row[k * out + j];
             row += (in + 1) * out;
+        }
+    }
+
+   private:
+    std::vector<int> sizes_;
+    int lanes_ = 0;
+
+    // Room for a shape, with zeros that stay where columns are padded; kept from field to field.
+    void prepare(const Shape& shape, int lanes) {
+        const std::vector<int> sizes(shape.sizes, shape.sizes + shape.layers + 1);
+        if (sizes == sizes_ && lanes == lanes_) return;
+        sizes_ = sizes;
+        lanes_ = lanes;
+        for (auto* layers : {&forward, &backward, &bias}) layers->assign(shape.layers, {});
+        for (int l = 0; l < shape.layers; l++) {
+            const long in = sizes[l], out = sizes[l + 1], wide = padded(out, lanes), high = padded(in, lanes);
+            forward[l].assign(in * wide, 0.0f);
+            bias[l].assign(wide, 0.0f);
+            backward[l].assign(out * high, 0.0f);
         }
     }
 };
