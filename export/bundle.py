@@ -83,6 +83,9 @@ def export_bundle(pipeline: MNIFPipeline, options: ExportArguments, inputs: dict
     for flag, least in (("num_baked", 0), ("num_inference_steps", 1), ("seed", 0)):
         if getattr(options, flag) < least:
             raise UserError(f"--{flag} {getattr(options, flag)}: must be at least {least}")
+    if options.resolution is None and not isinstance(pipeline.decoder.config.resolution, int):
+        size = " by ".join(map(str, pipeline.decoder.config.resolution))
+        raise UserError(f"{options.model}: pictures of {size} pixels; give --resolution, graphs draw square pictures")
     output = options.output_dir.resolve()
     if not _may_be_replaced(output):
         raise UserError(f"{options.output_dir} holds something other than a bundle; choose another --output_dir")

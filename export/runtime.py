@@ -190,7 +190,7 @@ def axis_cells(resolution: int, cells: int, overlap: float) -> tuple:
     blended = (border >= 1) & (border < cells) & (np.abs(distance) < reach)
     left, right = np.where(blended, border - 1, inside), np.where(blended, border, inside)
     ramp = np.clip(distance / (2 * overlap) + 0.5, 0, 1) if overlap > 0 else np.zeros(resolution)
-    weight = np.where(blended, ramp * ramp * (3 - 2 * ramp), 0.0)
+    weight = np.where(blended, ramp, 0.0)
     row = np.arange(resolution)
     return coordinates, left * points + row - start[left], right * points + row - start[right], weight
 

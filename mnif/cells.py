@@ -2,7 +2,7 @@
 
 The domain is cut into ``cells`` equal intervals along every axis, for any number of axes. Each cell has a tiny field
 in coordinates of its own, [-1, 1] across the cell. A field reaches over its borders by ``overlap`` of a cell's width;
-there the two neighbours are averaged with weights that run smoothly from one to the other, so the whole is continuous
+there the two neighbours are averaged with weights that run in a line from one to the other, so the whole is continuous
 and has no seams. The weights are the product of one weight per axis and sum to one (a partition of unity).
 
 Pixels are areas: the centre of pixel r of n lies at (r + 1/2) / n of the axis, so pictures decoded at different
@@ -68,7 +68,7 @@ def axis_cells(resolution: int, cells: int, overlap: float, stride: int = 1, pha
     left = np.where(blended, border - 1, inside)
     right = np.where(blended, border, inside)
     ramp = np.clip(distance / (2 * overlap) + 0.5, 0, 1) if overlap > 0 else np.zeros(resolution)
-    weight = np.where(blended, ramp * ramp * (3 - 2 * ramp), 0.0)  # smoothstep: the slope is continuous too
+    weight = np.where(blended, ramp, 0.0)
     row = np.arange(resolution)
     return AxisCells(
         coordinates=coordinates,

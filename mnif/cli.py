@@ -12,6 +12,7 @@ COMMANDS = {
         "learn in several ways at equal compute, and compare",
     ),
     "encode": ("mnif.encode:main", "find the latents of new data on frozen bases"),
+    "decode": ("mnif.decode:main", "show what latents stand for: pictures, meshes, views"),
     "prior": ("latent_prior.train:main", "learn the distribution of the latents (stage two)"),
     "sample": ("latent_prior.sample:main", "draw new pictures"),
     "export": ("export.bundle:main", "write ONNX graphs and weights for an edge device"),

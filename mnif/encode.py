@@ -1,5 +1,6 @@
 """`mnif encode`: finds the latents of new data on frozen bases."""
 
+import math
 import shutil
 import time
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from torch import Tensor
 from mnif.arguments import parse_arguments
 from mnif.data import Instances, Split
 from mnif.errors import UserError
-from mnif.files import read_json, sha256_of_folder, write_json, written_atomically
+from mnif.files import read_json, sha256_of_file, sha256_of_folder, write_json, written_atomically
 from mnif.latents import LatentTable
 from mnif.masks import Observe, masked, read_masks, some_views
 from mnif.model_folder import load_component, load_finder
@@ -78,6 +79,8 @@ def encode(arguments: EncodeArguments) -> None:
         raise UserError(f"--batch_size {arguments.batch_size}: must be at least 1")
     if steps < 0:
         raise UserError(f"--refinement_steps {steps}: must be at least 0")
+    if not 0 < arguments.refinement_learning_rate < math.inf:
+        raise UserError(f"--refinement_learning_rate {arguments.refinement_learning_rate:g}: must be above 0")
     decoder = load_component(MNIFModel, arguments.model, "decoder")
     signal = signal_of_model(decoder)
     finder = load_finder(arguments.model, signal, arguments.method)
@@ -93,6 +96,7 @@ def encode(arguments: EncodeArguments) -> None:
     output, started = arguments.output_dir, time.perf_counter()
     search = {"steps": steps, "model": sha256_of_folder(arguments.model), "data": data.fingerprint()}
     search |= {name: str(value) for name, value in asdict(arguments).items() if name != "output_dir"}
+    search |= {"mask": sha256_of_file(arguments.mask)} if arguments.mask is not None else {}
     parts = Parts(output / ".parts", search)
     with progress_bar(total=len(rows), desc="finding latents", unit=signal.unit) as bar:
         for begin in range(0, len(rows), arguments.batch_size):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from mnif.data.arrays import npy_array, npz_arrays
 from mnif.errors import UserError
 from mnif.radiance import RadianceField
 from mnif.signals import Observation, Signal
@@ -33,6 +34,8 @@ def read_masks(path: Path, shape: Sequence[int], ids: Sequence[str]) -> np.ndarr
     if masks.shape[1:] != tuple(shape):
         raise UserError(f"--mask {path}: masks are {list(masks.shape[1:])}; {list(shape)} is needed")
     if of is not None:
+        if len(of) != len(masks):
+            raise UserError(f"--mask {path}: {len(masks)} masks with {len(of)} ids")
         place = {id: row for row, id in enumerate(of)}
         missing = [id for id in ids if id not in place]
         if missing:
@@ -76,11 +79,11 @@ def some_views(signal: Signal, views: Sequence[int], available: int) -> Observe:
 def _stored_masks(path: Path) -> tuple[np.ndarray, list[str] | None]:
     try:
         if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as file:
-                return file["masks"].astype(bool), [str(id) for id in file["ids"]] if "ids" in file else None
+            arrays = npz_arrays(path, "masks")
+            return arrays["masks"].astype(bool), [str(id) for id in arrays["ids"]] if "ids" in arrays else None
         if path.suffix == ".npy":
-            return np.load(path, allow_pickle=False).astype(bool), None
+            return npy_array(path).astype(bool), None
         with Image.open(path) as image:
             return np.asarray(image.convert("L")) > 127, None
-    except (OSError, ValueError, KeyError, EOFError, UnidentifiedImageError) as error:
+    except (OSError, ValueError, KeyError, UnidentifiedImageError, UserError) as error:
         raise UserError(f'--mask {path}: a picture, an .npy, or an .npz with "masks" is needed ({error})') from None

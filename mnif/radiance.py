@@ -14,7 +14,7 @@ from mnif.encoder import ViewsEncoder
 from mnif.errors import UserError
 from mnif.modeling import MNIFModel
 from mnif.rendering import box_intersection, camera_rays, composite, stratified_depths, turntable_poses
-from mnif.signals import Observation, Signal, psnr
+from mnif.signals import Observation, Signal, height_and_width, psnr
 
 _RAYS_AT_ONCE = 1 << 15
 
@@ -91,7 +91,7 @@ class RadianceField(Signal):
     def load(cls, source: str, options: Mapping[str, Any]) -> Instances:
         """Reads posed views (:func:`mnif.data.load_views`); takes ``resolution``, ``near``, ``far``, ``max_views`` and
         ``background``."""
-        resolution = _size(options["resolution"])
+        resolution = height_and_width(options["resolution"]) if options["resolution"] else None
         names = ("near", "far", "max_views", "background")
         return load_views(source, resolution, **{name: options[name] for name in names})
 
@@ -104,6 +104,8 @@ class RadianceField(Signal):
         views, height, width = data.images.shape[1:4]
         if not 0 <= options["held_out_views"] < views:
             raise UserError(f"--held_out_views {options['held_out_views']}: each object has {views} views")
+        if options["bound"] is not None and not options["bound"] > 0:
+            raise UserError(f"--bound {options['bound']:g}: must be above 0")
         distance = float(np.median(np.linalg.norm(np.asarray(data.poses[:, :, :3, 3]), axis=-1)))
         return cls(
             resolution=height if height == width else [height, width],
@@ -121,7 +123,12 @@ class RadianceField(Signal):
     def load_more(self, source: str) -> Instances:
         """Views of the model's size, depths and background."""
         background: Any = self.background
-        return load_views(source, self.size, self.near, self.far, None, background)
+        data = load_views(source, self.size, self.near, self.far, None, background)
+        views = data.images.shape[1]
+        if views <= self.held_out_views:
+            kept = f"the model keeps {self.held_out_views} of each object for measuring"
+            raise UserError(f"--data {source}: each object has {views} views; {kept}")
+        return data
 
     @property
     def size(self) -> tuple[int, int]:
@@ -220,9 +227,10 @@ class RadianceField(Signal):
     def turntable(
         self, decoder: MNIFModel, latents: Tensor, frames: int, elevation: float = 20.0, resolution: int | None = None
     ) -> np.ndarray:
-        """Pictures from cameras on a circle around the object: [B, frames, H, W, 3] uint8."""
-        height, width = (resolution, resolution) if resolution else self.size
-        scale = height / self.size[0]
+        """Pictures, ``resolution`` high, from cameras on a circle around the object: [B, frames, H, W, 3] uint8."""
+        height, width = self.size
+        scale = (resolution or height) / height
+        height, width = round(height * scale), round(width * scale)
         poses = turntable_poses(frames, self.camera_distance, elevation).to(latents.device)
         intrinsics = torch.tensor(self.intrinsics, device=latents.device) * scale
         cameras = Cameras(poses.expand(len(latents), -1, -1, -1), intrinsics.expand(len(latents), -1), height, width)
@@ -236,12 +244,6 @@ class RadianceField(Signal):
     def original_pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray:
         """The first view of each object."""
         return batch["images"][:, 0].cpu().numpy()
-
-
-def _size(resolution: list[int] | None) -> int | tuple[int, int] | None:
-    if not resolution:
-        return None
-    return resolution[0] if len(resolution) == 1 else (resolution[0], resolution[1])
 
 
 def _rays_of(cameras: Cameras, views: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -47,7 +47,7 @@ def route_points(coordinates: Tensor, cells: int, overlap: float) -> Routes:
     distance = position - border
     blended = (border >= 1) & (border < cells) & (distance.abs() < overlap)
     ramp = (distance / max(2 * overlap, 1e-12) + 0.5).clamp(0, 1)
-    share = torch.where(blended, ramp * ramp * (3 - 2 * ramp), 0.0)
+    share = torch.where(blended, ramp, 0.0)
     left, right = torch.where(blended, border - 1, inside), torch.where(blended, border, inside)
 
     instance = torch.arange(batch, device=coordinates.device)[:, None].expand(batch, points)

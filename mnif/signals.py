@@ -218,7 +218,7 @@ class Image(GridSignal):
     @classmethod
     def load(cls, source: str, options: Mapping[str, Any]) -> Instances:
         """Reads pictures (:func:`mnif.data.load_images`) at ``resolution``, 32 unless given, with ``channels``."""
-        return load_images(source, _height_and_width(options["resolution"] or [32]), options["channels"])
+        return load_images(source, height_and_width(options["resolution"] or [32]), options["channels"])
 
     @classmethod
     def of(cls, data: ImageData, options: Mapping[str, Any]) -> "Image":
@@ -229,7 +229,7 @@ class Image(GridSignal):
     def load_more(self, source: str) -> Instances:
         """Pictures of the model's size and channels."""
         size = [self.resolution] if isinstance(self.resolution, int) else self.resolution
-        return load_images(source, _height_and_width(size), self.channels)
+        return load_images(source, height_and_width(size), self.channels)
 
     def observe(self, batch: Mapping[str, Tensor]) -> Observation:
         """``images`` [B, H, W, C] uint8 → [-1, 1]."""
@@ -306,7 +306,12 @@ class Voxels(GridSignal):
         return _surfaces(self.observe(batch).values)
 
 
-def _height_and_width(resolution: Sequence[int]) -> int | tuple[int, int]:
+def height_and_width(resolution: Sequence[int]) -> int | tuple[int, int]:
+    """What ``--resolution`` says of a picture.
+
+    Raises:
+        UserError: it is more than two numbers.
+    """
     if len(resolution) > 2:
         raise UserError(f"--resolution {' '.join(map(str, resolution))}: one number, or height and width")
     return resolution[0] if len(resolution) == 1 else (resolution[0], resolution[1])

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from PIL import Image
 from latent_prior.denoiser import LatentDenoiser
 from latent_prior.objective import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
+from mnif.cli import main
 from mnif.modeling import MNIFModel
+from mnif.rendering import turntable_poses
 
 torch.set_num_threads(1)
 
@@ -53,3 +56,39 @@ def picture_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         disc = (rows - centre[0]) ** 2 + (columns - centre[1] - 2) ** 2 < radius**2
         Image.fromarray(np.where(disc[..., None], colour, ground).astype(np.uint8)).save(folder / f"{index:03d}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def ball_views(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 folders with a ``transforms.json`` and 6 views of 16×16 pixels: a ball of one colour on white."""
+    folder = tmp_path_factory.mktemp("balls")
+    generator = np.random.default_rng(0)
+    poses = np.concatenate([turntable_poses(3, 2.5, elevation).double().numpy() for elevation in (15.0, 50.0)])
+    poses = poses[[0, 4, 2, 3, 1, 5]]
+    slope = (np.arange(16) + 0.5 - 8) / 8 * np.tan(0.45)
+    in_camera = np.stack([*np.meshgrid(slope, -slope), -np.ones((16, 16))], axis=-1)
+    for index in range(12):
+        (folder / f"{index:02d}").mkdir()
+        colour, centre = generator.integers(0, 200, 3), generator.uniform(-0.3, 0.3, 3)
+        radius, frames = generator.uniform(0.35, 0.6), []
+        for view, pose in enumerate(poses):
+            rays = in_camera @ pose[:3, :3].T
+            along = rays @ (centre - pose[:3, 3]) / np.square(rays).sum(axis=-1)
+            nearest = np.linalg.norm(pose[:3, 3] + along[..., None] * rays - centre, axis=-1)
+            pixels = np.where((nearest < radius)[..., None], colour, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{index:02d}/{view}.png")
+            frames.append({"file_path": f"{view}.png", "transform_matrix": pose.tolist()})
+        (folder / f"{index:02d}/transforms.json").write_text(json.dumps({"camera_angle_x": 0.9, "frames": frames}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ball_run(tmp_path_factory: pytest.TempPathFactory, ball_views: Path) -> Path:
+    """A short fit of all of them, on five of the six views."""
+    run = tmp_path_factory.mktemp("runs") / "balls"
+    fit = ["fit", "--data", str(ball_views), "--output_dir", str(run), "--held_out_views", "1", "--compile", "off"]
+    fit += ["--held_out_fraction", "0", "--test_fraction", "0", "--train_batch_size", "12", "--rays_per_step", "64"]
+    fit += ["--cells", "1", "--num_bases", "16", "--width", "32", "--depth", "1", "--latent_dim", "16"]
+    fit += ["--samples_per_ray", "16", "--max_train_steps", "300", "--learning_rate", "5e-3", "--lr_warmup_steps", "0"]
+    assert main([*fit, "--basis_learning_rate", "5e-3", "--latent_learning_rate", "5e-2"]) == 0
+    return run

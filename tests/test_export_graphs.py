@@ -9,13 +9,27 @@ from onnx import numpy_helper
 from export.cases import graph_cases
 from export.graphs import baked_graph, decoder_graph, sampler_graph
 from export.steps import linear_steps
+from latent_prior.denoiser import LatentDenoiser
 from latent_prior.noise import initial_noise
 from latent_prior.objective import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
 from mnif.errors import UserError
 from mnif.modeling import MNIFModel
 
-OPERATORS = {"Add", "Div", "Gather", "Gemm", "MatMul", "Mul", "ReduceMean", "Reshape", "Sigmoid", "Sin", "Split"}
+OPERATORS = {
+    "Add",
+    "Concat",
+    "Div",
+    "Gather",
+    "Gemm",
+    "MatMul",
+    "Mul",
+    "ReduceMean",
+    "Reshape",
+    "Sigmoid",
+    "Sin",
+    "Split",
+}
 OPERATORS |= {"Sqrt", "Sub", "Transpose"}
 SHAPES = {
     "delta, 4 cells": ({"cells": 4}, 32),
@@ -27,6 +41,8 @@ SHAPES = {
     "average, one cell that needs no blending": ({"cells": 1, "mixing": "average", "overlap": 0.0}, 13),
     "average, 3 cells": ({"cells": 3, "mixing": "average"}, 11),
     "voxels": ({"cells": 2, "dimensions": 3, "channels": 1}, 7),
+    "shared coefficients": ({"cells": 2, "coefficient_form": "shared"}, 9),
+    "direct coefficients": ({"cells": 2, "coefficient_form": "direct", "latent_dim": None}, 9),
 }
 
 
@@ -51,7 +67,8 @@ def case(request: pytest.FixtureRequest) -> tuple[MNIFModel, int]:
     settings, resolution = SHAPES[request.param]
     torch.manual_seed(0)
     decoder = MNIFModel(**{"num_bases": 4, "width": 8, "depth": 1, "latent_dim": 6} | settings).eval()
-    torch.nn.init.normal_(decoder.coefficient_map.weight, std=0.2)
+    if decoder.coefficient_map is not None:
+        torch.nn.init.normal_(decoder.coefficient_map.weight, std=0.2)
     return decoder, resolution
 
 
@@ -61,7 +78,7 @@ def test_decoder_graph_equals_the_model(case: tuple[MNIFModel, int]) -> None:
     model = decoder_graph(decoder, resolution)
     check_form(model)
     for batch in (1, 3, 8):
-        latents = torch.randn(batch, 6)
+        latents = torch.randn(batch, decoder.config.latent_dim)
         values = run(model, decoder.coefficients(latents).numpy())
         np.testing.assert_allclose(values, decoder(latents, resolution).numpy(), atol=1e-5)
 
@@ -69,7 +86,7 @@ def test_decoder_graph_equals_the_model(case: tuple[MNIFModel, int]) -> None:
 @torch.no_grad()
 def test_baked_graph_blends_to_the_decoders_picture(case: tuple[MNIFModel, int]) -> None:
     decoder, resolution = case
-    latents = torch.randn(1, 6)
+    latents = torch.randn(1, decoder.config.latent_dim)
     field = decoder.bake(decoder.coefficients(latents))
     model = baked_graph(field)
     check_form(model)
@@ -102,6 +119,33 @@ def test_sampler_graph_equals_the_pipeline(pipeline: MNIFPipeline, scheduler: Sc
             latents=torch.from_numpy(noise), num_inference_steps=count, resolution=15, output_type="np"
         ).images
         np.testing.assert_allclose((run(model, noise) / 2 + 0.5).clip(0, 1), pictures, atol=1e-4)
+
+
+@pytest.mark.parametrize("mixing", ["delta", "average"])
+@pytest.mark.parametrize("form", ["shared", "direct"])
+def test_sampler_graph_of_other_forms_of_coefficients(form: str, mixing: str) -> None:
+    torch.manual_seed(0)
+    latent_dim = None if form == "direct" else 6
+    settings = {"num_bases": 4, "width": 8, "depth": 1, "cells": 2, "mixing": mixing, "coefficient_form": form}
+    decoder = MNIFModel(latent_dim=latent_dim, **settings).eval()
+    if decoder.coefficient_map is not None:
+        torch.nn.init.normal_(decoder.coefficient_map.weight, std=0.5)
+    size = decoder.config.latent_dim
+    assert size == (2 * 2 * len(decoder.bases) * 4 if form == "direct" else 6)
+    denoiser = LatentDenoiser(latent_dim=size, width=16, depth=1, decoder_fingerprint=decoder.fingerprint())
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    denoiser.latent_mean.normal_()
+    pipeline = MNIFPipeline(decoder, denoiser, sampling_scheduler("x0"))
+    pipeline.set_progress_bar_config(disable=True)
+    model = sampler_graph(pipeline, linear_steps(pipeline.scheduler, 4), resolution=11)
+    check_form(model)
+    for batch in (1, 5):
+        noise = initial_noise(0, range(batch), size)
+        start = torch.from_numpy(noise)
+        pictures = pipeline(latents=start, num_inference_steps=4, resolution=11, output_type="np").images
+        np.testing.assert_allclose((run(model, noise) / 2 + 0.5).clip(0, 1), pictures, atol=1e-4)
+        assert pictures.std() > 0.05
 
 
 def test_the_samples_differ_and_the_denoiser_matters(pipeline: MNIFPipeline) -> None:

@@ -21,7 +21,7 @@ def npz_arrays(path: Path, needs: str) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile, AttributeError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile, AttributeError, TypeError) as error:
         raise UserError(f"{path}: needs {needs} ({error})") from None
 
 
@@ -45,9 +45,12 @@ def npy_array(path: Path) -> np.ndarray:
         UserError: the file is damaged, or holds Python objects.
     """
     try:
-        return np.load(path, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise UserError(f"{path}: not a readable .npy array ({error})") from None
+    if not isinstance(array, np.ndarray):
+        raise UserError(f"{path}: not a readable .npy array (it is an .npz file)")
+    return array
 
 
 def ids_and_groups(path: Path, arrays: dict[str, np.ndarray], count: int) -> tuple[list[str], list[str]]:
