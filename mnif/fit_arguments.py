@@ -89,7 +89,7 @@ class FitArguments(TrainingArguments):
     """Weight of the latents' mean square in the loss (auto-decoding)."""
     inner_steps: int = 3
     """Gradient steps of the inner loop (meta)."""
-    inner_learning_rate: float = 10.0
+    inner_learning_rate: float = 4000.0
     """Multiplies the inner loop's learned rates (meta)."""
     inner_order: Literal["first", "second"] = "second"
     """Whether training differentiates through the inner loop (meta)."""

@@ -101,8 +101,8 @@ inline void rows_of_tiles(long rows, const float* a, long a_row, long a_inner, c
 
 // C[rows][columns] = (start or zero or C) + A B; `columns` is a multiple of LANES.
 template <int LANES>
-void product(long rows, long columns, long inner, const float* a, long a_row, long a_inner, const float* b, long b_row,
-             float* c, long c_row, const float* start = nullptr, bool add = false) {
+void whole_vectors(long rows, long columns, long inner, const float* a, long a_row, long a_inner, const float* b,
+                   long b_row, float* c, long c_row, const float* start, bool add) {
     long vectors = columns / LANES;
     while (vectors > 0) {
         long taken;
@@ -126,6 +126,26 @@ void product(long rows, long columns, long inner, const float* a, long a_row, lo
     }
 }
 
+// The same for the columns that `padded` gives.
+template <int LANES>
+void product(long rows, long columns, long inner, const float* a, long a_row, long a_inner, const float* b, long b_row,
+             float* c, long c_row, const float* start = nullptr, bool add = false) {
+    if (columns % LANES == 0)
+        whole_vectors<LANES>(rows, columns, inner, a, a_row, a_inner, b, b_row, c, c_row, start, add);
+    else
+        whole_vectors<8>(rows, columns, inner, a, a_row, a_inner, b, b_row, c, c_row, start, add);
+}
+
+// Sines (and cosines) of `count` numbers, a multiple of 8, in place.
+template <int LANES, bool WITH_COSINE>
+void sines(float* x, float* cosine, long count) {
+    using Floats = typename Vector<LANES>::Floats;
+    using Half = typename Vector<8>::Floats;
+    long i = 0;
+    for (; i + LANES <= count; i += LANES) sine<LANES, WITH_COSINE>(*(const Floats*)(x + i), x + i, cosine + i);
+    for (; i < count; i += 8) sine<8, WITH_COSINE>(*(const Half*)(x + i), x + i, cosine + i);
+}
+
 struct Shape {
     int layers;        // linear layers
     const int* sizes;  // layers + 1 numbers: coordinates, hidden units ..., channels
@@ -133,7 +153,8 @@ struct Shape {
     long parameters;  // numbers in one field's row
 };
 
-inline long padded(long n, int lanes) { return (n + lanes - 1) / lanes * lanes; }
+// Columns that n numbers take: whole vectors, but no more than one short vector for the few channels of values.
+inline long padded(long n, int lanes) { return n <= 8 ? 8 : (n + lanes - 1) / lanes * lanes; }
 
 // The weights of one field, columns padded with zeros to whole vectors, and transposed likewise.
 struct Weights {
@@ -241,12 +262,8 @@ class Block {
             float* out = space_.sines[l].data();
             product<LANES>(count, wide, shape_.sizes[l], input, stride, 1, space_.weights.forward[l].data(), wide, out,
                            wide, space_.weights.bias[l].data());
-            if (l < shape_.layers - 1 || shape_.output_sine) {
-                using Floats = typename Vector<LANES>::Floats;
-                float* cosine = space_.cosines[l].data();
-                for (long i = 0; i < count * wide; i += LANES)
-                    sine<LANES, WITH_COSINE>(*(const Floats*)(out + i), out + i, cosine + i);
-            }
+            if (l < shape_.layers - 1 || shape_.output_sine)
+                sines<LANES, WITH_COSINE>(out, space_.cosines[l].data(), count * wide);
             input = out;
             stride = wide;
         }
@@ -470,7 +487,7 @@ void gradients(const Shape& shape, long fields, long points, const float* coordi
 // Eight lanes where sixteen would leave more of the hidden units' vectors empty.
 bool narrow(const Shape& shape) {
     const long width = shape.layers > 1 ? shape.sizes[1] : shape.sizes[shape.layers];
-    return padded(width, 16) != padded(width, 8);
+    return width > 8 && padded(width, 16) != padded(width, 8);
 }
 
 }  // namespace
