@@ -143,8 +143,8 @@ def make_optimizers(arguments: FitArguments, fitting: Fitting) -> list[torch.opt
 
 
 def _probe(rows: Rows, fitting: Fitting, accelerator: Accelerator) -> Rows:
-    """This process's share of the instances a validation looks at, which are the first ones."""
-    index = torch.arange(min(len(rows), _PROBES))
+    """This process's share of the instances a validation looks at, evenly spread over all of them."""
+    index = torch.linspace(0, len(rows) - 1, min(len(rows), _PROBES)).long()
     if isinstance(fitting, AutoDecoding):
         return rows.subset(index[fitting.rows.owns(index)].numpy())
     return rows.subset(index[accelerator.process_index :: accelerator.num_processes].numpy())
