@@ -1,9 +1,9 @@
 """The coarse grid of cells over the domain: where each cell's field is asked, and how neighbours blend.
 
-The domain is cut into ``cells`` equal intervals along every axis. Each cell has a tiny field in coordinates of its own,
-[-1, 1] across the cell. A field reaches over its borders by ``overlap`` of a cell's width; there the two neighbours are
-averaged with weights that run in a line from one to the other, so the whole is continuous and has no seams. The weights
-are the product of one weight per axis and sum to one (a partition of unity).
+The domain is cut into ``cells`` equal intervals along every axis. Each cell has a tiny field in coordinates of its
+own, [-1, 1] across the cell. A field reaches over its borders by ``overlap`` of a cell's width; there the two
+neighbours are averaged with weights that run in a line from one to the other, so the whole is continuous and has no
+seams. The weights are the product of one weight per axis and sum to one (a partition of unity).
 
 Pixels are areas: the centre of pixel r of n lies at (r + 1/2) / n of the axis, so pictures decoded at different
 resolutions show the same thing at the same place.
