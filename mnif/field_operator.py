@@ -34,7 +34,7 @@ _FLAGS = [
     "-fopenmp",
     "-shared",
     "-fPIC",
-    "-std=c++17",
+    "-std=c++20",
 ]
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,15 @@
 
 namespace {
 
+// Lanes of the widest vectors, and how many of them the registers hold.
+#if defined(__AVX512F__)
+constexpr int WIDEST = 16;
+constexpr int REGISTERS = 32;
+#else
+constexpr int WIDEST = 8;
+constexpr int REGISTERS = 16;
+#endif
+
 template <int LANES>
 struct Vector;
 template <>
@@ -99,30 +108,37 @@ inline void rows_of_tiles(long rows, const float* a, long a_row, long a_inner, c
                                                                      c + m * c_row, c_row, inner, start, add);
 }
 
+// Rows of C whose sums, next to the columns of B and one number of A, fit into the registers.
+template <int COLUMNS>
+constexpr int rows_in_registers() {
+    constexpr int fitting = (REGISTERS - COLUMNS - 1) / COLUMNS;
+    for (int rows : {12, 8, 6, 4, 3, 2})  // divisors of a block of points
+        if (rows <= fitting) return rows;
+    return 1;
+}
+
 // C[rows][columns] = (start or zero or C) + A B; `columns` is a multiple of LANES.
 template <int LANES>
 void whole_vectors(long rows, long columns, long inner, const float* a, long a_row, long a_inner, const float* b,
                    long b_row, float* c, long c_row, const float* start, bool add) {
     long vectors = columns / LANES;
+    auto take = [&]<int COLUMNS>() {
+        rows_of_tiles<LANES, COLUMNS, rows_in_registers<COLUMNS>()>(rows, a, a_row, a_inner, b, b_row, c, c_row, inner,
+                                                                    start, add);
+        vectors -= COLUMNS;
+        b += COLUMNS * LANES;
+        c += COLUMNS * LANES;
+        if (start) start += COLUMNS * LANES;
+    };
     while (vectors > 0) {
-        long taken;
-        if (vectors >= 4) {
-            rows_of_tiles<LANES, 4, (LANES == 16 ? 6 : 3)>(rows, a, a_row, a_inner, b, b_row, c, c_row, inner, start, add);
-            taken = 4;
-        } else if (vectors == 3) {
-            rows_of_tiles<LANES, 3, 8>(rows, a, a_row, a_inner, b, b_row, c, c_row, inner, start, add);
-            taken = 3;
-        } else if (vectors == 2) {
-            rows_of_tiles<LANES, 2, 12>(rows, a, a_row, a_inner, b, b_row, c, c_row, inner, start, add);
-            taken = 2;
-        } else {
-            rows_of_tiles<LANES, 1, 12>(rows, a, a_row, a_inner, b, b_row, c, c_row, inner, start, add);
-            taken = 1;
-        }
-        vectors -= taken;
-        b += taken * LANES;
-        c += taken * LANES;
-        if (start) start += taken * LANES;
+        if (vectors >= 4 && REGISTERS == 32)
+            take.template operator()<4>();
+        else if (vectors == 3 || vectors >= 5)
+            take.template operator()<3>();
+        else if (vectors >= 2)
+            take.template operator()<2>();
+        else
+            take.template operator()<1>();
     }
 }
 
@@ -498,7 +514,7 @@ void mnif_field_values(int layers, const int* sizes, int output_sine, long field
                        long sets, const float* rows, float* out, int threads) {
     const Shape shape = shape_of(layers, sizes, output_sine);
     narrow(shape) ? values<8>(shape, fields, points, coordinates, sets, rows, out, threads)
-                  : values<16>(shape, fields, points, coordinates, sets, rows, out, threads);
+                  : values<WIDEST>(shape, fields, points, coordinates, sets, rows, out, threads);
 }
 
 void mnif_field_vjp(int layers, const int* sizes, int output_sine, long fields, long points, const float* coordinates,
@@ -509,7 +525,7 @@ void mnif_field_vjp(int layers, const int* sizes, int output_sine, long fields, 
         block.vjp(at, upstream + (field * points + p) * channels, count);
     };
     narrow(shape) ? gradients<8>(shape, fields, points, coordinates, sets, rows, nullptr, gradient, threads, work)
-                  : gradients<16>(shape, fields, points, coordinates, sets, rows, nullptr, gradient, threads, work);
+                  : gradients<WIDEST>(shape, fields, points, coordinates, sets, rows, nullptr, gradient, threads, work);
 }
 
 void mnif_field_second_order(int layers, const int* sizes, int output_sine, long fields, long points,
@@ -522,7 +538,7 @@ void mnif_field_second_order(int layers, const int* sizes, int output_sine, long
         block.second_order(at, upstream + offset, count, values_tangent + offset);
     };
     narrow(shape) ? gradients<8>(shape, fields, points, coordinates, sets, rows, direction, gradient, threads, work)
-                  : gradients<16>(shape, fields, points, coordinates, sets, rows, direction, gradient, threads, work);
+                  : gradients<WIDEST>(shape, fields, points, coordinates, sets, rows, direction, gradient, threads, work);
 }
 
 // `errors` [fields] starts at zero.
@@ -536,7 +552,7 @@ void mnif_field_errors(int layers, const int* sizes, int output_sine, long field
         errors[field] += (float)(sum / numbers);
     };
     narrow(shape) ? gradients<8>(shape, fields, points, coordinates, sets, rows, nullptr, gradient, threads, work)
-                  : gradients<16>(shape, fields, points, coordinates, sets, rows, nullptr, gradient, threads, work);
+                  : gradients<WIDEST>(shape, fields, points, coordinates, sets, rows, nullptr, gradient, threads, work);
 }
 
 void mnif_field_errors_hvp(int layers, const int* sizes, int output_sine, long fields, long points,
@@ -549,6 +565,6 @@ void mnif_field_errors_hvp(int layers, const int* sizes, int output_sine, long f
         block.errors_hvp(at, targets + (field * points + p) * channels, scale, count);
     };
     narrow(shape) ? gradients<8>(shape, fields, points, coordinates, sets, rows, direction, gradient, threads, work)
-                  : gradients<16>(shape, fields, points, coordinates, sets, rows, direction, gradient, threads, work);
+                  : gradients<WIDEST>(shape, fields, points, coordinates, sets, rows, direction, gradient, threads, work);
 }
 }
