@@ -254,9 +254,15 @@ def _library() -> ctypes.CDLL | None:
                 )
         return ctypes.CDLL(str(path))
     except (OSError, subprocess.CalledProcessError) as error:
-        reason = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else error
+        reason = _complaint(error.stderr) if isinstance(error, subprocess.CalledProcessError) else error
         logger.warning("the compiled field operator is not available, PyTorch's own operators are used: %s", reason)
         return None
+
+
+def _complaint(printed: bytes) -> str:
+    """The first error in what a compiler printed."""
+    lines = printed.decode(errors="replace").splitlines()
+    return next((line for line in lines if "error" in line), lines[0] if lines else "it gives no reason")
 
 
 def _processor() -> str:

@@ -33,6 +33,19 @@ from mnif.signal_table import signal_class
 from mnif.signals import GridSignal, Signal
 from mnif.training import batch_size_of, make_accelerator, train
 
+DECODER_SETTINGS = (
+    "num_bases",
+    "width",
+    "depth",
+    "cells",
+    "overlap",
+    "omega",
+    "mixing",
+    "coefficient_form",
+    "output_sine",
+)
+"""The flags that the decoder is made with."""
+
 _PROBES = 512  # instances of each side that a validation looks at
 
 
@@ -92,7 +105,6 @@ def fit(arguments: FitArguments) -> None:
 
 def make_decoder(arguments: FitArguments, signal: Signal) -> MNIFModel:
     """The bases, freshly drawn."""
-    names = ("num_bases", "width", "depth", "cells", "overlap", "omega", "mixing", "coefficient_form", "output_sine")
     return MNIFModel(
         channels=signal.channels,
         dimensions=signal.dimensions,
@@ -100,7 +112,7 @@ def make_decoder(arguments: FitArguments, signal: Signal) -> MNIFModel:
         latent_dim=None if arguments.coefficient_form == "direct" else arguments.latent_dim,
         signal=signal.name,
         signal_settings=signal.settings(),
-        **{name: getattr(arguments, name) for name in names},
+        **{name: getattr(arguments, name) for name in DECODER_SETTINGS},
     )
 
 

@@ -1,0 +1,213 @@
+"""The candidates of a trial: what each changes in the default, and the few that the product does not have.
+
+A candidate that wins moves into the product; the others stay here, so that a trial can be repeated.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mnif.cells import CellGrid
+from mnif.fields import BakedField, LayerShape, siren_rows
+from mnif.modeling import MNIFModel
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One candidate.
+
+    Attributes:
+        arguments: flags of `mnif fit` that differ from the default.
+        decoder: the class of the decoder.
+        border_weight: of the squared difference of neighbouring fields where they overlap, added to the loss.
+        muon: learning rate of Muon for "bases" or "encoder"; the rest stays with Adam.
+        prepare: changes the decoder before training.
+    """
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    decoder: type[MNIFModel] = MNIFModel
+    border_weight: float = 0.0
+    muon: dict[str, float] = field(default_factory=dict)
+    prepare: Callable[[MNIFModel], None] = lambda decoder: None
+
+
+class MixedFirstLayer(MNIFModel):
+    """Delta mixing of every layer, the first one too."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        config, shape = self.config, self.shapes[0]
+        first = siren_rows(shape, 1 + config.num_bases, config.omega, first=True, sine=True)
+        self.shared = nn.ParameterList()
+        self.mixed_layers = list(range(len(self.shapes)))
+        self.means = nn.ParameterList([nn.Parameter(first[:1]), *self.means])
+        self.bases = nn.ParameterList([nn.Parameter(first[1:]), *self.bases])
+        self.coefficient_map = _small_map(config, len(self.bases))
+
+
+class SharedFirstAverage(MNIFModel):
+    """The plain weighted average, but for the first layer, which is one for all fields."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings | {"mixing": "delta"})
+        self.means = nn.ParameterList()
+        nn.init.constant_(self.coefficient_map.bias, 1.0)
+
+
+class Multiplicative(MNIFModel):
+    """W = W_mean ⊙ (1 + Σ_m α_m B_m), with bases that start at N(0, 1)."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        for bases in self.bases:
+            nn.init.normal_(bases)
+
+    def bake(self, coefficients: Tensor) -> BakedField:
+        flat = coefficients.reshape(-1, *coefficients.shape[2:])
+        rows = [row.expand(len(flat), -1) for row in self.shared]
+        for index, bases in enumerate(self.bases):
+            rows.append(self.means[index] * (1 + flat[:, index] @ bases))
+        return BakedField(self.shapes, torch.cat(rows, dim=1), self.config.output_sine)
+
+
+class Finer(MNIFModel):
+    """sin((|x| + 1) x) in place of sin(x) (FINER; Liu et al., CVPR 2024)."""
+
+    def decode_coefficients(self, coefficients: Tensor, grid: CellGrid) -> Tensor:
+        field = self.bake(coefficients)
+        hidden = grid.coordinates.repeat(len(field.rows) // len(grid.coordinates), 1, 1)
+        for index, (weight, bias) in enumerate(field.layers()):
+            hidden = torch.baddbmm(bias, hidden, weight)
+            if index < len(self.shapes) - 1:
+                hidden = torch.sin((hidden.detach().abs() + 1) * hidden)
+        return grid.blend(hidden.view(len(coefficients), -1, *hidden.shape[1:]))
+
+
+class GlobalAndLocal(MNIFModel):
+    """One field over the whole domain, and a correction by the field of each cell."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        whole = settings | {"cells": 1, "omega": settings["omega"] * 3}
+        self.whole = MNIFModel(**whole)
+        with torch.no_grad():
+            for rows in (*self.means[-1:], *self.bases[-1:]):
+                rows *= 0.1
+
+    def coefficients(self, latents: Tensor) -> Tensor:
+        self.whole_coefficients = self.whole.coefficients(latents)
+        return super().coefficients(latents)
+
+    def decode_coefficients(self, coefficients: Tensor, grid: CellGrid) -> Tensor:
+        local = super().decode_coefficients(coefficients, grid)
+        resolution = [len(first) for first, _, _ in grid.axes]
+        return local + self.whole.decode_coefficients(self.whole_coefficients, self.whole.grid(resolution))
+
+
+class InterpolatedCoefficients(MNIFModel):
+    """Coefficients on the corners of the cells, interpolated in between, so that weights change without a step.
+
+    A layer with interpolated weights is the interpolation of its corners' layers before the sine, so a cell evaluates
+    2^d layers where one field has one. Coordinates are those of the cell, and the corners' first layer is shared.
+    """
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings | {"overlap": 0.0})
+        config = self.config
+        self.knots = config.cells + 1
+        self.coefficient_map = nn.Linear(config.latent_dim, self.knots**2 * len(self.bases) * config.num_bases)
+        nn.init.normal_(self.coefficient_map.weight, std=0.1 / config.latent_dim**0.5)
+        nn.init.zeros_(self.coefficient_map.bias)
+        first = LayerShape(2, config.width)
+        omega = config.omega * config.cells / 2  # coordinates of the whole domain
+        self.shared = nn.ParameterList([nn.Parameter(siren_rows(first, 1, omega, first=True, sine=True))])
+
+    def coefficients(self, latents: Tensor) -> Tensor:
+        mapped = self.coefficient_map(latents).view(len(latents), self.knots**2, -1, self.config.num_bases)
+        return mapped / self.config.num_bases**0.5
+
+    def decode_coefficients(self, coefficients: Tensor, grid: CellGrid) -> Tensor:
+        batch, cells = len(coefficients), self.config.cells
+        knots = torch.arange(self.knots**2).view(self.knots, self.knots)
+        corners = [knots[i : i + cells, j : j + cells].flatten() for i in (0, 1) for j in (0, 1)]
+        across = (grid.coordinates + 1) / 2  # [1, points, 2] of one cell
+        u, v = across[..., :1], across[..., 1:]
+        weights = [(1 - u) * (1 - v), (1 - u) * v, u * (1 - v), u * v]
+        place = torch.cartesian_prod(torch.arange(cells), torch.arange(cells)).float()[:, None]
+        whole = ((place + across) / cells * 2 - 1)  # [cells², points, 2]
+        weight, bias = self.shapes[0].split(self.shared[0])
+        hidden = torch.sin(whole @ weight[0] + bias[0]).repeat(batch, 1, 1)
+        flat = coefficients.reshape(-1, *coefficients.shape[2:])
+        for index, layer in enumerate(self.mixed_layers):
+            rows = torch.addmm(self.means[index], flat[:, index], self.bases[index]).view(batch, self.knots**2, -1)
+            total: Any = 0
+            for share, corner in zip(weights, corners, strict=True):
+                weight, bias = self.shapes[layer].split(rows[:, corner].flatten(0, 1))
+                total = total + share * torch.baddbmm(bias, hidden, weight)
+            hidden = torch.sin(total) if layer < len(self.shapes) - 1 else total
+        return grid.blend(hidden.view(batch, -1, *hidden.shape[1:]))
+
+
+def _small_map(config: Any, layers: int) -> nn.Linear:
+    """The latent → coefficients map as :class:`MNIFModel` starts it, for another number of mixed layers."""
+    made = nn.Linear(config.latent_dim, config.cells**config.dimensions * layers * config.num_bases)
+    nn.init.normal_(made.weight, std=0.1 / config.latent_dim**0.5)
+    nn.init.zeros_(made.bias)
+    return made
+
+
+@torch.no_grad()
+def _hidden_omega(decoder: MNIFModel, factor: float) -> None:
+    """Another frequency after the first layer: with w0 folded in it is the size of the biases alone."""
+    for index, layer in enumerate(decoder.mixed_layers):
+        shape = decoder.shapes[layer]
+        for rows in (*decoder.means[index : index + 1], decoder.bases[index]):
+            if layer < len(decoder.shapes) - 1:
+                rows[:, shape.inputs * shape.outputs :] *= factor
+
+
+@torch.no_grad()
+def _spread_first_layer(decoder: MNIFModel) -> None:
+    """Frequencies of the first layer spread over octaves instead of one band."""
+    row, shape = decoder.shared[0], decoder.shapes[0]
+    octaves = 2.0 ** torch.linspace(-2, 1, shape.outputs)
+    row[:, : shape.inputs * shape.outputs] *= octaves.repeat(shape.inputs)
+
+
+VARIANTS = {
+    "default": Variant(),
+    "mixed first layer": Variant(decoder=MixedFirstLayer),
+    "plain average, shared first layer": Variant(decoder=SharedFirstAverage),
+    "plain average": Variant({"mixing": "average"}),
+    "multiplicative bases": Variant(decoder=Multiplicative),
+    "FINER activation": Variant(decoder=Finer),
+    "FINER activation, omega 4": Variant({"omega": 4.0}, decoder=Finer),
+    "output sine": Variant({"output_sine": True}),
+    "hidden biases a tenth": Variant(prepare=lambda decoder: _hidden_omega(decoder, 0.1)),
+    "first layer over three octaves": Variant(prepare=_spread_first_layer),
+    "a quarter of the pixels a step": Variant({"stride": 2}),
+    "global field and local corrections": Variant(decoder=GlobalAndLocal),
+    "interpolated coefficients": Variant(decoder=InterpolatedCoefficients),
+    "overlap 1/16": Variant({"overlap": 1 / 16}),
+    "overlap 1/8": Variant({"overlap": 1 / 8}),
+    "overlap 5/16": Variant({"overlap": 5 / 16}),
+    "overlap 1/2": Variant({"overlap": 0.5}),
+    "border loss 0.1": Variant(border_weight=0.1),
+    "border loss 1": Variant(border_weight=1.0),
+    "Muon for bases, 0.01": Variant(muon={"bases": 0.01}),
+    "Muon for bases, 0.04": Variant(muon={"bases": 0.04}),
+    "Muon for encoder and map, 0.005": Variant(muon={"encoder": 0.005}),
+    "Muon for encoder and map, 0.02": Variant(muon={"encoder": 0.02}),
+    "rates doubled": Variant({"learning_rate": 8e-3, "basis_learning_rate": 2.4e-2}),
+    "rates halved": Variant({"learning_rate": 2e-3, "basis_learning_rate": 6e-3}),
+    "no warm-up": Variant({"lr_warmup_steps": 0}),
+    "warm-up of 300 steps": Variant({"lr_warmup_steps": 300}),
+    "one cell, width 48": Variant({"cells": 1, "width": 48}),
+    "2x2 cells, width 32": Variant({"cells": 2, "width": 32}),
+    "8x8 cells, width 16": Variant({"cells": 8, "width": 16}),
+    "shared coefficients": Variant({"coefficient_form": "shared"}),
+}
+
