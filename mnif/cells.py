@@ -9,6 +9,7 @@ Pixels are areas: the centre of pixel r of n lies at (r + 1/2) / n of the axis, 
 resolutions show the same thing at the same place.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -34,6 +35,18 @@ class AxisCells:
     first: np.ndarray
     second: np.ndarray
     weight: np.ndarray
+
+    def pixels_and_shares(self) -> tuple[np.ndarray, np.ndarray]:
+        """The pixel of every point, [cells, points] int64, and how much of it that value makes, float64 in [0, 1].
+
+        A point outside the domain has a share of 0.
+        """
+        pixels, shares = np.zeros(self.coordinates.shape, np.int64), np.zeros(self.coordinates.shape)
+        number = np.arange(len(self.first))
+        pixels.flat[self.first], pixels.flat[self.second] = number, number
+        np.add.at(shares.reshape(-1), self.first, 1 - self.weight)
+        np.add.at(shares.reshape(-1), self.second, self.weight)
+        return pixels, shares
 
 
 def axis_cells(resolution: int, cells: int, overlap: float, stride: int = 1, phase: int = 0) -> AxisCells:
@@ -89,12 +102,28 @@ class CellGrid:
         points_per_axis: d numbers.
         axes: for each axis ``first`` and ``second``, [resolution] int64, and ``weight``, [resolution], as in
             :class:`AxisCells`.
+        pixels: [cells**d · points] int64, the pixel that each point shows, as an index into the flattened grid.
+        shares: [cells**d, points], how much of that pixel the point's value makes; they sum to the number of pixels.
     """
 
     coordinates: Tensor
     cells: int
     points_per_axis: tuple[int, ...]
     axes: tuple[tuple[Tensor, Tensor, Tensor], ...]
+    pixels: Tensor
+    shares: Tensor
+
+    def apart(self, values: Tensor) -> Tensor:
+        """The pixels of a grid that the cells' points show; a point outside the domain gets some pixel.
+
+        Args:
+            values: [batch, resolution of axis 1, ..., resolution of axis d, channels].
+
+        Returns:
+            [batch, cells**d, points, channels]; :meth:`blend` gives the grid back.
+        """
+        seen = values.flatten(1, -2).index_select(1, self.pixels)
+        return seen.view(len(values), *self.shares.shape, -1)
 
     def blend(self, values: Tensor) -> Tensor:
         """Puts the cells' values together to one grid.
@@ -153,6 +182,7 @@ def cell_grid(
     count, points = len(local[0]), [rows.shape[1] for rows in local]
     cell = torch.cartesian_prod(*[torch.arange(count)] * dimensions).view(-1, dimensions)
     point = torch.cartesian_prod(*[torch.arange(n) for n in points]).view(-1, dimensions)
+    pixels, shares = _pixels_and_shares(axes)
     coordinates = torch.stack(
         [torch.as_tensor(rows)[cell[:, None, axis], point[None, :, axis]] for axis, rows in enumerate(local)], dim=-1
     )
@@ -168,4 +198,18 @@ def cell_grid(
             )
             for axis in axes
         ),
+        pixels=torch.from_numpy(pixels).to(device),
+        shares=torch.from_numpy(shares).to(device, dtype),
     )
+
+
+def _pixels_and_shares(axes: Sequence[AxisCells]) -> tuple[np.ndarray, np.ndarray]:
+    """Those of :class:`CellGrid`: products over the axes of each one's own."""
+    pixels, shares = np.zeros((1, 1), np.int64), np.ones((1, 1))
+    for axis in axes:
+        pixel, share = axis.pixels_and_shares()
+        pixels = (pixels[:, None, :, None] * len(axis.first) + pixel[None, :, None, :]).reshape(
+            len(pixels) * len(pixel), -1
+        )
+        shares = (shares[:, None, :, None] * share[None, :, None, :]).reshape(len(pixels), -1)
+    return pixels.reshape(-1), shares

@@ -62,16 +62,23 @@ def field_values(coordinates: Tensor, rows: Tensor, sizes: Sequence[int], output
 
 
 def field_errors(
-    coordinates: Tensor, rows: Tensor, targets: Tensor, sizes: Sequence[int], output_sine: bool
+    coordinates: Tensor, rows: Tensor, targets: Tensor, weights: Tensor, sizes: Sequence[int], output_sine: bool
 ) -> Tensor:
-    """Mean squared error of each field, [fields], twice differentiable by ``rows``.
+    """Weighted squared error of each field, [fields], twice differentiable by ``rows``.
 
     The same as squaring the difference of :func:`field_values` and ``targets`` [fields, points, channels], in one
     pass over the points where two would be.
+
+    Args:
+        coordinates, rows, sizes, output_sine: as for :func:`field_values`.
+        targets: [fields, points, channels].
+        weights: [sets, points], what a point's mean over the channels counts; those of field i are set i modulo
+            ``sets``.
     """
-    if _usable(coordinates, rows) and targets.dtype == torch.float32 and not targets.requires_grad:
-        return torch.ops.mnif.field_errors(coordinates, rows, targets, list(sizes), output_sine)[0]
-    return (field_values(coordinates, rows, sizes, output_sine) - targets).square().mean(dim=(1, 2))
+    if _usable(coordinates, rows) and targets.dtype == weights.dtype == torch.float32 and not targets.requires_grad:
+        return torch.ops.mnif.field_errors(coordinates, rows, targets, weights, list(sizes), output_sine)[0]
+    squares = (field_values(coordinates, rows, sizes, output_sine) - targets).square().mean(dim=2)
+    return (squares.view(-1, *weights.shape) * weights).sum(dim=2).flatten()
 
 
 def _usable(coordinates: Tensor, rows: Tensor) -> bool:
@@ -124,34 +131,46 @@ def _second_order(
 
 @torch.library.custom_op("mnif::field_errors", mutates_args=(), device_types="cpu")
 def _errors(
-    coordinates: Tensor, rows: Tensor, targets: Tensor, sizes: list[int], output_sine: bool
+    coordinates: Tensor, rows: Tensor, targets: Tensor, weights: Tensor, sizes: list[int], output_sine: bool
 ) -> tuple[Tensor, Tensor]:
     errors, gradient = rows.new_zeros(len(rows)), torch.empty_like(rows, memory_format=torch.contiguous_format)
-    tensors = [rows.contiguous(), targets.contiguous(), errors, gradient]
-    _call("mnif_field_errors", coordinates, rows, sizes, output_sine, tensors)
+    rest: list[Tensor | int] = [rows.contiguous(), targets.contiguous(), weights.contiguous(), len(weights)]
+    _call("mnif_field_errors", coordinates, rows, sizes, output_sine, [*rest, errors, gradient])
     return errors, gradient
 
 
 @torch.library.custom_op("mnif::field_errors_hvp", mutates_args=(), device_types="cpu")
 def _errors_hvp(
-    coordinates: Tensor, rows: Tensor, targets: Tensor, direction: Tensor, sizes: list[int], output_sine: bool
+    coordinates: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    direction: Tensor,
+    sizes: list[int],
+    output_sine: bool,
 ) -> Tensor:
     gradient = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    tensors = [rows.contiguous(), targets.contiguous(), direction.contiguous(), gradient]
-    _call("mnif_field_errors_hvp", coordinates, rows, sizes, output_sine, tensors)
+    rest: list[Tensor | int] = [rows.contiguous(), targets.contiguous(), weights.contiguous(), len(weights)]
+    _call("mnif_field_errors_hvp", coordinates, rows, sizes, output_sine, [*rest, direction.contiguous(), gradient])
     return gradient
 
 
 @_errors.register_fake
 def _(
-    coordinates: Tensor, rows: Tensor, targets: Tensor, sizes: list[int], output_sine: bool
+    coordinates: Tensor, rows: Tensor, targets: Tensor, weights: Tensor, sizes: list[int], output_sine: bool
 ) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape[0]), torch.empty_like(rows, memory_format=torch.contiguous_format)
 
 
 @_errors_hvp.register_fake
 def _(
-    coordinates: Tensor, rows: Tensor, targets: Tensor, direction: Tensor, sizes: list[int], output_sine: bool
+    coordinates: Tensor,
+    rows: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    direction: Tensor,
+    sizes: list[int],
+    output_sine: bool,
 ) -> Tensor:
     return torch.empty_like(rows, memory_format=torch.contiguous_format)
 
@@ -198,19 +217,21 @@ def _vjp_backward(ctx: Any, direction: Tensor) -> tuple:
 
 
 def _keep_errors(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    coordinates, rows, targets, ctx.sizes, ctx.output_sine = inputs
-    ctx.save_for_backward(coordinates, rows, targets, output[1])
+    coordinates, rows, targets, weights, ctx.sizes, ctx.output_sine = inputs
+    ctx.save_for_backward(coordinates, rows, targets, weights, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _errors_backward(ctx: Any, upstream: Tensor | None, direction: Tensor | None) -> tuple:
     """Of the errors: their gradient is an output already. Of that gradient: the Hessian times ``direction``."""
-    coordinates, rows, targets, gradient = ctx.saved_tensors
+    coordinates, rows, targets, weights, gradient = ctx.saved_tensors
     total = None if upstream is None else upstream[:, None] * gradient
     if direction is not None:
-        second = torch.ops.mnif.field_errors_hvp(coordinates, rows, targets, direction, ctx.sizes, ctx.output_sine)
+        second = torch.ops.mnif.field_errors_hvp(
+            coordinates, rows, targets, weights, direction, ctx.sizes, ctx.output_sine
+        )
         total = second if total is None else total + second
-    return None, total, None, None, None
+    return None, total, None, None, None, None
 
 
 _errors.register_autograd(_errors_backward, setup_context=_keep_errors)
@@ -219,9 +240,9 @@ _vjp.register_autograd(_vjp_backward, setup_context=_keep_vjp)
 
 
 def _call(
-    name: str, coordinates: Tensor, rows: Tensor, sizes: list[int], output_sine: bool, tensors: list[Tensor]
+    name: str, coordinates: Tensor, rows: Tensor, sizes: list[int], output_sine: bool, rest: Sequence[Tensor | int]
 ) -> None:
-    """Calls the library: layers, sizes, output sine, fields, points, coordinates, sets, tensors, threads."""
+    """Calls the library: layers, sizes, output sine, fields, points, coordinates, sets, the rest, threads."""
     coordinates = coordinates.contiguous()
     function = getattr(_library(), name)
     function(
@@ -232,7 +253,7 @@ def _call(
         ctypes.c_long(coordinates.shape[1]),
         ctypes.c_void_p(coordinates.data_ptr()),
         ctypes.c_long(len(coordinates)),
-        *[ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors],
+        *[ctypes.c_long(given) if isinstance(given, int) else ctypes.c_void_p(given.data_ptr()) for given in rest],
         ctypes.c_int(torch.get_num_threads()),
     )
 

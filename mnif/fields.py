@@ -85,9 +85,15 @@ class BakedField:
         """
         return field_values(coordinates, self.rows, self._sizes(), self.output_sine)
 
-    def errors(self, coordinates: Tensor, targets: Tensor) -> Tensor:
-        """Mean squared error of every field against ``targets`` [fields, points, channels], [fields]; faster."""
-        return field_errors(coordinates, self.rows, targets, self._sizes(), self.output_sine)
+    def errors(self, coordinates: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Weighted squared error of every field, [fields]; faster than squaring the difference of its values.
+
+        Args:
+            coordinates: as for a call.
+            targets: [fields, points, channels].
+            weights: [sets, points], what a point's mean over the channels counts; again set i modulo ``sets``.
+        """
+        return field_errors(coordinates, self.rows, targets, weights, self._sizes(), self.output_sine)
 
     def _sizes(self) -> list[int]:
         return [self.shapes[0].inputs, *(shape.outputs for shape in self.shapes)]

@@ -188,12 +188,21 @@ class GridSignal(Signal):
         return decoder.decode_coefficients(coefficients, decoder.grid(self.resolution, stride, phase))
 
     def errors(self, decoder: MNIFModel, latents: Tensor, observation: Observation) -> Tensor:
-        """Mean squared error of each instance, [B]; one field that sees everything needs no blending."""
-        if decoder.config.cells > 1 or observation.mask is not None:
-            return super().errors(decoder, latents, observation)
+        """Mean squared error of each instance, [B], where every field answers for itself.
+
+        A pixel near a border is shown by several cells, and counts in each by its share: the mean of their squared
+        errors. That is the squared error of the blended value and what the fields differ by, so neighbours learn to
+        agree; see docs/experiments.md.
+        """
         stride, phase = observation.query
         grid = decoder.grid(self.resolution, stride, phase)
-        return decoder.bake(decoder.coefficients(latents)).errors(grid.coordinates, observation.values.flatten(1, -2))
+        field = decoder.bake(decoder.coefficients(latents))
+        weights = grid.shares[None]
+        if observation.mask is not None:
+            weights = weights * grid.apart(observation.mask[..., None].to(weights.dtype))[..., 0]
+        weights = weights / weights.sum(dim=(1, 2), keepdim=True).clamp_min(1e-12)
+        targets = grid.apart(observation.values).flatten(0, 1)
+        return field.errors(grid.coordinates, targets, weights.flatten(0, 1)).view(len(latents), -1).sum(dim=1)
 
     def encoder(self, latent_dim: int, width: int) -> nn.Module:
         """A network over patches of the grid."""

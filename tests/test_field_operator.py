@@ -63,11 +63,12 @@ def test_operator_and_both_its_gradients_equal_float64(case: tuple) -> None:
 def test_errors_and_both_their_gradients_equal_float64(case: tuple) -> None:
     sizes, output_sine, coordinates, rows = case
     targets = torch.randn(len(rows), coordinates.shape[1], sizes[-1])
+    weights = torch.rand(len(coordinates), coordinates.shape[1])
     direction, weight = torch.randn_like(rows), torch.randn(len(rows))
     found = []
     for function, dtype in ((field_errors, torch.float32), (plain_errors, torch.float64)):
         parameters = rows.to(dtype).requires_grad_()
-        errors = function(coordinates.to(dtype), parameters, targets.to(dtype), sizes, output_sine)
+        errors = function(coordinates.to(dtype), parameters, targets.to(dtype), weights.to(dtype), sizes, output_sine)
         weighted = (errors * weight.to(dtype)).sum()
         (gradient,) = torch.autograd.grad(weighted, parameters, create_graph=True)
         # A product of errors and gradients, so that both outputs are differentiated at once.
@@ -77,8 +78,9 @@ def test_errors_and_both_their_gradients_equal_float64(case: tuple) -> None:
         assert (a - b).abs().max() <= 4e-6 * b.abs().max()
 
 
-def plain_errors(coordinates, rows, targets, sizes, output_sine):
-    return (plain_field_values(coordinates, rows, sizes, output_sine) - targets).square().mean(dim=(1, 2))
+def plain_errors(coordinates, rows, targets, weights, sizes, output_sine):
+    squares = (plain_field_values(coordinates, rows, sizes, output_sine) - targets).square().mean(dim=2)
+    return (squares * weights.repeat(len(rows) // len(weights), 1)).sum(dim=1)
 
 
 @compiled

@@ -1,5 +1,7 @@
 """Signals on grids: what they observe, which part a step looks at, and how errors and figures are counted."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -184,6 +186,25 @@ def test_errors_of_one_field_are_those_of_the_general_way(signal: GridSignal) ->
         gradients = [torch.autograd.grad((errors * weights).sum(), wanted) for errors in (fast, general)]
         for ours, theirs in zip(*gradients, strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("signal", [Image(SIZE, 3, 2), Voxels(6, stride=3)], ids=["pictures", "shapes"])
+def test_errors_of_cells_are_that_of_their_blend_and_what_they_differ_by(signal: GridSignal, masked: bool) -> None:
+    decoder = decoder_of(signal, cells=2)
+    axes = [signal.resolution] * signal.dimensions if isinstance(signal.resolution, int) else signal.resolution
+    whole = signal.on_grid(torch.rand(3, *axes, signal.channels) * 2 - 1)
+    if masked:
+        whole = replace(whole, mask=(torch.rand(3, *axes) < 0.7).float())
+    part = signal.part(whole, torch.Generator().manual_seed(3))
+    latents = torch.randn(3, 6)
+    grid = decoder.grid(signal.resolution, *part.query)
+    values = decoder.bake(decoder.coefficients(latents))(grid.coordinates).view(3, *grid.shares.shape, -1)
+    squares, blended = grid.blend(values.square()), grid.blend(values)
+    differ = Observation(torch.zeros_like(blended), None, part.mask).errors(
+        (squares - blended.square()).clamp(0).sqrt()
+    )
+    torch.testing.assert_close(signal.errors(decoder, latents, part), part.errors(blended) + differ)
 
 
 def test_a_mask_of_ones_changes_nothing_and_a_partial_one_counts_what_it_shows() -> None:

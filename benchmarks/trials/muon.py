@@ -43,13 +43,23 @@ class Muon(torch.optim.Optimizer):
 
 
 def _scaled(matrices: Tensor) -> Tensor:
-    """Orthogonalised [N, in, out], scaled to a root mean square of 0.2."""
+    """Orthogonalised [N, in, out], scaled to a root mean square of 0.2.
+
+    A step of the iteration multiplies the matrix by a polynomial of its Gram matrix, and all of these commute. So the
+    polynomials are multiplied up at the size of the shorter side, and the matrix is touched at the beginning and at
+    the end alone.
+    """
     a, b, c = _COEFFICIENTS
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-12)
+    gram = matrices.mT @ matrices if tall else matrices @ matrices.mT
+    square = gram.diagonal(dim1=1, dim2=2).sum(dim=1).clamp_min(1e-24)[:, None, None]
+    gram = gram / square
+    identity = torch.eye(gram.shape[1])
+    product = identity.expand_as(gram)
     for _ in range(5):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    x = x.mT if tall else x
-    return x * (0.2 * max(matrices.shape[1:]) ** 0.5)
+        factor = a * identity + b * gram + c * gram @ gram
+        product = factor @ product
+        gram = factor @ gram @ factor
+    product = product / square.sqrt()
+    orthogonal = matrices @ product if tall else product @ matrices
+    return orthogonal * (0.2 * max(matrices.shape[1:]) ** 0.5)

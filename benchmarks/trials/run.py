@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from mnif.progress import progress_bar
 from mnif.refinement import figures_of, latents_of
 from mnif.rows import Rows, ShuffledBatches, rows_of
 from mnif.signal_table import signal_class
-from mnif.signals import Image
+from mnif.signals import Image, Observation
 from mnif.train import DECODER_SETTINGS, make_fitting, make_optimizers
 
 from muon import Muon  # isort: skip
@@ -101,6 +102,11 @@ def trial(variant: Variant, setting: dict[str, Any]) -> dict[str, float]:
     )
     variant.prepare(decoder)
     fitting = make_fitting(fit, decoder, signal, len(train_rows))
+    if variant.augment is not None:
+        mirrored, augment = signal.augmented, variant.augment
+        signal.augmented = lambda observation: _with_values(mirrored(observation), augment)
+    if variant.apart:
+        signal.errors = lambda decoder, latents, part: _errors_apart(decoder, latents, part, signal, variant.apart)
     if variant.border_weight:
         fitting.register_forward_hook(_BorderLoss(decoder, variant.border_weight))
     started = time.process_time()
@@ -108,6 +114,10 @@ def trial(variant: Variant, setting: dict[str, Any]) -> dict[str, float]:
     seconds = time.process_time() - started
     fitting.eval()
     return {"cpu_seconds": round(seconds, 1)} | _measured(fit, fitting, train_rows, held_rows)
+
+
+def _with_values(observation: Observation, change: Callable[[Tensor], Tensor]) -> Observation:
+    return replace(observation, values=change(observation.values))
 
 
 def _train(fit: Any, variant: Variant, fitting: Fitting, rows: Rows) -> None:
@@ -141,13 +151,16 @@ def _muon(variant: Variant, fitting: Fitting) -> list[torch.optim.Optimizer]:
     decoder = fitting.decoder
     taken: list[torch.optim.Optimizer] = []
     if "bases" in variant.muon:
-        layers = [(bases, decoder.shapes[layer]) for bases, layer in zip(decoder.bases, decoder.mixed_layers, strict=True)]
+        layers = [
+            (bases, decoder.shapes[layer]) for bases, layer in zip(decoder.bases, decoder.mixed_layers, strict=True)
+        ]
         hidden = [(bases, shape) for bases, shape in layers if shape.inputs == shape.outputs]
         taken.append(Muon(hidden, variant.muon["bases"]))
-    if "encoder" in variant.muon:
-        matrices = [parameter for parameter in fitting.others() if parameter.ndim == 2]
-        matrices.append(decoder.coefficient_map.weight)
-        taken.append(Muon([(matrix, None) for matrix in matrices], variant.muon["encoder"]))
+    matrices = [parameter for parameter in fitting.others() if parameter.ndim == 2]
+    chosen = {"map": [], "encoder": matrices, "thin": [matrix for matrix in matrices if min(matrix.shape) <= 256]}
+    for name in chosen.keys() & variant.muon.keys():
+        both = [*chosen[name], decoder.coefficient_map.weight]
+        taken.append(Muon([(matrix, None) for matrix in both], variant.muon[name]))
     return taken
 
 
@@ -168,6 +181,31 @@ class _BorderLoss:
 
     def __call__(self, module: nn.Module, inputs: Any, loss: Tensor) -> Tensor:
         return loss + self.weight * self.difference
+
+
+def _errors_apart(decoder: MNIFModel, latents: Tensor, part: Observation, signal: Image, weighting: str) -> Tensor:
+    """The error of every field at its own points, where there is a pixel, [B]."""
+    stride, phase = part.query
+    grid = decoder.grid(signal.resolution, stride, phase)
+    values = decoder.bake(decoder.coefficients(latents))(grid.coordinates).view(len(latents), grid.cells**2, -1, 3)
+    places, shares = zip(*[_pixel_and_share(axis, grid.cells, n) for axis, n in zip(grid.axes, grid.points_per_axis)])
+    rows, columns = places
+    targets = part.values[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(1, 2).flatten(2, 3)
+    weight = (shares[0][:, None, :, None] * shares[1][None, :, None, :]).flatten(0, 1).flatten(1, 2)
+    if weighting == "even":
+        weight = (weight > 0).float()
+    return ((values - targets).square().mean(dim=-1) * weight).sum(dim=(1, 2)) / weight.sum()
+
+
+def _pixel_and_share(axis: tuple[Tensor, Tensor, Tensor], cells: int, points: int) -> tuple[Tensor, Tensor]:
+    """For each point of each cell along an axis, [cells, points]: its pixel, and the cell's share of it."""
+    first, second, weight = axis
+    pixel, share = torch.zeros(cells * points, dtype=torch.long), torch.zeros(cells * points)
+    number = torch.arange(len(first))
+    pixel[first], pixel[second] = number, number
+    share.index_add_(0, first, 1 - weight)
+    share.index_add_(0, second, weight)
+    return pixel.view(cells, points), share.view(cells, points)
 
 
 def _tail(decoder: MNIFModel, grid: CellGrid) -> tuple[int, int]:

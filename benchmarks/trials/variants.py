@@ -23,8 +23,12 @@ class Variant:
         arguments: flags of `mnif fit` that differ from the default.
         decoder: the class of the decoder.
         border_weight: of the squared difference of neighbouring fields where they overlap, added to the loss.
-        muon: learning rate of Muon for "bases" or "encoder"; the rest stays with Adam.
+        muon: learning rate of Muon for "bases", "map" (latent to coefficients), "encoder" (its matrices and the map) or
+            "thin" (those with at most 256 rows or columns); the rest stays with Adam.
         prepare: changes the decoder before training.
+        apart: every field learns from its own points, weighted by its "share" of a pixel or alike ("even"), in place of
+            the error of the blended values.
+        augment: changes a batch of pictures [B, H, W, C] at random before it is learned from.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -32,6 +36,8 @@ class Variant:
     border_weight: float = 0.0
     muon: dict[str, float] = field(default_factory=dict)
     prepare: Callable[[MNIFModel], None] = lambda decoder: None
+    augment: Callable[[Tensor], Tensor] | None = None
+    apart: str | None = None
 
 
 class MixedFirstLayer(MNIFModel):
@@ -137,7 +143,7 @@ class InterpolatedCoefficients(MNIFModel):
         u, v = across[..., :1], across[..., 1:]
         weights = [(1 - u) * (1 - v), (1 - u) * v, u * (1 - v), u * v]
         place = torch.cartesian_prod(torch.arange(cells), torch.arange(cells)).float()[:, None]
-        whole = ((place + across) / cells * 2 - 1)  # [cells², points, 2]
+        whole = (place + across) / cells * 2 - 1  # [cells², points, 2]
         weight, bias = self.shapes[0].split(self.shared[0])
         hidden = torch.sin(whole @ weight[0] + bias[0]).repeat(batch, 1, 1)
         flat = coefficients.reshape(-1, *coefficients.shape[2:])
@@ -177,6 +183,30 @@ def _spread_first_layer(decoder: MNIFModel) -> None:
     row[:, : shape.inputs * shape.outputs] *= octaves.repeat(shape.inputs)
 
 
+def _permuted_colours(values: Tensor) -> Tensor:
+    """Every picture with its channels in a random order."""
+    order = torch.rand(len(values), 1, 1, values.shape[-1]).argsort(dim=-1)
+    return values.gather(-1, order.expand_as(values))
+
+
+def _turned_colours(values: Tensor) -> Tensor:
+    """Every picture with its colours turned about the grey axis by a random angle."""
+    angle = torch.rand(len(values)) * 2 * torch.pi
+    cosine, sine = angle.cos()[:, None, None], angle.sin()[:, None, None] / 3**0.5
+    cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]])
+    turn = cosine * torch.eye(3) + (1 - cosine) / 3 + sine * cross
+    return torch.einsum("bhwc,bdc->bhwd", values, turn).clamp(-1, 1)
+
+
+def _shifted(values: Tensor) -> Tensor:
+    """Every picture moved by up to two pixels, its rim repeated."""
+    size, reach = values.shape[1], 2
+    rows = (torch.arange(size) + torch.randint(-reach, reach + 1, (len(values), 1))).clamp(0, size - 1)
+    columns = (torch.arange(size) + torch.randint(-reach, reach + 1, (len(values), 1))).clamp(0, size - 1)
+    batch = torch.arange(len(values))[:, None, None]
+    return values[batch, rows[:, :, None], columns[:, None, :]]
+
+
 VARIANTS = {
     "default": Variant(),
     "mixed first layer": Variant(decoder=MixedFirstLayer),
@@ -201,6 +231,16 @@ VARIANTS = {
     "Muon for bases, 0.04": Variant(muon={"bases": 0.04}),
     "Muon for encoder and map, 0.005": Variant(muon={"encoder": 0.005}),
     "Muon for encoder and map, 0.02": Variant(muon={"encoder": 0.02}),
+    "Muon for the map, 0.005": Variant(muon={"map": 0.005}),
+    "Muon for the map, 0.02": Variant(muon={"map": 0.02}),
+    "Muon for thin matrices, 0.005": Variant(muon={"thin": 0.005}),
+    "Muon for thin matrices, 0.01": Variant(muon={"thin": 0.01}),
+    "Muon for thin matrices, 0.005, border loss 0.3": Variant(muon={"thin": 0.005}, border_weight=0.3),
+    "border loss 0.3": Variant(border_weight=0.3),
+    "fields learn apart, by share": Variant(apart="share"),
+    "fields learn apart, evenly": Variant(apart="even"),
+    "fields learn apart, evenly; Muon for thin matrices, 0.005": Variant(apart="even", muon={"thin": 0.005}),
+    "fields learn apart, by share; Muon for thin matrices, 0.005": Variant(apart="share", muon={"thin": 0.005}),
     "rates doubled": Variant({"learning_rate": 8e-3, "basis_learning_rate": 2.4e-2}),
     "rates halved": Variant({"learning_rate": 2e-3, "basis_learning_rate": 6e-3}),
     "no warm-up": Variant({"lr_warmup_steps": 0}),
@@ -209,5 +249,14 @@ VARIANTS = {
     "2x2 cells, width 32": Variant({"cells": 2, "width": 32}),
     "8x8 cells, width 16": Variant({"cells": 8, "width": 16}),
     "shared coefficients": Variant({"coefficient_form": "shared"}),
+    "Muon, channels in any order": Variant(muon={"thin": 0.005}, augment=_permuted_colours),
+    "Muon, colours turned": Variant(muon={"thin": 0.005}, augment=_turned_colours),
+    "Muon, shifted by up to two pixels": Variant(muon={"thin": 0.005}, augment=_shifted),
+    "Muon, 128 bases, width 32": Variant({"num_bases": 128, "width": 32}, muon={"thin": 0.005}),
+    "Muon, overlap 1/8": Variant({"overlap": 1 / 8}, muon={"thin": 0.005}),
+    "channels in any order": Variant(augment=_permuted_colours),
+    "colours turned": Variant(augment=_turned_colours),
+    "shifted by up to two pixels": Variant(augment=_shifted),
+    "128 bases, width 32": Variant({"num_bases": 128, "width": 32}),
+    "encoder twice as wide": Variant({"encoder_width": 1024}),
 }
-

@@ -4,7 +4,7 @@
 //   values          Y = f(W; X)
 //   vjp             dW for a given dY (the activations are worked out again rather than stored)
 //   second_order    for a direction V in parameter space and a given dY: the gradient by W of <dY, J V>, and J V itself
-//   errors          mean squared error against targets, and its gradient by W, in one pass
+//   errors          weighted squared error against targets, and its gradient by W, in one pass
 //   errors_hvp      the Hessian of that error times a direction V
 //
 // `vjp` is the backward pass of `values`, and `second_order` that of `vjp`; `errors_hvp` is the backward pass of the
@@ -308,9 +308,9 @@ class Block {
         pull_back(coordinates, count);
     }
 
-    // The sum of squared errors, and dW of `scale` / 2 times it, after forward<true>.
-    double errors(const float* coordinates, const float* targets, float scale, long count) {
-        const double sum = read_residuals(targets, scale, count);
+    // The sum over points of weight times mean squared error, and its dW, after forward<true>.
+    double errors(const float* coordinates, const float* targets, const float* weights, long count) {
+        const double sum = read_residuals(targets, weights, count);
         pull_back(coordinates, count);
         return sum;
     }
@@ -328,13 +328,17 @@ class Block {
         pull_back_tangent(coordinates, count);
     }
 
-    // The Hessian of `scale` / 2 times the sum of squared errors, times V, into the workspace's gradients.
-    void errors_hvp(const float* coordinates, const float* targets, float scale, long count) {
+    // The Hessian of that sum, times V, into the workspace's gradients.
+    void errors_hvp(const float* coordinates, const float* targets, const float* weights, long count) {
         tangent(coordinates, count);
-        read_residuals(targets, scale, count);
+        read_residuals(targets, weights, count);
+        const long channels = shape_.sizes[shape_.layers], wide = width(shape_.layers - 1);
         const float* out = output_tangent();
         float* e = space_.upper_e.data();
-        for (long i = 0; i < count * width(shape_.layers - 1); i++) e[i] = out[i] * scale;
+        for (long p = 0; p < count; p++) {
+            const float scale = 2 * weights[p] / channels;
+            for (long j = 0; j < wide; j++) e[p * wide + j] = out[p * wide + j] * scale;
+        }
         pull_back_tangent(coordinates, count);
     }
 
@@ -354,19 +358,21 @@ class Block {
             for (long j = 0; j < channels; j++) to[p * wide + j] = upstream[p * channels + j];
     }
 
-    // (values - targets) * scale into upper_a; gives the sum of squares without the scale.
-    double read_residuals(const float* targets, float scale, long count) {
+    // The gradient of the weighted error by the values into upper_a; gives the error.
+    double read_residuals(const float* targets, const float* weights, long count) {
         const long channels = shape_.sizes[shape_.layers], wide = width(shape_.layers - 1);
         const float* out = space_.sines[shape_.layers - 1].data();
         float* to = space_.upper_a.data();
         std::fill(to, to + count * wide, 0.0f);
         double sum = 0;
-        for (long p = 0; p < count; p++)
+        for (long p = 0; p < count; p++) {
+            const float scale = 2 * weights[p] / channels;
             for (long j = 0; j < channels; j++) {
                 const float residual = out[p * wide + j] - targets[p * channels + j];
                 to[p * wide + j] = residual * scale;
-                sum += (double)residual * residual;
+                sum += 0.5 * scale * (double)residual * residual;
             }
+        }
         return sum;
     }
 
@@ -551,15 +557,15 @@ void mnif_field_second_order(int layers, const int* sizes, int output_sine, long
                   : gradients<WIDEST>(shape, fields, points, coordinates, sets, rows, direction, gradient, threads, work);
 }
 
-// `errors` [fields] starts at zero.
+// Field i's point p counts by weights[i modulo weight_sets][p]. `errors` [fields] starts at zero.
 void mnif_field_errors(int layers, const int* sizes, int output_sine, long fields, long points, const float* coordinates,
-                       long sets, const float* rows, const float* targets, float* errors, float* gradient, int threads) {
+                       long sets, const float* rows, const float* targets, const float* weights, long weight_sets,
+                       float* errors, float* gradient, int threads) {
     const Shape shape = shape_of(layers, sizes, output_sine);
     const long channels = sizes[layers];
-    const double numbers = (double)points * channels;
     auto work = [&](auto& block, const float* at, long field, long p, long count) {
-        const double sum = block.errors(at, targets + (field * points + p) * channels, (float)(2 / numbers), count);
-        errors[field] += (float)(sum / numbers);
+        errors[field] += (float)block.errors(at, targets + (field * points + p) * channels,
+                                             weights + (field % weight_sets) * points + p, count);
     };
     narrow(shape) ? gradients<8>(shape, fields, points, coordinates, sets, rows, nullptr, gradient, threads, work)
                   : gradients<WIDEST>(shape, fields, points, coordinates, sets, rows, nullptr, gradient, threads, work);
@@ -567,12 +573,13 @@ void mnif_field_errors(int layers, const int* sizes, int output_sine, long field
 
 void mnif_field_errors_hvp(int layers, const int* sizes, int output_sine, long fields, long points,
                            const float* coordinates, long sets, const float* rows, const float* targets,
-                           const float* direction, float* gradient, int threads) {
+                           const float* weights, long weight_sets, const float* direction, float* gradient,
+                           int threads) {
     const Shape shape = shape_of(layers, sizes, output_sine);
     const long channels = sizes[layers];
-    const float scale = (float)(2 / ((double)points * channels));
     auto work = [&](auto& block, const float* at, long field, long p, long count) {
-        block.errors_hvp(at, targets + (field * points + p) * channels, scale, count);
+        block.errors_hvp(at, targets + (field * points + p) * channels, weights + (field % weight_sets) * points + p,
+                         count);
     };
     narrow(shape) ? gradients<8>(shape, fields, points, coordinates, sets, rows, direction, gradient, threads, work)
                   : gradients<WIDEST>(shape, fields, points, coordinates, sets, rows, direction, gradient, threads, work);
