@@ -75,6 +75,8 @@ class FitArguments(TrainingArguments):
     """Peak learning rate of all but bases and latents."""
     basis_learning_rate: float = 1.2e-2
     """Peak learning rate of the bases."""
+    matrix_optimizer: Literal["muon", "adamw"] = "muon"
+    """Of the latent → coefficients map and the encoder's narrow matrices; all else is AdamW's."""
     adam_beta2: float = 0.99
     """Of Adam, for bases and networks."""
     random_flip: bool = False

@@ -25,7 +25,8 @@ PAPER = {
 LEARNABLE = {"celeba-hq-s": 5.93, "celeba-hq-l": 33.4, "shapenet-s": 5.13, "shapenet-l": 46.3, "srn-cars-s": 4.59}
 """Learnable parameters in millions, of the same table."""
 
-COMMON = {"learning_rate": 1e-4, "basis_learning_rate": 1e-4, "lr_scheduler": "cosine", "lr_warmup_steps": 0}
+COMMON = {"learning_rate": 1e-4, "basis_learning_rate": 1e-4, "matrix_optimizer": "adamw"}
+COMMON |= {"lr_scheduler": "cosine", "lr_warmup_steps": 0}
 COMMON |= {"mixing": "average", "coefficient_form": "layer", "cells": 1}
 META = COMMON | {"method": "meta", "inner_steps": 3, "inner_order": "second", "train_batch_size": 32, "stride": 1}
 # The authors' rate of 1 goes with a mean over the 32 instances of a batch; ours with each instance's own error.

@@ -32,7 +32,7 @@ from mnif.progress import progress_bar
 from mnif.refinement import figures_of, latents_of
 from mnif.rows import Rows, ShuffledBatches, rows_of
 from mnif.signal_table import signal_class
-from mnif.signals import Image, Observation
+from mnif.signals import GridSignal, Image, Observation, Signal
 from mnif.train import DECODER_SETTINGS, make_fitting, make_optimizers
 
 from muon import Muon  # isort: skip
@@ -105,8 +105,10 @@ def trial(variant: Variant, setting: dict[str, Any]) -> dict[str, float]:
     if variant.augment is not None:
         mirrored, augment = signal.augmented, variant.augment
         signal.augmented = lambda observation: _with_values(mirrored(observation), augment)
-    if variant.apart:
-        signal.errors = lambda decoder, latents, part: _errors_apart(decoder, latents, part, signal, variant.apart)
+    if variant.errors == "blended":
+        signal.errors = lambda *of: Signal.errors(signal, *of)
+    if variant.errors == "even":
+        signal.errors = lambda *of: _even_errors(signal, *of)
     if variant.border_weight:
         fitting.register_forward_hook(_BorderLoss(decoder, variant.border_weight))
     started = time.process_time()
@@ -157,7 +159,7 @@ def _muon(variant: Variant, fitting: Fitting) -> list[torch.optim.Optimizer]:
         hidden = [(bases, shape) for bases, shape in layers if shape.inputs == shape.outputs]
         taken.append(Muon(hidden, variant.muon["bases"]))
     matrices = [parameter for parameter in fitting.others() if parameter.ndim == 2]
-    chosen = {"map": [], "encoder": matrices, "thin": [matrix for matrix in matrices if min(matrix.shape) <= 256]}
+    chosen = {"map": [], "encoder": matrices, "narrow": [matrix for matrix in matrices if min(matrix.shape) <= 256]}
     for name in chosen.keys() & variant.muon.keys():
         both = [*chosen[name], decoder.coefficient_map.weight]
         taken.append(Muon([(matrix, None) for matrix in both], variant.muon[name]))
@@ -183,29 +185,13 @@ class _BorderLoss:
         return loss + self.weight * self.difference
 
 
-def _errors_apart(decoder: MNIFModel, latents: Tensor, part: Observation, signal: Image, weighting: str) -> Tensor:
-    """The error of every field at its own points, where there is a pixel, [B]."""
-    stride, phase = part.query
-    grid = decoder.grid(signal.resolution, stride, phase)
-    values = decoder.bake(decoder.coefficients(latents))(grid.coordinates).view(len(latents), grid.cells**2, -1, 3)
-    places, shares = zip(*[_pixel_and_share(axis, grid.cells, n) for axis, n in zip(grid.axes, grid.points_per_axis)])
-    rows, columns = places
-    targets = part.values[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(1, 2).flatten(2, 3)
-    weight = (shares[0][:, None, :, None] * shares[1][None, :, None, :]).flatten(0, 1).flatten(1, 2)
-    if weighting == "even":
-        weight = (weight > 0).float()
-    return ((values - targets).square().mean(dim=-1) * weight).sum(dim=(1, 2)) / weight.sum()
-
-
-def _pixel_and_share(axis: tuple[Tensor, Tensor, Tensor], cells: int, points: int) -> tuple[Tensor, Tensor]:
-    """For each point of each cell along an axis, [cells, points]: its pixel, and the cell's share of it."""
-    first, second, weight = axis
-    pixel, share = torch.zeros(cells * points, dtype=torch.long), torch.zeros(cells * points)
-    number = torch.arange(len(first))
-    pixel[first], pixel[second] = number, number
-    share.index_add_(0, first, 1 - weight)
-    share.index_add_(0, second, weight)
-    return pixel.view(cells, points), share.view(cells, points)
+def _even_errors(signal: GridSignal, decoder: MNIFModel, latents: Tensor, part: Observation) -> Tensor:
+    """The error of every field at its own points, all of which count alike where there is a pixel, [B]."""
+    grid = decoder.grid(signal.resolution, *part.query)
+    weights = (grid.shares > 0).float() / (grid.shares > 0).sum()
+    field = decoder.bake(decoder.coefficients(latents))
+    errors = field.errors(grid.coordinates, grid.apart(part.values).flatten(0, 1), weights)
+    return errors.view(len(latents), -1).sum(dim=1)
 
 
 def _tail(decoder: MNIFModel, grid: CellGrid) -> tuple[int, int]:

@@ -23,11 +23,11 @@ class Variant:
         arguments: flags of `mnif fit` that differ from the default.
         decoder: the class of the decoder.
         border_weight: of the squared difference of neighbouring fields where they overlap, added to the loss.
-        muon: learning rate of Muon for "bases", "map" (latent to coefficients), "encoder" (its matrices and the map) or
-            "thin" (those with at most 256 rows or columns); the rest stays with Adam.
+        muon: learning rate of Muon for "bases", "map" (latent to coefficients), "encoder" (its matrices and the map)
+            or "narrow" (those with at most 256 rows or columns); the rest is Adam's.
         prepare: changes the decoder before training.
-        apart: every field learns from its own points, weighted by its "share" of a pixel or alike ("even"), in place of
-            the error of the blended values.
+        errors: "shares" (the product's: a field answers for its points by its shares of their pixels), "even" (all of
+            its points count alike) or "blended" (the error of the blended values alone).
         augment: changes a batch of pictures [B, H, W, C] at random before it is learned from.
     """
 
@@ -37,7 +37,7 @@ class Variant:
     muon: dict[str, float] = field(default_factory=dict)
     prepare: Callable[[MNIFModel], None] = lambda decoder: None
     augment: Callable[[Tensor], Tensor] | None = None
-    apart: str | None = None
+    errors: str = "shares"
 
 
 class MixedFirstLayer(MNIFModel):
@@ -207,56 +207,63 @@ def _shifted(values: Tensor) -> Tensor:
     return values[batch, rows[:, :, None], columns[:, None, :]]
 
 
-VARIANTS = {
+def _first(arguments: dict[str, Any] | None = None, **changes: Any) -> Variant:
+    """A candidate of the first round, when Adam moved everything and the blended values were compared alone."""
+    return Variant({"matrix_optimizer": "adamw"} | (arguments or {}), errors="blended", **changes)
+
+
+FIRST_ROUND = {
+    "first default": _first(),
+    "mixed first layer": _first(decoder=MixedFirstLayer),
+    "plain average, shared first layer": _first(decoder=SharedFirstAverage),
+    "plain average": _first({"mixing": "average"}),
+    "multiplicative bases": _first(decoder=Multiplicative),
+    "FINER activation": _first(decoder=Finer),
+    "FINER activation, omega 4": _first({"omega": 4.0}, decoder=Finer),
+    "output sine": _first({"output_sine": True}),
+    "hidden biases a tenth": _first(prepare=lambda decoder: _hidden_omega(decoder, 0.1)),
+    "first layer over three octaves": _first(prepare=_spread_first_layer),
+    "a quarter of the pixels a step": _first({"stride": 2}),
+    "global field and local corrections": _first(decoder=GlobalAndLocal),
+    "interpolated coefficients": _first(decoder=InterpolatedCoefficients),
+    "overlap 1/16": _first({"overlap": 1 / 16}),
+    "overlap 1/8": _first({"overlap": 1 / 8}),
+    "overlap 5/16": _first({"overlap": 5 / 16}),
+    "overlap 1/2": _first({"overlap": 0.5}),
+    "border loss 0.1": _first(border_weight=0.1),
+    "border loss 1": _first(border_weight=1.0),
+    "Muon for bases, 0.01": _first(muon={"bases": 0.01}),
+    "Muon for bases, 0.04": _first(muon={"bases": 0.04}),
+    "Muon for the map, 0.005": _first(muon={"map": 0.005}),
+    "Muon for encoder and map, 0.005": _first(muon={"encoder": 0.005}),
+    "Muon for narrow matrices, 0.005": _first(muon={"narrow": 0.005}),
+    "rates doubled": _first({"learning_rate": 8e-3, "basis_learning_rate": 2.4e-2}),
+    "rates halved": _first({"learning_rate": 2e-3, "basis_learning_rate": 6e-3}),
+    "channels in any order": _first(augment=_permuted_colours),
+}
+SECOND_ROUND = {
     "default": Variant(),
-    "mixed first layer": Variant(decoder=MixedFirstLayer),
-    "plain average, shared first layer": Variant(decoder=SharedFirstAverage),
-    "plain average": Variant({"mixing": "average"}),
-    "multiplicative bases": Variant(decoder=Multiplicative),
-    "FINER activation": Variant(decoder=Finer),
-    "FINER activation, omega 4": Variant({"omega": 4.0}, decoder=Finer),
-    "output sine": Variant({"output_sine": True}),
-    "hidden biases a tenth": Variant(prepare=lambda decoder: _hidden_omega(decoder, 0.1)),
-    "first layer over three octaves": Variant(prepare=_spread_first_layer),
-    "a quarter of the pixels a step": Variant({"stride": 2}),
-    "global field and local corrections": Variant(decoder=GlobalAndLocal),
-    "interpolated coefficients": Variant(decoder=InterpolatedCoefficients),
-    "overlap 1/16": Variant({"overlap": 1 / 16}),
-    "overlap 1/8": Variant({"overlap": 1 / 8}),
-    "overlap 5/16": Variant({"overlap": 5 / 16}),
-    "overlap 1/2": Variant({"overlap": 0.5}),
-    "border loss 0.1": Variant(border_weight=0.1),
-    "border loss 1": Variant(border_weight=1.0),
-    "Muon for bases, 0.01": Variant(muon={"bases": 0.01}),
-    "Muon for bases, 0.04": Variant(muon={"bases": 0.04}),
-    "Muon for encoder and map, 0.005": Variant(muon={"encoder": 0.005}),
-    "Muon for encoder and map, 0.02": Variant(muon={"encoder": 0.02}),
-    "Muon for the map, 0.005": Variant(muon={"map": 0.005}),
-    "Muon for the map, 0.02": Variant(muon={"map": 0.02}),
-    "Muon for thin matrices, 0.005": Variant(muon={"thin": 0.005}),
-    "Muon for thin matrices, 0.01": Variant(muon={"thin": 0.01}),
-    "Muon for thin matrices, 0.005, border loss 0.3": Variant(muon={"thin": 0.005}, border_weight=0.3),
-    "border loss 0.3": Variant(border_weight=0.3),
-    "fields learn apart, by share": Variant(apart="share"),
-    "fields learn apart, evenly": Variant(apart="even"),
-    "fields learn apart, evenly; Muon for thin matrices, 0.005": Variant(apart="even", muon={"thin": 0.005}),
-    "fields learn apart, by share; Muon for thin matrices, 0.005": Variant(apart="share", muon={"thin": 0.005}),
-    "rates doubled": Variant({"learning_rate": 8e-3, "basis_learning_rate": 2.4e-2}),
-    "rates halved": Variant({"learning_rate": 2e-3, "basis_learning_rate": 6e-3}),
+    "AdamW": Variant({"matrix_optimizer": "adamw"}),
+    "blended error": Variant(errors="blended"),
+    "even weights": Variant(errors="even"),
+    "rate 0.005": Variant({"learning_rate": 5e-3}),
+    "rate 0.01": Variant({"learning_rate": 1e-2}),
+    "bases' rate doubled": Variant({"basis_learning_rate": 2.4e-2}),
     "no warm-up": Variant({"lr_warmup_steps": 0}),
     "warm-up of 300 steps": Variant({"lr_warmup_steps": 300}),
-    "one cell, width 48": Variant({"cells": 1, "width": 48}),
-    "2x2 cells, width 32": Variant({"cells": 2, "width": 32}),
-    "8x8 cells, width 16": Variant({"cells": 8, "width": 16}),
+    "one field of width 48": Variant({"cells": 1, "width": 48}),
+    "2x2 cells of width 32": Variant({"cells": 2, "width": 32}),
+    "8x8 cells of width 16": Variant({"cells": 8, "width": 16}),
     "shared coefficients": Variant({"coefficient_form": "shared"}),
-    "Muon, channels in any order": Variant(muon={"thin": 0.005}, augment=_permuted_colours),
-    "Muon, colours turned": Variant(muon={"thin": 0.005}, augment=_turned_colours),
-    "Muon, shifted by up to two pixels": Variant(muon={"thin": 0.005}, augment=_shifted),
-    "Muon, 128 bases, width 32": Variant({"num_bases": 128, "width": 32}, muon={"thin": 0.005}),
-    "Muon, overlap 1/8": Variant({"overlap": 1 / 8}, muon={"thin": 0.005}),
-    "channels in any order": Variant(augment=_permuted_colours),
+    "a plain average": Variant({"mixing": "average"}),
+    "an average after a shared first layer": Variant(decoder=SharedFirstAverage),
+    "every layer mixed": Variant(decoder=MixedFirstLayer),
+    "overlap of 1/8": Variant({"overlap": 1 / 8}),
+    "overlap of 1/4": Variant({"overlap": 1 / 4}),
     "colours turned": Variant(augment=_turned_colours),
+    "colours' channels in any order": Variant(augment=_permuted_colours),
     "shifted by up to two pixels": Variant(augment=_shifted),
-    "128 bases, width 32": Variant({"num_bases": 128, "width": 32}),
-    "encoder twice as wide": Variant({"encoder_width": 1024}),
+    "128 bases of width 32": Variant({"num_bases": 128, "width": 32}),
+    "latent noise 0.3": Variant({"latent_noise": 0.3}),
 }
+VARIANTS = FIRST_ROUND | SECOND_ROUND
