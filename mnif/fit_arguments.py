@@ -14,6 +14,8 @@ from mnif.files import read_json
 from mnif.training import TrainingArguments
 
 _PRESETS = Path(__file__).parent / "presets"
+AUGMENTATIONS = ("random_flip", "random_colours")
+"""Flags that change instances at random (:meth:`mnif.signals.Signal.augmentations`)."""
 _NOT_OF_A_PRESET = {"data", "output_dir", "signal", "preset"}
 
 
@@ -81,6 +83,8 @@ class FitArguments(TrainingArguments):
     """Of Adam, for bases and networks."""
     random_flip: bool = False
     """Mirror half of the instances while training (encoder)."""
+    random_colours: bool = False
+    """Reorder the channels of every RGB picture while training (encoder): less learned by heart."""
     latent_noise: float = 0.3
     """Standard deviation of the noise added to the encoder's latents while training."""
     encoder_width: int = 512
@@ -210,7 +214,6 @@ def _check(arguments: FitArguments) -> None:
         raise UserError(f"--overlap {arguments.overlap}: must lie between 0 and 0.5")
     if not 0 <= arguments.held_out_fraction < 1:
         raise UserError(f"--held_out_fraction {arguments.held_out_fraction}: must be at least 0 and below 1")
-    if arguments.random_flip and arguments.method != "encoder":
-        raise UserError("--random_flip needs --method encoder: otherwise an instance has one latent, not two")
-    if arguments.random_flip and arguments.signal == "radiance":
-        raise UserError("--random_flip: views cannot be mirrored without their cameras; leave it out")
+    for flag in AUGMENTATIONS:
+        if getattr(arguments, flag) and arguments.method != "encoder":
+            raise UserError(f"--{flag} needs --method encoder: otherwise an instance has one latent, not several")

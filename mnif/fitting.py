@@ -1,6 +1,7 @@
 """The three ways of learning bases: what each minimises in a step of training."""
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -42,18 +43,25 @@ class AmortisedFitting(Fitting):
         encoder: of the signal (:meth:`mnif.signals.Signal.encoder`).
         latent_noise: standard deviation of the noise added to latents while training. It keeps neighbouring latents
             drawing similar instances, which the prior needs.
-        augment: change instances at random in ways the signal knows (mirror images).
+        augmentations: random changes to make before learning (:meth:`mnif.signals.Signal.augmentations`).
     """
 
-    def __init__(self, decoder: MNIFModel, signal: Signal, encoder: nn.Module, latent_noise: float, augment: bool):
+    def __init__(
+        self,
+        decoder: MNIFModel,
+        signal: Signal,
+        encoder: nn.Module,
+        latent_noise: float,
+        augmentations: Sequence[Callable[[Observation], Observation]] = (),
+    ):
         super().__init__(decoder, signal)
-        self.encoder, self.latent_noise, self.augment = encoder, latent_noise, augment
+        self.encoder, self.latent_noise, self.augmentations = encoder, latent_noise, augmentations
 
     def forward(self, row: Tensor, **batch: Tensor) -> Tensor:
         """Mean squared error of a batch."""
         observation = self.signal.observe(batch)
-        if self.augment:
-            observation = self.signal.augmented(observation)
+        for augmentation in self.augmentations:
+            observation = augmentation(observation)
         latents = self.latents(observation, row)
         latents = latents + self.latent_noise * torch.randn_like(latents)
         return self.signal.errors(self.decoder, latents, self.signal.part(observation)).mean()

@@ -5,8 +5,9 @@ a new one is a class of its own: see docs/new_signal.md.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any, ClassVar
 
@@ -112,9 +113,9 @@ class Signal(ABC):
     def original_pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray:
         """The same view of the data: [B, H, W, 3] uint8."""
 
-    def augmented(self, observation: Observation) -> Observation:
-        """A randomly changed copy that is as likely as the original, such as its mirror image."""
-        return observation
+    def augmentations(self) -> dict[str, Callable[[Observation], Observation]]:
+        """Random changes that leave an instance as likely as before, by the flag of `mnif fit` that asks for it."""
+        return {}
 
     def figures(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """How well latents fit a batch of rows: for each figure (``psnr`` in dB at least) one number per instance."""
@@ -244,9 +245,10 @@ class Image(GridSignal):
         """``images`` [B, H, W, C] uint8 → [-1, 1]."""
         return self.on_grid(batch["images"].float() / 127.5 - 1)
 
-    def augmented(self, observation: Observation) -> Observation:
-        """Half of the pictures mirrored left to right."""
-        return replace(observation, values=_mirrored(observation.values, axis=2))
+    def augmentations(self) -> dict[str, Callable[[Observation], Observation]]:
+        """``random_flip`` mirrors half of the pictures left to right, ``random_colours`` reorders channels of RGB."""
+        changes = {"random_flip": partial(_mirrored, axis=2)}
+        return changes | ({"random_colours": _recoloured} if self.channels == 3 else {})
 
     def pictures(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
         """The pictures, with grey as RGB and transparency laid on white."""
@@ -293,9 +295,9 @@ class Voxels(GridSignal):
         occupied = (batch["packed"][..., None] >> bits & 1).flatten(-2)[..., : self.cube]
         return self.on_grid(occupied[..., None].float() * 2 - 1)
 
-    def augmented(self, observation: Observation) -> Observation:
-        """Half of the shapes mirrored along x."""
-        return replace(observation, values=_mirrored(observation.values, axis=1))
+    def augmentations(self) -> dict[str, Callable[[Observation], Observation]]:
+        """``random_flip`` mirrors half of the shapes along x."""
+        return {"random_flip": partial(_mirrored, axis=1)}
 
     def figures(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """PSNR of the occupancy on [0, 1], and intersection over union of what lies above one half."""
@@ -332,10 +334,18 @@ def _one_number(resolution: Sequence[int] | None) -> int | None:
     return resolution[0] if resolution else None
 
 
-def _mirrored(values: Tensor, axis: int) -> Tensor:
+def _mirrored(observation: Observation, axis: int) -> Observation:
     """Half of the instances, at random, with one axis reversed."""
+    values = observation.values
     chosen = torch.rand(len(values), *[1] * (values.ndim - 1), device=values.device) < 0.5
-    return torch.where(chosen, values.flip(axis), values)
+    return replace(observation, values=torch.where(chosen, values.flip(axis), values))
+
+
+def _recoloured(observation: Observation) -> Observation:
+    """Every picture with its channels in a random order."""
+    values = observation.values
+    order = torch.rand(len(values), 1, 1, values.shape[-1], device=values.device).argsort(dim=-1)
+    return replace(observation, values=values.gather(-1, order.expand_as(values)))
 
 
 def _as_rgb(values: Tensor) -> np.ndarray:

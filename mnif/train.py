@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +18,7 @@ from mnif.data import Instances, Split
 from mnif.errors import UserError
 from mnif.estimate import estimate_lines
 from mnif.files import merge_json
-from mnif.fit_arguments import FitArguments, parse_fit_arguments
+from mnif.fit_arguments import AUGMENTATIONS, FitArguments, parse_fit_arguments
 from mnif.fitting import AmortisedFitting, AutoDecoding, Fitting, MetaLearning
 from mnif.inner_loop import InnerLoop
 from mnif.latent_rows import LatentRows
@@ -31,7 +32,7 @@ from mnif.refinement import figures_of, latents_of
 from mnif.rows import Rows, rows_of
 from mnif.runs import begin_stage, finish_stage, peak_memory_megabytes
 from mnif.signal_table import signal_class
-from mnif.signals import GridSignal, Signal
+from mnif.signals import GridSignal, Observation, Signal
 from mnif.training import batch_size_of, make_accelerator, train
 
 DECODER_SETTINGS = (
@@ -72,6 +73,7 @@ def fit(arguments: FitArguments) -> None:
     if arguments.num_train_epochs is not None:
         per_epoch = max(len(train_data) // min(arguments.train_batch_size, len(train_data)), 1)
         arguments.max_train_steps = arguments.num_train_epochs * per_epoch
+    _augmentations(arguments, signal)
     if arguments.dry_run:
         decoder = make_decoder(arguments, signal)
         print("\n".join(estimate_lines(arguments, decoder, signal, len(train_data))))
@@ -124,7 +126,7 @@ def make_fitting(
     latent_dim = decoder.config.latent_dim
     if arguments.method == "encoder":
         encoder = signal.encoder(latent_dim, arguments.encoder_width)
-        return AmortisedFitting(decoder, signal, encoder, arguments.latent_noise, arguments.random_flip)
+        return AmortisedFitting(decoder, signal, encoder, arguments.latent_noise, _augmentations(arguments, signal))
     if arguments.method == "meta":
         inner_loop = InnerLoop(latent_dim, arguments.inner_steps, arguments.inner_learning_rate)
         return MetaLearning(decoder, signal, inner_loop, arguments.inner_order == "second")
@@ -140,6 +142,19 @@ def make_fitting(
         accelerator.device if accelerator else "cpu",
     )
     return AutoDecoding(decoder, signal, latent_rows, arguments.latent_regularisation)
+
+
+def _augmentations(arguments: FitArguments, signal: Signal) -> list[Callable[[Observation], Observation]]:
+    """What the flags ask for.
+
+    Raises:
+        UserError: the signal cannot be changed so.
+    """
+    known, asked = signal.augmentations(), [flag for flag in AUGMENTATIONS if getattr(arguments, flag)]
+    for flag in asked:
+        if flag not in known:
+            raise UserError(f"--{flag}: {signal.unit}s of this kind cannot be changed so; leave it out")
+    return [known[flag] for flag in asked]
 
 
 def make_optimizers(arguments: FitArguments, fitting: Fitting) -> list[torch.optim.Optimizer]:

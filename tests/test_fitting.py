@@ -123,7 +123,9 @@ def test_every_way_of_learning_lowers_its_loss(decoder: MNIFModel, signal: Image
     state = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
     rows = LatentRows(8, 12, lanes=8, learning_rate=0.02, seed=0)
     for fitting in (
-        AmortisedFitting(decoder, signal, signal.encoder(12, 64), latent_noise=0.1, augment=True),
+        AmortisedFitting(
+            decoder, signal, signal.encoder(12, 64), latent_noise=0.1, augmentations=[*signal.augmentations().values()]
+        ),
         AutoDecoding(decoder, signal, rows, latent_regularisation=1e-4),
         MetaLearning(decoder, signal, InnerLoop(12, learning_rate=2.0), second_order=True),
         MetaLearning(decoder, signal, InnerLoop(12, learning_rate=2.0), second_order=False),

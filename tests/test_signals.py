@@ -1,6 +1,7 @@
 """Signals on grids: what they observe, which part a step looks at, and how errors and figures are counted."""
 
 from dataclasses import replace
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -71,7 +72,13 @@ def test_pictures_of_any_channels(channels: int) -> None:
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_pictures_of_any_channels_are_learned(channels: int) -> None:
     signal = Image(SIZE, channels, stride=2)
-    fitting = AmortisedFitting(decoder_of(signal), signal, signal.encoder(6, 32), latent_noise=0.0, augment=True)
+    fitting = AmortisedFitting(
+        decoder_of(signal),
+        signal,
+        signal.encoder(6, 32),
+        latent_noise=0.0,
+        augmentations=[*signal.augmentations().values()],
+    )
     plain = torch.from_numpy(bytes_of(8, 1, 1, channels)).expand(-1, *SIZE, -1)
     batch = {"images": plain, "row": torch.arange(8)}
     optimizer = torch.optim.Adam(fitting.parameters(), lr=1e-2)
@@ -226,11 +233,22 @@ def test_about_half_are_mirrored_and_nothing_else_changes(signal: GridSignal, ax
     torch.manual_seed(0)
     shape = (400, *SIZE, 3) if signal.dimensions == 2 else (400, 8, 8, 8, 1)
     values = torch.rand(shape)
-    changed = signal.augmented(signal.on_grid(values)).values
+    changed = signal.augmentations()["random_flip"](signal.on_grid(values)).values
     as_they_were = (changed == values).flatten(1).all(dim=1)
     mirrored = (changed == torch.from_numpy(np.flip(values.numpy(), axis).copy())).flatten(1).all(dim=1)
     assert (as_they_were ^ mirrored).all()
     assert 150 < mirrored.sum() < 250
+
+
+def test_every_order_of_colours_occurs_and_pixels_stay_whole() -> None:
+    torch.manual_seed(0)
+    signal = Image(SIZE, 3)
+    values = torch.rand(300, *SIZE, 3)
+    changed = signal.augmentations()["random_colours"](signal.on_grid(values)).values
+    orders = {order: (changed == values[..., order]).flatten(1).all(dim=1) for order in permutations(range(3))}
+    assert all(30 < chosen.sum() < 70 for chosen in orders.values())
+    assert sum(chosen.int() for chosen in orders.values()).eq(1).all()
+    assert "random_colours" not in Image(SIZE, 1).augmentations()
 
 
 @pytest.mark.parametrize("mixing", ["delta", "average"])

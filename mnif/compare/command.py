@@ -17,7 +17,7 @@ from mnif.curves import read_curves
 from mnif.data import Instances, Split
 from mnif.errors import UserError
 from mnif.files import merge_json, read_json, write_json, written_atomically
-from mnif.fit_arguments import FitArguments, parse_fit_arguments
+from mnif.fit_arguments import AUGMENTATIONS, FitArguments, parse_fit_arguments
 from mnif.model_folder import load_component, load_finder
 from mnif.modeling import MNIFModel
 from mnif.rows import rows_of
@@ -152,7 +152,7 @@ def parse_compare_arguments(arguments: list[str]) -> tuple[CompareArguments, lis
 
 def _run(arguments: list[str], asked: CompareArguments, method: str, variant: str) -> Run:
     """Reads the flags once more, for one method and variant."""
-    own = ["--method", method] + ([] if method == "encoder" else ["--no_random_flip"])
+    own = ["--method", method] + ([] if method == "encoder" else [f"--no_{flag}" for flag in AUGMENTATIONS])
     try:
         parsed = parse_fit_arguments([*arguments, *own, *_flags_of(variant)], PROGRAM, CompareArguments)
     except UserError as error:
@@ -207,7 +207,7 @@ def _result(
         "method": arguments.method,
         "variant": run.variant,
         "folder": str(folder),
-        "random_flip": arguments.random_flip,
+        "augmented": [flag for flag in AUGMENTATIONS if getattr(arguments, flag)],
         "refinement_steps": arguments.refinement_steps,
         "train_steps": last["step"],
         "train_seconds": last["seconds"],  # validations included, unlike in seconds_per_step

@@ -39,9 +39,9 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
         f"*training s* has validations in it. *ms per new {unit}*: the median of three batches of 1 / 32, divided by "
         "their size. *peak MB* is of the whole process.",
     ]
-    flipped = [run["name"] for run in runs if run["random_flip"]]
-    if flipped and len(flipped) < len(runs):
-        lines += ["", f"Mirrored while training, which the others cannot be: {', '.join(flipped)}."]
+    augmented = [f"{run['name']} ({', '.join(run['augmented'])})" for run in runs if run["augmented"]]
+    if augmented and len(augmented) < len(runs):
+        lines += ["", f"Changed at random while training, which the others cannot be: {', '.join(augmented)}."]
     return "\n".join(lines) + "\n"
 
 
