@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 
 @dataclass(kw_only=True)
@@ -16,8 +17,20 @@ class EvalArguments:
     """A model folder, RUN/model; or give --samples."""
     samples: str | None = None
     """A folder or file of samples; or give --model."""
-    num_samples: int = 1000
-    """How many samples are drawn, or taken from the folder."""
+    bundle: Path | None = None
+    """An exported bundle, the output of `mnif export`; it draws its samples by ONNX Runtime."""
+    preset: Literal["offline", "paper", "pytorch-fid", "clean", "tf1"] = "offline"
+    """The protocol for pictures: extractor, resize filter, rounding, part of the reference, counts, neighbours."""
+    extractor: Literal["lite0", "inception"] | None = None
+    """Feature extractor for pictures, in place of the preset's."""
+    inception_weights: Path | None = None
+    """The file of FID's Inception; default: MNIF_INCEPTION_WEIGHTS, the cache, or a download whose hash is checked."""
+    neighbours: int | None = None
+    """k of precision, recall, density and coverage, in place of the preset's."""
+    save_statistics: Path | None = None
+    """Also write the reference's mu and sigma to this .npz; it may stand for --reference later."""
+    num_samples: int | None = None
+    """How many samples are drawn, or taken from the folder; default: the preset's (offline: 1000)."""
     num_inference_steps: int = 20
     """Denoising steps."""
     seed: int = 0

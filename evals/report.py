@@ -13,8 +13,8 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from evals.figures import copying_verdict
 from evals.latency import measured_latencies
+from evals.memorisation import copying_verdict
 from evals.plots import curve_plot
 from latent_prior.noise import initial_noise
 from latent_prior.pipeline import MNIFPipeline, load_pipeline

@@ -9,6 +9,8 @@ A room is a module with two functions::
 ``of_samples`` where ``asked.samples`` names samples and ``asked.reference`` is data of the room's signal. Both look at
 what they were given, raise :class:`mnif.errors.UserError` if it cannot be measured, and do no work yet: that is left
 to the measurement they return, which is not asked for if ``metrics.json`` holds these inputs already.
+``asked.num_samples`` is filled in by then. What takes long can be shared out and resumed with
+:func:`evals.shards.computed_in_shards`, in ``asked.output_dir / ".parts"``, which is removed at the end.
 """
 
 from collections.abc import Callable

@@ -1,11 +1,17 @@
 """`mnif eval`: measures samples and reconstructions, each figure beside its controls."""
 
+import shutil
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
+from evals import images
 from evals.arguments import EvalArguments
-from evals.figures import copying_verdict
+from evals.frechet import is_statistics
+from evals.memorisation import copying_verdict
 from evals.processes import Processes
+from evals.protocols import protocol_of
 from evals.rooms import Measurement, room_of
 from latent_prior.pipeline import load_pipeline
 from mnif import __version__
@@ -29,8 +35,7 @@ def evaluate(arguments: EvalArguments) -> None:
         UserError: model, samples or reference cannot be read or do not fit each other.
     """
     started = time.perf_counter()
-    if arguments.num_samples < 2:
-        raise UserError(f"--num_samples {arguments.num_samples}: at least 2 are needed")
+    arguments = replace(arguments, num_samples=protocol_of(arguments).num_samples)
     processes = Processes()
     measurement = _measurement(arguments)
     inputs = _flags(arguments) | {"version": __version__} | measurement.inputs
@@ -49,23 +54,34 @@ def evaluate(arguments: EvalArguments) -> None:
         "command": command_line(),
     }
     write_json(path, figures)
+    shutil.rmtree(arguments.output_dir / ".parts", ignore_errors=True)
+    _print(figures)
+    print(path)
+
+
+def _print(figures: dict[str, Any]) -> None:
     for name, value in figures.items():
-        if isinstance(value, float):
-            print(f"  {name:28} {value:10.3f}")
+        if isinstance(value, float) and not name.endswith("_std"):
+            spread = figures.get(f"{name}_std")
+            print(f"  {name:32} {value:10.4g}" + (f" ± {spread:.2g}" if spread is not None else ""))
     for warning in figures.get("warnings", []):
         print(f"warning: {warning}")
     if verdict := copying_verdict(figures):
         print(f"  this prior {verdict}")
-    print(path)
 
 
 def _measurement(arguments: EvalArguments) -> Measurement:
     """What the room of the signal at hand makes of the flags."""
-    if (arguments.model is None) == (arguments.samples is None):
-        raise UserError("give either --model RUN/model or --samples FOLDER")
-    if arguments.model is None:
-        room = room_of(signal_of(arguments.reference), f"--reference {arguments.reference}")
-        return room.of_samples(arguments)
+    given = [flag for flag in ("model", "samples", "bundle") if getattr(arguments, flag) is not None]
+    if len(given) != 1:
+        raise UserError("give one of --model RUN/model, --samples FOLDER and --bundle BUNDLE")
+    if arguments.bundle is not None:
+        return images.of_bundle(arguments)
+    if arguments.samples is not None:
+        of_pictures = is_statistics(Path(arguments.reference))
+        signal = "image" if of_pictures else signal_of(arguments.reference)
+        return room_of(signal, f"--reference {arguments.reference}").of_samples(arguments)
+    assert arguments.model is not None
     pipeline = load_pipeline(arguments.model)
     room = room_of(signal_of_model(pipeline.decoder).name, f"--model {arguments.model}")
     return room.of_model(arguments, pipeline)

@@ -123,9 +123,11 @@ def test_different_dimensions_are_refused() -> None:
 
 
 def test_broken_moments_are_refused() -> None:
-    good = moments_of(np.eye(3))
-    with pytest.raises(UserError, match="eigenvalue"):
-        frechet_distance(Moments(good.mean, np.diag([1.0, 1.0, -0.1]), 3), good)
+    good = Moments(np.zeros(3), np.eye(3), 9)
+    broken = Moments(good.mean, np.diag([1.0, 1.0, -0.1]), 3)
+    for a, b in ((broken, good), (good, broken)):
+        with pytest.raises(UserError, match="eigenvalue"):
+            frechet_distance(a, b)
     with pytest.raises(UserError, match="NaN"):
         frechet_distance(good, Moments(good.mean, np.full((3, 3), np.nan), 3))
 
@@ -133,8 +135,8 @@ def test_broken_moments_are_refused() -> None:
 def test_saved_moments_come_back_whole(generator: np.random.Generator, tmp_path: Path) -> None:
     moments = moments_of(correlated(generator, 30, 5))
     path = tmp_path / "statistics.npz"
-    save_moments(path, moments, "lite0, twemoji 32")
-    loaded = load_moments(path, "lite0, twemoji 32")
+    save_moments(path, moments, {"extractor": "lite0", "reference": "twemoji"})
+    loaded = load_moments(path, {"extractor": "lite0"})
     np.testing.assert_array_equal(loaded.mean, moments.mean)
     np.testing.assert_array_equal(loaded.covariance, moments.covariance)
     assert loaded.count == 30
@@ -145,29 +147,31 @@ def test_saved_moments_come_back_whole(generator: np.random.Generator, tmp_path:
 
 def test_statistics_of_another_protocol_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "statistics.npz"
-    save_moments(path, moments_of(np.eye(3)), "lite0, 32 pixels")
-    with pytest.raises(UserError, match="64 pixels"):
-        load_moments(path, "lite0, 64 pixels")
+    save_moments(path, moments_of(np.eye(3)), {"extractor": "lite0", "resize": "bilinear"})
+    with pytest.raises(UserError, match="made with resize 'bilinear', not 'tf1-bilinear'"):
+        load_moments(path, {"extractor": "lite0", "resize": "tf1-bilinear"})
+    with pytest.raises(UserError, match="made with grey None"):
+        load_moments(path, {"grey": "128"})
 
 
 def test_broken_statistics_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "statistics.npz"
     with pytest.raises(UserError, match="statistics"):
-        load_moments(path, "any")
-    save_moments(path, moments_of(np.eye(3)), "any")
+        load_moments(path, {})
+    save_moments(path, moments_of(np.eye(3)), {})
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(UserError, match="statistics"):
-        load_moments(path, "any")
+        load_moments(path, {})
     path.write_bytes(b"")
     with pytest.raises(UserError, match="statistics"):
-        load_moments(path, "any")
+        load_moments(path, {})
     with path.open("wb") as file:
         np.save(file, np.eye(3))
     with pytest.raises(UserError, match="statistics"):
-        load_moments(path, "any")
+        load_moments(path, {})
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(UserError, match="protocol"):
-        load_moments(path, "any")
-    np.savez(path, mu=np.array([object()]), sigma=np.eye(3), num=3, protocol="any")
+        load_moments(path, {})
+    np.savez(path, mu=np.array([object()]), sigma=np.eye(3), num=3, protocol="{}")
     with pytest.raises(UserError, match="statistics"):
-        load_moments(path, "any")
+        load_moments(path, {})
