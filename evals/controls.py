@@ -9,6 +9,7 @@ from evals.bench import Bench
 from latent_prior.noise import initial_noise
 from latent_prior.pipeline import MNIFPipeline
 from mnif.latents import LatentTable
+from mnif.modeling import MNIFModel
 
 
 def prior_latents(bench: Bench, pipeline: MNIFPipeline, seed: int, steps: int, fingerprint: str) -> np.ndarray:
@@ -40,7 +41,7 @@ def gaussian_latents(table: LatentTable, count: int, seed: int) -> np.ndarray:
     return drawn.astype(np.float32)
 
 
-def latent_table_of(model: Path, pipeline: MNIFPipeline) -> LatentTable | None:
+def latent_table_of(model: Path, decoder: MNIFModel) -> LatentTable | None:
     """The latent table that ``mnif fit`` wrote beside the model folder, or None if it was left behind."""
     path = model.parent / "latents.safetensors"
-    return LatentTable.load(path, pipeline.decoder.fingerprint()) if path.exists() else None
+    return LatentTable.load(path, decoder.fingerprint()) if path.exists() else None

@@ -24,26 +24,28 @@ from evals.protocols import protocol_of
 from evals.reconstruction_figures import SHOWN, Reconstructions
 from evals.rooms import Measurement
 from evals.sample_figures import Reference, frechet_figures, novelty_figures, reference_of, set_figures
+from evals.sides import is_of, sides_of
 from evals.spread import GROUPS
-from latent_prior.pipeline import MNIFPipeline
-from mnif.data import ImageData, Split, load_images
+from latent_prior.pipeline import MNIFPipeline, load_pipeline
+from mnif.data import Split, load_images
 from mnif.errors import UserError
 from mnif.files import sha256_of_file, sha256_of_folder
-from mnif.latents import LatentTable
 from mnif.model_folder import load_finder
 from mnif.modeling import MNIFModel
 from mnif.pictures import picture_grid, save_picture
 from mnif.signal_table import signal_of_model
 
 
-def of_model(asked: EvalArguments, pipeline: MNIFPipeline) -> Measurement:
+def of_model(asked: EvalArguments) -> Measurement:
     """Reconstructions and samples of a model of RGB pictures.
 
     Raises:
-        UserError: the model draws other pictures, or the reference or the extractor cannot be had.
+        UserError: the model lacks a stage or draws other pictures, or the reference or the extractor cannot be had.
     """
-    model, decoder = asked.model, pipeline.decoder
+    model = asked.model
     assert model is not None
+    pipeline = load_pipeline(model)
+    decoder = pipeline.decoder
     signal = signal_of_model(decoder)
     if signal.channels != 3:
         raise UserError(f"{model}: a model of pictures with {signal.channels} channel(s); `mnif eval` measures RGB")
@@ -54,7 +56,7 @@ def of_model(asked: EvalArguments, pipeline: MNIFPipeline) -> Measurement:
     def figures(processes: Processes) -> dict[str, Any]:
         bench = room.bench(processes)
         pipeline.to(processes.device)
-        table, quantise = latent_table_of(model, pipeline), bench.protocol.quantise
+        table, quantise = latent_table_of(model, decoder), bench.protocol.quantise
         latents = prior_latents(bench, pipeline, asked.seed, asked.num_inference_steps, measured)
         name = f"{measured} {asked.seed} {asked.num_inference_steps}"
         samples = latent_pictures(decoder, latents, name, quantise)
@@ -66,8 +68,8 @@ def of_model(asked: EvalArguments, pipeline: MNIFPipeline) -> Measurement:
         found: dict[str, Any] = {"model": _facts(pipeline, asked)}
         sides = room.sides()
         if room.data is not None and sides is not None:
-            known = table if table is not None and _is_of(table, room.data) else None
-            sides = sides if known is None else _sides(known, room.data)
+            known = table if table is not None and is_of(table, room.data) else None
+            sides = sides if known is None else sides_of(known, room.data)
             finder = load_finder(model, signal)
             finder = None if finder is None else finder.to(processes.device)
             fingerprint = f"{measured} {room.fingerprint}"
@@ -239,17 +241,3 @@ def _facts(pipeline: MNIFPipeline, asked: EvalArguments) -> dict[str, Any]:
         "multiply_adds_per_value": field.multiply_adds_per_point(),
         "num_inference_steps": asked.num_inference_steps,
     }
-
-
-def _is_of(table: LatentTable, reference: ImageData) -> bool:
-    """Whether the table's instances are the reference's, in order, some perhaps kept out of it for a test."""
-    known = set(table.ids)
-    return table.ids == [id for id in reference.ids if id in known]
-
-
-def _sides(table: LatentTable, reference: ImageData) -> np.ndarray:
-    """The sides as `mnif fit` cut them; what is not in its table was never looked at."""
-    sides = np.full(len(reference), Split.TEST, dtype=np.int8)
-    known = set(table.ids)
-    sides[[id in known for id in reference.ids]] = np.where(table.held_out.numpy(), Split.HELD_OUT, Split.TRAIN)
-    return sides

@@ -2,10 +2,10 @@
 
 A room is a module with two functions::
 
-    def of_model(asked: EvalArguments, pipeline: MNIFPipeline) -> Measurement: ...
+    def of_model(asked: EvalArguments) -> Measurement: ...
     def of_samples(asked: EvalArguments) -> Measurement: ...
 
-``of_model`` is called where ``asked.model`` is a model folder of the room's signal, already loaded as ``pipeline``;
+``of_model`` is called where ``asked.model`` is a model folder of the room's signal, with or without a prior;
 ``of_samples`` where ``asked.samples`` names samples and ``asked.reference`` is data of the room's signal. Both look at
 what they were given, raise :class:`mnif.errors.UserError` if it cannot be measured, and do no work yet: that is left
 to the measurement they return, which is not asked for if ``metrics.json`` holds these inputs already.

@@ -13,12 +13,13 @@ from evals.memorisation import copying_verdict
 from evals.processes import Processes
 from evals.protocols import protocol_of
 from evals.rooms import Measurement, room_of
-from latent_prior.pipeline import load_pipeline
 from mnif import __version__
 from mnif.arguments import parse_arguments
 from mnif.data import signal_of
 from mnif.errors import UserError
 from mnif.files import read_json, write_json
+from mnif.model_folder import load_component
+from mnif.modeling import MNIFModel
 from mnif.runs import command_line, peak_memory_megabytes
 from mnif.signal_table import signal_of_model
 
@@ -82,9 +83,8 @@ def _measurement(arguments: EvalArguments) -> Measurement:
         signal = "image" if of_pictures else signal_of(arguments.reference)
         return room_of(signal, f"--reference {arguments.reference}").of_samples(arguments)
     assert arguments.model is not None
-    pipeline = load_pipeline(arguments.model)
-    room = room_of(signal_of_model(pipeline.decoder).name, f"--model {arguments.model}")
-    return room.of_model(arguments, pipeline)
+    decoder = load_component(MNIFModel, arguments.model, "decoder")
+    return room_of(signal_of_model(decoder).name, f"--model {arguments.model}").of_model(arguments)
 
 
 def _flags(arguments: EvalArguments) -> dict[str, str]:
