@@ -19,6 +19,11 @@ from mnif.files import cache_folder
 T = TypeVar("T")
 
 
+def stated(protocol: Protocol, extractor: Extractor, size: tuple[int, int]) -> dict[str, str]:
+    """What another number must agree in to be comparable, for pictures of a size."""
+    return extractor.protocol() | {"resize": protocol.resize, "resolution": f"{size[0]}×{size[1]}"}
+
+
 @dataclass(frozen=True)
 class Bench:
     """What every set of pictures goes through.
@@ -35,11 +40,6 @@ class Bench:
     processes: Processes
     scratch: Path
 
-    def stated(self, size: tuple[int, int]) -> dict[str, str]:
-        """What another number must agree in to be comparable, for pictures of a size."""
-        resolution = f"{size[0]}×{size[1]}"
-        return self.extractor.protocol() | {"resize": self.protocol.resize, "resolution": resolution}
-
     def features(self, pictures: PictureSource, description: str, keep: bool = False) -> np.ndarray:
         """Features of pictures, memory-mapped: [count, D] float32.
 
@@ -52,7 +52,7 @@ class Bench:
         def compute(images: np.ndarray) -> np.ndarray:
             return extract_features(images, self.extractor, self.protocol.resizing, progress=False)
 
-        key = [pictures.fingerprint, pictures.count, self.stated(pictures.size)]
+        key = [pictures.fingerprint, pictures.count, stated(self.protocol, self.extractor, pictures.size)]
         width = self.extractor.dimension
         return self._rows(key, pictures.count, width, pictures.read, compute, f"features: {description}", keep)
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from evals.arguments import EvalArguments
-from evals.bench import Bench
+from evals.bench import Bench, stated
 from evals.controls import gaussian_latents, latent_table_of, prior_latents
 from evals.features import Extractor, extractor_by_name
 from evals.frechet import is_statistics, load_moments, moments_of, save_moments
@@ -126,15 +126,18 @@ class _Room:
     """
 
     def __init__(self, asked: EvalArguments, size: tuple[int, int]) -> None:
-        self.asked, self.size, self.protocol = asked, size, protocol_of(asked)
+        self.asked, self.protocol = asked, protocol_of(asked)
         if self.protocol.num_samples < GROUPS:
             raise UserError(f"--num_samples {self.protocol.num_samples}: at least {GROUPS} pictures are needed")
-        self.data = None if is_statistics(Path(asked.reference)) else load_images(asked.reference, size)
+        of_statistics = is_statistics(Path(asked.reference))
+        self.data = None if of_statistics else load_images(asked.reference, size)
         processes = Processes()
         if processes.is_main:  # who may download
             self._extractor(processes)
         processes.wait()
         self.extractor = self._extractor(processes)
+        self.stated = stated(self.protocol, self.extractor, size)
+        self.statistics = load_moments(Path(asked.reference), self.stated) if of_statistics else None
 
     def _extractor(self, processes: Processes) -> Extractor:
         protocol = self.protocol
@@ -170,17 +173,17 @@ class _Room:
         self, bench: Bench, features: dict[str, np.ndarray], samples: PictureSource, sides: np.ndarray | None
     ) -> dict[str, Any]:
         """The figures of sets of drawn pictures, with their protocol; every process calls it."""
-        stated: dict[str, Any] = bench.stated(self.size) | {
+        protocol: dict[str, Any] = self.stated | {
             "preset": self.asked.preset,
             "quantised": self.protocol.quantise,
             "reference": self.asked.reference,
             "seed": self.asked.seed,
         }
-        if self.data is None:
-            moments = load_moments(Path(self.asked.reference), bench.stated(self.size))
-            found: dict[str, Any] = frechet_figures(features[""], moments, self.extractor)
-            stated |= {"samples": len(features[""]), "reference_images": moments.count}
+        if self.statistics is not None:
+            found: dict[str, Any] = frechet_figures(features[""], self.statistics, self.extractor)
+            protocol |= {"samples": len(features[""]), "reference_images": self.statistics.count}
         else:
+            assert self.data is not None
             assert sides is not None
             real = self.real_features(bench)
             if not bench.processes.is_main:
@@ -188,12 +191,12 @@ class _Room:
             reference = reference_of(self.data, sides, self.protocol.part)
             found = set_figures(features, real, reference, self.extractor, self.protocol)
             found |= self._novelty(features[""], real, samples, sides)
-            stated |= self._counts(reference, sides, len(features[""]))
+            protocol |= self._counts(reference, sides, len(features[""]))
             if self.asked.save_statistics is not None:
                 more = {"reference": self.asked.reference, "part": self.protocol.part}
                 moments = moments_of(real[reference.rows])
-                save_moments(self.asked.save_statistics, moments, bench.stated(self.size) | more)
-        return found | {"protocol": stated, "warnings": self._warnings(stated)}
+                save_moments(self.asked.save_statistics, moments, self.stated | more)
+        return found | {"protocol": protocol, "warnings": self._warnings(protocol)}
 
     def _novelty(
         self, features: np.ndarray, real: np.ndarray, samples: PictureSource, sides: np.ndarray
@@ -219,13 +222,13 @@ class _Room:
             "held_out_images": int((sides == Split.HELD_OUT).sum()),
         }
 
-    def _warnings(self, stated: dict[str, Any]) -> list[str]:
+    def _warnings(self, protocol: dict[str, Any]) -> list[str]:
         name, dimension = self.extractor.frechet, self.extractor.dimension
         return [
-            f"{stated[count]} {what} are fewer than the {dimension} feature dimensions: {name} is biased up, and "
+            f"{protocol[count]} {what} are fewer than the {dimension} feature dimensions: {name} is biased up, and "
             f"{name}_infinity cannot tell by how much"
             for count, what in (("samples", "samples"), ("reference_images", "reference pictures"))
-            if stated[count] < dimension
+            if protocol[count] < dimension
         ]
 
 

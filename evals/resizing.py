@@ -16,9 +16,10 @@ Resize = Callable[[np.ndarray, int], np.ndarray]
 
 
 def bicubic_antialias(images: np.ndarray, size: int) -> np.ndarray:
-    """PyTorch's antialiased bicubic filter, rounded to whole grey levels; within one of Pillow's."""
-    resized = interpolate(_channels_first(images), size=(size, size), mode="bicubic", antialias=True)
-    return _channels_last(resized.clamp(0, 255).round())
+    """PyTorch's antialiased bicubic filter from whole grey levels to whole grey levels; within one of Pillow's."""
+    whole = images if images.dtype == np.uint8 else images.clip(0, 255).round().astype(np.uint8)
+    resized = interpolate(_channels_first(whole), size=(size, size), mode="bicubic", antialias=True)
+    return _channels_last(resized)
 
 
 def bilinear(images: np.ndarray, size: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from mnif.errors import UserError
 from mnif.files import written_atomically
 from mnif.progress import progress_bar
 
-SHARD = 256
+SHARD = 64
 
 T = TypeVar("T")
 
