@@ -1,15 +1,19 @@
 """The flags of `mnif eval`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+import tyro
 
 
 @dataclass(kw_only=True)
 class EvalArguments:
     """Measure samples against a reference set, and reconstructions, each beside its controls."""
 
-    reference: str
+    compared: tyro.conf.Positional[list[Path]] = field(default_factory=list)
+    """Several to compare: outputs of `mnif eval` or run folders; with --reference also models, samples and bundles."""
+    reference: str = ""
     """The data set to compare with: a built-in name, a folder or a file."""
     output_dir: Path
     """Gets metrics.json and pictures."""
@@ -41,3 +45,5 @@ class EvalArguments:
     """Share of the designs kept for a test, likewise."""
     refinement_steps: int = 60
     """Adam steps on held-out latents; as given to `mnif fit`."""
+    emd_points: int = 0
+    """Compare shapes by earth mover's distances too, of so many points on each (256 takes minutes, 2048 hours)."""

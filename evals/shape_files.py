@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evals.surfaces import POINTS, Surfaces, surface_points, surfaces_of_grids
+from evals.surfaces import SHOWN, Surfaces, surface_points, surfaces_of_grids
 from mnif.data.arrays import npy_array, npz_arrays
 from mnif.data.binvox import read_binvox
 from mnif.data.mesh_voxels import MESH_SUFFIXES, read_mesh
@@ -52,7 +52,7 @@ class ShapeFiles:
         if self.meshes:
             chosen = self.paths[:count]
             points = [surface_points(_mesh_in_cube(path), f"drawn {row}") for row, path in enumerate(chosen)]
-            return Surfaces(np.stack(points) if points else np.empty((0, POINTS, 3), dtype=np.float32))
+            return Surfaces(np.stack(points), meshes=tuple(_mesh_in_cube(path) for path in chosen[:SHOWN]))
         grids = [grid for _, grid in zip(range(count), self._grids(), strict=False)]
         return surfaces_of_grids(grids, [f"drawn {row}" for row in range(len(grids))], level=0.5)
 

@@ -16,9 +16,12 @@ from mnif.errors import UserError
 from mnif.meshes import mesh_from_values
 
 POINTS = 2048
+SHOWN = 12
 
 Mesh = tuple[np.ndarray, np.ndarray]
 """Vertices [V, 3] and faces [F, 3], as :mod:`mnif.meshes` has them."""
+
+_NO_MESH: Mesh = (np.empty((0, 3)), np.empty((0, 3), dtype=np.int64))
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +32,13 @@ class Surfaces:
         points: [N, POINTS, 3] float32 in [-1, 1]; NaN for a shape without a surface.
         empty: how many shapes have no inside.
         full: how many shapes fill the whole grid; those have no surface either.
+        meshes: of the first shapes, at most SHOWN, to look at; one without faces stands for a missing surface.
     """
 
     points: np.ndarray
     empty: int = 0
     full: int = 0
+    meshes: tuple[Mesh, ...] = ()
 
     @property
     def present(self) -> np.ndarray:
@@ -42,9 +47,6 @@ class Surfaces:
 
     def __len__(self) -> int:
         return len(self.points)
-
-    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        return self.points[rows]
 
 
 def surfaces_of_grids(grids: Iterable[np.ndarray], names: list[str], level: float, seed: int = 0) -> Surfaces:
@@ -61,15 +63,20 @@ def surfaces_of_grids(grids: Iterable[np.ndarray], names: list[str], level: floa
     """
     points = np.full((len(names), POINTS, 3), np.nan, dtype=np.float32)
     empty = full = 0
+    shown: list[Mesh] = []
     for row, (name, values) in enumerate(zip(names, grids, strict=True)):
-        inside = values > level
-        if inside.any() and not inside.all():
-            points[row] = surface_points(mesh_from_values(values, level), name, seed)
-        elif not np.isfinite(values).all():
+        if not np.isfinite(values).all():
             raise UserError(f"{name}: the values hold NaN or infinity; look at the model they come from")
+        inside = values > level
+        mesh = _NO_MESH
+        if inside.any() and not inside.all():
+            mesh = mesh_from_values(values, level)
+            points[row] = surface_points(mesh, name, seed)
         else:
             empty, full = empty + (not inside.any()), full + bool(inside.any())
-    return Surfaces(points, empty, full)
+        if row < SHOWN:
+            shown.append(mesh)
+    return Surfaces(points, empty, full, tuple(shown))
 
 
 def surface_points(mesh: Mesh, name: str, seed: int = 0) -> np.ndarray:
