@@ -78,7 +78,7 @@ def latent_pictures(decoder: MNIFModel, latents: np.ndarray, fingerprint: str, q
     height, width = (size, size) if isinstance(size, int) else size
 
     def read(rows: range) -> np.ndarray:
-        with torch.inference_mode():  # of this thread
+        with torch.no_grad():  # which holds for this thread; in inference mode the decoder would keep unusable grids
             wanted = torch.from_numpy(np.array(latents[rows.start : rows.stop])).to(decoder.device)
             return np.concatenate([_pixels(decoder(batch), quantise) for batch in wanted.split(_DECODED_AT_ONCE)])
 

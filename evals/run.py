@@ -8,29 +8,46 @@ from typing import Any
 
 from evals import images
 from evals.arguments import EvalArguments
+from evals.comparison import compare, to_evaluate
 from evals.frechet import is_statistics
 from evals.memorisation import copying_verdict
 from evals.processes import Processes
 from evals.protocols import protocol_of
 from evals.rooms import Measurement, room_of
+from evals.tables import evaluation_markdown
 from mnif import __version__
 from mnif.arguments import parse_arguments
 from mnif.data import signal_of
 from mnif.errors import UserError
-from mnif.files import read_json, write_json
+from mnif.files import read_json, write_json, written_atomically
 from mnif.model_folder import load_component
 from mnif.modeling import MNIFModel
 from mnif.runs import command_line, peak_memory_megabytes
 from mnif.signal_table import signal_of_model
 
+_SUBJECTS = ("model", "samples", "bundle")
+
 
 def main(arguments: list[str]) -> None:
     """Runs `mnif eval`."""
-    evaluate(parse_arguments(EvalArguments, arguments, "mnif eval"))
+    asked = parse_arguments(EvalArguments, arguments, "mnif eval")
+    if not asked.compared:
+        evaluate(asked)
+        return
+    if any(getattr(asked, flag) is not None for flag in _SUBJECTS):
+        raise UserError("give either folders to compare, or one of --model, --samples and --bundle")
+    paths = asked.compared
+    if asked.reference:
+        several = to_evaluate(asked)
+        for one in several:
+            evaluate(one)
+        paths = [one.output_dir for one in several]
+    if Processes().is_main:
+        compare(paths, asked.output_dir)
 
 
 def evaluate(arguments: EvalArguments) -> None:
-    """Writes ``metrics.json`` and pictures to ``arguments.output_dir``.
+    """Writes ``metrics.json``, its figures as ``metrics.md``, and pictures to ``arguments.output_dir``.
 
     Raises:
         UserError: model, samples or reference cannot be read or do not fit each other.
@@ -55,6 +72,8 @@ def evaluate(arguments: EvalArguments) -> None:
         "command": command_line(),
     }
     write_json(path, figures)
+    with written_atomically(path.with_suffix(".md")) as temporary:
+        temporary.write_text(evaluation_markdown(figures, "this model" if arguments.model else "these samples"))
     shutil.rmtree(arguments.output_dir / ".parts", ignore_errors=True)
     _print(figures)
     print(path)
@@ -73,7 +92,9 @@ def _print(figures: dict[str, Any]) -> None:
 
 def _measurement(arguments: EvalArguments) -> Measurement:
     """What the room of the signal at hand makes of the flags."""
-    given = [flag for flag in ("model", "samples", "bundle") if getattr(arguments, flag) is not None]
+    if not arguments.reference:
+        raise UserError("give --reference, the data set to compare with")
+    given = [flag for flag in _SUBJECTS if getattr(arguments, flag) is not None]
     if len(given) != 1:
         raise UserError("give one of --model RUN/model, --samples FOLDER and --bundle BUNDLE")
     if arguments.bundle is not None:

@@ -69,7 +69,7 @@ def test_every_figure_has_its_spread_its_controls_and_its_protocol(
     assert (protocol["resize"], protocol["resolution"]) == ("bicubic-antialias", "16×16")
     assert len(figures["warnings"]) == 2
     assert "12 samples are fewer than the 1280 feature dimensions" in figures["warnings"][0]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.json", "nearest.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.json", "metrics.md", "nearest.png"]
 
 
 def test_presets_change_filter_part_and_neighbours(samples: Path, picture_folder: Path, tmp_path: Path) -> None:
