@@ -12,6 +12,7 @@ _LABELS = {
     "psnr_heldout": "PSNR, held-out, dB",
     "ssim_train": "SSIM, training",
     "ssim_heldout": "SSIM, held-out",
+    "border_step_ratio_heldout": "step across cell borders, held-out, share of the originals'",
 }
 _LESS_IS_BETTER = ("fid", "fd_", "kid", "kd_", "rfid", "rfd_", "mmd", "chamfer", "emd")
 _MORE_IS_BETTER = ("precision", "recall", "density", "coverage", "cov", "psnr", "ssim", "iou", "accuracy")
@@ -21,10 +22,12 @@ _AFTER = {
     "pca": "Gaussian over PCA",
     "floor": "real against real",
     "copies": "copies of training instances",
+    "encoder": "encoder alone",
+    "inner_loop": "inner loop alone",
 }
 _WITHIN = {"pca": "PCA, as many numbers", "mean": "mean of the training set", "floor": "real against real"}
 _ELSEWHERE = ("seconds", "peak_rss_mb", "images_per_second")  # not quality
-_DETAILS = ("_std", "_test", "_encoder", "_inner_loop", "_subset_mean")
+_DETAILS = ("_std", "_test", "_subset_mean", "_test_encoder", "_test_inner_loop", "border_step_ratio_train")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def _figures(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     )
     controls = {control for name in names for _, control in _controls(name)}
     sides = [name for name in names if name not in controls and name not in _ELSEWHERE]
-    shown = [name for name in sides if not name.endswith(_DETAILS) and not name.startswith("border_step")]
+    shown = [name for name in sides if not name.endswith(_DETAILS)]
     return sorted(shown, key=lambda name: next((i for i, word in enumerate(_ORDER) if name.startswith(word)), 99))
 
 

@@ -8,6 +8,7 @@ from PIL import Image
 
 from evals.tables import table_rows
 from mnif.cli import main
+from scripts.refresh_results import BEGIN, END, refresh
 
 PROTOCOL = {"extractor": "lite0", "resize": "bicubic-antialias", "samples": 1000, "seed": 0}
 
@@ -60,6 +61,21 @@ def test_one_table_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [one["figures"]["fd_lite0"] for one in content["evaluations"]] == [10.0, 8.0]
     with Image.open(output / "comparison.png") as plot:
         assert plot.width > plot.height > 300  # three costs beside each other, two qualities
+
+
+def test_the_readme_takes_the_table_in(tmp_path: Path) -> None:
+    folder = evaluation(tmp_path / "eval", 4, 10.0)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    refresh(readme, folder)
+    once = readme.read_text()
+    assert "| fd_lite0 ↓ | 10 ± 0.2 |" in once
+    assert "old" not in once
+    assert once.startswith("before\n\n")
+    assert once.endswith(f"{END}\n\nafter\n")
+    refresh(readme, folder)
+    assert readme.read_text() == once
+    assert BEGIN in (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_what_cannot_be_compared_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,33 @@
+"""Puts an evaluation's table into the README, between its markers: `python scripts/refresh_results.py RUN/eval`."""
+
+import sys
+from pathlib import Path
+
+from evals.tables import evaluation_markdown
+from mnif.errors import UserError
+from mnif.files import read_json, written_atomically
+
+BEGIN, END = "<!-- results: written by scripts/refresh_results.py -->", "<!-- end of results -->"
+
+
+def refresh(readme: Path, evaluation: Path) -> None:
+    """Replaces what stands between the markers of ``readme``.
+
+    Raises:
+        UserError: the evaluation is missing, or the markers are.
+    """
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise UserError(f"{readme}: needs the lines {BEGIN} and {END}")
+    table = evaluation_markdown(read_json(evaluation / "metrics.json"), "this model")
+    with written_atomically(readme) as temporary:
+        temporary.write_text(f"{before}{BEGIN}\n\n{table}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        refresh(Path(sys.argv[2] if len(sys.argv) > 2 else "README.md"), Path(sys.argv[1]))
+    except UserError as error:
+        sys.exit(str(error))
