@@ -180,7 +180,7 @@ class _Room:
             "seed": self.asked.seed,
         }
         if self.statistics is not None:
-            found: dict[str, Any] = frechet_figures(features[""], self.statistics, self.extractor)
+            found: dict[str, Any] = frechet_figures(features, self.statistics, self.extractor)
             protocol |= {"samples": len(features[""]), "reference_images": self.statistics.count}
         else:
             assert self.data is not None

@@ -96,18 +96,25 @@ def set_figures(
     return figures | {f"{extractor.kernel}_subset_mean": mean, f"{extractor.kernel}_subset_std": spread}
 
 
-def frechet_figures(features: np.ndarray, reference: Moments, extractor: Extractor) -> dict[str, float]:
-    """The Fréchet distance from statistics alone, with its spread and where it goes.
+def frechet_figures(features: Mapping[str, np.ndarray], reference: Moments, extractor: Extractor) -> dict[str, float]:
+    """The Fréchet distances of sets of drawn pictures from statistics alone, with their spreads.
+
+    Args:
+        features: as for :func:`set_figures`.
+        reference: the statistics.
+        extractor: names the figures.
 
     Raises:
         UserError: too few samples, other features than the statistics have, or features that are not finite.
     """
-    grouped, name = GroupedFeatures(features), extractor.frechet
-    return {
-        name: frechet_distance(grouped.moments(), reference),
-        f"{name}_std": frechet_spread(grouped, reference),
-        f"{name}_infinity": frechet_at_infinity(grouped, reference),
-    }
+    figures: dict[str, float] = {}
+    for ending, rows in features.items():
+        grouped, name = GroupedFeatures(rows), f"{extractor.frechet}{ending}"
+        figures[name] = frechet_distance(grouped.moments(), reference)
+        figures[f"{name}_std"] = frechet_spread(grouped, reference)
+        if ending == "":
+            figures[f"{name}_infinity"] = frechet_at_infinity(grouped, reference)
+    return figures
 
 
 def novelty_figures(

@@ -62,9 +62,9 @@ def computed_in_shards(
                 with written_atomically(_piece(pieces, rows)) as temporary, temporary.open("wb") as file:
                     np.save(file, values)
                 bar.update(len(rows) * processes.count)
-        processes.wait()
-        if processes.is_main:
-            _join(path, pieces, shards, (count, width))
+    processes.wait()
+    if processes.is_main and not path.exists():
+        _join(path, pieces, shards, (count, width))
     processes.wait()
     return np.load(path, mmap_mode="r")
 

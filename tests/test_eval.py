@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from evals.features import extract_features
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.train import add_prior
 from mnif.cli import main
@@ -98,6 +100,25 @@ def test_statistics_stand_for_the_reference_under_the_same_protocol_only(
     assert "nn_ratio" not in figures
     message = refused(capsys, *common, "--reference", statistics, "--preset", "clean", "--extractor", "lite0")
     assert "made with resize 'bicubic-antialias', not 'pillow-bicubic'" in message
+
+
+def test_a_stopped_evaluation_continues(
+    samples: Path, picture_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extracted: list[int] = []
+
+    def counted(images: np.ndarray, *arguments: Any, **options: Any) -> np.ndarray:
+        extracted.append(len(images))
+        if len(extracted) == 2:
+            raise KeyboardInterrupt
+        return extract_features(images, *arguments, **options)
+
+    monkeypatch.setattr("evals.bench.extract_features", counted)
+    flags = ["--samples", samples, "--reference", picture_folder, "--output_dir", tmp_path / "out"]
+    assert main(["eval", *map(str, flags)]) == 130
+    assert not (tmp_path / "out/metrics.json").exists()
+    assert evaluated(*flags)["protocol"]["samples"] == 12
+    assert extracted == [12, 48, 48]  # the samples were not looked at again
 
 
 @pytest.mark.slow

@@ -115,6 +115,23 @@ def test_features_without_moments_are_refused(features: np.ndarray) -> None:
         frechet_distance_from_features(np.eye(4), features)
 
 
+def test_distance_rises_with_noise_and_with_dropped_modes_and_falls_to_the_floor(
+    generator: np.random.Generator,
+) -> None:
+    centres = generator.standard_normal((8, 6)) * 5
+
+    def drawn(modes: int, noise: float) -> np.ndarray:
+        return centres[generator.integers(0, modes, 4000)] + noise * generator.standard_normal((4000, 6))
+
+    real = drawn(8, 1)
+    floor = frechet_distance_from_features(drawn(8, 1), real)
+    noisy = [frechet_distance_from_features(drawn(8, noise), real) for noise in (1.5, 2, 3)]
+    dropped = [frechet_distance_from_features(drawn(modes, 1), real) for modes in (7, 4, 1)]
+    assert floor < 0.3
+    assert 5 * floor < noisy[0] < noisy[1] < noisy[2]
+    assert 5 * floor < dropped[0] < dropped[1] < dropped[2]
+
+
 def test_different_dimensions_are_refused() -> None:
     with pytest.raises(UserError, match="4"):
         frechet_distance_from_features(np.eye(4), np.eye(5))

@@ -156,3 +156,14 @@ def test_the_standard_weights() -> None:
     assert features.shape == (2048,)
     assert features.min() >= 0
     assert 0.1 < features.mean() < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+def test_a_gpu_gives_the_features_of_the_cpu(published: PublishedWeights) -> None:
+    images = np.random.default_rng(3).integers(0, 256, (3, 20, 20, 3), dtype=np.uint8)
+    found, expected = (
+        extract_features(images, extractor_by_name("inception", device=device), bilinear, progress=False)
+        for device in ("cuda", "cpu")
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-2)
