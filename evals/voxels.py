@@ -107,7 +107,9 @@ def _compared(
     if (sides == Split.TRAIN).any():
         novelty = novelty_of(samples.points, data, sides)
         found |= novelty.figures
-        below = [occupancy_preview(data.occupancy(slice(row, row + 1))[0], PIXELS) for row in novelty.nearest[:SHOWN]]
+        nearest = data.occupancy(novelty.nearest[:SHOWN])
+        nearest[~samples.present[:SHOWN]] = False  # what has no surface has no neighbour
+        below = [occupancy_preview(shape, PIXELS) for shape in nearest]
         above = [mesh_preview(*mesh, PIXELS) for mesh in samples.meshes]
         save_picture(asked.output_dir / "nearest.png", picture_grid([*above, *below], columns=len(above)))
     protocol = _protocol(asked, data, sides) | {
