@@ -53,6 +53,11 @@ def of_model(asked: EvalArguments) -> Measurement:
         pca = pca_of_shapes(data, train, stages.decoder.config.latent_dim)
         steps, output = asked.refinement_steps, asked.output_dir
         found: dict[str, Any] = ShapeReconstructions(stages, data, sides, pca, steps, output).figures()
+        found["warnings"] = [
+            f"{found[name]} reconstructions of {part} shapes have no surface; chamfer_{part} leaves them out"
+            for part in ("train", "heldout", "test")
+            if found.get(name := f"no_surface_{part}")
+        ]
         if stages.pipeline is None:
             return found | {"protocol": _protocol(asked, data, sides)}
         real = real_shapes(data, sides)
@@ -64,7 +69,8 @@ def of_model(asked: EvalArguments) -> Measurement:
             drawn["_gaussian"] = _surfaces(stages, gaussian, "Gaussian latent")
             if stages.table.held_out.any():
                 found |= memorisation_figures(latents.cpu().numpy(), stages.table)
-        return found | _compared(asked, drawn, real, data, sides)
+        compared = _compared(asked, drawn, real, data, sides)
+        return found | compared | {"warnings": found["warnings"] + compared["warnings"]}
 
     return Measurement(_inputs(data, sha256_of_folder(asked.model)), figures)
 
