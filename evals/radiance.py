@@ -55,6 +55,7 @@ def of_model(asked: EvalArguments) -> Measurement:
             count = room.count(asked.num_samples)
             latents = drawn_latents(stages.pipeline, count, asked.seed, asked.num_inference_steps)
             found |= room.compared(_drawn_sets(stages, latents, asked.seed), stages, sides, measured)
+            found["protocol"] = room.protocol()
             if stages.table is not None and stages.table.held_out.any():
                 found |= memorisation_figures(latents.cpu().numpy(), stages.table)
         if not processes.is_main:

@@ -31,11 +31,13 @@ class RealShapes:
         floor: [F, P, 3] points of shapes that stand for perfect samples.
         part: what the reference is: "unseen" (held out or kept for a test) or "half" of the designs, where nothing or
             next to nothing was kept.
+        left_out: real shapes of either that have no surface, since they fill the whole grid.
     """
 
     reference: np.ndarray
     floor: np.ndarray
     part: str
+    left_out: int
 
 
 def real_shapes(data: VoxelData, sides: np.ndarray) -> RealShapes:
@@ -51,8 +53,9 @@ def real_shapes(data: VoxelData, sides: np.ndarray) -> RealShapes:
     reference, floor = order[unseen[order]], order[~unseen[order]]
     if min(len(reference), len(floor)) < LEAST:
         raise UserError(f"--reference {data.name}: {len(data)} shapes; at least {LEAST} each of two parts are needed")
-    most = max(len(reference), LEAST)
-    return RealShapes(_points(data, reference), _points(data, floor[:most]), part)
+    points = [_points(data, rows) for rows in (reference, floor[: len(reference)])]
+    present = [some[~np.isnan(some[:, 0, 0])] for some in points]
+    return RealShapes(*present, part, sum(map(len, points)) - sum(map(len, present)))
 
 
 def comparison_figures(

@@ -35,9 +35,10 @@ def of_model(asked: EvalArguments) -> Measurement:
     """Reconstructions of a model of voxels, and its samples if it has a prior.
 
     Raises:
-        UserError: the model or the reference cannot be read.
+        UserError: the model or the reference cannot be read, or too few samples are asked for.
     """
     assert asked.model is not None
+    _check_count(asked)
     stages = load_stages(asked.model)
     data = stages.signal.load_more(asked.reference)
     assert isinstance(data, VoxelData)
@@ -79,9 +80,10 @@ def of_samples(asked: EvalArguments) -> Measurement:
     """Drawn shapes from files (:mod:`evals.shape_files`).
 
     Raises:
-        UserError: the samples are not such, or the reference cannot be read.
+        UserError: the samples are not such, too few are asked for, or the reference cannot be read.
     """
     assert asked.samples is not None
+    _check_count(asked)
     files = shape_files(asked.samples)
     data = load_voxels(asked.reference)
 
@@ -94,6 +96,13 @@ def of_samples(asked: EvalArguments) -> Measurement:
         return _compared(asked, {"": surfaces}, real, data, sides)
 
     return Measurement(_inputs(data, files.fingerprint()), figures)
+
+
+def _check_count(asked: EvalArguments) -> None:
+    if asked.num_samples is not None and asked.num_samples < LEAST:
+        raise UserError(f"--num_samples {asked.num_samples}: at least {LEAST} shapes are needed")
+    if asked.emd_points < 0:
+        raise UserError(f"--emd_points {asked.emd_points}: at least 0 is needed")
 
 
 def _compared(
@@ -121,6 +130,7 @@ def _compared(
     protocol = _protocol(asked, data, sides) | {
         "reference_part": real.part,
         "shapes_of_each_set": set_size(points, real),
+        "real_shapes_without_surface": real.left_out,
         "emd_points": min(asked.emd_points, POINTS),
     }
     return found | {"protocol": protocol, "warnings": _warnings(samples, set_size(points, real))}

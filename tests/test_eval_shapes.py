@@ -162,6 +162,9 @@ def test_bad_samples_of_shapes_get_one_line(boxes: Path, tmp_path: Path, capsys:
     assert "cubes" in refused(capsys, "--samples", tmp_path / "pictures.npy", "--reference", boxes, *output)
     np.savez(tmp_path / "few.npz", voxels=np.ones((3, 8, 8, 8)))
     assert "at least 8" in refused(capsys, "--samples", boxes, "--reference", tmp_path / "few.npz", *output)
+    assert "--num_samples 7: at least 8 shapes" in refused(
+        capsys, "--samples", boxes, "--reference", boxes, "--num_samples", 7, *output
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -169,7 +172,7 @@ def test_a_model_of_views_is_measured_by_views_it_never_saw(ball_run: Path, ball
     flags = ("--model", ball_run / "model", "--reference", ball_views, "--output_dir", tmp_path / "out")
     figures = evaluated(*flags)
     fitted = json.loads((ball_run / "metrics.json").read_text())
-    assert figures["psnr_train"] == pytest.approx(fitted["psnr_train"], abs=0.05)
+    assert figures["psnr_train"] == pytest.approx(fitted["psnr_train"], abs=1)  # of views here, of objects there
     assert figures["psnr_novel_views_train"] > figures["psnr_novel_views_mean_train"]
     assert figures["psnr_novel_views_nearest_train"] > 5
     assert 0 < figures["ssim_novel_views_train"] <= 1

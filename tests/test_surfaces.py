@@ -5,8 +5,9 @@ import pytest
 
 from evals.shape_distances import chamfer_distance, distance_matrix
 from evals.shape_files import shape_files
+from evals.shape_samples import real_shapes
 from evals.surfaces import POINTS, surface_points, surfaces_of_grids
-from mnif.data import write_binvox
+from mnif.data import Split, load_voxels, write_binvox
 from mnif.errors import UserError
 from mnif.meshes import mesh_from_values, save_mesh
 
@@ -116,3 +117,17 @@ def test_a_missing_source_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", other=np.zeros(3))
     with pytest.raises(UserError, match=r'"voxels" or "occupancy".*found other'):
         shape_files(str(tmp_path / "a.npz")).surfaces(1)
+
+
+def test_real_shapes_that_fill_their_grid_are_left_out_and_counted(tmp_path: Path) -> None:
+    voxels = np.zeros((40, 8, 8, 8), dtype=bool)
+    voxels[:, 2:6, 2:6, 2:6] = True
+    voxels[::10] = True
+    np.savez(tmp_path / "boxes.npz", voxels=voxels)
+    data = load_voxels(str(tmp_path / "boxes.npz"))
+    sides = np.where(np.arange(40) < 20, Split.TRAIN, Split.HELD_OUT)
+    real = real_shapes(data, sides)
+    assert (len(real.reference), len(real.floor), real.left_out, real.part) == (18, 18, 4, "unseen")
+    assert real_shapes(data, np.full(40, Split.TRAIN)).part == "half"
+    with pytest.raises(UserError, match="at least 8 each of two parts"):
+        real_shapes(data.rows(np.arange(12)), sides[:12])
