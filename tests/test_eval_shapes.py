@@ -134,22 +134,22 @@ def test_files_of_shapes_are_measured(boxes: Path, tmp_path: Path) -> None:
     """Training shapes as samples: found out as copies; half of them empty or full: counted, and covering less."""
     voxels = np.load(boxes)["voxels"]
     flags = ("--reference", boxes, "--held_out_fraction", 0.25)
-    np.save(tmp_path / "copies.npy", voxels[:16])
+    np.save(tmp_path / "copies.npy", voxels[:12])
     copies = evaluated("--samples", tmp_path / "copies.npy", *flags, "--output_dir", tmp_path / "a")
     assert copies["copied_share"] > 0.5
     assert copies["empty_shapes"] == copies["full_shapes"] == 0
-    broken = voxels[:16].copy()
+    broken = voxels[:12].copy()
     broken[::4], broken[2::4] = False, True
     np.save(tmp_path / "broken.npy", broken)
     figures = evaluated("--samples", tmp_path / "broken.npy", *flags, "--output_dir", tmp_path / "b")
-    assert (figures["empty_shapes"], figures["full_shapes"]) == (4, 4)
+    assert (figures["empty_shapes"], figures["full_shapes"]) == (3, 3)
     assert figures["cov_chamfer"] < copies["cov_chamfer"]
     assert figures["nna_chamfer"] > copies["nna_chamfer"]
-    np.save(tmp_path / "nothing.npy", np.zeros((16, 8, 8, 8)))
+    np.save(tmp_path / "nothing.npy", np.zeros((12, 8, 8, 8)))
     nothing = evaluated("--samples", tmp_path / "nothing.npy", *flags, "--output_dir", tmp_path / "c")
-    assert (nothing["cov_chamfer"], nothing["empty_shapes"]) == (0, 16)
+    assert (nothing["cov_chamfer"], nothing["empty_shapes"]) == (0, 12)
     assert "mmd_chamfer" not in nothing
-    assert "16 samples are empty" in nothing["warnings"][0]
+    assert "12 samples are empty" in nothing["warnings"][0]
 
 
 def test_bad_samples_of_shapes_get_one_line(boxes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
