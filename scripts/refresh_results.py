@@ -1,5 +1,6 @@
 """Puts an evaluation's table into the README, between its markers: `python scripts/refresh_results.py RUN/eval`."""
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -27,7 +28,12 @@ def refresh(readme: Path, evaluation: Path) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("evaluation", type=Path, help="an output of `mnif eval`")
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    options = parser.parse_args()
     try:
-        refresh(Path(sys.argv[2] if len(sys.argv) > 2 else "README.md"), Path(sys.argv[1]))
+        refresh(options.readme, options.evaluation)
     except UserError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(2)
