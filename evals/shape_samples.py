@@ -53,9 +53,9 @@ def real_shapes(data: VoxelData, sides: np.ndarray) -> RealShapes:
     reference, floor = order[unseen[order]], order[~unseen[order]]
     if min(len(reference), len(floor)) < LEAST:
         raise UserError(f"--reference {data.name}: {len(data)} shapes; at least {LEAST} each of two parts are needed")
-    points = [_points(data, rows) for rows in (reference, floor[: len(reference)])]
-    present = [some[~np.isnan(some[:, 0, 0])] for some in points]
-    return RealShapes(*present, part, sum(map(len, points)) - sum(map(len, present)))
+    here, there = _points(data, reference), _points(data, floor[: len(reference)])
+    kept, stand_ins = (points[~np.isnan(points[:, 0, 0])] for points in (here, there))
+    return RealShapes(kept, stand_ins, part, len(here) + len(there) - len(kept) - len(stand_ins))
 
 
 def comparison_figures(
