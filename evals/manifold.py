@@ -56,15 +56,26 @@ def nearest_neighbour_ratio(samples: np.ndarray, held_out: np.ndarray, train: np
         train: [R, D] of the training instances.
 
     Raises:
-        UserError: as :func:`nearest_neighbour_distances`; no samples or held-out instances; or half of the held-out
-            instances are training instances, so that there is nothing to measure by.
+        UserError: as :func:`unit_of_novelty`, or no samples.
     """
-    if not (len(samples) and len(held_out)):
-        raise UserError(f"nn_ratio: {len(samples)} samples and {len(held_out)} held-out instances; both are needed")
+    if not len(samples):
+        raise UserError("nn_ratio: 0 samples; some are needed")
+    return float(np.median(nearest_neighbour_distances(samples, train)[0])) / unit_of_novelty(held_out, train)
+
+
+def unit_of_novelty(held_out: np.ndarray, train: np.ndarray) -> float:
+    """The median distance of held-out instances to their nearest training instance, which novelty is measured by.
+
+    Raises:
+        UserError: as :func:`nearest_neighbour_distances`; no held-out instances; or half of them are training
+            instances, so that there is nothing to measure by.
+    """
+    if not len(held_out):
+        raise UserError("nn_ratio: 0 held-out instances; some are needed")
     unit = float(np.median(nearest_neighbour_distances(held_out, train)[0]))
     if unit == 0:
         raise UserError("nn_ratio: half of the held-out instances are in the training set; split the data again")
-    return float(np.median(nearest_neighbour_distances(samples, train)[0])) / unit
+    return unit
 
 
 def copied_share(samples: np.ndarray, held_out: np.ndarray, train: np.ndarray, quantile: float = 0.05) -> float:

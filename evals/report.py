@@ -13,9 +13,10 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from evals.figures import copying_verdict
 from evals.latency import measured_latencies
+from evals.memorisation import copying_verdict
 from evals.plots import curve_plot
+from evals.tables import protocol_line, table_rows
 from latent_prior.noise import initial_noise
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from mnif.arguments import parse_arguments
@@ -37,6 +38,8 @@ class ReportArguments:
     """The run folder."""
     eval_dir: Path | None = None
     """The output of `mnif eval`; default: RUN/eval."""
+    comparison_dir: Path | None = None
+    """The output of `mnif eval A B …`; default: RUN/comparison."""
     bundle: Path | None = None
     """The output of `mnif export`; default: RUN/bundle."""
     samples: Path | None = None
@@ -68,6 +71,8 @@ def report(arguments: ReportArguments) -> None:
     manifest = read_json(bundle / "manifest.json") if (bundle / "manifest.json").exists() else None
     evaluation = arguments.eval_dir or run / "eval"
     figures = read_json(evaluation / "metrics.json") if (evaluation / "metrics.json").exists() else {}
+    compared = arguments.comparison_dir or run / "comparison"
+    comparison = read_json(compared / "comparison.json") if (compared / "comparison.json").exists() else {}
     samples = arguments.samples or run / "pictures"
     steps = arguments.num_inference_steps
     environment = Environment(loader=PackageLoader("evals", "."), autoescape=True, undefined=StrictUndefined)
@@ -75,9 +80,14 @@ def report(arguments: ReportArguments) -> None:
         title=run.resolve().name,
         fit=read_json(run / "metrics.json"),
         figures=figures,
+        rows=table_rows([figures]),
+        protocol=protocol_line(figures.get("protocol", {})),
         verdict=copying_verdict(figures),
+        comparison=comparison,
+        compared_rows=table_rows([one["figures"] for one in comparison.get("evaluations", [])]),
         pictures=_drawn_pictures(pipeline, arguments.seed, steps)
-        | _stored_pictures(evaluation, ("reconstructions_train", "reconstructions_heldout", "nearest")),
+        | _stored_pictures(evaluation, ("reconstructions_train", "reconstructions_heldout", "nearest"))
+        | _stored_pictures(compared, ("comparison",)),
         plots=_plots(run / "metrics.jsonl"),
         latencies=measured_latencies(pipeline, bundle if manifest else None, _steps_of(manifest, steps)),
         sizes=_sizes(run / "model", bundle),

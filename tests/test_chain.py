@@ -144,6 +144,14 @@ def test_eval_of_a_sample_folder(run: Path, picture_folder: Path, tmp_path: Path
     assert "psnr_train" not in figures
 
 
+def test_eval_of_a_bundle_is_that_of_its_model(run: Path, picture_folder: Path, tmp_path: Path) -> None:
+    command = ["eval", "--bundle", f"{run}/bundle", "--reference", str(picture_folder), "--num_samples", "20"]
+    assert main([*command, "--output_dir", f"{tmp_path}/eval"]) == 0
+    figures, expected = (json.loads((path / "eval/metrics.json").read_text()) for path in (tmp_path, run))
+    assert figures["protocol"]["samples"] == 20
+    assert figures["fd_lite0"] == pytest.approx(expected["fd_lite0"], rel=1e-2)
+
+
 def test_encode_new_pictures(run: Path, picture_folder: Path, tmp_path: Path) -> None:
     command = ["encode", "--model", f"{run}/model", "--data", str(picture_folder), "--refinement_steps", "5"]
     for batch_size in ("7", "48"):

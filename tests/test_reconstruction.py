@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import sklearn.decomposition
 import torch
+from scipy.ndimage import gaussian_filter
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from evals.reconstruction import border_step_ratio, mean_image_psnr, psnr_per_image
+from evals.reconstruction import border_step_ratio, mean_image_psnr, psnr_per_image, ssim_per_image
 from mnif.errors import UserError
 from mnif.pca import fit_pca
 
@@ -26,6 +27,29 @@ def test_psnr_of_known_errors() -> None:
     references = np.full((4, 2, 2, 3), 0.5)
     images = references + np.array([0.1, 0.01, 0.0, 9.0])[:, None, None, None]
     np.testing.assert_allclose(psnr_per_image(images, references), [20, 40, 100, 20 * np.log10(2)])
+
+
+def test_ssim_is_the_formula_over_the_whole_picture_mirrored_at_its_rim(generator: np.random.Generator) -> None:
+    """Scikit-image leaves the rim out; torchmetrics, whose numbers are published most, does not."""
+    references = generator.uniform(0, 1, (3, 24, 20, 3))
+    noise = generator.standard_normal(references.shape) * np.array([0, 0.1, 0.4])[:, None, None, None]
+    images = (references + noise).clip(0, 1)
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        settings = {"sigma": 1.5, "truncate": 3.5, "mode": "mirror", "axes": (1, 2)}
+        return gaussian_filter(values, **settings)
+
+    a, b = mean(images), mean(references)
+    variances = mean(images**2) - a**2 + mean(references**2) - b**2
+    covariance = mean(images * references) - a * b
+    formula = (2 * a * b + 0.01**2) * (2 * covariance + 0.03**2)
+    formula /= (a**2 + b**2 + 0.01**2) * (variances + 0.03**2)
+    np.testing.assert_allclose(ssim_per_image(images, references), formula.mean(axis=(1, 2, 3)), atol=1e-5)
+
+
+def test_ssim_of_pictures_smaller_than_its_window_is_refused() -> None:
+    with pytest.raises(UserError, match="11 pixels"):
+        ssim_per_image(np.zeros((1, 10, 16, 3)), np.zeros((1, 10, 16, 3)))
 
 
 def test_psnr_of_bytes_or_of_other_shapes_is_refused() -> None:

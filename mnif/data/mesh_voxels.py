@@ -25,15 +25,10 @@ def voxelise_mesh(path: Path, resolution: int) -> np.ndarray:
         resolution: cells per axis.
 
     Raises:
-        UserError: trimesh is not installed, or the file is damaged or has no faces.
+        UserError: as :func:`read_mesh`, or the mesh is one point.
     """
-    mesh = _mesh(path)
-    vertices, faces = np.asarray(mesh.vertices, dtype=np.float64), np.asarray(mesh.faces)
-    if not len(faces):
-        raise UserError(f"{path}: has no faces, so no surface; remove it")
+    vertices, faces = read_mesh(path)
     used = vertices[faces.ravel()]
-    if not np.isfinite(used).all():
-        raise UserError(f"{path}: a corner is NaN or infinite; mend or remove it")
     low, high = used.min(axis=0), used.max(axis=0)
     longest = (high - low).max()
     if not longest > 0:
@@ -64,15 +59,23 @@ def _surface_points(triangles: np.ndarray) -> Iterator[np.ndarray]:
             yield np.einsum("pk,fkd->fpd", weights, chosen[start : start + batch]).reshape(-1, 3)
 
 
-def _mesh(path: Path) -> Any:
+def read_mesh(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices [V, 3] float64 and faces [F, 3], at least one; those used by a face are finite.
+
+    Raises:
+        UserError: trimesh is not installed, or the file is damaged, has no faces, or a corner is NaN or infinite.
+    """
     try:
         import trimesh
     except ImportError:
         raise UserError(f'{path}: "trimesh" is missing; run: pip install "mnif-diffusion[voxels]"') from None
     try:
-        mesh = trimesh.load_mesh(path, process=False, skip_materials=True)
+        mesh: Any = trimesh.load_mesh(path, process=False, skip_materials=True)
     except Exception as error:  # what its loaders raise is no closed list
         raise UserError(f"{path}: unreadable mesh ({type(error).__name__}: {error}); remove or replace it") from None
-    if not hasattr(mesh, "faces"):
+    if not hasattr(mesh, "faces") or not len(mesh.faces):
         raise UserError(f"{path}: has no faces, so no surface; remove it")
-    return mesh
+    vertices, faces = np.asarray(mesh.vertices, dtype=np.float64), np.asarray(mesh.faces)
+    if not np.isfinite(vertices[faces]).all():
+        raise UserError(f"{path}: a corner is NaN or infinite; mend or remove it")
+    return vertices, faces

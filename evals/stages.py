@@ -1,0 +1,97 @@
+"""A model folder as shapes and objects are measured from it: stage one, and stage two where it has been trained."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evals.controls import latent_table_of
+from evals.sides import is_of, sides_of
+from latent_prior.noise import initial_noise
+from latent_prior.pipeline import MNIFPipeline, load_pipeline
+from mnif.data import Instances, Split
+from mnif.latents import LatentTable
+from mnif.model_folder import load_component, load_finder
+from mnif.modeling import MNIFModel
+from mnif.progress import progress_bar
+from mnif.refinement import Finder, latents_of
+from mnif.rows import Rows, rows_of
+from mnif.signal_table import signal_of_model
+from mnif.signals import Signal
+
+_LATENTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What a model folder and its run hold.
+
+    Attributes:
+        decoder: stage one.
+        signal: its signal.
+        finder: its encoder or inner loop, if it has one.
+        table: the latents that `mnif fit` found, if they lie beside the model.
+        pipeline: both stages, if there is a prior.
+    """
+
+    decoder: MNIFModel
+    signal: Signal
+    finder: Finder
+    table: LatentTable | None
+    pipeline: MNIFPipeline | None
+
+    def to(self, device: torch.device) -> None:
+        """Moves all networks."""
+        for network in (self.decoder, self.finder, self.pipeline):
+            if network is not None:
+                network.to(device)
+
+    def sides(self, data: Instances, held_out_fraction: float, test_fraction: float) -> np.ndarray:
+        """The sides [N] of :class:`mnif.data.Split` as `mnif fit` cut them, or by the flags if no table tells."""
+        table = self.known(data)
+        return data.split(held_out_fraction, test_fraction) if table is None else sides_of(table, data)
+
+    def known(self, data: Instances) -> LatentTable | None:
+        """The table, if its instances are those of ``data``."""
+        return self.table if self.table is not None and is_of(self.table, data) else None
+
+    def latents(self, data: Instances, sides: np.ndarray, side: Split, refinement_steps: int) -> tuple[Rows, Tensor]:
+        """The instances of one side and their latents [n, D].
+
+        Training latents are the encoder's or inner loop's, or the table's without either; others are refined.
+        """
+        rows = rows_of(data.arrays()).subset(np.flatnonzero(sides == side))
+        table = self.known(data)
+        if side == Split.TRAIN and self.finder is None and table is not None:
+            return rows, table.train
+        steps = 0 if side == Split.TRAIN and self.finder is not None else refinement_steps
+        found = latents_of(self.decoder, self.signal, rows, self.finder, steps, batch_size=64, progress=True)
+        return rows, torch.cat([*found])
+
+
+def load_stages(model: Path) -> Stages:
+    """Reads a model folder with what `mnif fit` left beside it.
+
+    Raises:
+        UserError: a part is damaged, or belongs to another decoder.
+    """
+    decoder = load_component(MNIFModel, model, "decoder")
+    signal = signal_of_model(decoder)
+    pipeline = load_pipeline(model) if (model / "denoiser").is_dir() else None
+    table = latent_table_of(model, decoder)
+    return Stages(decoder, signal, load_finder(model, signal), table, pipeline)
+
+
+@torch.no_grad()
+def drawn_latents(pipeline: MNIFPipeline, count: int, seed: int, steps: int) -> Tensor:
+    """The latents of samples 0 to ``count`` of ``seed``, [count, D]; sample i depends on seed and i alone."""
+    pipeline.set_progress_bar_config(disable=True)
+    batches = []
+    for begin in progress_bar(range(0, count, _LATENTS_AT_ONCE), desc="sampling", unit="batch"):
+        some = range(begin, min(begin + _LATENTS_AT_ONCE, count))
+        noise = torch.from_numpy(initial_noise(seed, some, pipeline.decoder.config.latent_dim))
+        (found,) = pipeline(latents=noise, num_inference_steps=steps, output_type="latent", return_dict=False)
+        batches.append(found)
+    return torch.cat(batches)
