@@ -154,12 +154,12 @@ def _coefficients(nodes: Nodes, decoder: MNIFModel, latents: str) -> str:
         factor = nodes.number(scale)
         if config.mixing == "average":
             latents = nodes.add("Add", [latents, nodes.number(1.0)], "coefficients/shifted")
-        return nodes.add("Mul", [latents, factor], "coefficients")
+        return nodes.add("Mul", [latents, factor], "coefficients/flat")
     mapped = nodes.linear(
         latents,
         nodes.constant("decoder.coefficient_map.weight", decoder.coefficient_map.weight),
         nodes.constant("decoder.coefficient_map.bias", decoder.coefficient_map.bias),
-        "coefficients",
+        "coefficients/flat",
         scale=scale,
     )
     if config.coefficient_form == "layer":
