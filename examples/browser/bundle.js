@@ -52,7 +52,7 @@ class Bundle {
     const shape = [cells * cells, axis.points * axis.points, 2];
     const coordinates = new ort.Tensor("float32", allPoints(axis, cells), shape);
     const { values } = await this.field.run({ coefficients, coordinates });
-    return blended(values.data, axis, cells, this.manifest.values.channels);
+    return blended(values.data, axis, cells, this.manifest.values.channels, values.dims.at(-1));
   }
 }
 

@@ -62,18 +62,19 @@ export function allPoints({ points, coordinates }, cells) {
 /**
  * Blends the cells' values to pixels.
  *
- * @param {Float32Array} values [cells², points², channels], in about [-1, 1].
+ * @param {Float32Array} values [cells², points², stride], in about [-1, 1].
  * @param axis what axisCells gave.
  * @param {number} cells per axis.
- * @param {number} channels in `values`; 1 is grey, 3 RGB, 4 RGBA.
+ * @param {number} channels that are shown: 1 is grey, 3 RGB, 4 RGBA.
+ * @param {number} stride numbers to a value; those beyond the channels only fill up.
  * @returns {ImageData} the picture.
  */
-export function blended(values, axis, cells, channels) {
+export function blended(values, axis, cells, channels, stride) {
   const { points, first, second, weight } = axis;
   const resolution = first.length;
   // A value's place is the sum of what its row and what its column contribute.
   const along = (places, perCell, perPoint) =>
-    places.map((place) => (Math.floor(place / points) * perCell + (place % points) * perPoint) * channels);
+    places.map((place) => (Math.floor(place / points) * perCell + (place % points) * perPoint) * stride);
   const [up, down] = [first, second].map((places) => along(places, cells * points * points, points));
   const [left, right] = [first, second].map((places) => along(places, points * points, 1));
 
@@ -82,11 +83,11 @@ export function blended(values, axis, cells, channels) {
   let place = 0;
   for (let row = 0; row < resolution; row++) {
     for (let column = 0; column < resolution; column++, place += 4) {
-      const share = weight[column];
       for (let channel = 0; channel < 4; channel++) {
         const shift = Math.min(channel, channels - 1);
-        const above = between(values[up[row] + left[column] + shift], values[up[row] + right[column] + shift], share);
-        const below = between(values[down[row] + left[column] + shift], values[down[row] + right[column] + shift], share);
+        const [near, far] = [left[column] + shift, right[column] + shift];
+        const above = between(values[up[row] + near], values[up[row] + far], weight[column]);
+        const below = between(values[down[row] + near], values[down[row] + far], weight[column]);
         picture.data[place + channel] = between(above, below, weight[row]) * 127.5 + 127.5;
       }
       if (channels < 4) picture.data[place + 3] = 255;
