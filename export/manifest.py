@@ -53,8 +53,6 @@ import hashlib
 import json
 
 SCHEMA = 2
-# What a bundle's device/ holds, copied from this package as it is.
-DEVICE_FILES = ("manifest.py", "runtime.py")
 
 
 def manifest_digest(manifest: dict) -> str:
