@@ -5,8 +5,9 @@
 - *sampler*: noise → values on a fixed grid (or coefficients), the denoising steps unrolled.
 
 Everything that does not depend on the input is worked out here and stored: what the time embedding does to each block
-at each step, and the first layer of delta mixing, whose sine is the same for all samples. Weights bear the names they
-have in the model's state dict, with ``decoder.`` or ``denoiser.`` in front, and each is stored once.
+at each step, and the first layer of delta mixing, whose sine is the same for all samples (unless the grid is large).
+Weights bear the names they have in the model's state dict, with ``decoder.`` or ``denoiser.`` in front, and each is
+stored once.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,6 +28,7 @@ from mnif.modeling import MNIFModel
 
 Resolution = int | Sequence[int]  # pixels per axis; one number stands for all axes
 Layers = dict[int, tuple[str, str]]  # number of a layer → what its weight and its bias are called
+_MOST_SINES = 1 << 16  # of a shared first layer that a graph stores; large grids have theirs worked out by the engine
 
 
 def baked_graph(field: BakedField) -> onnx.ModelProto:
@@ -135,6 +137,15 @@ def mixed_layers(nodes: Nodes, decoder: MNIFModel, coefficients: str) -> Layers:
     return layers
 
 
+def all_layers(nodes: Nodes, decoder: MNIFModel, coefficients: str) -> Layers:
+    """All layers of a field: those that coefficients mix, and before them the shared ones, [in, out] and [1, out]."""
+    layers = mixed_layers(nodes, decoder, coefficients)
+    for index, (shape, row) in enumerate(zip(decoder.shapes, decoder.shared, strict=False)):
+        weight, bias = (part[0] for part in shape.split(row.detach()))
+        layers[index] = nodes.constant(f"layer_{index}.weight", weight), nodes.constant(f"layer_{index}.bias", bias)
+    return layers
+
+
 def evaluated(nodes: Nodes, hidden: str, layers: Layers, output_sine: bool) -> str:
     """Runs what ``hidden`` [..., points, features] names through layers; all but the network's last end on a sine."""
     last = max(layers)
@@ -176,8 +187,11 @@ def _grid_shape(decoder: MNIFModel, resolution: Resolution) -> list[int | str]:
 def _decoded(nodes: Nodes, decoder: MNIFModel, coefficients: str, resolution: Resolution) -> str:
     """Mixes the bases, evaluates the fields on the grid and blends: tensors are [batch, cells, points, features]."""
     grid = decoder.grid(resolution)
-    hidden = nodes.constant("grid", _shared_part(decoder, grid)[None])
-    values = evaluated(nodes, hidden, mixed_layers(nodes, decoder, coefficients), decoder.config.output_sine)
+    if len(grid.coordinates[0]) * len(grid.coordinates) * decoder.config.width <= _MOST_SINES:
+        hidden, layers = _shared_part(decoder, grid), mixed_layers(nodes, decoder, coefficients)
+    else:
+        hidden, layers = grid.coordinates, all_layers(nodes, decoder, coefficients)
+    values = evaluated(nodes, nodes.constant("grid", hidden[None]), layers, decoder.config.output_sine)
     return _blended(nodes, decoder, grid, values)
 
 

@@ -145,15 +145,19 @@ def evaluate(model: onnx.ModelProto, inputs: Mapping[str, np.ndarray]) -> dict[s
     return dict(zip(names, evaluator.run(None, dict(inputs)), strict=True))
 
 
+def peak_of(exact: np.ndarray) -> float:
+    """2, the width of [-1, 1], or twice the largest magnitude where that is above 1."""
+    return 2 * max(1.0, float(np.abs(exact).max()))
+
+
 def psnr(values: np.ndarray, exact: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB; the peak is 2, or twice the largest magnitude where that is above 1."""
+    """Peak signal-to-noise ratio in dB, 206 at most."""
     error = float(np.mean((values.astype(np.float64) - exact) ** 2))
-    peak = 2 * max(1.0, float(np.abs(exact).max()))
-    return float(10 * np.log10(peak**2 / max(error, 1e-20)))
+    return float(10 * np.log10(peak_of(exact) ** 2 / max(error, 1e-20)))
 
 
 def _cast(source: str, output: str, kind: int) -> onnx.NodeProto:
-    return helper.make_node("Cast", [source], [output], name=output, to=kind)
+    return helper.make_node("Cast", [source], [output], name=f"{source}/cast", to=kind)
 
 
 def _replace(tensor: TensorProto, array: np.ndarray) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import torch
 
-from export.graphs import baked_layers, coefficient_shape, evaluated, mixed_layers
+from export.graphs import all_layers, baked_layers, coefficient_shape, evaluated
 from export.nodes import Nodes, Shape
 from mnif.fields import BakedField
 from mnif.modeling import MNIFModel
@@ -93,14 +93,7 @@ def _with_batch(nodes: Nodes, source: str, field: BakedField | None) -> str:
 
 def _values(nodes: Nodes, decoder: MNIFModel, signal: RadianceField, field: BakedField | None, points: str) -> str:
     """What the fields say at points [batch, n, 3] of the world: [batch, n, 4]."""
-    if field is not None:
-        layers = baked_layers(nodes, field)
-    else:
-        layers = mixed_layers(nodes, decoder, "coefficients")
-        for index, (shape, row) in enumerate(zip(decoder.shapes, decoder.shared, strict=False)):
-            weight, bias = shape.split(row.detach())
-            names = nodes.constant(f"layer_{index}.weight", weight), nodes.constant(f"layer_{index}.bias", bias)
-            layers[index] = names
+    layers = all_layers(nodes, decoder, "coefficients") if field is None else baked_layers(nodes, field)
     inside = nodes.add("Mul", [points, nodes.number(1 / signal.bound)], "field/points")
     by_cell = nodes.unsqueeze(inside, [1], "field/by_cell")
     if decoder.config.cells == 1:

@@ -1,9 +1,10 @@
 import numpy as np
 import onnx
-import onnxruntime
+import onnx_form
 import pytest
 import torch
 import torch.nn.functional as F
+from onnx_form import FIELDS, RENDERING, check_form
 
 from export.radiance_graphs import points_graph, rays_graph
 from mnif.modeling import MNIFModel
@@ -41,9 +42,8 @@ def model(request: pytest.FixtureRequest) -> tuple[MNIFModel, RadianceField]:
 
 
 def run(model: onnx.ModelProto, **arrays: torch.Tensor) -> list[torch.Tensor]:
-    onnx.checker.check_model(model, full_check=True)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    answers = session.run(None, {name: np.ascontiguousarray(array.numpy()) for name, array in arrays.items()})
+    check_form(model, FIELDS | RENDERING)
+    answers = onnx_form.run(model, {name: np.ascontiguousarray(array.numpy()) for name, array in arrays.items()})
     return [torch.from_numpy(answer) for answer in answers]
 
 
