@@ -69,12 +69,12 @@ class BundleFolder:
             raise BundleError(f"{self.path}: no graph {name}; there are {', '.join(sorted(graphs))}")
         return entry(graphs, name, kind=dict)
 
-    def find_graph(self, kind: str, **wanted: Any) -> str:
-        """Name of a graph that takes any instance.
+    def find_graphs(self, kind: str, **wanted: Any) -> list[str]:
+        """Names of the graphs that take any instance, at least one.
 
         Args:
             kind: such as ``"decoder"``.
-            wanted: further entries it must have, such as ``steps=4``; None lets any do.
+            wanted: further entries they must have, such as ``steps=4``; None lets any do.
 
         Raises:
             BundleError: there is none; the line lists those of that kind.
@@ -82,12 +82,12 @@ class BundleFolder:
         graphs = entry(self.manifest, "graphs", kind=dict)
         names = [name for name in sorted(graphs) if graphs[name].get("kind") == kind and not graphs[name]["instance"]]
         conditions = {key: value for key, value in wanted.items() if value is not None}
-        for name in names:
-            if all(graphs[name].get(key) == value for key, value in conditions.items()):
-                return name
-        wish = "".join(f", {key} {value}" for key, value in conditions.items())
-        there = f"there are {', '.join(names)}" if names else "there is none"
-        raise BundleError(f"{self.path}: no graph of kind {kind}{wish}; {there}")
+        found = [name for name in names if all(graphs[name].get(key) == each for key, each in conditions.items())]
+        if not found:
+            wish = "".join(f", {key} {value}" for key, value in conditions.items())
+            there = f"there are {', '.join(names)}" if names else "there is none"
+            raise BundleError(f"{self.path}: no graph of kind {kind}{wish}; {there}")
+        return found
 
     def onnx_sha256(self, name: str) -> str:
         """The hash of a graph's file as the manifest has it."""

@@ -1,8 +1,7 @@
 """`mnif inspect`: what is in a bundle, and what its plans are made of."""
 
-from __future__ import annotations
-
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -92,14 +91,17 @@ def kernel_summary(kernels: list[dict[str, Any]]) -> str:
         return "the builder did not print its kernels"
     profiles = 1 + max(kernel["profile"] for kernel in kernels)
     kernels = [kernel for kernel in kernels if kernel["profile"] == profiles - 1]
-    kinds = Counter(kernel["kind"] for kernel in kernels)
-    written = Counter(kind for kernel in kernels for kind in kernel["outputs"])
-    nodes = sum(len(kernel["nodes"]) for kernel in kernels)
+    kinds = _counted(kernel["kind"] for kernel in kernels)
+    written = _counted(kind for kernel in kernels for kind in kernel["outputs"])
+    nodes = {node for kernel in kernels for node in kernel["nodes"]}
     return (
-        f"{len(kernels)} kernels a call ({', '.join(f'{count} {kind}' for kind, count in kinds.most_common())}) do {nodes} "
-        f"nodes; they write {', '.join(f'{count} {kind}' for kind, count in written.most_common())}; "
-        f"{profiles} profile(s)"
+        f"{len(kernels)} kernels a call ({kinds}) do {len(nodes)} nodes of the graph and write {written}; "
+        f"{profiles} profile{'s' if profiles > 1 else ''}"
     )
+
+
+def _counted(names: Iterable[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in Counter(names).most_common())
 
 
 def _tensor(tensor: dict[str, Any]) -> str:

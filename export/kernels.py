@@ -17,8 +17,7 @@ _PROFILE = re.compile(r"_myl(\d+)_\d+$")
 _TYPE = re.compile(r"Datatype: (\w+)")
 _NODE = re.compile(r"\[ONNX Layer: (.*?)\]")
 _PARSED = re.compile(r"(?P<name>\S+) \[(?P<operator>\w+)\] (?P<side>inputs|outputs): (?P<tensors>.*)")
-_PARSED_PROFILE = re.compile(r"_myl(\d+)_\d+$")
-_TYPE = re.compile(r"\)\[(\w+)\]")
+_PARSED_TYPE = re.compile(r"\)\[(\w+)\]")
 _NO_WORK = "shape_call"  # works sizes out on the host
 
 

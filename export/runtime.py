@@ -91,11 +91,11 @@ class Decoder:
 
     Args:
         bundle: what to run.
-        precision: ``"fp32"`` or ``"mixed"``.
+        precision: ``"fp32"`` or ``"mixed"``; None takes what is there, float32 first.
     """
 
-    def __init__(self, bundle: Bundle, precision: str = "fp32"):
-        self._bundle, self.name = bundle, bundle.folder.find_graph("decoder", precision=precision)
+    def __init__(self, bundle: Bundle, precision: str | None = None):
+        self._bundle, self.name = bundle, bundle.folder.find_graphs("decoder", precision=precision)[0]
 
     def __call__(self, coefficients: np.ndarray) -> np.ndarray:
         """Coefficients [B, cells, layers, bases] → values [B, resolution, ..., channels] in about [-1, 1]."""
@@ -107,12 +107,13 @@ class Sampler:
 
     Args:
         bundle: what to run.
-        precision: ``"fp32"`` or ``"mixed"``.
-        steps: evaluations of the denoiser; None takes the sampler that comes first.
+        precision: ``"fp32"`` or ``"mixed"``; None takes what is there, float32 first.
+        steps: evaluations of the denoiser; None takes the sampler with the most.
     """
 
-    def __init__(self, bundle: Bundle, precision: str = "fp32", steps: int | None = None):
-        self._bundle, self.name = bundle, bundle.folder.find_graph("sampler", precision=precision, steps=steps)
+    def __init__(self, bundle: Bundle, precision: str | None = None, steps: int | None = None):
+        names = bundle.folder.find_graphs("sampler", precision=precision, steps=steps)
+        self._bundle, self.name = bundle, max(names, key=lambda name: bundle.folder.graph(name)["steps"])
         self._latent_dim = entry(bundle.manifest, "sampling", "latent_dim", kind=int)
         self._gives_values = bundle.folder.graph(self.name)["outputs"][0]["name"] == "values"
 

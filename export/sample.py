@@ -26,8 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=int, default=0, help="number of the first sample")
     parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--precision", choices=("fp32", "mixed"), default="fp32")
-    parser.add_argument("--steps", type=int, help="evaluations of the denoiser (default: the first sampler's)")
+    parser.add_argument("--precision", choices=("fp32", "mixed"), help="default: what is there, fp32 first")
+    parser.add_argument("--steps", type=int, help="evaluations of the denoiser (default: the most)")
     parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
     parser.add_argument("--threads", type=int, default=0, help="of a backend on the CPU; 0 lets it choose")
     parser.add_argument("--output_dir", type=Path, default=Path("samples"))
@@ -52,7 +52,7 @@ def _sample(options: Any) -> int:
     return 0
 
 
-def _shown(bundle: Bundle, drawn: np.ndarray, precision: str) -> np.ndarray:
+def _shown(bundle: Bundle, drawn: np.ndarray, precision: str | None) -> np.ndarray:
     """Pictures uint8; of voxels the values as they are; of radiance fields one view each."""
     if bundle.manifest["radiance"] is not None:
         camera = Camera(bundle, precision)

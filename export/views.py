@@ -19,19 +19,19 @@ class Camera:
 
     Args:
         bundle: what to run.
-        precision: ``"fp32"`` or ``"mixed"``.
+        precision: ``"fp32"`` or ``"mixed"``; None takes what is there, float32 first.
         name: of a baked instance's graph of rays; None for the graph that takes coefficients.
 
     Raises:
         BundleError: the bundle is not of radiance fields.
     """
 
-    def __init__(self, bundle: Bundle, precision: str = "fp32", name: str | None = None):
+    def __init__(self, bundle: Bundle, precision: str | None = None, name: str | None = None):
         if bundle.manifest.get("radiance") is None:
             raise BundleError(f"{bundle.folder.path}: no bundle of radiance fields, it has no views")
         self._bundle = bundle
         self._radiance = entry(bundle.manifest, "radiance", kind=dict)
-        self._name = name or bundle.folder.find_graph("rays", precision=precision)
+        self._name = name or bundle.folder.find_graphs("rays", precision=precision)[0]
 
     def __call__(self, coefficients: np.ndarray | None, azimuth: float, elevation: float = 30.0) -> np.ndarray:
         """One view.
