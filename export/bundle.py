@@ -15,6 +15,7 @@ from export.gate import CompileReport, compile_with_rtx, rtx_is_installed
 from export.manifest import manifest_digest
 from export.precision import PARTS
 from export.readme import bundle_readme
+from export.triton import write_model_repository
 from export.variants import Variant, variants
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from mnif import __version__
@@ -94,12 +95,10 @@ def export_bundle(
     with folder_written_atomically(output) as folder:
         (folder / "onnx").mkdir()
         manifest = manifest_of(selection) | {"inputs": inputs or {}}
-        reference: dict[str, np.ndarray] = {}
+        reference: dict[str, Any] = {}
         unmeasured = 0
         for case in selection.cases():
-            sampler = case.kind == "sampler"
-            precisions = options.sampler_precision if sampler else options.precision
-            for variant in variants(case, precisions, options.sampler_storage if sampler else "fp32"):
+            for variant in variants(case, *options.forms(case.kind)):
                 path = folder / "onnx" / f"{variant.name}.onnx"
                 onnx.save_model(variant.model, path)
                 gated = compiles and (case.instance is None or case.name.startswith("baked_0000"))
@@ -119,6 +118,8 @@ def export_bundle(
         np.savez_compressed(folder / "reference.npz", **reference)
         _write_weights(selection.decoder, folder / "weights.safetensors")
         write_device_files(folder)
+        if options.triton:
+            write_model_repository(folder, manifest["graphs"])
         (folder / "README.md").write_text(bundle_readme(manifest))
         manifest["files"] = _files(folder)
         manifest["digest"] = manifest_digest(manifest)

@@ -1,9 +1,11 @@
 """The flags of `mnif export`, and what they ask for."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from export.browser import BROWSER_KINDS
 from export.precision import Precision, Storage
 from export.selection import Selection
 from latent_prior.pipeline import MNIFPipeline
@@ -38,11 +40,21 @@ class ExportArguments:
     """How samplers store their large matrices; they compute as --sampler_precision says."""
     pad_channels: bool = False
     """Values get four channels, the further ones zero: one kernel less in TensorRT."""
+    browser: bool = False
+    """Add the graphs of the page in examples/browser: noise → coefficients, and values of those at any coordinates."""
+    triton: bool = False
+    """Add a model repository for Triton Inference Server: triton/, with every decoder and sampler."""
     seed: int = 0
     """Of the baked samples and of the reference inputs."""
     compile_rtx: Literal["auto", "on", "off"] = "auto"
     """Compile every graph with TensorRT-RTX, which needs no GPU: a compile gate, not a Jetson build. auto: where it is
     installed. Of the baked graphs the first alone is compiled."""
+
+    def forms(self, kind: str) -> tuple[Sequence[Precision], Storage]:
+        """Precisions and storage of a kind of graphs. A browser computes in float32, so its graphs have that alone."""
+        if kind == "sampler":
+            return self.sampler_precision, self.sampler_storage
+        return (["fp32"] if kind in BROWSER_KINDS else self.precision), "fp32"
 
 
 def selection_of(model: MNIFPipeline | MNIFModel, options: ExportArguments) -> Selection:
@@ -69,6 +81,8 @@ def selection_of(model: MNIFPipeline | MNIFModel, options: ExportArguments) -> S
             given = " ".join(map(str, resolution))
             raise UserError(f"--resolution {given}: one number, or {decoder.config.dimensions}")
         resolution = resolution[0] if len(resolution) == 1 else tuple(resolution)
+    if options.browser and not (isinstance(model, MNIFPipeline) and decoder.config.signal == "image"):
+        raise UserError("--browser: the page draws new pictures; this model has no prior, or is not of pictures")
     return Selection(
         decoder=decoder,
         pipeline=model if isinstance(model, MNIFPipeline) else None,
@@ -79,4 +93,5 @@ def selection_of(model: MNIFPipeline | MNIFModel, options: ExportArguments) -> S
         table=options.latents,
         ids=options.ids,
         pad_channels=options.pad_channels,
+        browser=options.browser,
     )

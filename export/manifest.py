@@ -32,6 +32,8 @@ A graph is
                           "baked"     coordinates of each cell's own → values, one instance's weights inside
                           "rays"      origins, directions → colours (and coefficients first, unless it is baked)
                           "points"    points of the world → colours and density (likewise)
+                          "prior"     noise → coefficients, for *field*
+                          "field"     coefficients, coordinates of each cell's own → values of each cell
 ``precision``             "fp32" or "mixed"
 ``storage``               "fp32", "fp16" or "int8": how the large matrices are stored
 ``file``                  "onnx/NAME.onnx"

@@ -86,6 +86,8 @@ _KINDS = {
     "decoder": "mixture coefficients to values on the grid, {grid} points.",
     "rays": "origins and directions (of length one) to colours, in world coordinates, the volume rendering inside.",
     "points": "points of the world to colours and densities.",
+    "prior": "standard normal noise to the coefficients that *field* takes, for the page in examples/browser.",
+    "field": "coefficients and coordinates (as *baked* has them) to every cell's values, likewise.",
     "baked": "one instance as {cells} coordinate network(s), one per cell, at any resolution. Each cell is asked at "
     "its own coordinates, [-1, 1] across the cell; `device/` lays out the points and blends neighbouring cells.",
 }

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from export.browser import browser_cases
 from export.cases import GraphCase, baked_cases, decoder_case, sampler_case
 from export.graphs import Resolution
 from export.instances import Instances, noise_alone, of_table, sampled
@@ -31,6 +32,7 @@ class Selection:
         table: a latent table whose rows are baked; None bakes samples of the prior.
         ids: which of its rows.
         pad_channels: values get four channels.
+        browser: the graphs of the page come too; they need a pipeline.
     """
 
     decoder: MNIFModel
@@ -42,6 +44,7 @@ class Selection:
     table: Path | None = None
     ids: Sequence[str] | None = None
     pad_channels: bool = False
+    browser: bool = False
 
     def cases(self) -> Iterator[GraphCase]:
         """Decoder, samplers, what radiance fields have besides, and the baked instances.
@@ -59,6 +62,8 @@ class Selection:
             resolution = None if isinstance(signal, RadianceField) else self.resolution
             for count in self.steps:
                 yield sampler_case(pipeline, count, resolution, self.seed)
+            if self.browser:
+                yield from browser_cases(pipeline, self.steps[-1], self.resolution, self.seed)
         if isinstance(signal, RadianceField):
             yield from radiance_cases(decoder, signal, shown, self.seed)
         latents, labels = instances.latents[: len(instances.labels)], instances.labels

@@ -15,28 +15,23 @@ _TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int64": "TYPE_INT64",
 _LONGEST_WAIT = 500  # microseconds that a request waits for company
 
 
-def write_model_repository(bundle: Path, graphs: dict[str, dict[str, Any]], repository: Path) -> list[str]:
-    """Writes ``repository`` from a bundle's ONNX files.
+def write_model_repository(bundle: Path, graphs: dict[str, dict[str, Any]]) -> None:
+    """Writes ``triton/`` into a bundle's folder.
 
     Args:
-        bundle: the folder that the graphs' files are in.
+        bundle: the folder, with the graphs' files in it.
         graphs: the manifest's graphs (:mod:`export.manifest`).
-        repository: a new folder.
-
-    Returns:
-        The models' names, those of their graphs.
     """
-    names = [name for name, graph in graphs.items() if graph["kind"] in SERVED]
-    for name in names:
-        graph, model = graphs[name], repository / name
+    for name, graph in graphs.items():
+        if graph["kind"] not in SERVED:
+            continue
+        model = bundle / "triton" / name
         (model / "1").mkdir(parents=True)
         (model / "configs").mkdir()
         shutil.copyfile(bundle / graph["file"], model / "1" / "model.onnx")
         (model / "config.pbtxt").write_text(_configuration(name, graph, "onnxruntime_onnx", "KIND_AUTO"))
-        (model / "configs" / "tensorrt.pbtxt").write_text(
-            _configuration(name, graph, "tensorrt_plan", "KIND_GPU") + _CUDA_GRAPHS
-        )
-    return names
+        on_tensorrt = _configuration(name, graph, "tensorrt_plan", "KIND_GPU") + _CUDA_GRAPHS
+        (model / "configs" / "tensorrt.pbtxt").write_text(on_tensorrt)
 
 
 def _configuration(name: str, graph: dict[str, Any], platform: str, device: str) -> str:
