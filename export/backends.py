@@ -12,6 +12,7 @@ import numpy as np
 
 from export.bundle_folder import BundleError, BundleFolder
 from export.cuda import CudaError
+from export.openvino_graph import OpenVinoGraph
 from export.plans import PlanRefused
 
 LOGGER = logging.getLogger("mnif.runtime")
@@ -28,15 +29,17 @@ class OnnxRuntimeGraph:
     Args:
         model: the graph's file.
         threads: within an operator; 0 lets ONNX Runtime choose.
+
+    Raises:
+        ImportError: ONNX Runtime is not installed.
+        BundleError: it cannot read the graph.
     """
 
     name = "onnxruntime"
 
     def __init__(self, model: bytes, threads: int = 0):
-        try:
-            import onnxruntime
-        except ImportError:
-            raise BackendMissing("onnxruntime is not installed") from None
+        import onnxruntime
+
         self.version = str(onnxruntime.__version__)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -44,44 +47,12 @@ class OnnxRuntimeGraph:
         try:
             self._session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors have no common class
-            raise BundleError(f"not a usable graph ({_first_line(error)})") from None
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise BundleError(f"not a usable graph ({reason})") from None
 
     def __call__(self, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
         """The outputs in the graph's order."""
         return self._session.run(None, arrays)
-
-
-class OpenVinoGraph:
-    """A graph in OpenVINO on the CPU, computed in float32.
-
-    Args:
-        model: the graph's file.
-        threads: 0 lets OpenVINO choose.
-    """
-
-    name = "openvino"
-
-    def __init__(self, model: bytes, threads: int = 0):
-        try:
-            import openvino
-        except ImportError:
-            raise BackendMissing("openvino is not installed") from None
-        self.version = str(openvino.__version__).partition("-")[0]
-        settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-        if threads:
-            settings["INFERENCE_NUM_THREADS"] = str(threads)
-        try:
-            core = openvino.Core()
-            compiled = core.compile_model(core.read_model(model), "CPU", settings)
-        except Exception as error:  # OpenVINO's errors have no common class
-            raise BundleError(f"not a usable graph ({_first_line(error)})") from None
-        self._request = compiled.create_infer_request()
-        self._outputs = range(len(compiled.outputs))
-
-    def __call__(self, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """The outputs in the graph's order."""
-        self._request.infer(arrays)
-        return [self._request.get_output_tensor(index).data.copy() for index in self._outputs]
 
 
 def load_graph(folder: BundleFolder, name: str, backend: str = "auto", threads: int = 0) -> Any:
@@ -120,13 +91,10 @@ def _load(folder: BundleFolder, name: str, backend: str, threads: int) -> Any:
     kind = {"onnxruntime": OnnxRuntimeGraph, "openvino": OpenVinoGraph}.get(backend)
     if kind is None:
         raise BundleError(f"no backend {backend}; there are {', '.join(BACKENDS)}")
+    model = folder.onnx(name)
     try:
-        return kind(folder.onnx(name), threads)
-    except (BackendMissing, PlanRefused):
-        raise
+        return kind(model, threads)
+    except ImportError:
+        raise BackendMissing(f"{backend} is not installed") from None
     except BundleError as error:
         raise BundleError(f"{folder.path / folder.graph(name)['file']}: {error}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -21,6 +21,7 @@ MODULES = (
     "kernels",
     "machine",
     "manifest",
+    "openvino_graph",
     "pixels",
     "plans",
     "runtime",
