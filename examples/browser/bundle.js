@@ -58,7 +58,9 @@ class Bundle {
 
 async function download(url) {
   const response = await fetch(url);
-  if (!response.ok) throw new Error(`${url}: the server answers ${response.status}`);
+  if (!response.ok) {
+    throw new Error(`${url}: the server answers ${response.status}; is a bundle there? ?bundle= names another folder`);
+  }
   return new Uint8Array(await response.arrayBuffer());
 }
 
