@@ -153,8 +153,13 @@ def _line(variant: Variant, report: CompileReport | None) -> str:
 
 
 def _write_weights(decoder: MNIFModel, path: Path) -> None:
-    """The decoder as it is; the denoiser stands in the samplers."""
-    tensors = {f"decoder.{name}": tensor.contiguous() for name, tensor in decoder.state_dict().items()}
+    """The decoder, its large matrices in float16 but for the first layer's; the denoiser stands in the samplers."""
+    large = {f"bases.{mixed}" for mixed, layer in enumerate(decoder.mixed_layers) if layer > 0}
+    large.add("coefficient_map.weight")
+    tensors = {
+        f"decoder.{name}": (tensor.half() if name in large else tensor).contiguous()
+        for name, tensor in decoder.state_dict().items()
+    }
     save_file(tensors, path, {"decoder_fingerprint": decoder.fingerprint()})
 
 

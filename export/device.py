@@ -25,6 +25,8 @@ MODULES = (
     "pixels",
     "plans",
     "runtime",
+    "quality",
+    "reference_evaluator",
     "sample",
     "tensorrt_graph",
     "verify",

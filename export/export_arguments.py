@@ -50,11 +50,14 @@ class ExportArguments:
     """Compile every graph with TensorRT-RTX, which needs no GPU: a compile gate, not a Jetson build. auto: where it is
     installed. Of the baked graphs the first alone is compiled."""
 
-    def forms(self, kind: str) -> tuple[Sequence[Precision], Storage]:
-        """Precisions and storage of a kind of graphs. A browser computes in float32, so its graphs have that alone."""
+    def forms(self, kind: str) -> tuple[Sequence[Precision], Storage | None]:
+        """Precisions and storage of a kind of graphs, None for what is multiplied.
+
+        A browser computes in float32, so its graphs have that alone.
+        """
         if kind == "sampler":
             return self.sampler_precision, self.sampler_storage
-        return (["fp32"] if kind in BROWSER_KINDS else self.precision), "fp32"
+        return (["fp32"] if kind in BROWSER_KINDS else self.precision), None
 
 
 def selection_of(model: MNIFPipeline | MNIFModel, options: ExportArguments) -> Selection:

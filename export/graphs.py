@@ -256,6 +256,6 @@ def _normalised(nodes: Nodes, hidden: str, norm: torch.nn.RMSNorm, name: str) ->
     """x / sqrt(mean(x²) + eps) over the last axis, without the gain."""
     square = nodes.add("Mul", [hidden, hidden], f"{name}/square")
     mean = nodes.add("ReduceMean", [square], f"{name}/mean", axes=[-1], keepdims=1)
-    shifted = nodes.add("Add", [mean, nodes.number(norm.eps)], f"{name}/mean_and_epsilon")
+    shifted = nodes.add("Add", [mean, nodes.number(cast(float, norm.eps))], f"{name}/mean_and_epsilon")
     root = nodes.add("Sqrt", [shifted], f"{name}/root")
     return nodes.add("Div", [hidden, root], f"{name}/normal")

@@ -33,7 +33,8 @@ class Instances:
 @torch.no_grad()
 def sampled(pipeline: MNIFPipeline, count: int, num_inference_steps: int, seed: int, least: int) -> Instances:
     """Samples 0 to ``count`` - 1 of ``seed``, the same that `mnif sample` draws, and latents of ``least`` samples."""
-    parts, total = [], max(count, least)
+    total = max(count, least)
+    parts: list[Tensor] = []
     for begin in range(0, total, _BATCH):
         noise = initial_noise(seed, range(begin, min(begin + _BATCH, total)), pipeline.decoder.config.latent_dim)
         parts += pipeline(

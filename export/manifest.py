@@ -45,10 +45,10 @@ A graph is
 ``half``                  names of the nodes that multiply in float16, for builders that set types layer by layer
 ``reference``             prefix in reference.npz: ``PREFIX.INPUT`` float32 and ``PREFIX.OUTPUT`` float64; null for
                           baked graphs after the first few. Graphs that differ in precision or storage alone share one
-``psnr``                  dB against float64 with the model's own weights, peak 2 (values lie in [-1, 1]), on the
-                          reference, in the graph's own precision; null where ``reference`` is
+``psnr``                  dB against float64 with the model's own weights (``quality.py``) on the reference, in the
+                          graph's own precision; null where ``reference`` is
 ``tolerance``             {"max_abs", "psnr"}: what any backend must reach against the reference, the largest absolute
-                          difference and the least PSNR
+                          difference and the least PSNR; null where ``reference`` is
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Building one ONNX graph: nodes and initialisers under names that stay the same from export to export."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -79,7 +79,9 @@ class Nodes:
         """A float32 number without axes, as the limits of Clip must be."""
         return self.constant(f"scalar_{value:.9g}", np.array(value, dtype=np.float32))
 
-    def model(self, name: str, sources: dict[str, Shape], results: dict[str, tuple[str, Shape]]) -> onnx.ModelProto:
+    def model(
+        self, name: str, sources: Mapping[str, Shape], results: Mapping[str, tuple[str, Shape]]
+    ) -> onnx.ModelProto:
         """Closes the graph.
 
         Args:
@@ -95,7 +97,7 @@ class Nodes:
             for names in (node.input, node.output):
                 names[:] = [final.get(each, each) for each in names]
 
-        def described(shapes: dict[str, Shape]) -> list[onnx.ValueInfoProto]:
+        def described(shapes: Mapping[str, Shape]) -> list[onnx.ValueInfoProto]:
             return [helper.make_tensor_value_info(key, TensorProto.FLOAT, shape) for key, shape in shapes.items()]
 
         graph = helper.make_graph(

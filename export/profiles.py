@@ -18,8 +18,7 @@ _MOST_VALUES = 1 << 22  # of one batch; large grids come in smaller batches
 
 def batch_profile(model: onnx.ModelProto) -> Profile:
     """Of a graph with one input and one output, whose first axis is the batch."""
-    (source,), (result,) = model.graph.input, model.graph.output
-    most = _MOST_VALUES // int(np.prod([axis.dim_value for axis in result.type.tensor_type.shape.dim[1:]]))
+    most = _MOST_VALUES // int(np.prod([axis.dim_value for axis in _axes(model.graph.output[0])[1:]]))
     return profile_of(
         model, **{size: {"batch": min(n, max(most, 1))} for size, n in zip(_SIZES, _BATCHES, strict=True)}
     )

@@ -9,7 +9,9 @@ import onnxruntime
 from onnx import numpy_helper
 
 from export.cases import GraphCase, Reference
-from export.precision import Precision, Storage, evaluate, hidden_products, peak_of, psnr, variant
+from export.precision import Precision, Storage, hidden_products, variant
+from export.quality import peak_of, psnr
+from export.reference_evaluator import evaluate
 from mnif.errors import UserError
 
 _WORST = 30.0  # dB; a graph in fewer bits that comes out below is of no use
@@ -44,8 +46,8 @@ class Variant:
     tolerance: dict[str, float] | None = None
 
 
-def variants(case: GraphCase, precisions: Sequence[Precision], storage: Storage = "fp32") -> Iterator[Variant]:
-    """One graph in several precisions.
+def variants(case: GraphCase, precisions: Sequence[Precision], storage: Storage | None = None) -> Iterator[Variant]:
+    """One graph in several precisions, with its large matrices in ``storage``; None stores what is multiplied.
 
     With a reference, each is checked and measured. Without one (further baked graphs, which differ from the first in
     their numbers alone), only that the numbers are finite.
@@ -55,16 +57,16 @@ def variants(case: GraphCase, precisions: Sequence[Precision], storage: Storage 
     """
     for precision in precisions:
         name = case.name if precision == "fp32" else f"{case.name}_{precision}"
-        model = variant(case.model, precision, storage)
+        kept = storage or ("fp32" if precision == "fp32" else "fp16")
+        model = variant(case.model, precision, kept)
         half = hidden_products(model) if precision == "mixed" else []
         if case.reference is None:
             _check_finite(name, model)
-            yield Variant(name, case, precision, storage, model, half)
+            yield Variant(name, case, precision, kept, model, half)
             continue
         onnx.checker.check_model(model, full_check=True)
-        yield Variant(
-            name, case, precision, storage, model, half, *_measured(name, model, case.reference, precision, storage)
-        )
+        measured = _measured(name, model, case.reference, precision, kept)
+        yield Variant(name, case, precision, kept, model, half, *measured)
 
 
 def run(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -68,7 +68,11 @@ def test_command_writes_a_whole_bundle(
     assert (output / "device" / "export" / "runtime.py").read_bytes() == Path(runtime.__file__).read_bytes()
 
     weights = load_file(output / "weights.safetensors")
-    np.testing.assert_array_equal(weights["decoder.bases.0"], pipeline.decoder.bases[0].detach().numpy())
+    assert set(weights) == {f"decoder.{name}" for name in pipeline.decoder.state_dict()}
+    for name, tensor in pipeline.decoder.state_dict().items():
+        stored = weights[f"decoder.{name}"]
+        np.testing.assert_array_equal(stored, tensor.numpy().astype(stored.dtype))
+        assert stored.dtype == (np.float16 if name.startswith("bases") or name.endswith("map.weight") else np.float32)
     reference = np.load(output / "reference.npz")
     assert reference["sampler_3.noise"].shape == (3, 12)
     assert reference["sampler_3.values"].shape == (3, 18, 18, 3)
