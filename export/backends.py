@@ -19,7 +19,7 @@ LOGGER = logging.getLogger("mnif.runtime")
 BACKENDS = ("tensorrt", "onnxruntime", "openvino")  # the best first
 
 
-class BackendMissing(BundleError):
+class BackendMissing(BundleError):  # noqa: N818
     """A backend that cannot be had on this machine."""
 
 

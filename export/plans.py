@@ -27,7 +27,7 @@ from export.whole_files import write_json, write_whole
 _KEY_BYTES = 32
 
 
-class PlanRefused(BundleError):
+class PlanRefused(BundleError):  # noqa: N818
     """A plan that is missing, foreign, stale or changed.
 
     Attributes:
