@@ -4,24 +4,33 @@ from pathlib import Path
 import onnx
 import pytest
 
-from export.cases import graph_cases
 from export.gate import compile_with_rtx
+from export.selection import Selection
+from export.variants import variants
 from latent_prior.pipeline import MNIFPipeline
 from mnif.errors import UserError
+from mnif.modeling import MNIFModel
 
 PROFILE = {"noise": {"minimum": (1, 4), "optimum": (8, 4), "maximum": (64, 4)}}
 
 
 def test_every_graph_compiles_without_a_gpu(pipeline: MNIFPipeline, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX (extra `rtx`) is not installed")
+    radiance = MNIFModel(
+        channels=4, dimensions=3, num_bases=4, width=8, depth=1, latent_dim=6, cells=2, resolution=6, signal="radiance"
+    ).eval()
+    pictures = Selection(pipeline.decoder, pipeline, resolution=16, steps=[2], num_baked=1, seed=0)
+    objects = Selection(radiance, None, resolution=6, steps=[], num_baked=0, seed=0)
     names = []
-    for case in graph_cases(pipeline, num_baked=1, num_inference_steps=2, resolution=16, seed=0):
-        onnx.save_model(case.model, tmp_path / "graph.onnx")
-        report = compile_with_rtx(tmp_path / "graph.onnx", case.profile)
-        assert report.plan_bytes > 0
-        assert "8.6" in report.compute_capabilities
-        names.append(case.name)
-    assert names == ["decoder", "sampler", "baked_0000"]
+    for case in (*pictures.cases(), *objects.cases()):
+        for form in variants(case, ["fp32", "mixed"]):
+            onnx.save_model(form.model, tmp_path / "graph.onnx")
+            report = compile_with_rtx(tmp_path / "graph.onnx", case.profile)
+            assert report.plan_bytes > 0
+            assert "8.6" in report.compute_capabilities
+            names.append(form.name)
+    kinds = ["decoder", "sampler_2", "baked_0000", "decoder", "rays", "points"]
+    assert names == [name for kind in kinds for name in (kind, f"{kind}_mixed")]
 
 
 def test_a_refused_graph_is_one_line(tmp_path: Path) -> None:
