@@ -30,9 +30,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--batch_sizes",
         nargs="*",
         type=int,
-        default=[1],
         metavar="N",
-        help="batch sizes with a profile of their own, beside the one for all (default: 1)",
+        help="batch sizes with a profile of their own, beside the one for all (default: 1, without a GPU none)",
     )
     parser.add_argument("--optimization_level", type=int, metavar="0-5", help="how hard to search")
     parser.add_argument(
@@ -67,7 +66,8 @@ def _build(options: Any) -> int:
 def _build_one(folder: BundleFolder, name: str, module: Any, gpu: Gpu | None, options: Any) -> bool:
     graph = folder.graph(name)
     path = folder.path / ENGINES / f"{name}.plan"
-    profiles = graph_profiles(graph, options.batch_sizes)
+    alone = options.batch_sizes if options.batch_sizes is not None else [1] if gpu is not None else []
+    profiles = graph_profiles(graph, alone)
     targets = list(options.compute_capabilities)
     if is_rtx(module) and not targets:
         targets = compute_capabilities(module) if gpu is None else [gpu.compute_capability]
@@ -111,14 +111,14 @@ def _build_one(folder: BundleFolder, name: str, module: Any, gpu: Gpu | None, op
 
 
 def graph_profiles(graph: dict[str, Any], batch_sizes: list[int]) -> list[dict[str, Any]]:
-    """The manifest's profile, before it one for each batch size alone; a graph without a batch has its best shape's.
+    """The manifest's profile, before it one for each batch size; for a graph without a batch, one for its best shape.
 
     A profile with one shape lets TensorRT fit its kernels to it, and the runtime keep one CUDA graph for it.
     """
     general = entry(graph, "profile", kind=dict)
     batched = {item["name"] for item in entry(graph, "inputs", kind=list) if item["shape"][0] == "batch"}
     profiles = []
-    for size in batch_sizes if batched else [None]:
+    for size in batch_sizes if batched else batch_sizes[:1]:
         shapes = {}
         for name, profile in general.items():
             shape = [size, *profile["optimum"][1:]] if name in batched else list(profile["optimum"])

@@ -66,6 +66,7 @@ def test_build_and_inspect(
     bundle = tmp_path / "bundle"
     bundle.symlink_to(exported)
     build = ["build", "--bundle", str(bundle), "--builder", "tensorrt_rtx", "--graphs", "baked_0000_mixed"]
+    build += ["--batch_sizes", "1"]
     try:
         assert main([*build, "--compute_capabilities", "8.6"]) == 0
         assert main([*build, "--compute_capabilities", "8.7"]) == 2
