@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 from safetensors.torch import save_file
 
+from export.bundle_folder import ENGINES
 from export.description import graph_entry, manifest_of
 from export.device import write_device_files
 from export.export_arguments import ExportArguments, selection_of
@@ -164,8 +165,10 @@ def _write_weights(decoder: MNIFModel, path: Path) -> None:
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    """All files but the plans, which are built where the bundle is used."""
+    names = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {
-        path.relative_to(folder).as_posix(): {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
-        for path in paths
+        name.as_posix(): {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
+        for name, path in names.items()
+        if name.parts[0] != ENGINES
     }
