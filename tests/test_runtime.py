@@ -15,15 +15,19 @@ from PIL import Image
 
 from export import pixels, sample
 from export.backends import BackendMissing
+from export.bundle import export_bundle
 from export.bundle_folder import BundleError
+from export.export_arguments import ExportArguments
 from export.manifest import manifest_digest
 from export.runtime import BakedInstance, Decoder, Sampler, load_bundle
 from export.runtime import initial_noise as runtime_noise
-from export.views import turntable_rays
+from export.views import Camera, turntable_rays
 from latent_prior.noise import initial_noise
 from latent_prior.pipeline import MNIFPipeline
 from mnif.cells import axis_cells
+from mnif.modeling import MNIFModel
 from mnif.pictures import to_pixels
+from mnif.radiance import Cameras, RadianceField
 from mnif.rendering import camera_rays, turntable_poses
 
 
@@ -113,6 +117,35 @@ def test_rays_are_the_renderers() -> None:
     expected = camera_rays(pose, torch.tensor(intrinsics, dtype=torch.float64), 10, 16)
     np.testing.assert_allclose(origins, expected[0].reshape(-1, 3), atol=1e-12)
     np.testing.assert_allclose(directions, expected[1].reshape(-1, 3), atol=1e-12)
+
+
+def test_views_are_the_renderers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = {"resolution": [9, 12], "bound": 0.8, "samples": 6, "camera_distance": 2.0}
+    signal = RadianceField(**settings)
+    decoder = MNIFModel(
+        channels=4, dimensions=3, num_bases=4, width=8, depth=1, latent_dim=6, cells=2, resolution=6,
+        signal="radiance", signal_settings=signal.settings(),
+    ).eval()  # fmt: skip
+    torch.nn.init.normal_(decoder.coefficient_map.weight, std=0.5)
+    options = ExportArguments(
+        model=tmp_path, output_dir=tmp_path / "bundle", num_baked=0, precision=["fp32"], compile_rtx="off"
+    )
+    export_bundle(decoder, options)
+    bundle = load_bundle(tmp_path / "bundle", "onnxruntime")
+    coefficients = decoder.coefficients(torch.randn(1, 6)).detach()
+    pose = turntable_poses(4, 2.0, 20.0)[1]
+    cameras = Cameras(pose[None, None], torch.tensor([signal.intrinsics]), 9, 12)
+    with torch.no_grad():
+        expected = signal.render_views(decoder, coefficients, cameras)[0, 0].numpy()
+    found = Camera(bundle)(coefficients.numpy(), azimuth=90.0, elevation=20.0)
+    assert found.std() > 1e-3
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_only_radiance_fields_have_views(exported: Path) -> None:
+    with pytest.raises(BundleError, match="no bundle of radiance fields"):
+        Camera(load_bundle(exported))
 
 
 def test_the_best_backend_is_taken_and_the_log_says_why(exported: Path, caplog: pytest.LogCaptureFixture) -> None:
