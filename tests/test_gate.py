@@ -16,8 +16,9 @@ PROFILE = {"noise": {"minimum": (1, 4), "optimum": (8, 4), "maximum": (64, 4)}}
 
 def test_every_graph_compiles_without_a_gpu(pipeline: MNIFPipeline, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX (extra `rtx`) is not installed")
+    signal = {"signal": "radiance", "signal_settings": {"resolution": 6, "samples": 5}}
     radiance = MNIFModel(
-        channels=4, dimensions=3, num_bases=4, width=8, depth=1, latent_dim=6, cells=2, resolution=6, signal="radiance"
+        channels=4, dimensions=3, num_bases=4, width=8, depth=1, latent_dim=6, cells=2, **signal
     ).eval()
     pictures = Selection(pipeline.decoder, pipeline, resolution=16, steps=[2], num_baked=1, seed=0)
     objects = Selection(radiance, None, resolution=6, steps=[], num_baked=0, seed=0)
