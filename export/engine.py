@@ -112,7 +112,7 @@ def build_plan(
     logger.lines.clear()
     logger.complaints.clear()
     started = time.perf_counter()
-    builder = _checked(lambda: module.Builder(logger), "TensorRT finds no GPU it can build for", logger)
+    builder = _builder(module, logger)
     strong = is_rtx(module) or version_of(module)[0] >= 10
     network = builder.create_network(_network_flags(module))
     parser = module.OnnxParser(network, logger)
@@ -121,9 +121,8 @@ def build_plan(
     config = builder.create_builder_config()
     flags = _set_precision(module, network, config, half, strong)
     _set_effort(module, config, optimization_level)
-    for index, capability in enumerate(_capabilities(module, compute_capabilities)):
-        config.num_compute_capabilities = max(index + 1, config.num_compute_capabilities)
-        config.set_compute_capability(capability, index)
+    if compute_capabilities:
+        _set_targets(module, config, compute_capabilities)
     for profile in profiles:
         shapes = builder.create_optimization_profile()
         for name, sizes in profile.items():
@@ -155,14 +154,16 @@ def _network_flags(module: Any) -> int:
 def _set_precision(module: Any, network: Any, config: Any, half: Sequence[str], strong: bool) -> list[str]:
     """Holds types to the graph's; returns the builder flags that were set."""
     config.clear_flag(module.BuilderFlag.TF32)
-    if strong or not half:
+    if strong:
         return []
-    flags = ["FP16", "OBEY_PRECISION_CONSTRAINTS"]
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    # Matrices stored in int8 are widened by the graph; TensorRT 8 takes such a graph only with the flag.
+    flags = ["INT8"] if any(layer.type == module.LayerType.DEQUANTIZE for layer in layers) else []
+    flags += ["FP16", "OBEY_PRECISION_CONSTRAINTS"] if half else []
     for name in flags:
         config.set_flag(getattr(module.BuilderFlag, name))
     arithmetic = [getattr(module.LayerType, name) for name in _ARITHMETIC]
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
+    for layer in layers if half else []:
         if layer.type not in arithmetic or layer.get_output(0).dtype not in (module.float32, module.float16):
             continue
         kind = module.float16 if layer.name in half else module.float32
@@ -181,10 +182,8 @@ def _set_effort(module: Any, config: Any, level: int | None) -> None:
     config.builder_optimization_level = level
 
 
-def _capabilities(module: Any, wanted: Sequence[str]) -> list[Any]:
-    """Members of RTX's enumeration for names such as "8.6"."""
-    if not wanted:
-        return []
+def _set_targets(module: Any, config: Any, wanted: Sequence[str]) -> None:
+    """Builds for GPUs by their compute capabilities, such as "8.6"."""
     if not is_rtx(module):
         raise BundleError("TensorRT builds for the GPU of this machine; only TensorRT-RTX takes compute capabilities")
     known = compute_capabilities(module)
@@ -193,7 +192,9 @@ def _capabilities(module: Any, wanted: Sequence[str]) -> list[Any]:
         raise BundleError(
             f"TensorRT-RTX {module.__version__} does not build for {', '.join(unknown)}; it knows {', '.join(known)}"
         )
-    return [getattr(module.ComputeCapability, "SM" + name.replace(".", "")) for name in wanted]
+    config.num_compute_capabilities = len(wanted)
+    for index, name in enumerate(wanted):
+        config.set_compute_capability(getattr(module.ComputeCapability, "SM" + name.replace(".", "")), index)
 
 
 def compute_capabilities(module: Any) -> list[str]:
@@ -202,15 +203,16 @@ def compute_capabilities(module: Any) -> list[str]:
     return [f"{number // 10}.{number % 10}" for number in numbers if number != 75]
 
 
-def _checked(make: Any, otherwise: str, logger: Any) -> Any:
-    """A TensorRT object; both an error and None mean that there is none."""
+def _builder(module: Any, logger: Any) -> Any:
+    """A builder; without a GPU some versions raise and others give None."""
+    reason = "it gives no reason"
     try:
-        made = make()
+        builder = module.Builder(logger)
     except (RuntimeError, TypeError) as error:
-        raise BundleError(f"{otherwise}: {' '.join(str(error).split())}") from None
-    if made is None:
-        raise BundleError(f"{otherwise}: {logger.complaints[0] if logger.complaints else 'it gives no reason'}")
-    return made
+        builder, reason = None, " ".join(str(error).split())
+    if builder is None:
+        raise BundleError(f"TensorRT finds no GPU it can build for: {(logger.complaints or [reason])[0]}")
+    return builder
 
 
 def _name(module: Any) -> str:

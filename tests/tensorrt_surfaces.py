@@ -36,7 +36,7 @@ _BASE: dict[str, str] = {
     "ILayer": "name type num_inputs num_outputs get_input get_output precision precision_is_set reset_precision "
     "set_output_type get_output_type",
     "LayerType": "ACTIVATION CONSTANT ELEMENTWISE GATHER IDENTITY MATRIX_MULTIPLY REDUCE SHUFFLE SLICE UNARY "
-    "CONCATENATION FULLY_CONNECTED SHAPE",
+    "CONCATENATION FULLY_CONNECTED SHAPE QUANTIZE DEQUANTIZE",
     "ICudaEngine": "num_io_tensors get_tensor_name get_tensor_mode get_tensor_shape get_tensor_dtype "
     "get_tensor_profile_shape num_optimization_profiles create_execution_context device_memory_size num_bindings "
     "get_binding_shape has_implicit_batch_dimension",
@@ -118,6 +118,7 @@ _OPERATORS = {
     "ReduceMean": "REDUCE",
     "Gather": "GATHER",
     "Cast": "CAST",
+    "DequantizeLinear": "DEQUANTIZE",
 }
 
 

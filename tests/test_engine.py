@@ -16,8 +16,8 @@ from export.engine import Plan, build_plan, find_builder, version_of
 PROFILE = {"x": {"minimum": (1, 4), "optimum": (8, 4), "maximum": (64, 4)}}
 
 
-def graph() -> bytes:
-    """x → sin(x @ a) in float32 → half product → float32 → sine, as *mixed* has it."""
+def graph(int8: bool = False) -> bytes:
+    """x → sin(x @ a) in float32 → half product → float32 → sine, as *mixed* has it; ``int8`` stores a so."""
     random = np.random.default_rng(0)
     weights = [
         numpy_helper.from_array(random.standard_normal((4, 4)).astype(kind), name)
@@ -31,6 +31,10 @@ def graph() -> bytes:
         helper.make_node("Cast", ["d"], ["e"], name="widen", to=TensorProto.FLOAT),
         helper.make_node("Sin", ["e"], ["y"], name="last_sine"),
     ]
+    if int8:
+        weights[0] = numpy_helper.from_array(random.integers(-127, 128, (4, 4)).astype(np.int8), "stored")
+        weights.append(numpy_helper.from_array(np.float32(0.01), "scale"))
+        nodes.insert(0, helper.make_node("DequantizeLinear", ["stored", "scale"], ["first"], name="widen_first"))
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4]) for name in ("x", "y")]
     made = helper.make_graph(nodes, "g", ends[:1], ends[1:], weights)
     return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
@@ -73,6 +77,14 @@ def test_float32_needs_no_flags_and_no_tf32(version: str) -> None:
     builder = told(build_plan(recorded_tensorrt(version), graph(), [PROFILE]))
     assert builder["flags"] == []
     assert builder["held"] == {}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("half", [[], ["hidden_product"]])
+def test_matrices_stored_in_int8_need_a_flag_in_8(version: str, half: list[str]) -> None:
+    builder = told(build_plan(recorded_tensorrt(version), graph(int8=True), [PROFILE], half=half))
+    assert ("INT8" in builder["flags"]) == version.startswith("8.")
+    assert "widen_first" not in builder["held"]
 
 
 @pytest.mark.parametrize("version", VERSIONS)
