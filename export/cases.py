@@ -20,11 +20,13 @@ from export.steps import LinearSteps, linear_steps
 from latent_prior.noise import initial_noise
 from latent_prior.pipeline import MNIFPipeline
 from mnif.errors import UserError
+from mnif.fields import BakedField
 from mnif.modeling import MNIFModel
 
 _REFERENCES = 3  # instances in the reference of a graph with a batch, fewer where their grids are large
 _REFERENCE_VALUES = 1 << 17
 _REFERENCE_POINTS = 256  # of each cell, in the reference of a baked graph
+_BAKED_AT_ONCE = 64
 REFERENCED_BAKED = 8  # baked graphs that have a reference; the others are the same graph with other numbers
 
 
@@ -150,19 +152,27 @@ def baked_cases(
     points = coordinates.shape[1]
     chosen = torch.linspace(0, points - 1, min(points, _REFERENCE_POINTS)).round().long()
     coordinates = coordinates[:, chosen].contiguous()
-    exact_decoder, profile = copy.deepcopy(decoder).double(), baked_profile(decoder, resolution)
-    for index, (latent, label) in enumerate(zip(latents, labels, strict=True)):
-        coefficients = decoder.coefficients(latent[None])
-        name, baked = f"baked_{index:04d}", decoder.bake(coefficients)
-        reference = None
-        if index < REFERENCED_BAKED:
+    profile = baked_profile(decoder, resolution)
+    exact = list(_baked(copy.deepcopy(decoder).double(), latents[:REFERENCED_BAKED].double()))
+    for index, (baked, label) in enumerate(zip(_baked(decoder, latents), labels, strict=True)):
+        name, reference = f"baked_{index:04d}", None
+        if index < len(exact):
             reference = reference_of(
                 name,
                 {"coordinates": coordinates.numpy()},
-                {"values": exact_decoder.bake(coefficients.double())(coordinates.double())},
+                {"values": exact[index](coordinates.double())},
                 {"values": baked(coordinates)},
             )
         yield GraphCase(name, "baked", baked_graph(baked), profile, reference, instance=label)
+
+
+def _baked(decoder: MNIFModel, latents: Tensor) -> Iterator[BakedField]:
+    """The field of each of ``latents`` [n, D], many baked at a time."""
+    for begin in range(0, len(latents), _BAKED_AT_ONCE):
+        some = latents[begin : begin + _BAKED_AT_ONCE]
+        fields = decoder.bake(decoder.coefficients(some))
+        for rows in fields.rows.chunk(len(some)):
+            yield BakedField(fields.shapes, rows, fields.output_sine)
 
 
 def _denoised(pipeline: MNIFPipeline, steps: LinearSteps, noise: Tensor) -> Tensor:
