@@ -33,8 +33,8 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--bundle", type=Path, default=here, required=not inside, help="the bundle's folder")
 
     def error(self, message: str) -> NoReturn:
-        """Leaves with exit code 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        """What :func:`run_command` shows."""
+        raise BundleError(message)
 
 
 def run_command(parser: Parser, arguments: list[str] | None, work: Callable[[Any], int]) -> int:
@@ -42,9 +42,9 @@ def run_command(parser: Parser, arguments: list[str] | None, work: Callable[[Any
 
     What the runtime logs (which backend it took and why) goes to stderr.
     """
-    options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
     try:
+        options = parser.parse_args(arguments)
+        logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
         return work(options)
     except BundleError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

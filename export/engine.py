@@ -24,7 +24,7 @@ Profile = Mapping[str, Mapping[str, Sequence[int]]]  # input → {"minimum", "op
 MODULES = ("tensorrt", "tensorrt_rtx")
 _OLDEST = (8, 5)
 # What a type may be set for; shapes, casts, constants and indices keep their own.
-_ARITHMETIC = ("MATRIX_MULTIPLY", "ELEMENTWISE", "UNARY", "ACTIVATION", "REDUCE")
+_ARITHMETIC = ("MATRIX_MULTIPLY", "FULLY_CONNECTED", "ELEMENTWISE", "UNARY", "ACTIVATION", "REDUCE")
 
 
 class Plan(NamedTuple):
