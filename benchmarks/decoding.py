@@ -44,7 +44,7 @@ def main(arguments: Arguments) -> None:
         work: dict[str, Callable[[], object]] = {
             "PyTorch eager": partial(decoder.decode_coefficients, coefficients, grid),
             "PyTorch compiled": partial(compiled, coefficients, grid),
-            "ONNX Runtime": partial(bundle.decode, coefficients.numpy()),
+            "ONNX Runtime": partial(bundle.run, "decoder", coefficients.numpy()),
         }
         times: dict[str, list[float]] = {name: [] for name in work}
         for round_number in range(ROUNDS + 3):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from export.runtime import load_bundle
+from export.runtime import Sampler, load_bundle
 from latent_prior.noise import initial_noise
 from latent_prior.pipeline import MNIFPipeline
 
@@ -44,8 +44,8 @@ def measured_latencies(pipeline: MNIFPipeline, bundle: Path | None, steps: int) 
             ("coefficients to picture", "PyTorch"): partial(decoder.decode_coefficients, coefficients, grid),
         }
         if exported is not None:
-            work["noise to picture", "ONNX Runtime"] = partial(exported.run, "sampler", noise)
-            work["coefficients to picture", "ONNX Runtime"] = partial(exported.decode, coefficients.numpy())
+            work["noise to picture", "ONNX Runtime"] = partial(exported.run, Sampler(exported).name, noise)
+            work["coefficients to picture", "ONNX Runtime"] = partial(exported.run, "decoder", coefficients.numpy())
         for (name, runtime), seconds in _medians(work).items():
             rows.append(
                 {

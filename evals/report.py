@@ -105,7 +105,8 @@ def report(arguments: ReportArguments) -> None:
 
 
 def _steps_of(manifest: dict[str, Any] | None, steps: int) -> int:
-    return manifest["sampling"]["num_inference_steps"] if manifest else steps
+    """Those of the sampler that :class:`export.runtime.Sampler` takes: the most the bundle has."""
+    return max(manifest["sampling"]["num_inference_steps"]) if manifest else steps
 
 
 def _drawn_pictures(pipeline: MNIFPipeline, seed: int, steps: int) -> dict[str, str]:

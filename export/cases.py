@@ -1,116 +1,191 @@
-"""A model's graphs, each with a fixed input and PyTorch's answer to it: what a bundle holds and is measured by."""
+"""A model's graphs in float32, each with fixed inputs and the exact answer in float64.
+
+Exact means: the same model with the same weights, evaluated by PyTorch in float64. What float32 costs PyTorch is
+measured along with it, and the tolerance of a graph grows with that.
+"""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
+from torch import Tensor
 
-from export.engine import Profile
-from export.graphs import baked_graph, decoder_graph, sampler_graph
-from export.steps import linear_steps
+from export.graphs import Resolution, baked_graph, decoder_graph, sampler_graph
+from export.profiles import Profile, baked_profile, batch_profile
+from export.steps import LinearSteps, linear_steps
 from latent_prior.noise import initial_noise
 from latent_prior.pipeline import MNIFPipeline
-from mnif.cells import axis_cells
+from mnif.errors import UserError
 from mnif.fields import BakedField
 from mnif.modeling import MNIFModel
 
-_BATCHES = (1, 8, 64)  # smallest, best and largest batch of an engine
-_REFERENCE_SAMPLES = 3
-_ENLARGEMENT = 4  # a baked engine evaluates pictures up to this many times the resolution
+_REFERENCES = 3  # instances in the reference of a graph with a batch, fewer where their grids are large
+_REFERENCE_VALUES = 1 << 17
+_REFERENCE_POINTS = 256  # of each cell, in the reference of a baked graph
+_BAKED_AT_ONCE = 64
+REFERENCED_BAKED = 8  # baked graphs that have a reference; the others are the same graph with other numbers
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a graph must answer.
+
+    Attributes:
+        prefix: of the arrays' names in reference.npz.
+        inputs: for each input a value, float32.
+        outputs: for each output the exact answer, float64.
+        float32_error: the largest difference of PyTorch in float32 to it.
+        limits: the least and the largest tolerance. The largest stays below half a step of an 8-bit pixel.
+    """
+
+    prefix: str
+    inputs: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
+    float32_error: float
+    limits: tuple[float, float] = (1e-5, 2e-4)
+
+    @property
+    def tolerance(self) -> float:
+        """The largest absolute difference allowed to a float32 graph: four times what float32 costs PyTorch here."""
+        return float(np.clip(4 * self.float32_error, *self.limits))
 
 
 @dataclass(frozen=True)
 class GraphCase:
-    """One graph and what it must answer.
+    """One graph in float32 and what it must answer.
 
     Attributes:
-        name: ``"decoder"``, ``"sampler"``, ``"baked_0000"``, ...
-        model: the graph, with one input and one output.
-        array: a value of the input.
-        expected: PyTorch's output for it.
-        tolerance: the largest difference allowed; values lie in about [-1, 1].
+        name: ``"decoder"``, ``"sampler_4"``, ``"baked_0000"``, ...
+        kind: as in :mod:`export.manifest`.
+        model: the graph.
         profile: the shapes to build an engine for.
+        reference: what it must answer; None for baked graphs after the first few.
+        steps: of a sampler.
+        instance: what is baked, as the manifest has it.
     """
 
     name: str
+    kind: str
     model: onnx.ModelProto
-    array: np.ndarray
-    expected: np.ndarray
-    tolerance: float
     profile: Profile
+    reference: Reference | None
+    steps: int | None = None
+    instance: dict[str, Any] | None = None
 
-    def parity(self) -> float:
-        """Checks the graph by ONNX's rules and runs it: max |ONNX Runtime - PyTorch| over the output."""
-        onnx.checker.check_model(self.model, full_check=True)
-        session = onnxruntime.InferenceSession(self.model.SerializeToString(), providers=["CPUExecutionProvider"])
-        (answer,) = session.run(None, {self.model.graph.input[0].name: self.array})
-        return float(np.abs(answer - self.expected).max())
+
+def reference_of(
+    prefix: str,
+    inputs: Mapping[str, np.ndarray],
+    exact: Mapping[str, Tensor],
+    single: Mapping[str, Tensor],
+    limits: tuple[float, float] = (1e-5, 2e-4),
+) -> Reference:
+    """A reference from PyTorch's answers in float64 and in float32.
+
+    Raises:
+        UserError: the two differ by more than any tolerance, or are no numbers.
+    """
+    error = max(float((exact[name] - single[name]).abs().max()) for name in exact)
+    if not error <= limits[1]:  # NaN is refused too
+        raise UserError(
+            f"{prefix}: PyTorch in float32 differs from float64 by {error:.1e}, more than {limits[1]:.0e}; nothing "
+            "was written; try another --seed or fewer --num_inference_steps, and check that training did not diverge"
+        )
+    outputs = {name: answer.numpy() for name, answer in exact.items()}
+    return Reference(prefix, dict(inputs), outputs, error, limits)
 
 
 @torch.no_grad()
-def graph_cases(
-    pipeline: MNIFPipeline, num_baked: int, num_inference_steps: int, resolution: int, seed: int
-) -> Iterator[GraphCase]:
-    """The decoder's graph, the sampler's, and those of the first baked samples.
+def decoder_case(decoder: MNIFModel, latents: Tensor, resolution: Resolution) -> GraphCase:
+    """Coefficients → values on a grid; ``latents`` [n, D] make the reference."""
+    exact_decoder, model = copy.deepcopy(decoder).double(), decoder_graph(decoder, resolution)
+    coefficients = decoder.coefficients(latents[: _reference_count(model)])
+    reference = reference_of(
+        "decoder",
+        {"coefficients": coefficients.numpy()},
+        {"values": exact_decoder.decode_coefficients(coefficients.double(), exact_decoder.grid(resolution))},
+        {"values": decoder.decode_coefficients(coefficients, decoder.grid(resolution))},
+    )
+    return GraphCase("decoder", "decoder", model, batch_profile(model), reference)
 
-    Args:
-        pipeline: on the CPU, in float32.
-        num_baked: how many samples of ``seed`` are baked, from sample 0.
-        num_inference_steps: of the sampler, at least 1.
-        resolution: pixels per axis of decoder and sampler, at least 1.
-        seed: of the noise.
+
+@torch.no_grad()
+def sampler_case(
+    pipeline: MNIFPipeline, num_inference_steps: int, resolution: Resolution | None, seed: int
+) -> GraphCase:
+    """Noise → values on a grid, or coefficients where ``resolution`` is None.
 
     Raises:
-        UserError: the resolution is below 1, or the scheduler cannot be exported.
+        UserError: the scheduler cannot be exported with so many steps.
     """
-    decoder = pipeline.decoder
-    steps = linear_steps(pipeline.scheduler, num_inference_steps)
-    noise = initial_noise(seed, range(max(_REFERENCE_SAMPLES, num_baked)), decoder.config.latent_dim)
-    (latents,) = pipeline(
-        latents=torch.from_numpy(noise),
-        num_inference_steps=num_inference_steps,
-        output_type="latent",
-        return_dict=False,
-    )
-    coefficients = decoder.coefficients(latents)
-    values = decoder(latents[:_REFERENCE_SAMPLES], resolution).numpy()
-    first = coefficients[:_REFERENCE_SAMPLES].numpy()
-    tolerance = _tolerance(decoder, latents[:_REFERENCE_SAMPLES], values, resolution)
-    yield _batched("decoder", decoder_graph(decoder, resolution), first, values, tolerance)
+    decoder, steps = pipeline.decoder, linear_steps(pipeline.scheduler, num_inference_steps)
     model = sampler_graph(pipeline, steps, resolution)
+    noise = initial_noise(seed, range(_reference_count(model)), decoder.config.latent_dim)
+    start = torch.from_numpy(noise)
+    (latents,) = pipeline(
+        latents=start, num_inference_steps=num_inference_steps, output_type="latent", return_dict=False
+    )
+    exact_decoder = copy.deepcopy(decoder).double()
+    exact_latents = _denoised(pipeline, steps, start.double())
+    output, single, exact = (
+        ("coefficients", decoder.coefficients(latents), exact_decoder.coefficients(exact_latents))
+        if resolution is None
+        else ("values", decoder(latents, resolution), exact_decoder(exact_latents, resolution))
+    )
     # Each of the unrolled steps hands its rounding on to the next.
-    yield _batched("sampler", model, noise[:_REFERENCE_SAMPLES], values, 10 * tolerance)
-    for index in range(num_baked):
-        field = decoder.bake(coefficients[index : index + 1])
-        yield _baked(f"baked_{index:04d}", decoder, field, resolution, tolerance)
+    name, limits = f"sampler_{num_inference_steps}", (1e-4, 2e-3)
+    reference = reference_of(name, {"noise": noise}, {output: exact}, {output: single}, limits)
+    return GraphCase(name, "sampler", model, batch_profile(model), reference, steps=len(steps.timesteps))
 
 
-def _tolerance(decoder: MNIFModel, latents: torch.Tensor, values: np.ndarray, resolution: int) -> float:
-    """Four times what float32 itself costs PyTorch here, which grows with the fields' frequencies.
-
-    At least 1e-5; at most 2e-4, so that even ten times as much stays below half a step of an 8-bit pixel.
-    """
-    exact = copy.deepcopy(decoder).double()(latents.double(), resolution).numpy()
-    return float(np.clip(4 * np.abs(values - exact).max(), 1e-5, 2e-4))
-
-
-def _batched(name: str, model: onnx.ModelProto, array: np.ndarray, values: np.ndarray, tolerance: float) -> GraphCase:
-    least, best, most = ((batch, *array.shape[1:]) for batch in _BATCHES)
-    profile = Profile(model.graph.input[0].name, least, best, most)
-    return GraphCase(name, model, array, values, tolerance, profile)
-
-
-def _baked(name: str, decoder: MNIFModel, field: BakedField, resolution: int, tolerance: float) -> GraphCase:
-    config = decoder.config
-    cells = config.cells**config.dimensions
+@torch.no_grad()
+def baked_cases(
+    decoder: MNIFModel, latents: Tensor, labels: Sequence[dict[str, Any]], resolution: Resolution
+) -> Iterator[GraphCase]:
+    """Coordinates → values for each of ``latents`` [n, D]; the first :data:`REFERENCED_BAKED` have references."""
+    cells = decoder.config.cells**decoder.config.dimensions
     coordinates = decoder.grid(resolution).coordinates.expand(cells, -1, -1)
-    enlarged = axis_cells(_ENLARGEMENT * resolution, config.cells, config.overlap).coordinates.shape[1]
-    points = (1, coordinates.shape[1], enlarged**config.dimensions)
-    least, best, most = ((cells, count, config.dimensions) for count in points)
-    profile = Profile("coordinates", least, best, most)
-    array = np.ascontiguousarray(coordinates.numpy())
-    return GraphCase(name, baked_graph(field), array, field(coordinates).numpy(), tolerance, profile)
+    points = coordinates.shape[1]
+    chosen = torch.linspace(0, points - 1, min(points, _REFERENCE_POINTS)).round().long()
+    coordinates = coordinates[:, chosen].contiguous()
+    profile = baked_profile(decoder, resolution)
+    exact = list(_baked(copy.deepcopy(decoder).double(), latents[:REFERENCED_BAKED].double()))
+    for index, (baked, label) in enumerate(zip(_baked(decoder, latents), labels, strict=True)):
+        name, reference = f"baked_{index:04d}", None
+        if index < len(exact):
+            reference = reference_of(
+                name,
+                {"coordinates": coordinates.numpy()},
+                {"values": exact[index](coordinates.double())},
+                {"values": baked(coordinates)},
+            )
+        yield GraphCase(name, "baked", baked_graph(baked), profile, reference, instance=label)
+
+
+def _baked(decoder: MNIFModel, latents: Tensor) -> Iterator[BakedField]:
+    """The field of each of ``latents`` [n, D], many baked at a time."""
+    for begin in range(0, len(latents), _BAKED_AT_ONCE):
+        some = latents[begin : begin + _BAKED_AT_ONCE]
+        fields = decoder.bake(decoder.coefficients(some))
+        for rows in fields.rows.chunk(len(some)):
+            yield BakedField(fields.shapes, rows, fields.output_sine)
+
+
+def _denoised(pipeline: MNIFPipeline, steps: LinearSteps, noise: Tensor) -> Tensor:
+    """Latents from noise [n, D] float64, in float64."""
+    denoiser = copy.deepcopy(pipeline.denoiser).double()
+    samples, predictions = [noise], []
+    for step, timestep in enumerate(steps.timesteps):
+        predictions.append(denoiser(samples[-1], float(timestep)))
+        samples.append(torch.stack([weight * each for each, weight in steps.terms(step, samples, predictions)]).sum(0))
+    return denoiser.to_latents(samples[-1])
+
+
+def _reference_count(model: onnx.ModelProto) -> int:
+    """Instances in the reference of a graph whose first axis is the batch."""
+    values = np.prod([axis.dim_value for axis in model.graph.output[0].type.tensor_type.shape.dim[1:]])
+    return int(np.clip(_REFERENCE_VALUES // values, 1, _REFERENCES))

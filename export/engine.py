@@ -1,123 +1,245 @@
-"""The compile gate: TensorRT-RTX compiles a graph on a machine without a GPU.
+"""ONNX → plan with TensorRT 8.5 to 11 or TensorRT-RTX: one path that follows each version's rules.
 
-It shows that NVIDIA's parser and kernel generator take a graph whole, with its dynamic axis and with TF32 off. It is
-**not a Jetson build**: TensorRT-RTX makes code for desktop GPUs (compute capability 8.0 and up, neither Orin's 8.7
-nor Thor's 11.0). The plan is measured and thrown away; engines for a device are built on the device.
+Precision belongs to the graph: its Cast nodes say what is float16. TensorRT 10 is told to take types as they are
+(STRONGLY_TYPED), 11 and RTX know nothing else. TensorRT 8 picks types by speed unless it is held: there the layers
+that multiply in float16 are named one by one, every other arithmetic layer is held to float32, and the constraints
+are to be obeyed. TF32 is off everywhere.
+
+This file stands by itself (Python 3.8, NumPy) and is copied into every bundle's ``device/``.
 """
 
+from __future__ import annotations
+
+import re
 import time
-from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, Mapping, NamedTuple, Sequence
 
-from mnif.errors import UserError
+from export.bundle_folder import BundleError
 
+Profile = Mapping[str, Mapping[str, Sequence[int]]]  # input → {"minimum", "optimum", "maximum"} shapes
 
-@dataclass(frozen=True)
-class Profile:
-    """The shapes an engine is built for: every shape from ``minimum`` to ``maximum`` runs, ``optimum`` fastest.
-
-    Attributes:
-        input: name of the graph's input.
-        minimum, optimum, maximum: shapes that differ in the dynamic axis alone.
-    """
-
-    input: str
-    minimum: tuple[int, ...]
-    optimum: tuple[int, ...]
-    maximum: tuple[int, ...]
+MODULES = ("tensorrt", "tensorrt_rtx")
+_OLDEST = (8, 5)
+# What a type may be set for; shapes, casts, constants and indices keep their own.
+_ARITHMETIC = ("MATRIX_MULTIPLY", "FULLY_CONNECTED", "ELEMENTWISE", "UNARY", "ACTIVATION", "REDUCE")
 
 
-@dataclass(frozen=True)
-class CompileReport:
-    """What the gate found.
+class Plan(NamedTuple):
+    """A built engine.
 
     Attributes:
-        version: of TensorRT-RTX.
-        compute_capabilities: the GPUs compiled for, all in one plan, such as ``"SM86"``.
+        content: the plan, bytes to be written as they are.
+        log: what the builder said, line by line.
         seconds: from parsing to plan.
-        plan_bytes: size of the plan.
+        settings: what it was built with, for the sidecar.
+        timing_cache: to be kept for the next build on this device; None where none was used.
     """
 
-    version: str
-    compute_capabilities: list[str]
+    content: bytes
+    log: list[str]
     seconds: float
-    plan_bytes: int
+    settings: dict[str, Any]
+    timing_cache: bytes | None
 
 
-def rtx_is_installed() -> bool:
-    """Whether the package ``tensorrt_rtx`` can be imported here."""
-    return _tensorrt_rtx() is not None
-
-
-def compile_with_rtx(onnx_path: Path, profile: Profile) -> CompileReport:
-    """Compiles one graph for all GPUs that TensorRT-RTX knows and that multiply matrices in float32.
+def find_builder(wanted: str = "auto") -> ModuleType:
+    """TensorRT's module.
 
     Args:
-        onnx_path: the graph.
-        profile: the shapes of its input.
+        wanted: ``"tensorrt"``, ``"tensorrt_rtx"``, or ``"auto"`` for the first of them that is installed.
 
     Raises:
-        UserError: tensorrt_rtx is not installed, or it refuses the graph; the message has its first complaint.
+        BundleError: it is not installed, or older than 8.5.
     """
-    rtx = _tensorrt_rtx()
-    if rtx is None:
-        raise UserError("the compile gate needs TensorRT-RTX; pip install 'mnif-diffusion[rtx]' or --compile_rtx off")
-    logger = _logger()
+    for name in MODULES if wanted == "auto" else (wanted,):
+        try:
+            module = import_module(name)
+        except ImportError:
+            continue
+        if not hasattr(module, "Builder"):  # the package index has empty shells of plain TensorRT
+            continue
+        if not is_rtx(module) and version_of(module) < _OLDEST:
+            raise BundleError(f"TensorRT {module.__version__}: 8.5 or newer is needed (JetPack 5.1)")
+        return module
+    missing = "neither tensorrt nor tensorrt_rtx" if wanted == "auto" else f"no {wanted}"
+    raise BundleError(
+        f"{missing} can be imported; JetPack brings tensorrt (python3-libnvinfer), on a desktop "
+        "pip install tensorrt-rtx"
+    )
+
+
+def is_rtx(module: Any) -> bool:
+    """Whether a module is TensorRT-RTX, which builds without a GPU and not for a Jetson."""
+    return str(module.__name__).startswith("tensorrt_rtx")
+
+
+def version_of(module: Any) -> tuple[int, int]:
+    """Major and minor version."""
+    found = re.match(r"(\d+)\.(\d+)", str(module.__version__))
+    if found is None:
+        raise BundleError(f"{module.__name__} has a version that cannot be read: {module.__version__}")
+    return int(found.group(1)), int(found.group(2))
+
+
+def build_plan(
+    module: Any,
+    model: bytes,
+    profiles: Sequence[Profile],
+    half: Sequence[str] = (),
+    optimization_level: int | None = None,
+    timing_cache: bytes | None = None,
+    compute_capabilities: Sequence[str] = (),
+) -> Plan:
+    """Builds one graph.
+
+    Args:
+        module: ``tensorrt`` or ``tensorrt_rtx``.
+        model: the graph's file.
+        profiles: the optimisation profiles.
+        half: names of the nodes that multiply in float16; only TensorRT 8 has to be told.
+        optimization_level: of the builder; None leaves it to TensorRT.
+        timing_cache: of an earlier build on this device, empty for a new one; None for none at all. A timing cache
+            makes the builder look for a GPU, and TensorRT-RTX keeps none: there it must be None.
+        compute_capabilities: of the GPUs to build for, such as ``"8.6"``; TensorRT-RTX alone takes them.
+
+    Raises:
+        BundleError: TensorRT refuses; the line has its first complaint.
+    """
+    logger = builder_logger(module)
+    logger.lines.clear()
     logger.complaints.clear()
     started = time.perf_counter()
-    builder = rtx.Builder(logger)
-    network = builder.create_network(0)
-    parser = rtx.OnnxParser(network, logger)
-    plan = None
-    if parser.parse(onnx_path.read_bytes()):
-        # A timing cache would ask for a GPU, so none is attached.
-        config = builder.create_builder_config()
-        config.clear_flag(rtx.BuilderFlag.TF32)
-        capabilities = _capabilities(rtx)
-        config.num_compute_capabilities = len(capabilities)
-        for index, name in enumerate(capabilities):
-            config.set_compute_capability(getattr(rtx.ComputeCapability, name), index)
+    builder = _builder(module, logger)
+    strong = is_rtx(module) or version_of(module)[0] >= 10
+    network = builder.create_network(_network_flags(module))
+    parser = module.OnnxParser(network, logger)
+    if not parser.parse(model):
+        raise BundleError(f"{_name(module)} cannot read the graph: {_complaint(parser, logger)}")
+    config = builder.create_builder_config()
+    flags = _set_precision(module, network, config, half, strong)
+    _set_effort(module, config, optimization_level)
+    if compute_capabilities:
+        _set_targets(module, config, compute_capabilities)
+    for profile in profiles:
         shapes = builder.create_optimization_profile()
-        shapes.set_shape(profile.input, profile.minimum, profile.optimum, profile.maximum)
+        for name, sizes in profile.items():
+            shapes.set_shape(name, *[tuple(sizes[key]) for key in ("minimum", "optimum", "maximum")])
         config.add_optimization_profile(shapes)
-        plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        reason = logger.complaints[0] if logger.complaints else "it gives no reason"
-        raise UserError(f"{onnx_path.name}: TensorRT-RTX {rtx.__version__} refuses the graph: {reason}")
-    return CompileReport(rtx.__version__, capabilities, time.perf_counter() - started, plan.nbytes)
+    if timing_cache is not None:
+        config.set_timing_cache(config.create_timing_cache(timing_cache), False)
+    content = builder.build_serialized_network(network, config)
+    if content is None:
+        raise BundleError(f"{_name(module)} cannot build the graph: {_complaint(parser, logger)}")
+    kept = bytes(config.get_timing_cache().serialize()) if timing_cache is not None else None
+    settings = {
+        "typing": "strong" if strong else "constraints",
+        "flags": flags,
+        "tf32": False,
+        "optimization_level": optimization_level,
+    }
+    return Plan(bytes(content), list(logger.lines), time.perf_counter() - started, settings, kept)
 
 
-def _tensorrt_rtx() -> ModuleType | None:
+def _network_flags(module: Any) -> int:
+    """TensorRT 8 knows batches as an axis only when told so; 10 takes types as they are only when told so."""
+    flags = module.NetworkDefinitionCreationFlag
+    if is_rtx(module) or version_of(module)[0] >= 11:
+        return 0
+    return 1 << int(flags.STRONGLY_TYPED if version_of(module)[0] >= 10 else flags.EXPLICIT_BATCH)
+
+
+def _set_precision(module: Any, network: Any, config: Any, half: Sequence[str], strong: bool) -> list[str]:
+    """Holds types to the graph's; returns the builder flags that were set."""
+    config.clear_flag(module.BuilderFlag.TF32)
+    if strong:
+        return []
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    # Matrices stored in int8 are widened by the graph; TensorRT 8 takes such a graph only with the flag.
+    flags = ["INT8"] if any(layer.type == module.LayerType.DEQUANTIZE for layer in layers) else []
+    flags += ["FP16", "OBEY_PRECISION_CONSTRAINTS"] if half else []
+    for name in flags:
+        config.set_flag(getattr(module.BuilderFlag, name))
+    arithmetic = [getattr(module.LayerType, name) for name in _ARITHMETIC]
+    for layer in layers if half else []:
+        if layer.type not in arithmetic or layer.get_output(0).dtype not in (module.float32, module.float16):
+            continue
+        kind = module.float16 if layer.name in half else module.float32
+        layer.precision = kind
+        for output in range(layer.num_outputs):
+            layer.set_output_type(output, kind)
+    return flags
+
+
+def _set_effort(module: Any, config: Any, level: int | None) -> None:
+    config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
+    if level is None:
+        return
+    if not is_rtx(module) and version_of(module) < (8, 6):
+        raise BundleError(f"TensorRT {module.__version__} has no optimisation levels (8.6 and newer do)")
+    config.builder_optimization_level = level
+
+
+def _set_targets(module: Any, config: Any, wanted: Sequence[str]) -> None:
+    """Builds for GPUs by their compute capabilities, such as "8.6"."""
+    if not is_rtx(module):
+        raise BundleError("TensorRT builds for the GPU of this machine; only TensorRT-RTX takes compute capabilities")
+    known = compute_capabilities(module)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise BundleError(
+            f"TensorRT-RTX {module.__version__} does not build for {', '.join(unknown)}; it knows {', '.join(known)}"
+        )
+    config.num_compute_capabilities = len(wanted)
+    for index, name in enumerate(wanted):
+        config.set_compute_capability(getattr(module.ComputeCapability, "SM" + name.replace(".", "")), index)
+
+
+def compute_capabilities(module: Any) -> list[str]:
+    """All GPUs TensorRT-RTX builds for, such as ``"8.6"``, but Turing's 7.5: it has no float32 product there."""
+    numbers = sorted(int(name[2:]) for name in module.ComputeCapability.__members__ if name.startswith("SM"))
+    return [f"{number // 10}.{number % 10}" for number in numbers if number != 75]
+
+
+def _builder(module: Any, logger: Any) -> Any:
+    """A builder; without a GPU some versions raise and others give None."""
+    reason = "it gives no reason"
     try:
-        import tensorrt_rtx
-    except ImportError:
-        return None
-    return tensorrt_rtx
+        builder = module.Builder(logger)
+    except (RuntimeError, TypeError) as error:
+        builder, reason = None, " ".join(str(error).split())
+    if builder is None:
+        raise BundleError(f"TensorRT finds no GPU it can build for: {(logger.complaints or [reason])[0]}")
+    return builder
 
 
-def _capabilities(rtx: ModuleType) -> list[str]:
-    """All but Turing (SM75), which has no float32 matrix product there."""
-    names = [name for name in rtx.ComputeCapability.__members__ if name.startswith("SM") and name != "SM75"]
-    return sorted(names, key=lambda name: int(name[2:]))
+def _name(module: Any) -> str:
+    return f"{'TensorRT-RTX' if is_rtx(module) else 'TensorRT'} {module.__version__}"
 
 
-@lru_cache(maxsize=1)
-def _logger() -> Any:
-    """TensorRT-RTX keeps the first logger of a process for good, so there is one for all builds."""
-    rtx: Any = _tensorrt_rtx()
+def _complaint(parser: Any, logger: Any) -> str:
+    if logger.complaints:
+        return str(logger.complaints[0])
+    return " ".join(str(parser.get_error(0).desc()).split()) if parser.num_errors else "it gives no reason"
 
-    class Logger(rtx.ILogger):
-        """Keeps errors for the one line a user is shown."""
+
+@lru_cache(maxsize=None)
+def builder_logger(module: Any) -> Any:
+    """The one logger of a module: TensorRT keeps the first one of a process for good."""
+
+    class Logger(module.ILogger):
+        """Keeps what is said, errors apart for the one line a user is shown."""
 
         def __init__(self) -> None:
-            rtx.ILogger.__init__(self)
+            module.ILogger.__init__(self)
+            self.lines: list[str] = []
             self.complaints: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
-            if severity in (rtx.ILogger.ERROR, rtx.ILogger.INTERNAL_ERROR):
+            self.lines.append(message)
+            if severity in (module.ILogger.ERROR, module.ILogger.INTERNAL_ERROR):
                 self.complaints.append(" ".join(message.split()))
 
     return Logger()

@@ -1,6 +1,6 @@
 """Building one ONNX graph: nodes and initialisers under names that stay the same from export to export."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -35,13 +35,13 @@ class Nodes:
         return output
 
     def reshape(self, tensor: str, shape: Sequence[int], output: str) -> str:
-        """Reshapes; -1 stands for the dynamic axis."""
+        """Reshapes; 0 keeps an axis and -1 stands for what is left."""
         return self.add("Reshape", [tensor, self._shape(f"{output}/shape", shape)], output)
 
     def split(self, tensor: str, sizes: Sequence[int], outputs: list[str]) -> list[str]:
-        """Cuts a matrix's columns into parts of the given sizes."""
+        """Cuts the last axis into parts of the given sizes."""
         inputs = [tensor, self._shape(f"{outputs[0]}/split", sizes)]
-        self._nodes.append(helper.make_node("Split", inputs, outputs, name=f"{outputs[0]}/cut", axis=1))
+        self._nodes.append(helper.make_node("Split", inputs, outputs, name=f"{outputs[0]}/cut", axis=-1))
         return outputs
 
     def linear(self, tensor: str, weight: str, bias: str, output: str, scale: float = 1.0) -> str:
@@ -59,26 +59,52 @@ class Nodes:
             total = self.add("Add", [total, term], f"{output}/sum_{index}")
         return total
 
-    def model(self, name: str, source: tuple[str, Shape], result: tuple[str, Shape], tensor: str) -> onnx.ModelProto:
+    def unsqueeze(self, tensor: str, axes: Sequence[int], output: str) -> str:
+        """Puts axes of length one at the places ``axes`` of the result."""
+        return self.add("Unsqueeze", [tensor, self._shape(f"{output}/axes", axes)], output)
+
+    def squeeze(self, tensor: str, axes: Sequence[int], output: str) -> str:
+        """Takes away axes of length one."""
+        return self.add("Squeeze", [tensor, self._shape(f"{output}/axes", axes)], output)
+
+    def reduce_sum(self, tensor: str, axis: int, output: str, keep: bool) -> str:
+        """The sum over an axis, which stays with length one if it is to be kept."""
+        return self.add("ReduceSum", [tensor, self._shape(f"{output}/axes", [axis])], output, keepdims=int(keep))
+
+    def number(self, value: float) -> str:
+        """A float32 number that broadcasts against any tensor."""
+        return self.constant(f"number_{value:.9g}", np.array([value], dtype=np.float32))
+
+    def scalar(self, value: float) -> str:
+        """A float32 number without axes, as the limits of Clip must be."""
+        return self.constant(f"scalar_{value:.9g}", np.array(value, dtype=np.float32))
+
+    def model(
+        self, name: str, sources: Mapping[str, Shape], results: Mapping[str, tuple[str, Shape]]
+    ) -> onnx.ModelProto:
         """Closes the graph.
 
         Args:
             name: of the graph.
-            source: name and shape of the input, float32; a word in a shape is a dynamic axis.
-            result: name and shape of the output, float32.
-            tensor: what the nodes call the output so far.
+            sources: the inputs and their shapes, float32; a word in a shape is a dynamic axis.
+            results: for each output what the nodes call it so far, and its shape, float32.
 
         Returns:
             The model, all weights inside, opset 17 and IR 8.
         """
+        final = {tensor: output for output, (tensor, _) in results.items()}
         for node in self._nodes:
             for names in (node.input, node.output):
-                names[:] = [result[0] if each == tensor else each for each in names]
+                names[:] = [final.get(each, each) for each in names]
+
+        def described(shapes: Mapping[str, Shape]) -> list[onnx.ValueInfoProto]:
+            return [helper.make_tensor_value_info(key, TensorProto.FLOAT, shape) for key, shape in shapes.items()]
+
         graph = helper.make_graph(
             self._nodes,
             name,
-            [helper.make_tensor_value_info(source[0], TensorProto.FLOAT, source[1])],
-            [helper.make_tensor_value_info(result[0], TensorProto.FLOAT, result[1])],
+            described(sources),
+            described({output: shape for output, (_, shape) in results.items()}),
             list(self._initialisers.values()),
         )
         return helper.make_model(

@@ -16,6 +16,10 @@ COMMANDS = {
     "prior": ("latent_prior.train:main", "learn the distribution of the latents (stage two)"),
     "sample": ("latent_prior.sample:main", "draw new pictures"),
     "export": ("export.bundle:main", "write ONNX graphs and weights for an edge device"),
+    "build": ("export.build:main", "build TensorRT plans for a bundle's graphs"),
+    "verify": ("export.verify:main", "check a bundle's graphs in every backend against the exact reference"),
+    "bench": ("export.bench:main", "time a bundle's graphs in every backend"),
+    "inspect": ("export.inspection:main", "show what is in a bundle and what its plans are made of"),
     "eval": ("evals.run:main", "measure samples and reconstructions beside their controls"),
     "report": ("evals.report:main", "write one HTML page that shows a run"),
 }
@@ -28,7 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: without the program's name; default: the process's own.
 
     Returns:
-        The exit code: 0 done, 2 a mistake the user can mend (one line on stderr), 130 stopped by Ctrl-C.
+        The exit code: 0 done, 1 a check that failed, 2 a mistake the user can mend (one line on stderr), 130 stopped
+        by Ctrl-C.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -45,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     module, _, function = COMMANDS[name][0].partition(":")
     try:
-        getattr(import_module(module), function)(rest)
+        code: int | None = getattr(import_module(module), function)(rest)
     except UserError as error:
         print(f"mnif {name}: {error}", file=sys.stderr)
         return 2
@@ -55,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"mnif {name}: stopped", file=sys.stderr)
         return 130
-    return 0
+    return code or 0
 
 
 def _usage() -> str:

@@ -13,6 +13,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
+from export.bundle import export_bundle
+from export.export_arguments import ExportArguments
 from latent_prior.denoiser import LatentDenoiser
 from latent_prior.objective import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
@@ -25,12 +27,20 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def decoder() -> MNIFModel:
+    return small_decoder()
+
+
+def small_decoder() -> MNIFModel:
     torch.manual_seed(0)
     return MNIFModel(resolution=16, num_bases=6, width=8, depth=1, latent_dim=12, cells=2)
 
 
 @pytest.fixture
 def pipeline(decoder: MNIFModel) -> MNIFPipeline:
+    return small_pipeline(decoder)
+
+
+def small_pipeline(decoder: MNIFModel) -> MNIFPipeline:
     """A pipeline whose denoiser is random but bounded, so that unrolled steps stay in range."""
     torch.manual_seed(1)
     denoiser = LatentDenoiser(latent_dim=12, width=16, depth=2, decoder_fingerprint=decoder.fingerprint())
@@ -42,6 +52,23 @@ def pipeline(decoder: MNIFModel) -> MNIFPipeline:
     pipeline = MNIFPipeline(decoder, denoiser, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of 15×15 pictures, two of them baked, samplers of 1 and 3 steps; who changes it copies it first."""
+    output = tmp_path_factory.mktemp("exported") / "bundle"
+    options = ExportArguments(
+        model=output.parent,
+        output_dir=output,
+        num_baked=2,
+        num_inference_steps=[1, 3],
+        resolution=[15],
+        sampler_precision=["fp32", "mixed"],
+        compile_rtx="off",
+    )
+    export_bundle(small_pipeline(small_decoder()), options)
+    return output
 
 
 @pytest.fixture(scope="session")

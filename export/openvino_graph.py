@@ -1,0 +1,102 @@
+"""A graph in OpenVINO on the CPU, fast for fields: sines as polynomials, one compilation for each shape.
+
+OpenVINO calls the C library for every sine, and that is where a field's time goes. Written as multiplications and
+additions, and with sizes known, OpenVINO makes one vectorised loop of them.
+
+This file stands by itself (Python 3.8, NumPy, OpenVINO) and is copied into every bundle's ``device/``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+
+from export.bundle_folder import BundleError
+
+_TERMS = 7  # x, x³, ... x¹³: within 2e-9 of the sine on [-π, π]
+_COARSE = 6.28125  # 2π in few bits, so that whole turns of it are exact in float32
+_FINE = 2 * math.pi - _COARSE
+_KEPT = 8  # compiled shapes
+
+
+class OpenVinoGraph:
+    """A graph, computed in float32 even where it is mixed.
+
+    Args:
+        model: the graph's file.
+        threads: 0 lets OpenVINO choose.
+
+    Raises:
+        ImportError: OpenVINO is not installed.
+        BundleError: it cannot read the graph.
+    """
+
+    name = "openvino"
+
+    def __init__(self, model: bytes, threads: int = 0):
+        import openvino
+
+        self.version = str(openvino.__version__).partition("-")[0]
+        self._settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        if threads:
+            self._settings["INFERENCE_NUM_THREADS"] = str(threads)
+        self._core = openvino.Core()
+        try:
+            self._model = self._core.read_model(model)
+        except RuntimeError as error:
+            raise BundleError(f"not a usable graph ({str(error).strip().splitlines()[-1]})") from None
+        replace_sines(self._model)
+        self._requests: OrderedDict[tuple, Any] = OrderedDict()
+
+    def __call__(self, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """The outputs in the graph's order."""
+        request = self._request({name: list(array.shape) for name, array in arrays.items()})
+        request.infer(arrays)
+        return [request.get_output_tensor(index).data.copy() for index in range(len(self._model.outputs))]
+
+    def _request(self, shapes: dict[str, list[int]]) -> Any:
+        key = tuple((name, *shape) for name, shape in sorted(shapes.items()))
+        if key not in self._requests:
+            model = self._model.clone()
+            model.reshape(shapes)
+            if len(self._requests) == _KEPT:
+                self._requests.popitem(last=False)
+            self._requests[key] = self._core.compile_model(model, "CPU", self._settings).create_infer_request()
+        self._requests.move_to_end(key)
+        return self._requests[key]
+
+
+def replace_sines(model: Any) -> None:
+    """Writes every sine of an OpenVINO model as a polynomial of the argument without its whole turns."""
+    from openvino import opset13 as operators
+
+    def number(value: float) -> Any:
+        return operators.constant(np.float32(value))
+
+    coefficients = sine_coefficients(_TERMS)
+    for node in model.get_ordered_ops():
+        if node.get_type_name() != "Sin":
+            continue
+        argument = node.input_value(0)
+        turns = operators.round(operators.multiply(argument, number(0.5 / math.pi)), "half_to_even")
+        rest = operators.subtract(argument, operators.multiply(turns, number(_COARSE)))
+        rest = operators.subtract(rest, operators.multiply(turns, number(_FINE)))
+        square = operators.multiply(rest, rest)
+        sum_of_powers = number(coefficients[-1])
+        for coefficient in coefficients[-2::-1]:
+            sum_of_powers = operators.add(operators.multiply(sum_of_powers, square), number(coefficient))
+        sine = operators.multiply(sum_of_powers, rest)
+        for reader in node.output(0).get_target_inputs():
+            reader.replace_source_output(sine.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def sine_coefficients(terms: int) -> np.ndarray:
+    """c of sin x ≈ c[0] x + c[1] x³ + ... on [-π, π], by least squares at Chebyshev's nodes."""
+    nodes = np.cos(np.linspace(0, np.pi / 2, 400)[:-1])
+    powers = nodes[:, None] ** np.arange(1, 2 * terms, 2)
+    scaled, *_ = np.linalg.lstsq(powers, np.sin(np.pi * nodes), rcond=None)
+    return scaled / np.pi ** np.arange(1, 2 * terms, 2)

@@ -1,0 +1,147 @@
+"""Where a graph multiplies in half precision, how it stores its large matrices, and what either costs.
+
+- **fp32**: everything in float32 (on a GPU with TF32 off).
+- **mixed**: the hidden products in float16, put between Cast nodes; the first layer, biases, every sine, and the
+  products that mix the bases stay in float32. The first layer decides: its argument is multiplied by w0, so half
+  precision there is a phase error of every sine that follows.
+
+The large matrices (denoiser, coefficient map, bases) can be stored in fewer bits than they are computed in:
+
+- **fp16**: float16 numbers and a Cast.
+- **int8**: one scale per output channel and DequantizeLinear, for the denoiser's blocks and the coefficient map; what
+  reads and writes latents stays in float16, which is worth 6 dB. Fields are not stored so: a SIREN of 55 dB comes down
+  to 45.
+
+What either costs is measured by :mod:`export.reference_evaluator`, which counts in the types a graph names. ONNX
+Runtime on a CPU takes float16 casts out and would show no loss at all.
+"""
+
+import re
+from typing import Literal
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+Precision = Literal["fp32", "mixed"]
+Storage = Literal["fp32", "fp16", "int8"]
+
+# For the manifest: the type of each part of a graph.
+PARTS: dict[Precision, dict[str, str]] = {
+    "fp32": {"products": "float32", "first_layer": "float32", "biases": "float32", "sines": "float32"},
+    "mixed": {"products": "float16", "first_layer": "float32", "biases": "float32", "sines": "float32"},
+}
+_HIDDEN = re.compile(r"layer_[1-9]\d*/product|step_\d+/.+")
+_LARGE = 4096  # numbers; smaller matrices are not worth a node
+_WHOLE = ("denoiser.blocks.", "decoder.coefficient_map.")  # what int8 holds; all else is float16 then
+
+
+def hidden_products(model: onnx.ModelProto) -> list[str]:
+    """Names of the products that *mixed* takes in float16: hidden layers of fields, and those of the denoiser."""
+    return [
+        node.name for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and _HIDDEN.fullmatch(node.name)
+    ]
+
+
+def variant(model: onnx.ModelProto, precision: Precision, storage: Storage) -> onnx.ModelProto:
+    """A float32 graph in another precision, its large matrices in another storage."""
+    if precision == "fp32":
+        return stored(model, storage)
+    # Constants that mixed has narrowed to float16 need no widening; int8 goes first, as it narrows them further.
+    return mixed(stored(model, storage)) if storage == "int8" else stored(mixed(model), storage)
+
+
+def mixed(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A float32 graph with its hidden products in float16.
+
+    Constants that only such products read are stored in float16; it loses nothing more.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    half = set(hidden_products(model))
+    readers: dict[str, set[bool]] = {}
+    for node in model.graph.node:
+        for place, name in enumerate(node.input):
+            readers.setdefault(name, set()).add(node.name in half and place < 2)
+    constants = {tensor.name: tensor for tensor in result.graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    halves: dict[str, str] = {}
+
+    def in_half(name: str) -> str:
+        if name not in halves:
+            if name in constants and readers[name] == {True}:
+                halves[name] = name
+                _replace(constants[name], numpy_helper.to_array(constants[name]).astype(np.float16))
+            else:
+                halves[name] = f"{name}/float16"
+                nodes.append(_cast(name, halves[name], TensorProto.FLOAT16))
+        return halves[name]
+
+    for node in model.graph.node:
+        if node.name not in half:
+            nodes.append(node)
+            continue
+        output, raw = node.output[0], f"{node.output[0]}/product_float16"
+        product = onnx.NodeProto()
+        product.CopyFrom(node)
+        product.input[:] = [in_half(name) for name in node.input[:2]]
+        product.output[:] = [raw]
+        bias = node.input[2] if len(node.input) > 2 else None
+        nodes.append(product)
+        nodes.append(_cast(raw, output if bias is None else f"{output}/product", TensorProto.FLOAT))
+        if bias is not None:
+            nodes.append(helper.make_node("Add", [f"{output}/product", bias], [output], name=f"{output}/biased"))
+    _set_nodes(result, nodes)
+    return result
+
+
+def stored(model: onnx.ModelProto, storage: Storage) -> onnx.ModelProto:
+    """A float32 graph whose large matrices are kept in fewer bits and widened by a node of their own.
+
+    The first layer's bases are left as they are.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    if storage == "fp32":
+        return result
+    first = {name for node in model.graph.node if node.name.startswith("layer_0/") for name in node.input}
+    widened: dict[str, str] = {}
+    nodes: list[onnx.NodeProto] = []
+    for tensor in list(result.graph.initializer):
+        array = numpy_helper.to_array(tensor)
+        name = tensor.name
+        if array.dtype != np.float32 or array.ndim != 2 or array.size < _LARGE or name in first:
+            continue
+        widened[name] = f"{name}/float32"
+        if storage == "int8" and name.startswith(_WHOLE):
+            whole, scale = quantised(array)
+            _replace(tensor, whole)
+            result.graph.initializer.append(numpy_helper.from_array(scale, f"{name}/scale"))
+            inputs = [name, f"{name}/scale"]
+            nodes.append(helper.make_node("DequantizeLinear", inputs, [widened[name]], name=widened[name], axis=0))
+        else:
+            _replace(tensor, array.astype(np.float16))
+            nodes.append(_cast(name, widened[name], TensorProto.FLOAT))
+    for node in result.graph.node:
+        node.input[:] = [widened.get(name, name) for name in node.input]
+    _set_nodes(result, [*nodes, *result.graph.node])
+    return result
+
+
+def quantised(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A matrix [out, in] → int8 of the same shape and scales [out] float32: matrix ≈ int8 · scale, row by row."""
+    scale = np.maximum(np.abs(matrix).max(axis=1), 1e-12).astype(np.float32) / np.float32(127)
+    return np.clip(np.round(matrix / scale[:, None]), -127, 127).astype(np.int8), scale
+
+
+def _cast(source: str, output: str, kind: int) -> onnx.NodeProto:
+    return helper.make_node("Cast", [source], [output], name=f"{source}/cast", to=kind)
+
+
+def _replace(tensor: TensorProto, array: np.ndarray) -> None:
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+
+def _set_nodes(model: onnx.ModelProto, nodes: list[onnx.NodeProto]) -> None:
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)

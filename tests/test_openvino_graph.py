@@ -1,0 +1,46 @@
+"""OpenVINO with sines of our own."""
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from export.bundle_folder import BundleError
+from export.openvino_graph import OpenVinoGraph, sine_coefficients
+
+pytest.importorskip("openvino")
+
+
+def sines() -> bytes:
+    """x [rows, columns] → sin(x)."""
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", "columns"]) for name in ("x", "y")]
+    made = helper.make_graph([helper.make_node("Sin", ["x"], ["y"])], "g", ends[:1], ends[1:])
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+
+
+def test_sines_of_any_argument() -> None:
+    graph = OpenVinoGraph(sines())
+    for reach in (0.1, 4.0, 40.0, 1000.0):
+        x = np.linspace(-reach, reach, 20001, dtype=np.float32).reshape(3, -1)
+        (y,) = graph({"x": x})
+        np.testing.assert_allclose(y, np.sin(x.astype(np.float64)), atol=6e-7)
+
+
+def test_shapes_may_change_from_call_to_call() -> None:
+    graph = OpenVinoGraph(sines(), threads=1)
+    for rows in (*range(1, 12), 1):
+        x = np.random.default_rng(rows).standard_normal((rows, 5)).astype(np.float32)
+        first = graph({"x": x})[0]
+        graph({"x": x + 1})
+        np.testing.assert_allclose(first, np.sin(x), atol=1e-6)  # an answer is the caller's own
+
+
+def test_the_polynomial_is_a_sine() -> None:
+    x = np.linspace(-np.pi, np.pi, 10001)
+    c = sine_coefficients(7)
+    assert np.abs(sum(c[k] * x ** (2 * k + 1) for k in range(7)) - np.sin(x)).max() < 2e-9
+
+
+def test_what_is_no_graph_is_one_line() -> None:
+    with pytest.raises(BundleError, match="not a usable graph") as refusal:
+        OpenVinoGraph(sines()[:-20])
+    assert "\n" not in str(refusal.value)
