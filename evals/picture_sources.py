@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from export.runtime import BundleError, load_bundle
+from export import pixels
+from export.bundle_folder import BundleError
+from export.runtime import Sampler, load_bundle
 from mnif.data import ImageData, load_images, picture_size
 from mnif.data.image_sources import array_source
 from mnif.data.pictures import opened, picture_files
@@ -94,12 +96,12 @@ def bundle_pictures(folder: Path, count: int, seed: int) -> PictureSource:
 
     def read(rows: range) -> np.ndarray:
         try:
-            return bundle.sample(len(rows), seed, rows.start, _DECODED_AT_ONCE)
+            return pixels.to_pixels(sampler(len(rows), seed, rows.start, _DECODED_AT_ONCE))
         except BundleError as error:
             raise UserError(str(error)) from None
 
     try:
-        bundle = load_bundle(folder)
+        sampler = Sampler(load_bundle(folder))
     except BundleError as error:
         raise UserError(str(error)) from None
     shape = read(range(1)).shape
