@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
@@ -13,7 +13,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from latent_prior.denoiser import LatentDenoiser
+from latent_prior.denoiser import Denoiser
+from latent_prior.denoisers import load_denoiser
 from mnif.errors import UserError
 from mnif.model_folder import load_component
 from mnif.modeling import MNIFModel
@@ -44,13 +45,29 @@ class MNIFPipeline(DiffusionPipeline):
         decoder: the stage-one model.
         denoiser: the stage-two model; its latents must belong to this decoder.
         scheduler: any diffusers scheduler that fits the denoiser's prediction.
+        student: a denoiser distilled to draw in a few steps.
+        student_scheduler: the student's.
     """
 
     model_cpu_offload_seq = "denoiser->decoder"
+    _optional_components: ClassVar[list[str]] = ["student", "student_scheduler"]
 
-    def __init__(self, decoder: MNIFModel, denoiser: LatentDenoiser, scheduler: SchedulerMixin):
+    def __init__(
+        self,
+        decoder: MNIFModel,
+        denoiser: Denoiser,
+        scheduler: SchedulerMixin,
+        student: Denoiser | None = None,
+        student_scheduler: SchedulerMixin | None = None,
+    ):
         super().__init__()
-        self.register_modules(decoder=decoder, denoiser=denoiser, scheduler=scheduler)
+        self.register_modules(
+            decoder=decoder,
+            denoiser=denoiser,
+            scheduler=scheduler,
+            student=student,
+            student_scheduler=student_scheduler,
+        )
 
     @torch.no_grad()
     def __call__(
@@ -128,7 +145,7 @@ def load_pipeline(folder: Path) -> MNIFPipeline:
         UserError: a stage is missing or damaged, or the denoiser belongs to another decoder.
     """
     decoder = load_component(MNIFModel, folder, "decoder")
-    denoiser = load_component(LatentDenoiser, folder, "denoiser")
+    denoiser = load_denoiser(folder)
     fingerprint = decoder.fingerprint()
     if denoiser.config.decoder_fingerprint != fingerprint:
         raise UserError(
