@@ -62,7 +62,7 @@ def sampling_scheduler(objective: Objective, ancestral: bool = False) -> Schedul
 
 
 def student_scheduler() -> SchedulerMixin:
-    """The scheduler of distilled students, which predict the clean latent: DDIM (Song et al., 2021), from pure noise."""
+    """The scheduler of distilled students, which predict the clean latent: DDIM (Song et al., 2021)."""
     return DDIMScheduler(**_SQUARED_COSINE, prediction_type="sample", clip_sample=False, timestep_spacing="trailing")
 
 
