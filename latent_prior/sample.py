@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from latent_prior.noise import initial_noise
-from latent_prior.pipeline import MNIFPipeline, load_pipeline, scheduler_by_name
+from latent_prior.pipeline import MNIFPipeline, load_pipeline
+from latent_prior.schedulers import scheduler_by_name
 from mnif.arguments import parse_arguments
 from mnif.errors import UserError
 from mnif.files import read_json, sha256_of_folder, write_json
