@@ -55,6 +55,8 @@ class EncodeArguments:
     """As in `mnif fit`."""
     mask: Path | None = None
     """What was seen: a picture (white is seen), or an .npy or .npz with masks; the rest is filled in by the model."""
+    mirror: bool = False
+    """Take every instance mirrored, pictures left to right and shapes along x: more latents for `mnif prior`."""
     views: list[int] | None = None
     """The views that were seen, by number (radiance)."""
     batch_size: int = 256
@@ -89,7 +91,12 @@ def encode(arguments: EncodeArguments) -> None:
         data = data.rows(sides == Split[arguments.split.upper()])
         if not len(data):
             raise UserError(f"--split {arguments.split}: no {signal.unit} of {arguments.data} is in it")
-    rows = rows_of(data.arrays())
+    arrays = data.arrays()
+    if arguments.mirror:
+        if signal.mirror_axis is None:
+            raise UserError(f"--mirror: a {signal.unit} cannot be mirrored; leave it out")
+        arrays = {name: np.flip(array, signal.mirror_axis) for name, array in arrays.items()}
+    rows = rows_of(arrays)
     observe = _observation(arguments, signal, data, rows)
 
     output, started = arguments.output_dir, time.perf_counter()

@@ -53,6 +53,7 @@ class Signal(ABC):
         encoder_class: what :meth:`encoder` makes.
         dimensions: coordinates per point.
         channels: values a field gives per point.
+        mirror_axis: of the arrays of a data set and of observed values; None if an instance cannot be mirrored.
     """
 
     name: ClassVar[str]
@@ -60,6 +61,7 @@ class Signal(ABC):
     encoder_class: ClassVar[type[ModelMixin]]
     dimensions: int
     channels: int
+    mirror_axis: ClassVar[int | None] = None
 
     @classmethod
     @abstractmethod
@@ -214,6 +216,7 @@ class Image(GridSignal):
     name = "image"
     unit = "picture"
     dimensions = 2
+    mirror_axis: ClassVar[int] = 2
 
     @classmethod
     def load(cls, source: str, options: Mapping[str, Any]) -> Instances:
@@ -237,7 +240,7 @@ class Image(GridSignal):
 
     def augmented(self, observation: Observation) -> Observation:
         """Half of the pictures mirrored left to right."""
-        return replace(observation, values=_mirrored(observation.values, axis=2))
+        return replace(observation, values=_mirrored(observation.values, self.mirror_axis))
 
     def pictures(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
         """The pictures, with grey as RGB and transparency laid on white."""
@@ -254,6 +257,7 @@ class Voxels(GridSignal):
     name = "voxels"
     unit = "shape"
     dimensions = 3
+    mirror_axis: ClassVar[int] = 1
 
     def __init__(self, resolution: int, channels: int = 1, stride: int = 1):
         super().__init__(resolution, channels, stride)
@@ -286,7 +290,7 @@ class Voxels(GridSignal):
 
     def augmented(self, observation: Observation) -> Observation:
         """Half of the shapes mirrored along x."""
-        return replace(observation, values=_mirrored(observation.values, axis=1))
+        return replace(observation, values=_mirrored(observation.values, self.mirror_axis))
 
     def figures(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """PSNR of the occupancy on [0, 1], and intersection over union of what lies above one half."""

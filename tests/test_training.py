@@ -171,6 +171,7 @@ def test_only_damaged_checkpoints_say_how_to_begin_anew(tmp_path: Path) -> None:
     run(tmp_path / "run", resume_from_checkpoint="no")
 
 
+@pytest.mark.slow
 def test_killed_at_random_steps_the_same_command_ends_with_the_same_weights(tmp_path: Path) -> None:
     """SIGKILL, which nothing can answer: at any moment, in the middle of writing a checkpoint too."""
     whole = run(tmp_path / "whole", steps=40)
