@@ -1,7 +1,7 @@
 """The forms in which the pipeline hands out what latents stand for: pictures, volumes, meshes and views."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, get_args
 
@@ -70,29 +70,35 @@ def in_form(
 
 
 def pictures_of(
-    decoder: MNIFModel, latents: Tensor, resolution: int | None = None, at_once: int = 64
+    decoder: MNIFModel,
+    latents: Tensor,
+    resolution: int | list[int] | None = None,
+    at_once: int = 64,
+    chosen: Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
     """Values [n, H, W, C] of pictures in about [-1, 1], some at a time and fewer of large ones.
 
-    All latents are baked together and a field is evaluated by itself, so that no number depends on ``at_once``, but
-    memory does.
+    All latents are baked together and a field is evaluated by itself, so that no number depends on ``at_once`` or
+    ``chosen``, but memory and time do.
 
     Args:
         decoder: the model.
         latents: [B, D].
-        resolution: pixels per axis; default: the training resolution.
+        resolution: pixels per axis, or height and width; default: the training resolution.
         at_once: the largest n.
+        chosen: which of the latents to show; default: all.
     """
-    grid = decoder.grid(resolution)
+    grid, chosen = decoder.grid(resolution), list(range(len(latents)) if chosen is None else chosen)
     pixels = math.prod(len(first) for first, _, _ in grid.axes)
     if pixels > _POINTS_AT_ONCE:
-        yield from (grid_values(decoder, latent, resolution) for latent in latents.split(1))
+        yield from (grid_values(decoder, latents[row : row + 1], resolution) for row in chosen)
         return
     field = decoder.bake(decoder.coefficients(latents))
     cells = decoder.config.cells**decoder.config.dimensions
-    for rows in field.rows.split(cells * min(at_once, max(_POINTS_AT_ONCE // pixels, 1))):
-        values = replace(field, rows=rows)(grid.coordinates)
-        yield grid.blend(values.view(-1, cells, *values.shape[1:]))
+    rows = field.rows.view(len(latents), cells, -1)[chosen]
+    for part in rows.split(min(at_once, max(_POINTS_AT_ONCE // pixels, 1))):
+        values = replace(field, rows=part.flatten(0, 1))(grid.coordinates)
+        yield grid.blend(values.view(len(part), cells, *values.shape[1:]))
 
 
 def _pictures(

@@ -124,7 +124,7 @@ class MNIFPipeline(DiffusionPipeline):
             raise ValueError(f"num_inference_steps {num_inference_steps}: at least 1 step is needed")
         if not 0 <= truncation <= 1:
             raise ValueError(f"truncation {truncation}: must lie between 0 and 1")
-        denoiser, scheduler = self._drawing(num_inference_steps, use_student)
+        denoiser, scheduler = self.drawing_with(num_inference_steps, use_student)
         if latents is None:
             shape = (batch_size, self.decoder.config.latent_dim)
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=denoiser.dtype)
@@ -141,8 +141,8 @@ class MNIFPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return MNIFPipelineOutput(images=images) if return_dict else (images,)
 
-    def _drawing(self, steps: int, use_student: bool | None) -> tuple[Denoiser, SchedulerMixin]:
-        """The denoiser that draws in ``steps`` steps, and its scheduler."""
+    def drawing_with(self, steps: int, use_student: bool | None = None) -> tuple[Denoiser, SchedulerMixin]:
+        """The denoiser that draws in ``steps`` steps, and its scheduler; arguments and errors are those of a call."""
         if use_student and self.student is None:
             raise ValueError("use_student: there is none; `mnif distill` makes one")
         if use_student or (use_student is None and self.student and steps in self.student.config.distilled_steps):

@@ -15,9 +15,8 @@ from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from latent_prior.schedulers import scheduler_by_name
 from latent_prior.train import add_prior
 from mnif.errors import UserError
-from mnif.latents import LatentTable
 from mnif.meshes import mesh_from_values
-from mnif.model_folder import load_component, save_component
+from mnif.model_folder import save_component
 from mnif.modeling import MNIFModel
 from mnif.signal_table import signal_of_model
 
@@ -240,9 +239,11 @@ def test_forms_of_shapes() -> None:
         check_form(signal_of_model(decoder), "video")
 
 
-def test_forms_of_radiance_fields(ball_run: Path) -> None:
-    decoder = load_component(MNIFModel, ball_run / "model", "decoder")
-    latents = LatentTable.load(ball_run / "latents.safetensors").latents[:2]
+def test_forms_of_radiance_fields() -> None:
+    torch.manual_seed(0)
+    settings = {"channels": 4, "dimensions": 3, "num_bases": 4, "width": 8, "depth": 1, "latent_dim": 12, "cells": 1}
+    decoder = MNIFModel(**settings, signal="radiance", signal_settings={"resolution": 16, "samples": 4})
+    latents = torch.randn(2, 12)
     with torch.no_grad():
         assert in_form(decoder, latents, "volume", 6).shape == (2, 6, 6, 6, 4)
         objects = in_form(decoder, latents, "views", 12, 3)
