@@ -45,7 +45,7 @@ class DistillArguments(TrainingArguments):
     """The run folder of `mnif prior`."""
     student_steps: tuple[int, ...] = (1, 2, 4)
     """The numbers of steps that the student is to sample with; one student serves all."""
-    num_pairs: int = 32768
+    num_pairs: int = 65536
     """Noises that the teacher draws samples from; they stay in RUN/pairs."""
     teacher_steps: int = 20
     """Denoising steps of the teacher."""
@@ -53,6 +53,8 @@ class DistillArguments(TrainingArguments):
     """Hidden units of the student."""
     depth: int = 4
     """Residual blocks of the student."""
+    dropout: float = 0.0
+    """Dropout in the blocks, if there are too few pairs."""
     loss: ErrorSize = "mse"
     """Mean square, or pseudo-Huber, in which outliers weigh less."""
     train_batch_size: int = 256
@@ -135,6 +137,7 @@ def distill(arguments: DistillArguments) -> None:
         latent_dim=noise.shape[1],
         width=arguments.width,
         depth=arguments.depth,
+        dropout=arguments.dropout,
         decoder_fingerprint=pipeline.denoiser.config.decoder_fingerprint,
         distilled_steps=sorted(arguments.student_steps),
     )
@@ -147,8 +150,8 @@ def distill(arguments: DistillArguments) -> None:
     )
 
     def validate() -> dict[str, float]:
-        probe = [pairs[:held_out].to(accelerator.device) for pairs in (noise, samples)]
-        errors = {f"error_{steps}": _last_error(loss, *probe, steps) for steps in arguments.student_steps}
+        starts, ends = (pairs[:held_out].to(accelerator.device) for pairs in (noise, samples))
+        errors = {f"error_{steps}": _last_error(loss, starts, ends, steps) for steps in arguments.student_steps}
         return {"validation_loss": sum(errors.values()) / len(errors)} | errors
 
     optimizer = torch.optim.AdamW(
@@ -171,6 +174,8 @@ def _check(arguments: DistillArguments) -> None:
     for flag in ("teacher_steps", "width", "depth", "max_train_steps", "train_batch_size", "validation_steps"):
         if getattr(arguments, flag) < 1:
             raise UserError(f"--{flag} {getattr(arguments, flag)}: must be at least 1")
+    if not 0 <= arguments.dropout < 1:
+        raise UserError(f"--dropout {arguments.dropout}: must be at least 0 and below 1")
     if arguments.num_pairs < 2:
         raise UserError(f"--num_pairs {arguments.num_pairs}: at least one to learn from and one held out are needed")
 

@@ -41,7 +41,7 @@ class PaperDenoiser(Denoiser):
 
     Args:
         latent_dim: D, numbers in a latent.
-        width: hidden units, a multiple of 16.
+        width: hidden units, a multiple of 16, at least 32: alone in its group, a unit is normalised to nothing.
         depth: residual blocks, an even number.
         time_width: numbers in the sinusoidal time embedding.
         decoder_fingerprint: of the decoder whose latents these are (:meth:`mnif.modeling.MNIFModel.fingerprint`).

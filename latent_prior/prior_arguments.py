@@ -101,8 +101,9 @@ def _check(arguments: PriorArguments) -> None:
         raise UserError(f"--dropout {arguments.dropout}: must be at least 0 and below 1")
     if arguments.objective == "flow" and arguments.sampler == "ancestral":
         raise UserError("--sampler ancestral: a flow is sampled without noise; take --objective x0 or v")
-    if arguments.denoiser == "paper" and (arguments.width % GROUPS or arguments.depth % 2):
+    fits = arguments.width % GROUPS == 0 and arguments.width > GROUPS and arguments.depth % 2 == 0
+    if arguments.denoiser == "paper" and not fits:
         raise UserError(
             f"--width {arguments.width} --depth {arguments.depth}: the paper's denoiser needs a width that is a "
-            f"multiple of {GROUPS} and an even depth"
+            f"multiple of {GROUPS} and above it, and an even depth"
         )

@@ -3,6 +3,7 @@
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,7 +88,7 @@ def fit_prior(arguments: PriorArguments) -> None:
 
 def make_denoiser(arguments: PriorArguments, table: LatentTable) -> Denoiser:
     """The denoiser, freshly drawn, with the statistics of the table's training latents."""
-    shape = {"latent_dim": table.latents.shape[1], "width": arguments.width, "depth": arguments.depth}
+    shape: dict[str, Any] = {"latent_dim": table.latents.shape[1], "width": arguments.width, "depth": arguments.depth}
     shape["decoder_fingerprint"] = table.fingerprint
     if arguments.denoiser == "paper":
         denoiser: Denoiser = PaperDenoiser(**shape)

@@ -139,7 +139,7 @@ def parse_fit_arguments(arguments: list[str], program: str = "mnif fit", kind: t
         preset = {"signal": "auto", "arguments": {}}
     if given_flag(arguments, "max_train_steps") is not None:
         preset["arguments"].pop("num_train_epochs", None)
-    defaults = preset_defaults(kind, preset["arguments"], named, "mnif fit", plain, _NOT_OF_A_PRESET)
+    defaults: Any = preset_defaults(kind, preset["arguments"], named, "mnif fit", plain, _NOT_OF_A_PRESET)
     parsed = parse_arguments(kind, arguments, program, dataclasses.replace(defaults, **plain, signal=preset["signal"]))
     parsed.signal = preset["signal"] if parsed.signal == "auto" else parsed.signal
     _check(parsed)

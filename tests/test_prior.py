@@ -162,14 +162,14 @@ def test_skips_of_the_papers_denoiser() -> None:
         torch.testing.assert_close(into[index], out[index - 1] + skip)
 
 
-@pytest.mark.parametrize("denoiser", [LatentDenoiser(5, 16, 2), PaperDenoiser(5, 16, 2)])
+@pytest.mark.parametrize("denoiser", [LatentDenoiser(5, 16, 2), PaperDenoiser(5, 64, 2)])
 def test_one_time_for_all_is_as_good_as_one_for_each(denoiser: Denoiser) -> None:
     torch.manual_seed(0)
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     sample = torch.randn(3, 5)
     together = denoiser(sample, torch.tensor([700, 700, 700]))
-    torch.testing.assert_close(denoiser(sample, 700), together)
+    torch.testing.assert_close(denoiser(sample, 700), together, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(denoiser(sample, 100), together)
 
 
@@ -246,7 +246,7 @@ def test_extra_latents_are_learned_too(
         (["--latent_noise", "-1"], "--latent_noise -1.0: must be at least 0"),
         (["--snr_limit", "0"], "--snr_limit 0.0: must be above 0"),
         (["--objective", "flow", "--sampler", "ancestral"], "a flow is sampled without noise"),
-        (["--denoiser", "paper", "--width", "40"], "a multiple of 16 and an even depth"),
+        (["--denoiser", "paper", "--width", "40"], "a multiple of 16 and above it, and an even depth"),
         (["--preset", "poster"], "--preset poster: neither a JSON file nor one of edge, paper"),
         (["--learning_rate", "1e30", *QUICK], "not finite at step 4; no checkpoint was written yet; lower --learning"),
     ],
