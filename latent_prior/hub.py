@@ -1,6 +1,7 @@
 """Models on the Hugging Face hub: fetched as model folders, and pushed as such with their model card."""
 
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
+from latent_prior.model_card import model_card
 from mnif.errors import UserError
 
 if TYPE_CHECKING:
@@ -65,7 +67,7 @@ def downloaded(repo_id: str, **options: Any) -> Path:
 
 
 def upload(pipeline: "MNIFPipeline", repo_id: str, private: bool | None = None, **options: Any) -> str:
-    """Uploads a pipeline, with the model card of the folder it was loaded from.
+    """Uploads a pipeline, with a card of the run it was loaded from, or the card of the folder if there is no run.
 
     Args:
         pipeline: what is saved.
@@ -80,11 +82,13 @@ def upload(pipeline: "MNIFPipeline", repo_id: str, private: bool | None = None, 
         UserError: the hub cannot be reached or refuses.
     """
     api = HfApi(token=options.pop("token", None))
-    card = Path(str(pipeline.config.get("_name_or_path", ""))) / "README.md"
+    source = Path(str(pipeline.config.get("_name_or_path", "")))
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder)
-        if card.is_file():
-            (Path(folder) / "README.md").write_text(card.read_text())
+        if (source.parent / "run.json").is_file():
+            model_card(source.parent).save(Path(folder) / "README.md")
+        elif (source / "README.md").is_file():
+            shutil.copy(source / "README.md", folder)
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options).commit_url)
