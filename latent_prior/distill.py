@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from latent_prior.denoiser import Denoiser, LatentDenoiser
 from latent_prior.energy import energy_distance
+from latent_prior.model_card import write_model_card
 from latent_prior.objective import (
     TRAIN_TIMESTEPS,
     ErrorSize,
@@ -205,6 +206,7 @@ def _finish(
         "energy_distance": distances,
     }
     merge_json(run / "metrics.json", {"distill": figures})
+    write_model_card(run)
     finish_stage(run, "distill")
     print("energy distance of samples from the training latents, standardised:")
     for name, distance in distances.items():

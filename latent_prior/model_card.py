@@ -95,7 +95,7 @@ def model_card(run: Path) -> ModelCard:
         data=table.data,
         train=len(table.train),
         held_out=int(table.held_out.sum()),
-        fingerprint=record["fit"]["inputs"]["data_fingerprint"],
+        fingerprint=record.get("fit", {}).get("inputs", {}).get("data_fingerprint", "unknown"),
         commands="\n".join(record[stage]["command"] for stage in _STAGES if stage in record),
         figures="\n".join(figures),
         evaluation=_evaluation(read_json(evaluated)) if evaluated.exists() else "Samples have not been measured yet.",

@@ -12,6 +12,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from latent_prior.denoiser import Denoiser, LatentDenoiser
+from latent_prior.model_card import write_model_card
 from latent_prior.noise import initial_noise
 from latent_prior.objective import DenoisingLoss, sampling_scheduler, validation_loss
 from latent_prior.paper_denoiser import PaperDenoiser
@@ -126,6 +127,7 @@ def _finish(arguments: PriorArguments, decoder: MNIFModel, denoiser: Denoiser, s
     }
     recorded = read_json(run / "metrics.json")
     merge_json(run / "metrics.json", {"prior": recorded.get("prior", {}) | figures})
+    write_model_card(run)
     finish_stage(run, "prior")
     print(f"{run / 'model'}: denoiser and scheduler added; pictures at {run / 'samples' / 'samples.png'}")
 
