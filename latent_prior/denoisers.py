@@ -1,4 +1,4 @@
-"""The kinds of denoiser, by name: making a new one, and reading the one in a model folder."""
+"""The kinds of denoiser, and reading the one in a model folder, of whatever kind."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from mnif.errors import UserError
 from mnif.files import read_json
 from mnif.model_folder import load_component
 
-KINDS: dict[str, type[Denoiser]] = {"modulated": LatentDenoiser, "paper": PaperDenoiser}
+KINDS: tuple[type[Denoiser], ...] = (LatentDenoiser, PaperDenoiser)
 
 
 def load_denoiser(folder: Path, name: str = "denoiser") -> Denoiser:
@@ -23,7 +23,7 @@ def load_denoiser(folder: Path, name: str = "denoiser") -> Denoiser:
     """
     config = folder / name / "config.json"
     named = read_json(config).get("_class_name") if config.is_file() else LatentDenoiser.__name__
-    kinds = {kind.__name__: kind for kind in KINDS.values()}
+    kinds = {kind.__name__: kind for kind in KINDS}
     if named not in kinds:
         raise UserError(f"{config}: a {named} is no denoiser; {' or '.join(kinds)} is needed")
     return load_component(kinds[named], folder, name)
