@@ -1,4 +1,4 @@
-"""Draw a few pictures at two resolutions and walk between two of them.
+"""Draw a few samples at two resolutions and with less variety, and walk between two of them.
 
 python examples/sample_in_python.py runs/demo/model pictures
 """
@@ -6,26 +6,29 @@ python examples/sample_in_python.py runs/demo/model pictures
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from latent_prior.noise import initial_noise
+from latent_prior.noise import initial_noise, slerp
 from latent_prior.pipeline import MNIFPipeline
 
 
 def main(model: str, output: str) -> None:
-    """Writes PNG files drawn by the pipeline in folder ``model`` to folder ``output``."""
+    """Writes PNG files drawn by the pipeline ``model``, a folder or user/name on the hub, to folder ``output``."""
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     pipeline = MNIFPipeline.from_pretrained(model)
-    for resolution in (32, 256):
-        images = pipeline(4, torch.Generator().manual_seed(0), resolution=resolution).images
-        for index, image in enumerate(images):
-            image.save(folder / f"sample_{index}_at_{resolution}.png")
+    noise = initial_noise(0, range(4), pipeline.decoder.config.latent_dim)  # as `mnif sample --seed 0` begins
+    for name, settings in {
+        "sample_at_32": {"resolution": 32},
+        "sample_at_256": {"resolution": 256},
+        "typical": {"truncation": 0.7},
+    }.items():
+        for index, image in enumerate(pipeline(latents=torch.from_numpy(noise), **settings).images):
+            image.save(folder / f"{name}_{index}.png")
 
-    start, end = torch.from_numpy(initial_noise(0, range(2), pipeline.decoder.config.latent_dim))
-    angle = torch.linspace(0, torch.pi / 2, 8)[:, None]
-    walk = pipeline(latents=torch.cos(angle) * start + torch.sin(angle) * end).images
-    for index, image in enumerate(walk):
+    walk = slerp(noise[0], noise[1], np.linspace(0, 1, 8))
+    for index, image in enumerate(pipeline(latents=torch.from_numpy(walk)).images):
         image.save(folder / f"walk_{index}.png")
 
 

@@ -1,5 +1,7 @@
 """The denoiser: a small residual network over standardised latents."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
@@ -28,11 +30,36 @@ class ResidualBlock(nn.Module):
         return hidden + self.down(self.dropout(inner))
 
 
-class LatentDenoiser(ModelMixin, ConfigMixin):
-    """Predicts the clean latent (or the velocity, as its scheduler says) from a noisy one.
+class Denoiser(ModelMixin, ConfigMixin):
+    """What every denoiser has in common: it predicts the clean latent, or what its scheduler says, from a noisy one.
 
     The mean and standard deviation of the training latents travel with the weights: the network works on
     standardised latents, :meth:`to_latents` gives the decoder's.
+
+    Args:
+        latent_dim: D, numbers in a latent.
+    """
+
+    def __init__(self, latent_dim: int):
+        super().__init__()
+        self.register_buffer("latent_mean", torch.zeros(latent_dim))
+        self.register_buffer("latent_std", torch.ones(latent_dim))
+
+    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+        """Noisy standardised latents [B, D] at the scheduler's timestep, [B] or one number → the prediction [B, D]."""
+        raise NotImplementedError
+
+    def standardised(self, latents: Tensor) -> Tensor:
+        """The decoder's latents → zero mean and unit variance per dimension."""
+        return (latents - self.latent_mean) / self.latent_std
+
+    def to_latents(self, standardised: Tensor) -> Tensor:
+        """Standardised latents → the decoder's."""
+        return standardised * self.latent_std + self.latent_mean
+
+
+class LatentDenoiser(Denoiser):
+    """A residual network whose blocks are scaled and shifted by the time; small, and exportable.
 
     Args:
         latent_dim: D, numbers in a latent.
@@ -41,6 +68,7 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
         time_width: numbers in the time embedding.
         dropout: in the blocks, while training.
         decoder_fingerprint: of the decoder whose latents these are (:meth:`mnif.modeling.MNIFModel.fingerprint`).
+        distilled_steps: the numbers of steps that a student was distilled for; none: it is a teacher.
     """
 
     @register_to_config
@@ -52,10 +80,9 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
         time_width: int = 128,
         dropout: float = 0.0,
         decoder_fingerprint: str = "",
+        distilled_steps: Sequence[int] = (),
     ):
-        super().__init__()
-        self.register_buffer("latent_mean", torch.zeros(latent_dim))
-        self.register_buffer("latent_std", torch.ones(latent_dim))
+        super().__init__(latent_dim)
         self.time_in = nn.Linear(time_width, time_width)
         self.read = nn.Linear(latent_dim, width)
         self.blocks = nn.ModuleList(ResidualBlock(width, time_width, dropout) for _ in range(depth))
@@ -76,11 +103,3 @@ class LatentDenoiser(ModelMixin, ConfigMixin):
         for block in self.blocks:
             hidden = block(hidden, time)
         return self.write(self.norm(hidden))
-
-    def standardised(self, latents: Tensor) -> Tensor:
-        """The decoder's latents → zero mean and unit variance per dimension."""
-        return (latents - self.latent_mean) / self.latent_std
-
-    def to_latents(self, standardised: Tensor) -> Tensor:
-        """Standardised latents → the decoder's."""
-        return standardised * self.latent_std + self.latent_mean

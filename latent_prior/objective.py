@@ -1,30 +1,59 @@
-"""What the denoiser learns to predict, and the scheduler that turns its predictions into samples."""
+"""What the denoiser learns to predict, and the schedulers that turn its predictions into samples."""
 
+from functools import cache
 from typing import Literal
 
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, SchedulerMixin
-from diffusers.training_utils import compute_snr
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
 from torch import Tensor, nn
 
-from latent_prior.denoiser import LatentDenoiser
+from latent_prior.denoiser import Denoiser
+from mnif.errors import UserError
 
-Objective = Literal["x0", "flow"]
+Objective = Literal["x0", "v", "flow"]
+Weighting = Literal["plain", "snr-plus-one", "min-snr"]
+ErrorSize = Literal["mse", "pseudo-huber"]
 TRAIN_TIMESTEPS = 1000
 
+_PREDICTION_TYPES: dict[Objective, str] = {"x0": "sample", "v": "v_prediction"}
+_SQUARED_COSINE = {"num_train_timesteps": TRAIN_TIMESTEPS, "beta_schedule": "squaredcos_cap_v2"}
 
-def sampling_scheduler(objective: Objective) -> SchedulerMixin:
+
+def sampling_scheduler(objective: Objective, ancestral: bool = False) -> SchedulerMixin:
     """The scheduler that samples a denoiser trained with ``objective``.
 
-    ``"x0"`` is sampled by DPM-Solver++ (Lu et al., 2022) on the squared-cosine schedule (Nichol and Dhariwal, 2021),
-    ``"flow"`` by Euler steps of the flow (Lipman et al., 2023).
+    ``"x0"`` and ``"v"`` are sampled by DPM-Solver++ (Lu et al., 2022) on the squared-cosine schedule (Nichol and
+    Dhariwal, 2021), ``"flow"`` by Euler steps of the flow (Lipman et al., 2023).
+
+    Args:
+        objective: what the denoiser predicts.
+        ancestral: sample as the paper does: DDPM (Ho et al., 2020), whose steps add noise of the larger variance.
+
+    Raises:
+        UserError: a flow has no ancestral sampling.
     """
     if objective == "flow":
+        if ancestral:
+            raise UserError("--sampler ancestral: a flow is sampled without noise; take --objective x0 or v")
         return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_TIMESTEPS)
+    predicts = {"prediction_type": _PREDICTION_TYPES[objective]}
+    if ancestral:
+        return DDPMScheduler(
+            **_SQUARED_COSINE,
+            **predicts,
+            variance_type="fixed_large",
+            clip_sample=False,
+            timestep_spacing="trailing",
+        )
     return DPMSolverMultistepScheduler(
-        num_train_timesteps=TRAIN_TIMESTEPS,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="sample",
+        **_SQUARED_COSINE,
+        **predicts,
         algorithm_type="dpmsolver++",
         solver_order=2,
         timestep_spacing="trailing",
@@ -32,40 +61,116 @@ def sampling_scheduler(objective: Objective) -> SchedulerMixin:
     )
 
 
+def student_scheduler() -> SchedulerMixin:
+    """The scheduler of distilled students, which predict the clean latent: DDIM (Song et al., 2021)."""
+    return DDIMScheduler(**_SQUARED_COSINE, prediction_type="sample", clip_sample=False, timestep_spacing="trailing")
+
+
+def objective_of(scheduler: SchedulerMixin) -> Objective:
+    """What a denoiser predicts that is sampled by ``scheduler``.
+
+    Raises:
+        UserError: it wants the noise, which no denoiser here predicts.
+    """
+    if "FlowMatch" in type(scheduler).__name__:
+        return "flow"
+    wanted = scheduler.config.get("prediction_type", "epsilon")
+    for objective, prediction_type in _PREDICTION_TYPES.items():
+        if wanted == prediction_type:
+            return objective
+    raise UserError(f"{type(scheduler).__name__} with prediction_type {wanted!r}: denoisers here do not predict that")
+
+
+def noise_levels(objective: Objective, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """Shares of the clean latent and of noise in a noisy one, at the scheduler's timesteps [B], 0 to 1000."""
+    if objective == "flow":
+        noise = timestep / TRAIN_TIMESTEPS
+        return 1 - noise, noise
+    product = _squared_cosine().to(timestep.device)[timestep.long()]
+    return product.sqrt(), (1 - product).sqrt()
+
+
+def error_size(error: Tensor, kind: ErrorSize, scale: float = 0.03) -> Tensor:
+    """The size of errors [B, D], one number each [B].
+
+    Args:
+        error: of standardised latents.
+        kind: ``"mse"``, the mean square, or ``"pseudo-huber"``, √(mean square + scale²) − scale (Song and Dhariwal,
+            2024), which grows with the error and not with its square, so that outliers weigh less.
+        scale: where pseudo-Huber turns from square to linear, in standard deviations of a latent.
+    """
+    square = error.square().mean(dim=1)
+    return square if kind == "mse" else (square + scale**2).sqrt() - scale
+
+
 class DenoisingLoss(nn.Module):
     """The training loss of a denoiser, called on the decoder's latents.
 
-    - ``"x0"``: predicts the clean latent on the squared-cosine schedule; the squared error is weighted with
-      min(SNR + 1, ``snr_limit``), the error in the velocity bounded for nearly clean inputs (Hang et al., 2023).
-    - ``"flow"``: predicts the velocity noise − latent on the straight path between the two.
+    The denoiser sees α x₀ + σ ε and predicts, by ``objective``,
+
+    - ``"x0"``: x₀, on the squared-cosine schedule;
+    - ``"v"``: the velocity α ε − σ x₀ on the same schedule (Salimans and Ho, 2022);
+    - ``"flow"``: the velocity ε − x₀ of the straight path between the two (α = 1 − σ).
+
+    With SNR = α²/σ², the error is weighted, by ``weighting``, as if it were the squared error of x₀ times
+
+    - ``"plain"``: 1 for x₀, 1/σ² for the velocities: the error of what is predicted, as it is;
+    - ``"snr-plus-one"``: min(SNR + 1, ``snr_limit``): an error of the velocity, bounded for nearly clean inputs;
+    - ``"min-snr"``: min(SNR, ``snr_limit``) (Hang et al., 2023).
 
     Args:
         denoiser: what learns.
-        objective: ``"x0"`` or ``"flow"``.
-        snr_limit: the largest weight of the x0 error.
+        objective: what it predicts.
+        weighting: of errors at different times.
+        snr_limit: bounds the weight of nearly clean inputs.
+        size: what is made of an error (:func:`error_size`).
+        latent_noise: standard deviation of the noise added to standardised latents while training: no two steps see
+            the same latent, so that copying one does not pay.
     """
 
-    def __init__(self, denoiser: LatentDenoiser, objective: Objective, snr_limit: float = 5.0):
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        objective: Objective,
+        weighting: Weighting = "snr-plus-one",
+        snr_limit: float = 5.0,
+        size: ErrorSize = "mse",
+        latent_noise: float = 0.0,
+    ):
         super().__init__()
-        self.denoiser, self.objective, self.snr_limit = denoiser, objective, snr_limit
-        self.noising = DDPMScheduler(TRAIN_TIMESTEPS, beta_schedule="squaredcos_cap_v2")
+        self.denoiser, self.objective, self.weighting, self.snr_limit = denoiser, objective, weighting, snr_limit
+        self.size, self.latent_noise = size, latent_noise
 
     def forward(self, latents: Tensor) -> Tensor:
         """Mean loss of latents [B, D], with noise and times from torch's generator."""
         noise = torch.randn_like(latents)
-        return self.at(latents, noise, torch.rand(len(latents), device=latents.device)).mean()
+        time = torch.rand(len(latents), device=latents.device)
+        if self.latent_noise:
+            latents = latents + self.latent_noise * self.denoiser.latent_std * torch.randn_like(latents)
+        return self.at(latents, noise, time).mean()
 
     def at(self, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """The loss of each latent [B] for given noise [B, D] and times [B] in [0, 1)."""
         clean = self.denoiser.standardised(latents)
-        if self.objective == "flow":
-            noisy = torch.lerp(clean, noise, time[:, None])
-            error = self.denoiser(noisy, time * TRAIN_TIMESTEPS) - (noise - clean)
-            return error.square().mean(dim=1)
-        timesteps = (time * TRAIN_TIMESTEPS).long()
-        noisy = self.noising.add_noise(clean, noise, timesteps)
-        weight = (compute_snr(self.noising, timesteps) + 1).clamp(max=self.snr_limit)
-        return weight * (self.denoiser(noisy, timesteps) - clean).square().mean(dim=1)
+        timestep = time * TRAIN_TIMESTEPS if self.objective == "flow" else (time * TRAIN_TIMESTEPS).long()
+        alpha, sigma = noise_levels(self.objective, timestep)
+        noisy = alpha[:, None] * clean + sigma[:, None] * noise
+        if self.objective == "x0":
+            target = clean
+        elif self.objective == "v":
+            target = alpha[:, None] * noise - sigma[:, None] * clean
+        else:
+            target = noise - clean
+        error = error_size(self.denoiser(noisy, timestep) - target, self.size)
+        return self._weight(alpha, sigma) * error
+
+    def _weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """What an error of the prediction counts, [B]."""
+        if self.weighting == "plain":
+            return torch.ones_like(sigma)
+        snr = (alpha / sigma).square()
+        weight = (snr + (self.weighting == "snr-plus-one")).clamp(max=self.snr_limit)
+        return weight if self.objective == "x0" else weight * sigma.square()  # x₀'s error is σ times the velocity's
 
 
 @torch.no_grad()
@@ -78,3 +183,8 @@ def validation_loss(loss: DenoisingLoss, latents: Tensor, repeats: int = 8) -> f
         time = (torch.randperm(len(latents), generator=generator) + 0.5) / len(latents)
         total += loss.at(latents, noise, time.to(latents)).mean().item()
     return total / repeats
+
+
+@cache
+def _squared_cosine() -> Tensor:
+    return DDPMScheduler(**_SQUARED_COSINE).alphas_cumprod

@@ -1,8 +1,11 @@
 """Noise to pictures: the diffusers pipeline that holds decoder, denoiser and scheduler."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
@@ -10,10 +13,13 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch import Tensor
 
-from latent_prior.denoiser import LatentDenoiser
+from latent_prior.denoiser import Denoiser
+from latent_prior.denoisers import load_denoiser
+from latent_prior.forms import check_form, in_form
+from latent_prior.hub import downloaded, upload
+from latent_prior.schedulers import predicted_by, takes_generator
 from mnif.errors import UserError
 from mnif.model_folder import load_component
 from mnif.modeling import MNIFModel
@@ -27,30 +33,51 @@ class MNIFPipelineOutput(BaseOutput):
     """What the pipeline returns.
 
     Attributes:
-        images: a list of PIL images; [B, H, W, C] float32 in [0, 1] for ``"np"``; a tensor [B, C, H, W] in [0, 1] for
-            ``"pt"``; latents [B, D] for ``"latent"``.
+        images: in the form asked for, see :func:`latent_prior.forms.in_form`.
     """
 
-    images: list[Image.Image] | np.ndarray | Tensor
+    images: list[Any] | np.ndarray | Tensor
 
 
 class MNIFPipeline(DiffusionPipeline):
     """Samples latents with a diffusion prior and decodes them at any resolution.
 
-    Shapes and objects come as pictures of them, at a size of their own; ask for ``output_type="latent"`` and decode to
-    have the volume itself.
+    A sample depends on its own noise and generator alone: drawn in another batch it is the same to 1e-5 (its matrix
+    products then run in other kernels, which round differently). ``mnif sample`` is exact, see
+    :mod:`latent_prior.drawing`.
 
     Args:
         decoder: the stage-one model.
         denoiser: the stage-two model; its latents must belong to this decoder.
         scheduler: any diffusers scheduler that fits the denoiser's prediction.
+        student: a denoiser distilled to draw in a few steps.
+        student_scheduler: the student's.
+
+    Raises:
+        UserError: a denoiser was trained for another decoder, or the scheduler wants something else predicted.
     """
 
     model_cpu_offload_seq = "denoiser->decoder"
+    _optional_components: ClassVar[list[str]] = ["student", "student_scheduler"]
 
-    def __init__(self, decoder: MNIFModel, denoiser: LatentDenoiser, scheduler: SchedulerMixin):
+    def __init__(
+        self,
+        decoder: MNIFModel,
+        denoiser: Denoiser,
+        scheduler: SchedulerMixin,
+        student: Denoiser | None = None,
+        student_scheduler: SchedulerMixin | None = None,
+    ):
         super().__init__()
-        self.register_modules(decoder=decoder, denoiser=denoiser, scheduler=scheduler)
+        self._prediction = predicted_by(scheduler)
+        _check_fingerprints(decoder, denoiser, *([student] if student is not None else []))
+        self.register_modules(
+            decoder=decoder,
+            denoiser=denoiser,
+            scheduler=scheduler,
+            student=student,
+            student_scheduler=student_scheduler,
+        )
 
     @torch.no_grad()
     def __call__(
@@ -60,18 +87,29 @@ class MNIFPipeline(DiffusionPipeline):
         num_inference_steps: int = 20,
         resolution: int | None = None,
         latents: Tensor | None = None,
+        truncation: float = 1.0,
         output_type: str = "pil",
+        views: int = 8,
+        use_student: bool | None = None,
         return_dict: bool = True,
     ) -> MNIFPipelineOutput | tuple:
-        """Samples pictures.
+        """Draws samples.
 
         Args:
             batch_size: how many; ignored if ``latents`` are given.
-            generator: makes the noise; a list holds one generator per picture.
+            generator: makes the noise, also that of every step if the scheduler adds some (DDPM); a list holds one
+                generator per sample, so that a sample does not depend on the others.
             num_inference_steps: denoising steps, at least 1.
             resolution: pixels per axis, at least 1; default: the training resolution.
             latents: initial noise [B, D] in place of the generator's.
-            output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``.
+            truncation: ψ in [0, 1]; latents are drawn towards their mean m: m + ψ (z − m), which trades variety for
+                typical samples, as StyleGAN's truncation does (Karras et al., 2019, appendix B). 1 leaves them as
+                they are; 0 gives the mean.
+            output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``; of shapes and objects also ``"volume"`` and
+                ``"views"``, of shapes ``"mesh"`` (:func:`latent_prior.forms.in_form`).
+            views: of each object, for ``"views"``.
+            use_student: whether the student draws; default: if there is one that was distilled for this number of
+                steps.
             return_dict: False returns a plain tuple.
 
         Returns:
@@ -79,89 +117,97 @@ class MNIFPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: an argument is out of range.
+            UserError: the scheduler does not fit what the denoiser predicts.
         """
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f'output_type "{output_type}": choose pil, np, pt or latent')
+        check_form(signal_of_model(self.decoder), output_type)
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps {num_inference_steps}: at least 1 step is needed")
+        if not 0 <= truncation <= 1:
+            raise ValueError(f"truncation {truncation}: must lie between 0 and 1")
+        denoiser, scheduler = self.drawing_with(num_inference_steps, use_student)
         if latents is None:
             shape = (batch_size, self.decoder.config.latent_dim)
-            latents = randn_tensor(
-                shape, generator=generator, device=self._execution_device, dtype=self.denoiser.dtype
-            )
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=denoiser.dtype)
         else:
-            latents = latents.to(self._execution_device, self.denoiser.dtype)
+            latents = latents.to(self._execution_device, denoiser.dtype)
 
-        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
-        for timestep in self.progress_bar(self.scheduler.timesteps):
-            prediction = self.denoiser(latents, timestep)
-            latents = self.scheduler.step(prediction, timestep, latents).prev_sample
-        latents = self.denoiser.to_latents(latents)
+        scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        step: Callable = partial(scheduler.step, generator=generator) if takes_generator(scheduler) else scheduler.step
+        for timestep in self.progress_bar(scheduler.timesteps):
+            latents = step(denoiser(latents, timestep), timestep, latents).prev_sample
+        latents = denoiser.to_latents(truncation * latents)  # whose mean is 0 before they are the decoder's
 
-        images = latents if output_type == "latent" else self._pictures(latents, resolution, output_type)
+        images = in_form(self.decoder, latents, output_type, resolution, views)
         self.maybe_free_model_hooks()
         return MNIFPipelineOutput(images=images) if return_dict else (images,)
 
-    def _pictures(self, latents: Tensor, resolution: int | None, output_type: str) -> Tensor | np.ndarray | list:
-        signal = signal_of_model(self.decoder)
-        if signal.name != "image":
-            return _views(signal.pictures(self.decoder, latents), output_type)
-        images = (self.decoder(latents, resolution) / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return images.permute(0, 3, 1, 2)
-        array = images.float().cpu().numpy()
-        return self.numpy_to_pil(array) if output_type == "pil" else array
+    def drawing_with(self, steps: int, use_student: bool | None = None) -> tuple[Denoiser, SchedulerMixin]:
+        """The denoiser that draws in ``steps`` steps, and its scheduler; arguments and errors are those of a call."""
+        if use_student and self.student is None:
+            raise ValueError("use_student: there is none; `mnif distill` makes one")
+        if use_student or (use_student is None and self.student and steps in self.student.config.distilled_steps):
+            return self.student, self.student_scheduler
+        if predicted_by(self.scheduler) != self._prediction:
+            raise UserError(
+                f"{type(self.scheduler).__name__} does not fit what the denoiser predicts; "
+                "take latent_prior.schedulers.scheduler_by_name(name, pipeline.scheduler)"
+            )
+        return self.denoiser, self.scheduler
 
+    @classmethod
+    def download(cls, pretrained_model_name: str | PathLike, **options: Any) -> str:
+        """Fetches a model from the hub: called by ``from_pretrained("user/name")``.
 
-def _views(pictures: np.ndarray, output_type: str) -> Tensor | np.ndarray | list:
-    """Pictures [B, H, W, 3] uint8 of shapes and objects in the form asked for."""
-    if output_type == "pil":
-        return [Image.fromarray(picture) for picture in pictures]
-    values = pictures.astype(np.float32) / 255
-    return values if output_type == "np" else torch.from_numpy(values).permute(0, 3, 1, 2)
+        Raises:
+            UserError: the hub cannot be reached, or has no such model.
+        """
+        return str(downloaded(str(pretrained_model_name), **options))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads the pipeline, with the model card of the folder it was loaded from, to the hub.
+
+        Args:
+            repo_id: ``user/name``.
+            options: ``commit_message``, ``private``, ``token``, ``create_pr`` as in diffusers.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            UserError: the hub cannot be reached or refuses.
+        """
+        return upload(self, repo_id, **options)
 
 
 def load_pipeline(folder: Path) -> MNIFPipeline:
     """The pipeline in a model folder.
 
     Raises:
-        UserError: a stage is missing or damaged, or the denoiser belongs to another decoder.
+        UserError: a stage is missing or damaged, or a denoiser belongs to another decoder.
     """
-    decoder = load_component(MNIFModel, folder, "decoder")
-    denoiser = load_component(LatentDenoiser, folder, "denoiser")
-    fingerprint = decoder.fingerprint()
-    if denoiser.config.decoder_fingerprint != fingerprint:
-        raise UserError(
-            f"{folder}: the denoiser was trained for decoder {denoiser.config.decoder_fingerprint[:12]}, "
-            f"but the decoder here is {fingerprint[:12]}; run `mnif prior` again"
-        )
+    components = {
+        "decoder": load_component(MNIFModel, folder, "decoder"),
+        "denoiser": load_denoiser(folder),
+    }
+    if (folder / "student").is_dir():
+        components["student"] = load_denoiser(folder, "student")
     diffusers.utils.logging.disable_progress_bar()
     try:
-        return MNIFPipeline.from_pretrained(folder, decoder=decoder, denoiser=denoiser)
+        return MNIFPipeline.from_pretrained(folder, **components)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}: damaged pipeline ({str(error).splitlines()[0]}); run `mnif prior` again") from None
 
 
-def scheduler_by_name(name: str, current: SchedulerMixin) -> SchedulerMixin:
-    """A diffusers scheduler with the settings of ``current``, for the same denoiser.
-
-    Args:
-        name: the class's name, such as ``DDIMScheduler``.
-        current: the scheduler the denoiser came with.
-
-    Raises:
-        UserError: diffusers has no such scheduler, or it does not fit what the denoiser predicts.
-    """
-    kind: Any = getattr(diffusers, name, None)
-    if SchedulerMixin not in getattr(kind, "__mro__", ()):
-        raise UserError(f"--scheduler {name}: diffusers has no such scheduler; try {type(current).__name__}")
-    flow = "FlowMatch" in type(current).__name__
-    if flow != ("FlowMatch" in name):
-        predicts = "the velocity of a flow" if flow else "the clean latent"
-        raise UserError(f"--scheduler {name} does not fit: the denoiser predicts {predicts}")
-    scheduler = kind.from_config({key: value for key, value in current.config.items() if not key.startswith("_")})
-    if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
-        raise UserError(
-            f"--scheduler {name} does not fit: it scales its samples, which the denoiser was not trained on"
-        )
-    return scheduler
+def _check_fingerprints(decoder: MNIFModel, *denoisers: Denoiser) -> None:
+    """Latents of another decoder would decode to nonsense. Weights cut to half precision have no fingerprint."""
+    if decoder.dtype not in (torch.float32, torch.float64):
+        return
+    fingerprint = decoder.fingerprint()
+    for denoiser in denoisers:
+        if denoiser.config.decoder_fingerprint != fingerprint:
+            raise UserError(
+                f"the denoiser was trained for decoder {denoiser.config.decoder_fingerprint[:12] or 'unknown'}, "
+                f"but the decoder here is {fingerprint[:12]}; run `mnif prior` again"
+            )

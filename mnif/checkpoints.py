@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mnif.errors import UserError
-from mnif.files import folder_written_atomically, read_json, write_json
+from mnif.files import folder_written_atomically, read_json, sha256_of_folder, write_json
 from mnif.latent_rows import LatentRows
 
 _DAMAGE = (
@@ -27,7 +27,9 @@ _DAMAGE = (
     struct.error,
     pickle.PickleError,
     SafetensorError,
+    UserError,
 )
+_SEAL = ".sha256"  # of all that is not hidden, so that a flipped bit shows which loading would not notice
 
 
 @dataclass
@@ -76,23 +78,46 @@ class Checkpoints:
         """The complete checkpoints, oldest first."""
         return _complete(self.folder)
 
-    def to_resume(self, wish: str) -> Path | None:
-        """The checkpoint meant by ``--resume_from_checkpoint``: "latest", a folder, or "no", which removes all.
+    def resume(self, wish: str) -> Progress:
+        """Puts everything back as ``--resume_from_checkpoint`` asks, and says so.
+
+        Args:
+            wish: "latest", the newest checkpoint that is whole, if there is any; a folder; or "no", which removes all
+                checkpoints.
+
+        Returns:
+            How far the stage has come.
 
         Raises:
-            UserError: the folder is no checkpoint.
+            UserError: the folder is no checkpoint, or damaged; or there are checkpoints and all of them are.
         """
-        if wish == "no":
-            if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process:
+            if wish == "no":
                 shutil.rmtree(self.folder, ignore_errors=True)
-            self.accelerator.wait_for_everyone()
-            return None
-        if wish == "latest":
-            found = self.complete()
-            return found[-1] if found else None
-        if not (Path(wish) / "progress.json").is_file():
-            raise UserError(f"--resume_from_checkpoint {wish}: not a checkpoint folder")
-        return Path(wish)
+            for left_behind in [*self.folder.glob(".*.tmp"), *self.folder.glob(".*.old")]:  # by a killed process
+                shutil.rmtree(left_behind, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if wish not in ("latest", "no"):
+            if not (Path(wish) / "progress.json").is_file():
+                raise UserError(f"--resume_from_checkpoint {wish}: not a checkpoint folder")
+            candidates = [Path(wish)]
+        else:
+            candidates = self.complete()[::-1]
+        for checkpoint in candidates:
+            try:
+                progress = self._load(checkpoint)
+            except _DAMAGE as error:
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                self.accelerator.print(f"{checkpoint}: damaged ({reason}); it is passed over")
+                continue
+            self.accelerator.print(f"resuming from {checkpoint}")
+            return progress
+        if candidates:
+            raise UserError(
+                f"{candidates[0]}: damaged, and no older checkpoint to go back to; begin anew with "
+                "--resume_from_checkpoint no"
+            )
+        return Progress()
 
     def save(self, progress: Progress) -> None:
         """Writes ``checkpoint-<step>`` and removes those beyond the limit."""
@@ -115,6 +140,7 @@ class Checkpoints:
                     _save_tensors(self.ema.shadow_params, temporary / "ema.safetensors")
                 ema_step = self.ema.optimization_step if self.ema is not None else 0
                 write_json(temporary / "progress.json", asdict(progress) | {"ema_step": ema_step})
+                (temporary / _SEAL).write_text(sha256_of_folder(temporary))
             for old in self.complete()[: -self.limit]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
@@ -123,25 +149,20 @@ class Checkpoints:
     def _shares(self) -> Path:
         return self.folder / ".latent-rows"
 
-    def load(self, checkpoint: Path) -> Progress:
-        """Puts everything back as it was at ``checkpoint``.
-
-        Raises:
-            UserError: the checkpoint is damaged or belongs to another model.
-        """
-        try:
-            self.accelerator.load_state(str(checkpoint))
-            if self.latent_rows is not None:
-                self.latent_rows.load(checkpoint)
-            record = read_json(checkpoint / "progress.json")
-            ema_step = record.pop("ema_step")
-            if self.ema is not None:
-                _load_tensors(self.ema.shadow_params, checkpoint / "ema.safetensors")
-                self.ema.optimization_step = ema_step
-            return Progress(**record)
-        except _DAMAGE as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{checkpoint}: cannot resume from it ({reason}); remove it to use an older one") from None
+    def _load(self, checkpoint: Path) -> Progress:
+        """Puts everything back as it was at ``checkpoint``; damage shows as one of many kinds of error."""
+        seal = checkpoint / _SEAL
+        if seal.exists() and seal.read_text() != sha256_of_folder(checkpoint):
+            raise ValueError("its content is not what was written")
+        self.accelerator.load_state(str(checkpoint))
+        if self.latent_rows is not None:
+            self.latent_rows.load(checkpoint)
+        record = read_json(checkpoint / "progress.json")
+        ema_step = record.pop("ema_step")
+        if self.ema is not None:
+            _load_tensors(self.ema.shadow_params, checkpoint / "ema.safetensors")
+            self.ema.optimization_step = ema_step
+        return Progress(**record)
 
     def save_best(self, parameters: list[nn.Parameter]) -> None:
         """Keeps the weights of now (of the moving average, if there is one) as the best so far."""
@@ -152,8 +173,16 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
 
     def load_best(self, parameters: list[nn.Parameter]) -> None:
-        """Puts the best weights into ``parameters``."""
-        _load_tensors(parameters, self.folder / "best" / "parameters.safetensors")
+        """Puts the best weights into ``parameters``.
+
+        Raises:
+            UserError: they are damaged or gone.
+        """
+        path = self.folder / "best" / "parameters.safetensors"
+        try:
+            _load_tensors(parameters, path)
+        except _DAMAGE:
+            raise UserError(f"{path}: damaged; begin anew with --resume_from_checkpoint no") from None
 
 
 def newest_checkpoint(folder: Path) -> Path:

@@ -14,6 +14,7 @@ COMMANDS = {
     "encode": ("mnif.encode:main", "find the latents of new data on frozen bases"),
     "decode": ("mnif.decode:main", "show what latents stand for: pictures, meshes, views"),
     "prior": ("latent_prior.train:main", "learn the distribution of the latents (stage two)"),
+    "distill": ("latent_prior.distill:main", "teach a student to draw in one to four steps"),
     "sample": ("latent_prior.sample:main", "draw new pictures"),
     "export": ("export.bundle:main", "write ONNX graphs and weights for an edge device"),
     "build": ("export.build:main", "build TensorRT plans for a bundle's graphs"),

@@ -75,7 +75,7 @@ def decode(arguments: DecodeArguments) -> None:
     """
     decoder = load_component(MNIFModel, arguments.model, "decoder")
     signal = signal_of_model(decoder)
-    showing = _showing(arguments, signal)
+    showing = showing_by_flags(arguments, signal)
     fingerprint = decoder.fingerprint()
     table = LatentTable.load(arguments.latents, fingerprint)
     rows = _rows(arguments, table)
@@ -140,8 +140,12 @@ def safe_names(ids: Iterable[str]) -> list[str]:
     return names
 
 
-def _showing(arguments: DecodeArguments, signal: Signal) -> Showing:
-    """How this signal is shown, with the flags that were given."""
+def showing_by_flags(arguments: Any, signal: Signal) -> Showing:
+    """How this signal is shown, with those flags of ``arguments`` that were given.
+
+    Raises:
+        UserError: a flag is out of range or does not belong to the signal.
+    """
     given = {flag: value for flag in _FLAGS_OF_SIGNALS if (value := getattr(arguments, flag)) is not None}
     kind: Any = showing_class(signal.name)
     known = {field.name for field in fields(kind)}

@@ -1,25 +1,24 @@
 """`mnif encode`: finds the latents of new data on frozen bases."""
 
 import math
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mnif.arguments import parse_arguments
 from mnif.data import Instances, Split
 from mnif.errors import UserError
-from mnif.files import read_json, sha256_of_file, sha256_of_folder, write_json, written_atomically
+from mnif.files import sha256_of_file, sha256_of_folder, write_json
 from mnif.latents import LatentTable
 from mnif.masks import Observe, masked, read_masks, some_views
 from mnif.model_folder import load_component, load_finder
 from mnif.modeling import MNIFModel
+from mnif.parts import Parts
 from mnif.progress import progress_bar
 from mnif.refinement import figures_of, latents_of
 from mnif.rows import Rows, rows_of
@@ -56,6 +55,8 @@ class EncodeArguments:
     """As in `mnif fit`."""
     mask: Path | None = None
     """What was seen: a picture (white is seen), or an .npy or .npz with masks; the rest is filled in by the model."""
+    mirror: bool = False
+    """Take every instance mirrored, pictures left to right and shapes along x: more latents for `mnif prior`."""
     views: list[int] | None = None
     """The views that were seen, by number (radiance)."""
     batch_size: int = 256
@@ -90,7 +91,12 @@ def encode(arguments: EncodeArguments) -> None:
         data = data.rows(sides == Split[arguments.split.upper()])
         if not len(data):
             raise UserError(f"--split {arguments.split}: no {signal.unit} of {arguments.data} is in it")
-    rows = rows_of(data.arrays())
+    arrays = data.arrays()
+    if arguments.mirror:
+        if signal.mirror_axis is None:
+            raise UserError(f"--mirror: a {signal.unit} cannot be mirrored; leave it out")
+        arrays = {name: np.flip(array, signal.mirror_axis) for name, array in arrays.items()}
+    rows = rows_of(arrays)
     observe = _observation(arguments, signal, data, rows)
 
     output, started = arguments.output_dir, time.perf_counter()
@@ -147,41 +153,6 @@ def _observation(arguments: EncodeArguments, signal: Signal, data: Instances, ro
     if arguments.views is not None:
         return some_views(signal, arguments.views, first["images"].shape[1] if "images" in first else 0)
     return None
-
-
-class Parts:
-    """Batches of latents that have been found already, so that a stopped command loses one batch at most.
-
-    Args:
-        folder: where they wait; emptied if it is of another search.
-        search: what the latents depend on.
-    """
-
-    def __init__(self, folder: Path, search: dict[str, Any]):
-        self.folder = folder
-        record = folder / "search.json"
-        if folder.exists() and (not record.exists() or read_json(record) != search):
-            shutil.rmtree(folder)
-        write_json(record, search)
-
-    def __contains__(self, begin: int) -> bool:
-        return self._file(begin).exists()
-
-    def save(self, begin: int, latents: Tensor) -> None:
-        """Keeps the latents of the batch that begins at a row."""
-        with written_atomically(self._file(begin)) as temporary:
-            save_file({"latents": latents.cpu()}, temporary)
-
-    def all(self) -> Tensor:
-        """All latents in order, [N, D]."""
-        return torch.cat([load_file(path)["latents"] for path in sorted(self.folder.glob("*.safetensors"))])
-
-    def remove(self) -> None:
-        """Forgets everything, once it has been written elsewhere."""
-        shutil.rmtree(self.folder)
-
-    def _file(self, begin: int) -> Path:
-        return self.folder / f"{begin:09d}.safetensors"
 
 
 def _fitting_badly(quality: Tensor, ids: list[str]) -> dict[str, float]:

@@ -7,13 +7,12 @@ from typing import Any, Literal
 
 import tyro
 
-from mnif.arguments import parse_arguments
+from mnif.arguments import given_flag, parse_arguments, preset_defaults, preset_names, read_preset
 from mnif.data import signal_of
 from mnif.errors import UserError
-from mnif.files import read_json
 from mnif.training import TrainingArguments
 
-_PRESETS = Path(__file__).parent / "presets"
+PRESETS = Path(__file__).parent / "presets"
 AUGMENTATIONS = ("random_flip", "random_colours")
 """Flags that change instances at random (:meth:`mnif.signals.Signal.augmentations`)."""
 _NOT_OF_A_PRESET = {"data", "output_dir", "signal", "preset"}
@@ -135,67 +134,29 @@ def parse_fit_arguments(arguments: list[str], program: str = "mnif fit", kind: t
     plain = {"data": tyro.MISSING, "output_dir": tyro.MISSING}
     if {"-h", "--help"} & set(arguments):
         return parse_arguments(kind, arguments, program, kind(**plain))
-    named, data, signal = (_flag(arguments, name) for name in ("preset", "data", "signal"))
+    named, data, signal = (given_flag(arguments, name) for name in ("preset", "data", "signal"))
     if named is not None:
         preset = _preset(named)
     elif signal not in (None, "auto"):
-        preset = _preset(signal) if signal in preset_names() else {"signal": signal, "arguments": {}}
+        preset = _preset(signal) if signal in preset_names(PRESETS) else {"signal": signal, "arguments": {}}
     elif data is not None:
         preset = _preset(signal_of(data))
     else:
         preset = {"signal": "auto", "arguments": {}}
-    if _flag(arguments, "max_train_steps") is not None:
+    if given_flag(arguments, "max_train_steps") is not None:
         preset["arguments"].pop("num_train_epochs", None)
-    defaults = _defaults(kind, preset["arguments"], named)
+    defaults: Any = preset_defaults(kind, preset["arguments"], named, "mnif fit", plain, _NOT_OF_A_PRESET)
     parsed = parse_arguments(kind, arguments, program, dataclasses.replace(defaults, **plain, signal=preset["signal"]))
     parsed.signal = preset["signal"] if parsed.signal == "auto" else parsed.signal
     _check(parsed)
     return parsed
 
 
-def preset_names() -> list[str]:
-    """The presets that come with mnif."""
-    return sorted(path.stem for path in _PRESETS.glob("*.json"))
-
-
 def _preset(name: str) -> dict[str, Any]:
-    path = _PRESETS / f"{name}.json"
-    path = path if path.is_file() else Path(name)
-    if path.suffix != ".json" or not path.is_file():
-        raise UserError(f"--preset {name}: neither a JSON file nor one of {', '.join(preset_names())}")
-    content = read_json(path)
-    parts = content if isinstance(content, dict) else {}
-    if not isinstance(parts.get("signal"), str) or not isinstance(parts.get("arguments"), dict):
+    preset = read_preset(name, PRESETS)
+    if not isinstance(preset.get("signal"), str):
         raise UserError(f'--preset {name}: an object with "signal", a name, and "arguments", an object, is needed')
-    return parts
-
-
-def _defaults(kind: type, preset: dict[str, Any], named: str | None) -> Any:
-    """The flags as a preset has them; what it says is checked as if it were typed."""
-    known = {field.name for field in dataclasses.fields(kind)} - _NOT_OF_A_PRESET
-    unknown = sorted(set(preset) - known)
-    if unknown:
-        raise UserError(f"--preset {named}: a preset cannot set {unknown[0]!r}; its arguments are flags of `mnif fit`")
-    typed = ["--data", "", "--output_dir", ""]
-    for name, value in preset.items():
-        if isinstance(value, bool):
-            typed.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            typed += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    try:
-        return parse_arguments(kind, typed, "mnif fit")
-    except UserError as error:
-        raise UserError(f"--preset {named}: {error}") from None
-
-
-def _flag(arguments: list[str], name: str) -> str | None:
-    """The value a flag is given, before anything is parsed; the last one counts."""
-    value = None
-    for index, argument in enumerate(arguments):
-        flag, equals, joined = argument.partition("=")
-        if flag.replace("-", "_") == f"__{name}":  # tyro takes either
-            value = joined if equals else next(iter(arguments[index + 1 :]), None)
-    return value
+    return preset
 
 
 def _check(arguments: FitArguments) -> None:

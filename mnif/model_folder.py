@@ -19,6 +19,7 @@ _MADE_BY = {
     "encoder": "mnif fit --method encoder",
     "inner_loop": "mnif fit --method meta",
     "denoiser": "mnif prior",
+    "student": "mnif distill",
 }
 
 

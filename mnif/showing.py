@@ -84,7 +84,7 @@ class Pictures(Showing):
 
     def write(self, decoder: MNIFModel, signal: Signal, latent: Tensor, output: Path, name: str) -> str | None:
         """Writes the picture."""
-        pixels = to_pixels(grid_values(decoder, latent, _whole(self.resolution)))[0]
+        pixels = to_pixels(grid_values(decoder, latent, whole(self.resolution)))[0]
         save_picture(output / f"{name}.png", pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
         return None
 
@@ -118,7 +118,7 @@ class Shapes(Showing):
 
     def write(self, decoder: MNIFModel, signal: Signal, latent: Tensor, output: Path, name: str) -> str | None:
         """Writes picture, mesh and animation, unless the shape has no surface."""
-        values = grid_values(decoder, latent, _whole(self.resolution))[0, ..., 0].float().cpu().numpy()
+        values = grid_values(decoder, latent, whole(self.resolution))[0, ..., 0].float().cpu().numpy()
         if values.max() <= 0 or values.min() > 0:
             return "empty" if values.max() <= 0 else "full"
         mesh = mesh_from_values(values)
@@ -210,7 +210,7 @@ def grid_values(decoder: MNIFModel, latent: Tensor, resolution: int | Sequence[i
     return torch.cat(slices, dim=1)
 
 
-def _whole(resolution: list[int] | None) -> int | list[int] | None:
+def whole(resolution: list[int] | None) -> int | list[int] | None:
     """One number stands for all axes."""
     return resolution[0] if resolution and len(resolution) == 1 else resolution
 

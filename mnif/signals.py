@@ -54,6 +54,7 @@ class Signal(ABC):
         encoder_class: what :meth:`encoder` makes.
         dimensions: coordinates per point.
         channels: values a field gives per point.
+        mirror_axis: of the arrays of a data set and of observed values; None if an instance cannot be mirrored.
     """
 
     name: ClassVar[str]
@@ -61,6 +62,7 @@ class Signal(ABC):
     encoder_class: ClassVar[type[ModelMixin]]
     dimensions: int
     channels: int
+    mirror_axis: ClassVar[int | None] = None
 
     @classmethod
     @abstractmethod
@@ -224,6 +226,7 @@ class Image(GridSignal):
     name = "image"
     unit = "picture"
     dimensions = 2
+    mirror_axis: ClassVar[int] = 2
 
     @classmethod
     def load(cls, source: str, options: Mapping[str, Any]) -> Instances:
@@ -247,7 +250,7 @@ class Image(GridSignal):
 
     def augmentations(self) -> dict[str, Callable[[Observation], Observation]]:
         """``random_flip`` mirrors half of the pictures left to right, ``random_colours`` reorders channels of RGB."""
-        changes = {"random_flip": partial(_mirrored, axis=2)}
+        changes = {"random_flip": partial(_mirrored, axis=self.mirror_axis)}
         return changes | ({"random_colours": _recoloured} if self.channels == 3 else {})
 
     def pictures(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
@@ -265,6 +268,7 @@ class Voxels(GridSignal):
     name = "voxels"
     unit = "shape"
     dimensions = 3
+    mirror_axis: ClassVar[int] = 1
 
     def __init__(self, resolution: int, channels: int = 1, stride: int = 1):
         super().__init__(resolution, channels, stride)
@@ -297,7 +301,7 @@ class Voxels(GridSignal):
 
     def augmentations(self) -> dict[str, Callable[[Observation], Observation]]:
         """``random_flip`` mirrors half of the shapes along x."""
-        return {"random_flip": partial(_mirrored, axis=1)}
+        return {"random_flip": partial(_mirrored, axis=self.mirror_axis)}
 
     def figures(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """PSNR of the occupancy on [0, 1], and intersection over union of what lies above one half."""

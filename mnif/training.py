@@ -1,10 +1,8 @@
 """The training loop both stages share: Accelerate, checkpoints, exact resume, EMA, trackers, curves."""
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,9 +17,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mnif.checkpoints import Checkpoints, Progress
+from mnif.checkpoints import Checkpoints
 from mnif.curves import Curves
 from mnif.errors import UserError
+from mnif.interruption import agreement, interruptible
 from mnif.latent_rows import LatentRows
 from mnif.progress import progress_bar
 from mnif.rows import Rows, ShuffledBatches
@@ -135,11 +134,7 @@ def train(
     checkpoints = Checkpoints(
         folder / "checkpoints" / stage, accelerator, ema, latent_rows, limit=arguments.checkpoints_total_limit
     )
-    progress = Progress()
-    checkpoint = checkpoints.to_resume(arguments.resume_from_checkpoint)
-    if checkpoint is not None:
-        accelerator.print(f"resuming from {checkpoint}")
-        progress = checkpoints.load(checkpoint)
+    progress = checkpoints.resume(arguments.resume_from_checkpoint)
     if arguments.report_to:
         accelerator.init_trackers(stage)
     curves = Curves(folder / "metrics.jsonl", stage, progress.step) if accelerator.is_main_process else None
@@ -154,9 +149,17 @@ def train(
         total=steps, initial=progress.step, desc=stage, unit="step", disable=not accelerator.is_local_main_process
     )
     losses: list[Tensor] = []
+
+    def mean_loss() -> float:
+        """Since the last record; nothing is recorded, kept or saved of a module that has come to NaN."""
+        mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        if not (math.isfinite(mean) and all(bool(parameter.isfinite().all()) for parameter in parameters)):
+            raise UserError(_diverged(progress.step, checkpoints))
+        return mean
+
     started = time.perf_counter() - progress.seconds
-    agreed = _agreement()
-    with _interruptible() as interrupted, bar:
+    agreed = agreement()
+    with interruptible() as interrupted, bar:
         while progress.step < steps:
             step_batches = list(islice(batches, accumulation))  # drawn first: a loader's start uses up random numbers
             _seed_step(arguments.seed, progress.step, accelerator.process_index)
@@ -185,13 +188,11 @@ def train(
             bar.update()
             last = progress.step == steps
             if progress.step % LOG_STEPS == 0 or last:
-                mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
-                losses.clear()
-                if not math.isfinite(mean):
-                    raise UserError(_diverged(progress.step, checkpoints))
+                mean = mean_loss()
                 bar.set_postfix(loss=f"{mean:.4g}")
                 record({"loss": mean, "learning_rate": schedules[0].get_last_lr()[0]})
             if progress.step % arguments.validation_steps == 0 or last:
+                mean_loss()
                 figures = _validated(module, parameters, validate, ema)
                 record(figures)
                 if accelerator.is_main_process:
@@ -201,7 +202,10 @@ def train(
                     checkpoints.save_best(parameters)
             stop = agreed(interrupted())
             if progress.step % arguments.checkpointing_steps == 0 or last or stop:
+                mean_loss()
                 checkpoints.save(progress)
+            if progress.step % LOG_STEPS == 0:
+                losses.clear()
             if stop and not last:
                 accelerator.print(f"stopped at step {progress.step}; the same command continues from here")
                 raise KeyboardInterrupt
@@ -295,39 +299,5 @@ def _shown(figures: dict[str, float]) -> str:
 def _diverged(step: int, checkpoints: Checkpoints) -> str:
     kept = checkpoints.complete()
     last = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written yet"
-    return f"the loss is not finite at step {step}; {last}; lower --learning_rate or --max_grad_norm"
-
-
-def _agreement() -> Callable[[bool], bool]:
-    """Whether any process says yes: all learn it at the same step, or one would wait for the others for ever.
-
-    Processes have a channel of their own for it, so that no GPU is waited for.
-    """
-    if not torch.distributed.is_initialized():
-        return lambda said: said
-    channel = torch.distributed.new_group(backend="gloo")
-
-    def agreed(said: bool) -> bool:
-        answer = torch.tensor([said], dtype=torch.uint8)
-        torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MAX, group=channel)
-        return bool(answer)
-
-    return agreed
-
-
-@contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Lets the step at hand finish after a first Ctrl-C or SIGTERM; a second one stops at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    mend = "lower --learning_rate or --max_grad_norm and begin anew with --resume_from_checkpoint no"
+    return f"the loss is not finite at step {step}; {last}; {mend}"

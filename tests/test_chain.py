@@ -72,6 +72,7 @@ def error_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_run_folder_holds_what_it_promises(run: Path) -> None:
     assert {path.name for path in (run / "model").iterdir()} == {
+        "README.md",
         "decoder",
         "denoiser",
         "encoder",

@@ -177,6 +177,7 @@ def test_tolerance_grows_with_what_float32_costs(pipeline: MNIFPipeline) -> None
         torch.manual_seed(0)
         decoder = MNIFModel(resolution=12, num_bases=16, latent_dim=12, mixing="average", cells=1, **settings).eval()
         torch.nn.init.normal_(decoder.coefficient_map.weight, std=0.1)
+        pipeline.denoiser.register_to_config(decoder_fingerprint=decoder.fingerprint())
         other = MNIFPipeline(decoder, pipeline.denoiser, pipeline.scheduler)
         other.set_progress_bar_config(disable=True)
         cases = list(Selection(decoder, other, 12, steps=[2], num_baked=1, seed=0).cases())

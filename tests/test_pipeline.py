@@ -5,16 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from PIL import Image
 
 from latent_prior.denoiser import LatentDenoiser
-from latent_prior.noise import initial_noise
-from latent_prior.objective import DenoisingLoss, sampling_scheduler, validation_loss
-from latent_prior.pipeline import MNIFPipeline, load_pipeline, scheduler_by_name
+from latent_prior.forms import check_form, in_form, pictures_of
+from latent_prior.noise import initial_noise, slerp, step_generators
+from latent_prior.objective import student_scheduler
+from latent_prior.pipeline import MNIFPipeline, load_pipeline
+from latent_prior.schedulers import scheduler_by_name
 from latent_prior.train import add_prior
 from mnif.errors import UserError
+from mnif.meshes import mesh_from_values
 from mnif.model_folder import save_component
+from mnif.modeling import MNIFModel
+from mnif.signal_table import signal_of_model
 
 
 def test_output_types_agree(pipeline: MNIFPipeline) -> None:
@@ -40,7 +44,17 @@ def test_generator_steps_resolution_and_return_dict(pipeline: MNIFPipeline) -> N
     assert draw(0, resolution=37).shape == (2, 37, 37, 3)
 
 
-@pytest.mark.parametrize("settings", [{"output_type": "jpg"}, {"num_inference_steps": 0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"output_type": "jpg"},
+        {"output_type": "mesh"},
+        {"num_inference_steps": 0},
+        {"truncation": -0.1},
+        {"truncation": 1.5},
+        {"use_student": True},
+    ],
+)
 def test_settings_out_of_range_are_refused(pipeline: MNIFPipeline, settings: dict) -> None:
     with pytest.raises(ValueError, match=next(iter(settings))):
         pipeline(**settings)
@@ -86,63 +100,157 @@ def test_loading_names_what_is_missing(pipeline: MNIFPipeline, tmp_path: Path) -
         load_pipeline(tmp_path / "model")
 
 
-def test_scheduler_by_name() -> None:
-    current = sampling_scheduler("x0")
-    swapped = scheduler_by_name("DDIMScheduler", current)
-    assert isinstance(swapped, DDIMScheduler)
-    assert swapped.config.prediction_type == "sample"
-    with pytest.raises(UserError, match="no such scheduler"):
-        scheduler_by_name("PlanetScheduler", current)
-    with pytest.raises(UserError, match="does not fit"):
-        scheduler_by_name("FlowMatchEulerDiscreteScheduler", current)
-    with pytest.raises(UserError, match="scales its samples"):
-        scheduler_by_name("EulerDiscreteScheduler", current)
+def test_stochastic_samples_depend_on_their_own_generator_alone(pipeline: MNIFPipeline) -> None:
+    def draw(indices: list[int], steps: int = 5) -> torch.Tensor:
+        noise = torch.from_numpy(initial_noise(7, indices, 12))
+        generators = step_generators(7, indices)
+        return pipeline(generator=generators, latents=noise, num_inference_steps=steps, output_type="latent").images
+
+    for name in ("DDPMScheduler", "LCMScheduler"):
+        pipeline.scheduler = scheduler_by_name(name, pipeline.scheduler)
+        together = draw([0, 1, 2, 3, 4])
+        torch.testing.assert_close(draw([3]), together[3:4], atol=1e-5, rtol=0)
+        torch.testing.assert_close(draw([4, 2]), together[[4, 2]], atol=1e-5, rtol=0)
+        assert not torch.allclose(draw([3]), pipeline.denoiser.to_latents(torch.zeros(12)))
+        noise = torch.from_numpy(initial_noise(7, [3], 12))
+        other = pipeline(
+            generator=step_generators(8, [3]), latents=noise, num_inference_steps=5, output_type="latent"
+        ).images
+        assert not torch.allclose(other, together[3:4], atol=1e-2)
 
 
-class ExactDenoiser(LatentDenoiser):
-    """The posterior mean of x0 for data N(mean, std²) per dimension, in closed form; or the flow's velocity."""
-
-    mean, std = 1.5, 0.4
-
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
-        time = torch.as_tensor(timestep).reshape(-1, 1).double()
-        if self.flow:
-            signal, noise = 1 - time / 1000, time / 1000
-        else:
-            alphas = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod.double()
-            product = alphas[time.long()]
-            signal, noise = product.sqrt(), (1 - product).sqrt()
-        variance = signal**2 * self.std**2 + noise**2
-        clean = self.mean + signal * self.std**2 / variance * (sample - signal * self.mean)
-        return ((sample - clean) / noise if self.flow else clean).to(sample.dtype)
+def test_step_generators_are_independent_of_the_initial_noise() -> None:
+    first, again, other = (step_generators(3, [index])[0] for index in (5, 5, 6))
+    draws = [torch.randn(1000, generator=generator) for generator in (first, again, other)]
+    assert torch.equal(draws[0], draws[1])
+    noise = torch.from_numpy(initial_noise(3, [5], 1000)[0])
+    for one, two in ((draws[0], draws[2]), (draws[0], noise)):
+        assert abs(torch.corrcoef(torch.stack([one, two]))[0, 1].item()) < 0.15
 
 
-@pytest.mark.parametrize("objective", ["x0", "flow"])
-def test_sampler_reaches_a_gaussian_whose_denoiser_is_known(pipeline: MNIFPipeline, objective: str) -> None:
-    denoiser = ExactDenoiser(latent_dim=12, width=16, depth=1)
-    denoiser.flow = objective == "flow"
-    exact = MNIFPipeline(pipeline.decoder, denoiser, sampling_scheduler(objective))
-    exact.set_progress_bar_config(disable=True)
-    steps = 100 if objective == "flow" else 20
-    latents = exact(2000, torch.Generator().manual_seed(0), steps, output_type="latent").images
-    assert latents.mean().item() == pytest.approx(ExactDenoiser.mean, abs=0.02)
-    assert latents.std().item() == pytest.approx(ExactDenoiser.std, rel=0.05)
+def test_truncation_draws_latents_towards_their_mean(pipeline: MNIFPipeline) -> None:
+    noise = torch.randn(4, 12)
+    whole, half, none = (
+        pipeline(latents=noise, truncation=truncation, output_type="latent").images for truncation in (1.0, 0.5, 0.0)
+    )
+    mean = pipeline.denoiser.latent_mean
+    torch.testing.assert_close(half - mean, (whole - mean) / 2)
+    torch.testing.assert_close(none, mean.expand(4, 12))
 
 
-@pytest.mark.parametrize("objective", ["x0", "flow"])
-def test_exact_denoiser_has_a_smaller_loss_than_its_neighbours(objective: str) -> None:
+def test_student_draws_in_the_steps_it_was_distilled_for(pipeline: MNIFPipeline, tmp_path: Path) -> None:
+    student = LatentDenoiser(
+        latent_dim=12, width=16, depth=1, decoder_fingerprint=pipeline.decoder.fingerprint(), distilled_steps=[1, 2]
+    )
+    with torch.no_grad():
+        student.write.bias.fill_(0.25)  # and nothing else: it draws 0.25 wherever it starts
+    both = MNIFPipeline(
+        pipeline.decoder, pipeline.denoiser, pipeline.scheduler, student=student, student_scheduler=student_scheduler()
+    )
+    both.save_pretrained(tmp_path / "model")
+    for drawing in (both, load_pipeline(tmp_path / "model")):
+        drawing.set_progress_bar_config(disable=True)
+        noise = torch.randn(2, 12)
+        for steps in (1, 2):
+            latents = drawing(latents=noise, num_inference_steps=steps, output_type="latent").images
+            torch.testing.assert_close(latents, torch.full((2, 12), 0.25))
+        for steps, use_student in ((3, None), (2, False)):
+            expected = pipeline(latents=noise, num_inference_steps=steps, output_type="latent").images
+            latents = drawing(
+                latents=noise, num_inference_steps=steps, output_type="latent", use_student=use_student
+            ).images
+            torch.testing.assert_close(latents, expected)
+        latents = drawing(latents=noise, num_inference_steps=4, output_type="latent", use_student=True).images
+        torch.testing.assert_close(latents, torch.full((2, 12), 0.25))
+
+
+def test_fingerprints_are_checked_wherever_a_pipeline_is_made(pipeline: MNIFPipeline, tmp_path: Path) -> None:
+    stranger = LatentDenoiser(latent_dim=12, width=16, depth=1, decoder_fingerprint="0" * 64)
+    with pytest.raises(UserError, match="trained for decoder 000000000000"):
+        MNIFPipeline(pipeline.decoder, stranger, pipeline.scheduler)
+    with pytest.raises(UserError, match="trained for decoder 000000000000"):
+        MNIFPipeline(pipeline.decoder, pipeline.denoiser, pipeline.scheduler, stranger, student_scheduler())
+    pipeline.save_pretrained(tmp_path / "model")
+    MNIFPipeline.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+
+
+def test_slerp_is_shoemakes() -> None:
+    start, end = initial_noise(0, [0, 1], 50)
+    way = slerp(start, end, np.linspace(0, 1, 5))
+    np.testing.assert_allclose(way[[0, -1]], [start, end], rtol=1e-5, atol=1e-6)
+    units = [(vector / np.linalg.norm(vector)).astype(np.float64) for vector in (start, end)]
+    on_sphere = slerp(*units, np.linspace(0, 1, 5)).astype(np.float64)
+    np.testing.assert_allclose(np.linalg.norm(on_sphere, axis=1), 1, rtol=1e-5)
+    np.testing.assert_allclose(
+        np.sum(on_sphere[1:] * on_sphere[:-1], axis=1), np.cos(np.arccos(units[0] @ units[1]) / 4), rtol=1e-5
+    )
+    np.testing.assert_allclose(slerp(start, start, np.array([0.3]))[0], start, rtol=1e-5)
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_pictures_do_not_depend_on_how_many_are_decoded_at_once(
+    decoder: MNIFModel, native: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not native:
+        monkeypatch.setattr("mnif.field_operator._usable", lambda *tensors: False)
+    latents = torch.randn(16, 12)
+    with torch.no_grad():
+        whole = decoder(latents, 21)
+        for at_once in (1, 3, 64):
+            parts = [*pictures_of(decoder, latents, 21, at_once)]
+            assert max(len(part) for part in parts) == min(at_once, 16)
+            assert torch.equal(torch.cat(parts), whole)
+        monkeypatch.setattr("latent_prior.forms._POINTS_AT_ONCE", 400)
+        torch.testing.assert_close(torch.cat([*pictures_of(decoder, latents, 21)]), whole, atol=1e-4, rtol=0)
+
+
+def test_forms_of_shapes() -> None:
     torch.manual_seed(0)
-    latents = ExactDenoiser.mean + ExactDenoiser.std * torch.randn(512, 12)
-    denoiser = ExactDenoiser(latent_dim=12, width=16, depth=1)
-    denoiser.flow = objective == "flow"
-    losses = {}
-    for std in (0.3, 0.4, 0.55):
-        denoiser.std = std
-        losses[std] = validation_loss(DenoisingLoss(denoiser, objective), latents)
-    assert min(losses, key=losses.__getitem__) == 0.4
+    decoder = MNIFModel(
+        channels=1,
+        dimensions=3,
+        resolution=8,
+        num_bases=4,
+        width=8,
+        depth=1,
+        latent_dim=12,
+        cells=1,
+        signal="voxels",
+        signal_settings={"resolution": 8},
+    )
+    latents = torch.randn(3, 12)
+    with torch.no_grad():
+        decoder.means[-1][:, -1] = 0  # the bias, so that values lie on both sides of 0
+        volumes = in_form(decoder, latents, "volume", 10)
+        torch.testing.assert_close(torch.from_numpy(volumes), decoder(latents, 10)[..., 0])
+        for volume, mesh, views in zip(
+            volumes, in_form(decoder, latents, "mesh", 10), in_form(decoder, latents, "views", 10, 2), strict=True
+        ):
+            assert mesh is not None
+            np.testing.assert_array_equal(mesh[0], mesh_from_values(volume)[0])
+            assert [view.size for view in views] == [(256, 256)] * 2
+            assert not np.array_equal(*map(np.asarray, views))
+        decoder.bases[-1].zero_()
+        decoder.means[-1].copy_(torch.zeros_like(decoder.means[-1]))
+        decoder.means[-1][:, -1] = -0.5
+        assert in_form(decoder, latents[:1], "mesh") == [None]  # nothing is above 0
+        assert np.asarray(in_form(decoder, latents[:1], "views", views=1)[0][0]).min() == 255
+    with pytest.raises(ValueError, match="pil, np, pt, latent, volume, mesh, views"):
+        check_form(signal_of_model(decoder), "video")
 
 
-def test_default_scheduler_is_deterministic() -> None:
-    scheduler = sampling_scheduler("x0")
-    assert isinstance(scheduler, DPMSolverMultistepScheduler)
-    assert scheduler.config.algorithm_type == "dpmsolver++"
+def test_forms_of_radiance_fields() -> None:
+    torch.manual_seed(0)
+    settings = {"channels": 4, "dimensions": 3, "num_bases": 4, "width": 8, "depth": 1, "latent_dim": 12, "cells": 1}
+    decoder = MNIFModel(**settings, signal="radiance", signal_settings={"resolution": 16, "samples": 4})
+    latents = torch.randn(2, 12)
+    with torch.no_grad():
+        assert in_form(decoder, latents, "volume", 6).shape == (2, 6, 6, 6, 4)
+        objects = in_form(decoder, latents, "views", 12, 3)
+        expected = signal_of_model(decoder).turntable(decoder, latents, 3, 20.0, 12)
+        for views, pictures in zip(objects, expected, strict=True):
+            difference = np.stack(views).astype(int) - pictures
+            assert np.abs(difference).max() <= 1
+        assert in_form(decoder, latents, "np").shape == (2, 16, 16, 3)
+    with pytest.raises(ValueError, match='"mesh": of the signal radiance choose'):
+        check_form(signal_of_model(decoder), "mesh")

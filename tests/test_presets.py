@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mnif.arguments import preset_names
 from mnif.cli import main
 from mnif.errors import UserError
-from mnif.fit_arguments import parse_fit_arguments, preset_names
+from mnif.fit_arguments import PRESETS, parse_fit_arguments
 from mnif.modeling import MNIFModel
 
 PAPER = {
@@ -242,10 +243,10 @@ def test_a_preset_is_checked_like_flags(arguments: dict[str, object], message: s
 
 
 def test_what_is_no_preset(tmp_path: Path) -> None:
-    assert refusal("celeba-hq-xl").endswith(f"neither a JSON file nor one of {', '.join(preset_names())}")
-    assert set(PAPER) < set(preset_names())
+    assert refusal("celeba-hq-xl").endswith(f"neither a JSON file nor one of {', '.join(preset_names(PRESETS))}")
+    assert set(PAPER) < set(preset_names(PRESETS))
     for content in ('["image"]', '{"signal": "image"}', '{"signal": 1, "arguments": {}}', '{"signal": "image"'):
         (tmp_path / "broken.json").write_text(content)
-        assert re.search('"signal", a name, and "arguments"|not a JSON file', refusal(f"{tmp_path}/broken.json"))
+        assert re.search("an object with .* is needed|not a JSON file", refusal(f"{tmp_path}/broken.json"))
     (tmp_path / "smell.json").write_text('{"signal": "smell", "arguments": {}}')
     assert main(["fit", "--data", "x", "--output_dir", f"{tmp_path}/run", "--preset", f"{tmp_path}/smell.json"]) == 2

@@ -1,8 +1,14 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+from itertools import count
 from pathlib import Path
+from random import random
+from threading import Timer
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -28,8 +34,14 @@ class NoisyRegression(nn.Module):
         return (self.network(x + 0.1 * torch.randn_like(x)) - y).square().mean()
 
 
-def run(folder: Path, steps: int = 12, stop_after: int | None = None, **settings: object) -> torch.Tensor:
-    """Trains and returns all weights in one vector; ``stop_after`` sends Ctrl-C once that step is done."""
+def run(
+    folder: Path, steps: int = 12, stop_after: int | None = None, kill_at: int | None = None, **settings: object
+) -> torch.Tensor:
+    """Trains and returns all weights in one vector.
+
+    ``stop_after`` sends Ctrl-C once that step is done; ``kill_at`` lets the process die within some milliseconds of
+    so many steps.
+    """
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     arguments = TrainingArguments(max_train_steps=steps, train_batch_size=4, validation_steps=3, compile="off")
@@ -41,7 +53,14 @@ def run(folder: Path, steps: int = 12, stop_after: int | None = None, **settings
     accelerator: Accelerator = make_accelerator(arguments, folder)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     ema = EMAModel(module.parameters(), decay=0.9)
-    calls = 0
+    calls, forwards = 0, count(1)
+
+    def count_down(*_: object) -> None:
+        if next(forwards) == kill_at:
+            Timer(random() * 0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
+
+    if kill_at is not None:
+        module.register_forward_pre_hook(count_down)
 
     def validate() -> dict[str, float]:
         nonlocal calls
@@ -101,9 +120,18 @@ def test_accumulated_batches_cover_the_same_rows(tmp_path: Path) -> None:
     assert {int(moments["step"]) for moments in state.values()} == {12}  # the last step too is one
 
 
-def test_diverging_run_names_the_flag_to_lower(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"not finite at step 12; .* lower --learning_rate"):
+def test_diverging_run_keeps_the_last_good_checkpoint_and_names_the_flag_to_lower(tmp_path: Path) -> None:
+    message = r"not finite at step 3; no checkpoint was written yet; lower --learning_rate .* anew"
+    with pytest.raises(UserError, match=message):
         run(tmp_path / "run", max_grad_norm=float("nan"))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "late", stop_after=6)
+    checkpoints = tmp_path / "late/checkpoints/stage"
+    best = (checkpoints / "best/parameters.safetensors").read_bytes()
+    with pytest.raises(UserError, match=r"not finite at step 8; the last good checkpoint is .*checkpoint-6"):
+        run(tmp_path / "late", max_grad_norm=float("nan"), validation_steps=100)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["best", "checkpoint-4", "checkpoint-6"]
+    assert (checkpoints / "best/parameters.safetensors").read_bytes() == best
 
 
 def test_unknown_tracker_and_checkpoint_are_refused(tmp_path: Path) -> None:
@@ -113,15 +141,53 @@ def test_unknown_tracker_and_checkpoint_are_refused(tmp_path: Path) -> None:
         run(tmp_path / "b", resume_from_checkpoint="nowhere")
 
 
-def test_damaged_checkpoint_names_itself(tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", stop_after=6)
-    (tmp_path / "run/checkpoints/stage/checkpoint-6/optimizer.bin").write_bytes(b"junk")
-    with pytest.raises(UserError, match="checkpoint-6: cannot resume"):
+    newest, older = (tmp_path / f"run/checkpoints/stage/checkpoint-{step}" for step in (6, 4))
+    flipped = bytearray((newest / "model.safetensors").read_bytes())
+    flipped[-1] ^= 1  # the file still loads, with one weight slightly wrong
+    (newest / "model.safetensors").write_bytes(flipped)
+    capsys.readouterr()
+    assert torch.equal(run(tmp_path / "run"), whole)
+    printed = capsys.readouterr().out
+    assert f"{newest}: damaged (its content is not what was written); it is passed over" in printed
+    assert f"resuming from {older}" in printed
+
+
+def test_only_damaged_checkpoints_say_how_to_begin_anew(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", stop_after=6)
+    folder = tmp_path / "run/checkpoints/stage"
+    (folder / "checkpoint-6/optimizer.bin").write_bytes(b"junk")
+    (folder / "checkpoint-4/progress.json").write_text("{")
+    for seal in folder.glob("*/.sha256"):
+        seal.unlink()  # as if the hash had not been kept: loading itself notices
+    with pytest.raises(UserError, match=r"checkpoint-6: damaged, and no older .* --resume_from_checkpoint no"):
         run(tmp_path / "run")
-    (tmp_path / "run/checkpoints/stage/checkpoint-6/model.safetensors").write_bytes(b"junk")
-    with pytest.raises(UserError, match="checkpoint-6: cannot resume"):
-        run(tmp_path / "run")
+    with pytest.raises(UserError, match="checkpoint-4: damaged"):
+        run(tmp_path / "run", resume_from_checkpoint=str(folder / "checkpoint-4"))
+    run(tmp_path / "run", resume_from_checkpoint="no")
+
+
+@pytest.mark.slow
+def test_killed_at_random_steps_the_same_command_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """SIGKILL, which nothing can answer: at any moment, in the middle of writing a checkpoint too."""
+    whole = run(tmp_path / "whole", steps=40)
+    program = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); from test_training import run; "
+    program += "run(pathlib.Path(sys.argv[2]), steps=40, kill_at=int(sys.argv[3]))"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    steps = np.random.default_rng().integers(3, 12, size=2)  # of each life; differs from test to test
+    for kill_at in steps:
+        command = [sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path / "killed"), str(kill_at)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (tmp_path / "killed/checkpoints/stage/checkpoint-40").exists()
+    assert torch.equal(run(tmp_path / "killed", steps=40), whole), f"killed after {steps} steps"
+    assert not list((tmp_path / "killed/checkpoints/stage").glob(".*"))
+    curves = [[row["step"] for row in read_curves(tmp_path / name / "metrics.jsonl")] for name in ("whole", "killed")]
+    assert curves[0] == curves[1]
 
 
 @pytest.mark.parametrize("rows", [3, 10])
