@@ -20,7 +20,7 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	$(MNIF) fit --data twemoji --output_dir $(RUN) --random_flip --max_train_steps $(FIT_STEPS)
+	$(MNIF) fit --data twemoji --output_dir $(RUN) --random_flip --random_colours --max_train_steps $(FIT_STEPS)
 	$(MNIF) prior --run $(RUN) --max_train_steps $(PRIOR_STEPS)
 	$(MNIF) sample --model $(RUN)/model --num_samples 64 --output_dir $(RUN)/pictures
 	$(MNIF) export --model $(RUN)/model --output_dir $(RUN)/bundle
