@@ -24,7 +24,7 @@ RENDERING = {
     "ReduceMin",
     "ReduceSum",
 }
-RENDERING |= {"ReduceSum", "Squeeze", "Unsqueeze", "Where"}
+RENDERING |= {"Softplus", "Squeeze", "Unsqueeze", "Where"}
 PRECISION = {"Cast", "DequantizeLinear"}
 
 

@@ -160,6 +160,7 @@ def test_padded_values_have_four_channels(
 ) -> None:
     decoder = MNIFModel(channels=channels, resolution=16, num_bases=6, width=8, depth=1, latent_dim=12, cells=2).eval()
     padded = replace(options, pad_channels=True, resolution=resolution, num_baked=1, sampler_precision=["fp32"])
+    pipeline.denoiser.register_to_config(decoder_fingerprint=decoder.fingerprint())
     model = MNIFPipeline(decoder, pipeline.denoiser, pipeline.scheduler)
     export_bundle(model, padded)
     manifest = read_json(options.output_dir / "manifest.json")

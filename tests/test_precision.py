@@ -33,10 +33,11 @@ def fit() -> tuple[onnx.ModelProto, np.ndarray, np.ndarray]:
     x, y = coordinates[0].T
     waves = [torch.sin(5 * x + 2 * y), torch.cos(7 * x * y), torch.tanh(4 * (x**2 + y**2 - 0.5))]
     picture = 0.8 * torch.stack(waves, dim=-1)[None]
+    weights = torch.full(coordinates.shape[:2], 1 / coordinates.shape[1])
     optimiser = torch.optim.Adam([parameters])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=250)
     for _ in range(250):
-        loss = BakedField(shapes, parameters).errors(coordinates, picture).sum()
+        loss = BakedField(shapes, parameters).errors(coordinates, picture, weights).sum()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
