@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from latent_prior.denoiser import LatentDenoiser
 from mnif.fields import LayerShape
 from mnif.modeling import MNIFModel
 
@@ -23,6 +24,18 @@ def padded(decoder: MNIFModel) -> MNIFModel:
             state[name] = _padded_rows(state[name], narrow)
     wide.load_state_dict(state)
     return wide
+
+
+@torch.no_grad()
+def for_decoder(denoiser: LatentDenoiser, decoder: MNIFModel) -> LatentDenoiser:
+    """The same denoiser for a padded decoder, whose fingerprint is another; itself for its own decoder."""
+    fingerprint = decoder.fingerprint()
+    if denoiser.config.decoder_fingerprint == fingerprint:
+        return denoiser
+    settings = {key: value for key, value in denoiser.config.items() if not key.startswith("_")}
+    moved = LatentDenoiser(**settings | {"decoder_fingerprint": fingerprint}).eval()
+    moved.load_state_dict(denoiser.state_dict())
+    return moved
 
 
 def _padded_rows(rows: torch.Tensor, shape: LayerShape) -> torch.Tensor:

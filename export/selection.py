@@ -8,9 +8,11 @@ from export.browser import browser_cases
 from export.cases import GraphCase, baked_cases, decoder_case, sampler_case
 from export.graphs import Resolution
 from export.instances import Instances, noise_alone, of_table, sampled
-from export.padding import padded
+from export.padding import for_decoder, padded
 from export.radiance_cases import baked_radiance_cases, radiance_cases
+from latent_prior.denoiser import LatentDenoiser
 from latent_prior.pipeline import MNIFPipeline
+from mnif.errors import UserError
 from mnif.modeling import MNIFModel
 from mnif.radiance import RadianceField
 from mnif.signal_table import signal_of_model
@@ -57,19 +59,34 @@ class Selection:
         shown = instances.latents[:_REFERENCES]
         yield decoder_case(decoder, shown, self.resolution)
         if self.pipeline is not None:
-            pipeline = MNIFPipeline(decoder, self.pipeline.denoiser, self.pipeline.scheduler)
-            pipeline.set_progress_bar_config(disable=True)
             resolution = None if isinstance(signal, RadianceField) else self.resolution
             for count in self.steps:
-                yield sampler_case(pipeline, count, resolution, self.seed)
+                yield sampler_case(self._drawing(decoder, count), count, resolution, self.seed)
             if self.browser:
-                yield from browser_cases(pipeline, self.steps[-1], self.resolution, self.seed)
+                count = self.steps[-1]
+                yield from browser_cases(self._drawing(decoder, count), count, self.resolution, self.seed)
         if isinstance(signal, RadianceField):
             yield from radiance_cases(decoder, signal, shown, self.seed)
         latents, labels = instances.latents[: len(instances.labels)], instances.labels
         yield from baked_cases(decoder, latents, labels, self.resolution)
         if isinstance(signal, RadianceField):
             yield from baked_radiance_cases(decoder, signal, latents, labels, self.seed)
+
+    def _drawing(self, decoder: MNIFModel, steps: int) -> MNIFPipeline:
+        """What draws in ``steps``: the student where it was distilled for them, as in the pipeline itself."""
+        assert self.pipeline is not None
+        denoiser, scheduler = self.pipeline.denoiser, self.pipeline.scheduler
+        student = self.pipeline.student
+        if student is not None and steps in student.config.distilled_steps:
+            denoiser, scheduler = student, self.pipeline.student_scheduler
+        if not isinstance(denoiser, LatentDenoiser):
+            raise UserError(
+                f"{type(denoiser).__name__} cannot be exported; `mnif distill` makes a student that can, for "
+                "--num_inference_steps 1, 2 or 4"
+            )
+        drawing = MNIFPipeline(decoder, for_decoder(denoiser, decoder), scheduler)
+        drawing.set_progress_bar_config(disable=True)
+        return drawing
 
     def _instances(self) -> Instances:
         """What is baked, with as many further latents as references need."""

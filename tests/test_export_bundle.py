@@ -16,7 +16,10 @@ from export import cases, runtime
 from export.bundle import export_bundle
 from export.export_arguments import ExportArguments
 from export.graphs import decoder_graph
+from export.padding import for_decoder
+from latent_prior.denoiser import LatentDenoiser
 from latent_prior.noise import initial_noise
+from latent_prior.objective import student_scheduler
 from latent_prior.pipeline import MNIFPipeline
 from mnif.cli import main
 from mnif.errors import UserError
@@ -160,8 +163,7 @@ def test_padded_values_have_four_channels(
 ) -> None:
     decoder = MNIFModel(channels=channels, resolution=16, num_bases=6, width=8, depth=1, latent_dim=12, cells=2).eval()
     padded = replace(options, pad_channels=True, resolution=resolution, num_baked=1, sampler_precision=["fp32"])
-    pipeline.denoiser.register_to_config(decoder_fingerprint=decoder.fingerprint())
-    model = MNIFPipeline(decoder, pipeline.denoiser, pipeline.scheduler)
+    model = MNIFPipeline(decoder, for_decoder(pipeline.denoiser, decoder), pipeline.scheduler)
     export_bundle(model, padded)
     manifest = read_json(options.output_dir / "manifest.json")
     assert manifest["values"]["channels"] == channels
@@ -175,6 +177,25 @@ def test_padded_values_have_four_channels(
     (values,) = run(onnx.load(options.output_dir / "onnx" / "sampler_3.onnx"), {"noise": noise})
     np.testing.assert_allclose(values[..., :channels], expected, atol=1e-4)
     assert not values[..., channels:].any()
+
+
+def test_a_student_stands_in_the_samplers_of_its_steps(pipeline: MNIFPipeline, options: ExportArguments) -> None:
+    torch.manual_seed(1)
+    settings = {key: value for key, value in pipeline.denoiser.config.items() if not key.startswith("_")}
+    student = LatentDenoiser(**settings | {"distilled_steps": [1]}).eval()
+    torch.nn.init.normal_(student.write.weight, std=0.2)
+    model = MNIFPipeline(pipeline.decoder, pipeline.denoiser, pipeline.scheduler, student, student_scheduler())
+    model.set_progress_bar_config(disable=True)
+    flags = {"num_inference_steps": [1, 3], "sampler_precision": ["fp32"], "sampler_storage": "fp32"}
+    export_bundle(model, replace(options, num_baked=0, **flags))
+    noise = initial_noise(0, range(2), 12)
+    drawn = {}
+    for steps in (1, 3):
+        (values,) = run(onnx.load(options.output_dir / "onnx" / f"sampler_{steps}.onnx"), {"noise": noise})
+        latents = model(latents=torch.from_numpy(noise), num_inference_steps=steps, output_type="latent").images
+        np.testing.assert_allclose(values, pipeline.decoder(latents).detach().numpy(), atol=1e-4)
+        drawn[steps] = values
+    assert np.abs(drawn[1] - drawn[3]).max() > 1e-2
 
 
 def test_readme_has_a_complete_trtexec_line_for_every_graph(pipeline: MNIFPipeline, options: ExportArguments) -> None:
