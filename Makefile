@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MNIF := $(BIN)/mnif
 
-# `make demo` fits this in about ten minutes on two cores; CI shrinks it.
+# `make demo` fits this in ten to fifteen minutes on two cores; CI shrinks it.
 RUN ?= runs/demo
 FIT_STEPS ?= 5000
 PRIOR_STEPS ?= 1000
