@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from evals.bench import Bench
-from latent_prior.noise import initial_noise
+from latent_prior.drawing import BLOCK, Drawing
 from latent_prior.pipeline import MNIFPipeline
 from mnif.latents import LatentTable
 from mnif.modeling import MNIFModel
@@ -15,22 +14,16 @@ from mnif.modeling import MNIFModel
 def prior_latents(bench: Bench, pipeline: MNIFPipeline, seed: int, steps: int, fingerprint: str) -> np.ndarray:
     """The latents of as many samples of ``seed`` as the protocol asks for, [N, D] float32, memory-mapped.
 
-    Sample i depends on seed and i alone, whichever process draws it.
+    Sample i is the one of `mnif sample`, whichever process draws it; a shard of rows is a block of samples.
     """
     pipeline.set_progress_bar_config(disable=True)
-    width = pipeline.decoder.config.latent_dim
+    drawing, width = Drawing(pipeline, seed, steps), pipeline.decoder.config.latent_dim
 
-    def denoised(noise: np.ndarray) -> np.ndarray:
-        (found,) = pipeline(
-            latents=torch.from_numpy(noise), num_inference_steps=steps, output_type="latent", return_dict=False
-        )
-        return found.cpu().numpy()
-
-    def noise(rows: range) -> np.ndarray:
-        return initial_noise(seed, rows, width)
+    def drawn(rows: range) -> np.ndarray:
+        return drawing.block(rows.start // BLOCK)[: len(rows)].cpu().numpy()
 
     key, count = [fingerprint, "prior", seed, steps], bench.protocol.num_samples
-    return bench.rows(key, count, width, noise, denoised, "sampling")
+    return bench.rows(key, count, width, lambda rows: rows, drawn, "sampling")
 
 
 def gaussian_latents(table: LatentTable, count: int, seed: int) -> np.ndarray:

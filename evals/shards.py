@@ -14,11 +14,12 @@ from typing import TypeVar
 import numpy as np
 
 from evals.processes import Processes
+from latent_prior.drawing import BLOCK
 from mnif.errors import UserError
 from mnif.files import written_atomically
 from mnif.progress import progress_bar
 
-SHARD = 64
+SHARD = BLOCK  # so that a shard of samples is drawn as `mnif sample` draws it
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from evals.controls import latent_table_of
 from evals.sides import is_of, sides_of
-from latent_prior.noise import initial_noise
+from latent_prior.drawing import BLOCK, Drawing
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from mnif.data import Instances, Split
 from mnif.latents import LatentTable
@@ -20,8 +20,6 @@ from mnif.refinement import Finder, latents_of
 from mnif.rows import Rows, rows_of
 from mnif.signal_table import signal_of_model
 from mnif.signals import Signal
-
-_LATENTS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -84,14 +82,9 @@ def load_stages(model: Path) -> Stages:
     return Stages(decoder, signal, load_finder(model, signal), table, pipeline)
 
 
-@torch.no_grad()
 def drawn_latents(pipeline: MNIFPipeline, count: int, seed: int, steps: int) -> Tensor:
-    """The latents of samples 0 to ``count`` of ``seed``, [count, D]; sample i depends on seed and i alone."""
+    """The latents of samples 0 to ``count`` of ``seed`` as `mnif sample` draws them, [count, D]."""
     pipeline.set_progress_bar_config(disable=True)
-    batches = []
-    for begin in progress_bar(range(0, count, _LATENTS_AT_ONCE), desc="sampling", unit="batch"):
-        some = range(begin, min(begin + _LATENTS_AT_ONCE, count))
-        noise = torch.from_numpy(initial_noise(seed, some, pipeline.decoder.config.latent_dim))
-        (found,) = pipeline(latents=noise, num_inference_steps=steps, output_type="latent", return_dict=False)
-        batches.append(found)
-    return torch.cat(batches)
+    drawing = Drawing(pipeline, seed, steps)
+    blocks = progress_bar(range(-(-count // BLOCK)), desc="sampling", unit="block")
+    return torch.cat([drawing.block(number) for number in blocks])[:count]
