@@ -93,5 +93,9 @@ def copied_share(samples: np.ndarray, held_out: np.ndarray, train: np.ndarray, q
     """
     if not (len(samples) and len(held_out)):
         raise UserError(f"copied share: {len(samples)} samples, {len(held_out)} held-out instances; both are needed")
-    threshold = np.quantile(nearest_neighbour_distances(held_out, train)[0], quantile)
-    return float((nearest_neighbour_distances(samples, train)[0] < threshold).mean())
+    return float(are_copies(nearest_neighbour_distances(samples, train)[0], held_out, train, quantile).mean())
+
+
+def are_copies(distances: np.ndarray, held_out: np.ndarray, train: np.ndarray, quantile: float = 0.05) -> np.ndarray:
+    """Which samples :func:`copied_share` counts, [N] bool, by their distances [N] to the nearest training instance."""
+    return distances < np.quantile(nearest_neighbour_distances(held_out, train)[0], quantile)

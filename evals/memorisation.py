@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from evals.manifold import copied_share, nearest_neighbour_ratio
+from evals.manifold import are_copies, nearest_neighbour_distances, unit_of_novelty
+from evals.spread import spread_over_halves, standard_error
 from mnif.latents import LatentTable
 
 COPYING_BELOW = 0.9
@@ -12,16 +13,20 @@ EXPECTED_SHARE = 0.05  # of samples that do not copy, by the definition of copie
 
 
 def memorisation_figures(samples: np.ndarray, table: LatentTable) -> dict[str, float]:
-    """How near sampled latents [N, D] lie to training latents, by the measure of held-out ones.
+    """How near sampled latents [N, D] lie to training latents, by the measure of held-out ones, with standard errors.
 
-    Both are standardised per dimension, as the prior sees them.
+    All are standardised per dimension, as the prior sees them.
     """
     mean, std = (statistic.numpy() for statistic in table.mean_and_std())
     parts = (samples, table.latents[table.held_out].numpy(), table.train.numpy())
-    standardised = [(part - mean) / std for part in parts]
+    drawn, held_out, train = ((part - mean) / std for part in parts)
+    distances, _ = nearest_neighbour_distances(drawn, train)
+    unit, copies = unit_of_novelty(held_out, train), are_copies(distances, held_out, train)
     return {
-        "nn_ratio_latents": nearest_neighbour_ratio(*standardised),
-        "copied_share_latents": copied_share(*standardised),
+        "nn_ratio_latents": float(np.median(distances)) / unit,
+        "nn_ratio_latents_std": spread_over_halves(distances, lambda some: float(np.median(some))) / unit,
+        "copied_share_latents": float(copies.mean()),
+        "copied_share_latents_std": standard_error(copies),
     }
 
 

@@ -8,10 +8,10 @@ import torch
 
 from evals.arguments import EvalArguments
 from evals.bench import Bench
-from evals.frechet import frechet_distance_from_features
+from evals.frechet import frechet_distance_from_features, moments_of
 from evals.picture_sources import PictureSource, latent_pictures, shown
 from evals.reconstruction import SSIM_WINDOW, border_step_ratio, psnr_per_image, ssim_per_image
-from evals.spread import standard_error
+from evals.spread import GROUPS, GroupedFeatures, frechet_spread, spread_over_halves, standard_error
 from mnif.data import ImageData, Split
 from mnif.inner_loop import InnerLoop
 from mnif.latents import LatentTable
@@ -159,8 +159,11 @@ class Reconstructions:
         features = self.bench.features(drawn, f"reconstructions, {ending}")
         if not self.bench.processes.is_main or len(rows) < 2:
             return {}
-        name = f"r{self.bench.extractor.frechet}_{ending}"
-        return {name: frechet_distance_from_features(features, real[rows])}
+        name, originals = f"r{self.bench.extractor.frechet}_{ending}", real[rows]
+        found = {name: frechet_distance_from_features(features, originals)}
+        if len(rows) >= 2 * GROUPS:
+            found[f"{name}_std"] = frechet_spread(GroupedFeatures(features), moments_of(originals))
+        return found
 
     def _borders(self, rows: np.ndarray, drawn: PictureSource, part: str) -> dict[str, float]:
         """Steps across the borders of cells; and a picture of originals above reconstructions."""
@@ -170,9 +173,15 @@ class Reconstructions:
         save_picture(self.asked.output_dir / f"reconstructions_{part}.png", picture_grid(both, columns=len(pick)))
         if cells == 1 or any(pixels % cells for pixels in drawn.size):
             return {}
-        first = range(min(len(rows), _BORDERS))
-        ratio = border_step_ratio(drawn.read(first) / 255, images[rows[: len(first)]] / 255, cells)
-        return {f"border_step_ratio_{part}": ratio}
+        count = min(len(rows), _BORDERS)
+        ours, originals = drawn.read(range(count)) / 255, images[rows[:count]] / 255
+
+        def ratio(some: np.ndarray) -> float:
+            return border_step_ratio(ours[some], originals[some], cells)
+
+        name, every = f"border_step_ratio_{part}", np.arange(count)
+        spread = {f"{name}_std": spread_over_halves(every, ratio)} if count >= GROUPS else {}
+        return {name: ratio(every)} | spread
 
 
 def evenly(count: int, wanted: int) -> np.ndarray:

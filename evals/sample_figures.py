@@ -15,6 +15,7 @@ from evals.spread import (
     GROUPS,
     GroupedFeatures,
     frechet_at_infinity,
+    frechet_at_infinity_spread,
     frechet_spread,
     spread_over_halves,
     standard_error,
@@ -80,8 +81,8 @@ def set_figures(
 
     Returns:
         For each set the Fréchet distance, the kernel distance, precision, recall, density and coverage, each with its
-        standard error ``NAME_std``; for the samples also the Fréchet distance at infinity and the kernel distance over
-        subsets.
+        standard error ``NAME_std``; for the samples also the Fréchet distance at infinity, with its own, and the kernel
+        distance over subsets.
 
     Raises:
         UserError: too few samples, or features that are not finite.
@@ -91,7 +92,7 @@ def set_figures(
     figures = _figures(drawn, real[reference.rows], extractor, protocol)
     figures |= _figures(floor, real[reference.floor_rows], extractor, protocol)
     samples, others = drawn[""], real[reference.rows]
-    figures[f"{extractor.frechet}_infinity"] = frechet_at_infinity(GroupedFeatures(samples), moments_of(others))
+    figures |= _infinity(GroupedFeatures(samples), moments_of(others), extractor)
     mean, spread = kernel_distance_of_subsets(samples, others)
     return figures | {f"{extractor.kernel}_subset_mean": mean, f"{extractor.kernel}_subset_std": spread}
 
@@ -113,7 +114,7 @@ def frechet_figures(features: Mapping[str, np.ndarray], reference: Moments, extr
         figures[name] = frechet_distance(grouped.moments(), reference)
         figures[f"{name}_std"] = frechet_spread(grouped, reference)
         if ending == "":
-            figures[f"{name}_infinity"] = frechet_at_infinity(grouped, reference)
+            figures |= _infinity(grouped, reference, extractor)
     return figures
 
 
@@ -157,3 +158,11 @@ def _figures(
             figures[f"{figure}_{extractor.suffix}{name}"] = float(values.mean())
             figures[f"{figure}_{extractor.suffix}{name}_std"] = standard_error(values)
     return figures
+
+
+def _infinity(samples: GroupedFeatures, reference: Moments, extractor: Extractor) -> dict[str, float]:
+    name = f"{extractor.frechet}_infinity"
+    return {
+        name: frechet_at_infinity(samples, reference),
+        f"{name}_std": frechet_at_infinity_spread(samples, reference),
+    }
