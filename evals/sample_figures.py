@@ -81,7 +81,7 @@ def set_figures(
 
     Returns:
         For each set the Fréchet distance, the kernel distance, precision, recall, density and coverage, each with its
-        standard error ``NAME_std``; for the samples also the Fréchet distance at infinity, with its own, and the kernel
+        standard error ``NAME_std``; for the samples also the Fréchet distance at infinity and the kernel
         distance over subsets.
 
     Raises:

@@ -57,7 +57,7 @@ def frechet_at_infinity(features: GroupedFeatures, reference: Moments, groups: S
 
 
 def frechet_at_infinity_spread(features: GroupedFeatures, reference: Moments) -> float:
-    """An upper bound, by about a third, of the standard error of :func:`frechet_at_infinity`: halves are noisier lines."""
+    """The standard error of :func:`frechet_at_infinity`, too large by a third because halves make noisier lines."""
     return float(np.std([frechet_at_infinity(features, reference, half) for half in halves()]))
 
 
