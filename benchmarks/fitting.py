@@ -73,6 +73,7 @@ class Work:
         few = max(3, rounds // 3) if with_plain and self.operations * 3 > 1e11 else rounds
         for number in range(few + 2):
             for function, seconds in zip(functions, times, strict=True):
+                function()  # so that what the others left in the caches does not count
                 started = time.perf_counter()
                 function()
                 if number >= 2 or function is plain:

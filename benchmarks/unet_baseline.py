@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,13 @@ import torch
 import tyro
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
-from evals.figures import sample_figures
+from judges import PictureJudge, judge_of
 
+from evals.picture_sources import PictureSource
 from latent_prior.noise import initial_noise
 from latent_prior.pipeline import load_pipeline
-from mnif.data import ImageData, Split, load_images
+from mnif.data import Split
 from mnif.files import folder_written_atomically, read_json, write_json
-from mnif.latents import LatentTable
 from mnif.progress import progress_bar
 from mnif.runs import peak_memory_megabytes
 
@@ -83,16 +84,17 @@ def main(arguments: Arguments) -> None:
         times = f"{row['milliseconds_1']:.1f} | {row['milliseconds_64']:.1f}"
         sizes = f"{row['peak_rss_mb']:.0f} | {row['parameters'] / 1e6:.2f}"
         print(f"| {name} | {row['fd_lite0']:.1f} | {times} | {sizes} |")
-    first = next(iter(measured.values()))
-    print(f"| real pictures | {first['fd_lite0_floor']:.1f} | | | | |")
+    floor = judge_of(arguments.run).controls(arguments.num_samples)["real"]
+    print(f"| real pictures | {floor['fd_lite0']:.1f} | | | | |")
 
 
 def train(arguments: Arguments, budget: float, parameters: int) -> None:
     """Trains until ``budget`` processor seconds are used up."""
     torch.manual_seed(arguments.seed)
-    data, sides = pictures(arguments.run)
+    judge = judge_of(arguments.run)
+    assert isinstance(judge, PictureJudge)
     flip = read_json(arguments.run / "run.json")["fit"]["arguments"].get("random_flip") == "True"
-    images = torch.from_numpy(data.images[sides == Split.TRAIN]).permute(0, 3, 1, 2)
+    images = torch.from_numpy(judge.data.images[judge.sides == Split.TRAIN]).permute(0, 3, 1, 2)
     unet = unet_of(images.shape[2], parameters)
     noising = DDPMScheduler(**SCHEDULE)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=arguments.learning_rate)
@@ -195,19 +197,12 @@ def measure(
     begins = progress_bar(range(0, arguments.num_samples, 64), desc="sampling", unit="batch")
     drawn = [draw(range(begin, min(begin + 64, arguments.num_samples))) for begin in begins]
     samples = (np.concatenate(drawn) * 255).round().astype(np.uint8)
-    data, sides = pictures(arguments.run)
-    return figures | sample_figures({"fd_lite0": samples}, data, sides, arguments.output_dir / "nearest")
-
-
-def pictures(run: Path) -> tuple[ImageData, np.ndarray]:
-    """The pictures of a run and their sides, as `mnif fit` cut them: what is not in its table was never looked at."""
-    asked = read_json(run / "run.json")["fit"]["arguments"]
-    resolution = load_pipeline(run / "model").decoder.config.resolution
-    data = load_images(asked["data"], resolution if isinstance(resolution, int) else tuple(resolution))
-    table = LatentTable.load(run / "latents.safetensors")
-    held_out = dict(zip(table.ids, table.held_out.tolist(), strict=True))
-    side_of = {None: Split.TEST, True: Split.HELD_OUT, False: Split.TRAIN}
-    return data, np.array([side_of[held_out.get(id)] for id in data.ids])
+    source = PictureSource(
+        len(samples), samples.shape[1:3], sha256(samples).hexdigest(), lambda rows: samples[rows.start : rows.stop]
+    )
+    judge = judge_of(arguments.run)
+    assert isinstance(judge, PictureJudge)
+    return figures | judge.of_pictures(source)
 
 
 def parameters_of(*modules: torch.nn.Module) -> int:

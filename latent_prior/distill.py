@@ -46,9 +46,9 @@ class DistillArguments(TrainingArguments):
     """The run folder of `mnif prior`."""
     student_steps: tuple[int, ...] = (1, 2, 4)
     """The numbers of steps that the student is to sample with; one student serves all."""
-    num_pairs: int = 65536
+    num_pairs: int = 131072
     """Noises that the teacher draws samples from; they stay in RUN/pairs."""
-    teacher_steps: int = 20
+    teacher_steps: int = 10
     """Denoising steps of the teacher."""
     width: int = 256
     """Hidden units of the student."""

@@ -265,5 +265,11 @@ SECOND_ROUND = {
     "shifted by up to two pixels": Variant(augment=_shifted),
     "128 bases of width 32": Variant({"num_bases": 128, "width": 32}),
     "latent noise 0.3": Variant({"latent_noise": 0.3}),
+    "FINER, blended error": Variant(decoder=Finer, errors="blended"),
+    "first layer spread over three octaves": Variant(prepare=_spread_first_layer),
+    "hidden biases at a tenth": Variant(prepare=lambda decoder: _hidden_omega(decoder, 0.1)),
+    "every second pixel along each axis": Variant({"stride": 2}),
+    "multiplied bases": Variant(decoder=Multiplicative),
+    "Muon for bases too, 0.01": Variant(muon={"bases": 0.01}),
 }
 VARIANTS = FIRST_ROUND | SECOND_ROUND

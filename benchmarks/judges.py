@@ -1,0 +1,128 @@
+"""How far drawn pictures or shapes are from a run's data: what benchmarks of stage two measure again and again.
+
+Leaner than `mnif eval`, which also measures reconstructions: features of real pictures and of controls are made once.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol as Interface
+
+import numpy as np
+import torch
+
+from evals.bench import Bench
+from evals.controls import gaussian_latents
+from evals.features import extractor_by_name
+from evals.frechet import frechet_distance, moments_of
+from evals.memorisation import memorisation_figures
+from evals.picture_sources import PictureSource, data_pictures, latent_pictures
+from evals.processes import Processes
+from evals.protocols import PRESETS
+from evals.sample_figures import novelty_figures, reference_of
+from evals.shape_samples import comparison_figures, novelty_of, real_shapes
+from evals.sides import sides_of
+from evals.surfaces import surfaces_of_grids
+from mnif.data import Split, load_images, load_voxels
+from mnif.files import read_json
+from mnif.latents import LatentTable
+from mnif.model_folder import load_component
+from mnif.modeling import MNIFModel
+
+
+class Judge(Interface):
+    """Measures what latents of a run draw."""
+
+    table: LatentTable
+    distance: str
+    """The figure that says how far samples are from the data."""
+
+    def of_latents(self, latents: np.ndarray) -> dict[str, float]:
+        """Figures of latents [N, D]: ``distance``, ``nn_ratio`` and ``nn_ratio_latents`` among them."""
+
+    def controls(self, count: int) -> dict[str, dict[str, float]]:
+        """Those of ``gaussian`` and of ``held_out`` latents, and the ``real`` data's."""
+
+
+def judge_of(run: Path) -> Judge:
+    """What fits the signal of a run folder of `mnif fit`."""
+    asked = read_json(run / "run.json")["fit"]["arguments"]
+    decoder = load_component(MNIFModel, run / "model", "decoder")
+    table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint())
+    kind = PictureJudge if decoder.config.signal == "image" else ShapeJudge
+    return kind(decoder, table, asked["data"])
+
+
+@dataclass
+class PictureJudge:
+    """Fréchet distances of EfficientNet-Lite0's features to one half of the real pictures."""
+
+    decoder: MNIFModel
+    table: LatentTable
+    source: str
+    distance: str = "fd_lite0"
+
+    def __post_init__(self) -> None:
+        size = self.decoder.config.resolution
+        self.data = load_images(self.source, size if isinstance(size, int) else tuple(size))
+        extractor = extractor_by_name("lite0", None, torch.device("cpu"))
+        self.bench = Bench(PRESETS["offline"], extractor, Processes(), Path("runs/judged"))
+        self.real = self.bench.features(data_pictures(self.data), "real pictures", keep=True)
+        self.sides = sides_of(self.table, self.data)
+        self.reference = reference_of(self.data, self.sides, "half")
+        self.moments = moments_of(self.real[self.reference.rows])
+
+    def of_latents(self, latents: np.ndarray) -> dict[str, float]:
+        name = hashlib.sha256(latents.tobytes()).hexdigest()
+        pictures = latent_pictures(self.decoder, latents, f"{self.decoder.fingerprint()} {name}", quantise=True)
+        return self.of_pictures(pictures) | memorisation_figures(latents, self.table)
+
+    def of_pictures(self, pictures: PictureSource) -> dict[str, float]:
+        features = self.bench.features(pictures, "samples")
+        parts = (self.real[self.sides == side] for side in (Split.HELD_OUT, Split.TRAIN))
+        return self._frechet(features) | novelty_figures(features, *parts)[0]
+
+    def controls(self, count: int) -> dict[str, dict[str, float]]:
+        held_out = self.table.latents[self.table.held_out].numpy()[:count]
+        return {
+            "gaussian": self.of_latents(gaussian_latents(self.table, count, seed=0)),
+            "held_out": self.of_latents(held_out),
+            "real": self._frechet(self.real[self.reference.floor[:count]]),
+        }
+
+    def _frechet(self, features: np.ndarray) -> dict[str, float]:
+        return {self.distance: frechet_distance(moments_of(features), self.moments)}
+
+
+@dataclass
+class ShapeJudge:
+    """Chamfer distances of surfaces: how well a nearest neighbour tells drawn shapes from unseen real ones."""
+
+    decoder: MNIFModel
+    table: LatentTable
+    source: str
+    distance: str = "nna_chamfer"
+    _floor: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.data = load_voxels(self.source)
+        self.sides = sides_of(self.table, self.data)
+        self.real = real_shapes(self.data, self.sides)
+
+    @torch.no_grad()
+    def of_latents(self, latents: np.ndarray) -> dict[str, float]:
+        some = torch.from_numpy(latents[: len(self.real.reference)])
+        grids = (grid for part in some.split(32) for grid in self.decoder(part)[..., 0].numpy())
+        shapes = surfaces_of_grids(grids, [f"sample {row}" for row in range(len(some))], level=0.0)
+        found = comparison_figures({"": shapes.points}, self.real, "chamfer")
+        self._floor = {name.removesuffix("_floor"): value for name, value in found.items() if name.endswith("_floor")}
+        novelty = novelty_of(shapes.points, self.data, self.sides).figures
+        return found | novelty | memorisation_figures(latents, self.table)
+
+    def controls(self, count: int) -> dict[str, dict[str, float]]:
+        held_out = self.table.latents[self.table.held_out].numpy()[:count]
+        return {
+            "gaussian": self.of_latents(gaussian_latents(self.table, count, seed=0)),
+            "held_out": self.of_latents(held_out),
+            "real": self._floor,
+        }

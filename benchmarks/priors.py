@@ -1,0 +1,180 @@
+"""Trials of stage two: variants of `mnif prior` and `mnif distill` on a fitted run, beside the controls.
+
+    python benchmarks/priors.py --run runs/demo --variants default flow --seeds 0 1 2
+    python benchmarks/priors.py --run runs/demo --variants default --seeds 0 1 2 --distill
+    python benchmarks/priors.py --run runs/demo --table
+
+Every trial is a line of RUN/priors.jsonl, so runs add up and one that was stopped goes on where it was; what was
+trained stays in RUN/priors. docs/experiments.md and docs/performance.md keep the tables.
+"""
+
+import json
+import shutil
+import statistics
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+from judges import Judge, judge_of
+
+from latent_prior.distill import DistillArguments, distill
+from latent_prior.drawing import Drawing
+from latent_prior.energy import energy_distance
+from latent_prior.pipeline import load_pipeline
+from latent_prior.prior_arguments import parse_prior_arguments
+from latent_prior.train import fit_prior
+from mnif.arguments import parse_arguments
+from mnif.files import read_json, write_json
+
+VARIANTS = {
+    "default": "",
+    "flow": "--objective flow",
+    "v": "--objective v",
+    "pseudo-Huber": "--loss pseudo-huber",
+    "min-SNR": "--weighting min-snr",
+    "edge": "--preset edge",
+    "width 384": "--width 384",
+    "width 768": "--width 768",
+    "width 128": "--width 128 --depth 3",
+    "paper's network 512x8": "--denoiser paper --width 512 --depth 8",
+    "no dropout": "--dropout 0",
+    "dropout 0.3": "--dropout 0.3",
+    "latent noise 0.1": "--latent_noise 0.1",
+    "latent noise 0.2": "--latent_noise 0.2",
+    "latent noise 0.3": "--latent_noise 0.3",
+    "last weights": "--keep last",
+    "3000 steps, last weights": "--keep last --max_train_steps 3000 --dropout 0",
+    "1600 steps, last weights": "--keep last --max_train_steps 1600",
+    "latents of mirrored pictures": "--extra_latents {run}/mirrored/latents.safetensors",
+}
+
+
+@dataclass
+class Arguments:
+    """Run trials, or print the table of those that were."""
+
+    run: Path
+    """A run folder in which `mnif fit` has finished."""
+    variants: list[str] = field(default_factory=lambda: ["default"])
+    """Of those in this file."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Each variant is trained with each, and draws its samples with it."""
+    steps: list[int] = field(default_factory=lambda: [20])
+    """Of sampling; a line for each."""
+    num_samples: int = 1000
+    """That distances are taken over."""
+    distill: bool = False
+    """Also distil a student, and measure it."""
+    distill_flags: str = ""
+    """Of `mnif distill`, in one string."""
+    table: bool = False
+    """Print the results as Markdown and do nothing else."""
+
+
+def main(arguments: Arguments) -> None:
+    results = arguments.run / "priors.jsonl"
+    if arguments.table:
+        print(table(results))
+        return
+    known = {(line["variant"], line["seed"]) for line in lines_of(results)}
+    judge = judge_of(arguments.run)
+    if ("controls", 0) not in known:
+        for name, figures in judge.controls(arguments.num_samples).items():
+            record(results, {"variant": "controls", "seed": 0, "drawn": name, "figures": figures})
+    for variant in arguments.variants:
+        for seed in arguments.seeds:
+            trial(arguments, judge, variant, seed, results)
+
+
+def trial(arguments: Arguments, judge: Judge, variant: str, seed: int, results: Path) -> None:
+    """Trains what is missing of one variant with one seed, and measures what was not."""
+    known = {(line["variant"], line["seed"], line["drawn"]) for line in lines_of(results)}
+    run = arguments.run / "priors" / f"{slug(variant)}-{seed}"
+    copied(arguments.run, run, ["fit"])
+    flags = VARIANTS[variant].format(run=arguments.run).split()
+    fit_prior(parse_prior_arguments(["--run", str(run), "--seed", str(seed), *flags]))
+    wanted = [(f"teacher, {steps} steps", steps, False) for steps in arguments.steps]
+    if arguments.distill:
+        teacher, run = run, run / "students" / (slug(arguments.distill_flags) or "default")
+        copied(teacher, run, ["fit", "prior"])
+        typed = ["--run", str(run), "--seed", str(seed), *arguments.distill_flags.split()]
+        asked = parse_arguments(DistillArguments, typed, "mnif distill")
+        pairs = teacher.absolute() / f"pairs-{asked.teacher_steps}"
+        pairs.mkdir(exist_ok=True)
+        if not (run / "pairs").exists():
+            (run / "pairs").symlink_to(pairs)
+        distill(asked)
+        students = load_pipeline(run / "model").student.config.distilled_steps
+        wanted += [(f"student, {steps} steps {arguments.distill_flags}".strip(), steps, True) for steps in students]
+    for drawn, steps, use_student in wanted:
+        if (variant, seed, drawn) in known:
+            continue
+        pipeline = load_pipeline(run / "model")
+        pipeline.set_progress_bar_config(disable=True)
+        started = time.perf_counter()
+        latents = Drawing(pipeline, seed, steps, use_student=use_student).samples(arguments.num_samples)
+        figures = {"seconds_of_drawing": time.perf_counter() - started} | judge.of_latents(latents.numpy())
+        standardised = (pipeline.denoiser.standardised(some) for some in (latents, judge.table.train[::2]))
+        figures["energy_distance"] = energy_distance(*standardised)
+        stage = read_json(run / "metrics.json")
+        for name in ("prior", "distill"):
+            figures |= {f"{name}_{key}": value for key, value in stage.get(name, {}).items()}
+        record(results, {"variant": variant, "seed": seed, "drawn": drawn, "figures": figures})
+
+
+def slug(text: str) -> str:
+    return "-".join(text.replace("-", " ").replace("/", " ").split())
+
+
+def copied(source: Path, run: Path, stages: list[str]) -> None:
+    """A run folder that has what ``stages`` made in another."""
+    if run.exists():
+        return
+    run.mkdir(parents=True)
+    shutil.copytree(source / "model", run / "model", ignore=shutil.ignore_patterns("student*"))
+    shutil.copy(source / "latents.safetensors", run)
+    recorded, figures = read_json(source / "run.json"), read_json(source / "metrics.json")
+    write_json(run / "run.json", {stage: recorded[stage] for stage in stages})
+    left_out = {"prior", "distill"} - set(stages)
+    write_json(run / "metrics.json", {key: figures[key] for key in figures.keys() - left_out})
+
+
+def record(results: Path, line: dict[str, Any]) -> None:
+    with results.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    shown = {name: value for name, value in line["figures"].items() if name in SHOWN}
+    print(line["variant"], line["seed"], line["drawn"], shown, flush=True)
+
+
+def lines_of(results: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+SHOWN = (
+    *("fd_lite0", "nna_chamfer", "mmd_chamfer", "cov_chamfer", "nn_ratio", "nn_ratio_latents"),
+    *("energy_distance", "prior_validation_loss", "prior_denoiser_parameters", "prior_seconds"),
+)
+
+
+def table(results: Path) -> str:
+    """Means over seeds, with the standard deviation where there are several."""
+    groups: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
+    for line in lines_of(results):
+        groups[line["variant"], line["drawn"]].append(line["figures"])
+    columns = [name for name in SHOWN if any(name in figures for (figures, *_) in groups.values())]
+    rows = [f"| variant | drawn by | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 3) + "|"]
+    for (variant, drawn), found in groups.items():
+        cells = []
+        for name in columns:
+            values = [figures[name] for figures in found if name in figures]
+            spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.4g}{spread}" if values else "")
+        rows.append(f"| {variant} | {drawn} | {len(found)} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True))
