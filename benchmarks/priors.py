@@ -102,11 +102,11 @@ def trial(arguments: Arguments, judge: Judge, variant: str, seed: int, results: 
         copied(teacher, run, ["fit", "prior"])
         typed = ["--run", str(run), "--seed", str(seed), *arguments.distill_flags.split()]
         asked = parse_arguments(DistillArguments, typed, "mnif distill")
-        pairs = teacher.absolute() / f"pairs-{asked.teacher_steps}"
-        pairs.mkdir(exist_ok=True)
-        if not (run / "pairs").exists():
-            (run / "pairs").symlink_to(pairs)
+        pairs = teacher / f"pairs-{asked.teacher_steps}"
+        if pairs.exists() and not (run / "pairs").exists():
+            shutil.copytree(pairs, run / "pairs")
         distill(asked)
+        shutil.copytree(run / "pairs", pairs, dirs_exist_ok=True)
         students = load_pipeline(run / "model").student.config.distilled_steps
         wanted += [(f"student, {steps} steps {arguments.distill_flags}".strip(), steps, True) for steps in students]
     for drawn, steps, use_student in wanted:

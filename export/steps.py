@@ -1,6 +1,6 @@
 """A scheduler as a table of numbers.
 
-Deterministic diffusers schedulers (DDIM, DPM-Solver++, flow matching with Euler or Heun steps, ...) make the next
+Deterministic diffusers schedulers (DDIM, UniPC, DPM-Solver++, flow matching with Euler or Heun steps, ...) make the next
 sample as a weighted sum of recent samples and predictions, with weights that depend on the step alone. The weights
 are found by watching the scheduler at work: it is stepped through random samples and predictions, and each step is
 explained by least squares from what it may have used. A step with noise of its own, or with clipping, leaves a
@@ -25,6 +25,7 @@ _PLACES = [(0, 0), (1, 0), (1, 1), (0, 1), (1, 2), (0, 2)]
 _ELEMENTS = 512
 _LOUDNESS = 100.0  # far beyond any range a scheduler clips to
 _TOLERANCE = 1e-5  # schedulers count in float32
+_NOTHING = 1e-9  # what rounding leaves of a weight that is zero
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,10 @@ def linear_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> LinearS
         else:
             raise UserError(
                 f"scheduler {name} cannot be exported: step {step} draws noise, clips, or looks too far back; use "
-                "DDIMScheduler or DPMSolverMultistepScheduler (dpmsolver++), with clip_sample and thresholding off"
+                "DDIMScheduler or UniPCMultistepScheduler, with clip_sample and thresholding off"
             )
         for (kind, lag), weight in zip(used, solution, strict=True):
-            weights[kind, step, lag] = weight
+            weights[kind, step, lag] = weight if abs(weight) > _NOTHING else 0.0
     return LinearSteps(
         timesteps=scheduler.timesteps.double().numpy(),
         sample_weights=weights[0],

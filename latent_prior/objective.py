@@ -7,9 +7,9 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
-    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     SchedulerMixin,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor, nn
 
@@ -28,8 +28,8 @@ _SQUARED_COSINE = {"num_train_timesteps": TRAIN_TIMESTEPS, "beta_schedule": "squ
 def sampling_scheduler(objective: Objective, ancestral: bool = False) -> SchedulerMixin:
     """The scheduler that samples a denoiser trained with ``objective``.
 
-    ``"x0"`` and ``"v"`` are sampled by DPM-Solver++ (Lu et al., 2022) on the squared-cosine schedule (Nichol and
-    Dhariwal, 2021), ``"flow"`` by Euler steps of the flow (Lipman et al., 2023).
+    ``"x0"`` and ``"v"`` are sampled by UniPC (Zhao et al., 2023) on the squared-cosine schedule (Nichol and Dhariwal,
+    2021), ``"flow"`` by Euler steps of the flow (Lipman et al., 2023).
 
     Args:
         objective: what the denoiser predicts.
@@ -51,13 +51,8 @@ def sampling_scheduler(objective: Objective, ancestral: bool = False) -> Schedul
             clip_sample=False,
             timestep_spacing="trailing",
         )
-    return DPMSolverMultistepScheduler(
-        **_SQUARED_COSINE,
-        **predicts,
-        algorithm_type="dpmsolver++",
-        solver_order=2,
-        timestep_spacing="trailing",
-        final_sigmas_type="zero",
+    return UniPCMultistepScheduler(
+        **_SQUARED_COSINE, **predicts, solver_order=2, timestep_spacing="trailing", final_sigmas_type="zero"
     )
 
 

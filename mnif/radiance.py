@@ -235,15 +235,24 @@ class RadianceField(Signal):
         intrinsics = torch.tensor(self.intrinsics, device=latents.device) * scale
         cameras = Cameras(poses.expand(len(latents), -1, -1, -1), intrinsics.expand(len(latents), -1), height, width)
         colours = self.render_views(decoder, decoder.coefficients(latents), cameras)
-        return (colours.clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu().numpy()
+        return _to_uint8(colours)
 
     def pictures(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
         """One view of each object."""
         return self.turntable(decoder, latents, frames=8)[:, 1]
 
     def original_pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray:
-        """The first view of each object."""
-        return batch["images"][:, 0].cpu().numpy()
+        """The last view of each object, which is a held-out one if there are any."""
+        return batch["images"][:, -1].cpu().numpy()
+
+    def reconstructed_pictures(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> np.ndarray:
+        """The last view of each object, rendered."""
+        cameras = self.observe_views(batch, slice(-1, None)).query
+        return _to_uint8(self.render_views(decoder, decoder.coefficients(latents), cameras)[:, 0])
+
+
+def _to_uint8(colours: Tensor) -> np.ndarray:
+    return (colours.clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu().numpy()
 
 
 def _rays_of(cameras: Cameras, views: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:

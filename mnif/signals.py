@@ -113,7 +113,11 @@ class Signal(ABC):
 
     @abstractmethod
     def original_pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray:
-        """The same view of the data: [B, H, W, 3] uint8."""
+        """Something to look at for each row of the data: [B, H, W, 3] uint8."""
+
+    def reconstructed_pictures(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> np.ndarray:
+        """What latents show of it, to be laid below :meth:`original_pictures`: [B, H, W, 3] uint8."""
+        return self.pictures(decoder, latents)
 
     def augmentations(self) -> dict[str, Callable[[Observation], Observation]]:
         """Random changes that leave an instance as likely as before, by the flag of `mnif fit` that asks for it."""

@@ -278,8 +278,8 @@ def _save_reconstructions(
     (batch,) = rows.subset(pick).batches(len(pick))
     pictures = [
         signal.original_pictures(batch),
-        signal.pictures(decoder, latents[pick]),
-        signal.pictures(decoder, refined[pick]),
+        signal.reconstructed_pictures(decoder, latents[pick], batch),
+        signal.reconstructed_pictures(decoder, refined[pick], batch),
     ]
     scale = max(1, 64 // pictures[0].shape[1])
     sheet = picture_grid(np.concatenate(pictures), columns=len(pick), scale=scale)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import SchedulerMixin
 from PIL import Image
 
 from export.bundle import export_bundle
@@ -48,7 +48,7 @@ def small_pipeline(decoder: MNIFModel) -> MNIFPipeline:
         torch.nn.init.normal_(parameter, std=0.1)
     denoiser.latent_mean.normal_()
     denoiser.latent_std.uniform_(0.5, 2)
-    scheduler: DPMSolverMultistepScheduler = sampling_scheduler("x0")
+    scheduler: SchedulerMixin = sampling_scheduler("x0")
     pipeline = MNIFPipeline(decoder, denoiser, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

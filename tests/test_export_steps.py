@@ -64,10 +64,13 @@ def test_a_step_uses_no_more_than_it_must() -> None:
     euler = linear_steps(sampling_scheduler("flow"), 5)
     assert (euler.sample_weights[:, 1:] == 0).all()
     assert (euler.prediction_weights[:, 1:] == 0).all()
-    second_order = linear_steps(sampling_scheduler("x0"), 5)
+    second_order = linear_steps(DPMSolverMultistepScheduler(**COSINE, final_sigmas_type="zero"), 5)
     assert (second_order.sample_weights[:, 1:] == 0).all()
     assert (second_order.prediction_weights[1:-1, 1] != 0).all()
     assert (second_order.prediction_weights[:, 2] == 0).all()
+    corrected = linear_steps(sampling_scheduler("x0"), 5)
+    assert corrected.sample_weights[2, 1] != 0  # the corrector goes back to the sample before
+    assert (corrected.sample_weights[-1] == 0).all()  # the last step is the prediction itself
 
 
 @pytest.mark.parametrize(

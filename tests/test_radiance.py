@@ -198,6 +198,17 @@ def test_held_out_views_are_measured_on_and_never_observed(batch: dict[str, Tens
     assert "psnr_novel_views" not in RadianceField(list(SIZE), samples=4).figures(decoder, latents, batch)
 
 
+def test_reconstructions_are_shown_from_the_cameras_of_their_originals(batch: dict[str, Tensor]) -> None:
+    signal = RadianceField(list(SIZE), samples=4, held_out_views=2)
+    decoder, latents = decoder_of(signal), torch.randn(3, 5)
+    original = signal.original_pictures(batch)
+    assert np.array_equal(original, batch["images"][:, 4].numpy())
+    shown = signal.reconstructed_pictures(decoder, latents, batch)
+    assert shown.shape == original.shape
+    expected = signal.render_views(decoder, decoder.coefficients(latents), signal.novel_views(batch).query)[:, 1]
+    np.testing.assert_allclose(shown / 127.5 - 1, expected.detach().clamp(-1, 1).numpy(), atol=1 / 127)
+
+
 def test_figures_look_at_four_of_many_views(batch: dict[str, Tensor]) -> None:
     signal = RadianceField(list(SIZE), samples=4)
     decoder, latents = decoder_of(signal), torch.zeros(3, 5)

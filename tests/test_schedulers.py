@@ -9,6 +9,7 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 
 from latent_prior.denoiser import LatentDenoiser
@@ -89,8 +90,7 @@ def test_exact_denoiser_has_a_smaller_loss_than_its_neighbours(objective: Object
 
 def test_default_scheduler_is_deterministic() -> None:
     scheduler = sampling_scheduler("x0")
-    assert isinstance(scheduler, DPMSolverMultistepScheduler)
-    assert scheduler.config.algorithm_type == "dpmsolver++"
+    assert isinstance(scheduler, UniPCMultistepScheduler)
     assert not adds_noise(scheduler)
     assert not adds_noise(student_scheduler())
     assert not adds_noise(sampling_scheduler("flow"))
@@ -108,13 +108,14 @@ def test_scheduler_by_name_keeps_what_the_denoiser_needs() -> None:
     assert not swapped.config.clip_sample
     assert dict(current.config) == before
     again = scheduler_by_name("DPMSolverMultistepScheduler", swapped)
+    assert isinstance(again, DPMSolverMultistepScheduler)
     assert again.config.prediction_type == "sample"
 
 
 @pytest.mark.parametrize(
     ("objective", "name", "words"),
     [
-        ("x0", "PlanetScheduler", "no such scheduler; try DPMSolverMultistepScheduler"),
+        ("x0", "PlanetScheduler", "no such scheduler; try UniPCMultistepScheduler"),
         ("x0", "ModelMixin", "no such scheduler"),
         ("x0", "FlowMatchEulerDiscreteScheduler", "the denoiser predicts the clean latent"),
         ("flow", "DDIMScheduler", "the denoiser predicts the velocity of a straight flow"),

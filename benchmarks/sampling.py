@@ -1,0 +1,74 @@
+"""From noise to pixels, one picture: the student's one step beside the paper's prior with its 1000.
+
+    python benchmarks/sampling.py --model runs/demo/model
+
+The paper's prior is the network of `mnif prior --preset paper` for the model's latents, sampled by DDPM in 1000 steps.
+Time does not depend on weights, so it keeps those it starts with. Medians, milliseconds, all in one run.
+"""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from latent_prior.noise import step_generators
+from latent_prior.objective import sampling_scheduler
+from latent_prior.paper_denoiser import PaperDenoiser
+from latent_prior.pipeline import MNIFPipeline, load_pipeline
+from latent_prior.prior_arguments import PRESETS
+
+
+@dataclass
+class Arguments:
+    """Measure how long one picture takes."""
+
+    model: Path
+    """The model folder of a run in which `mnif distill` has finished."""
+    rounds: int = 101
+    """Of the short ones; medians are printed."""
+    paper_rounds: int = 1
+    """Of the paper's 1000 steps, a minute or so each."""
+
+
+def main(arguments: Arguments) -> None:
+    ours = load_pipeline(arguments.model)
+    latent_dim = ours.decoder.config.latent_dim
+    asked = json.loads((PRESETS / "paper.json").read_text())["arguments"]
+    paper = PaperDenoiser(latent_dim=latent_dim, width=asked["width"], depth=asked["depth"]).eval()
+    theirs = MNIFPipeline(ours.decoder, paper, sampling_scheduler("x0", ancestral=True))
+    noise = torch.randn(1, latent_dim, generator=torch.Generator().manual_seed(0))
+
+    def draw(pipeline: MNIFPipeline, steps: int) -> Callable[[], object]:
+        pipeline.set_progress_bar_config(disable=True)
+        return lambda: pipeline(
+            latents=noise, generator=step_generators(0, range(1)), num_inference_steps=steps, output_type="np"
+        )
+
+    works = {f"student, {steps} step(s)": draw(ours, steps) for steps in ours.student.config.distilled_steps}
+    works |= {f"teacher, {steps} steps": draw(ours, steps) for steps in (5, 20)}
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {ours.decoder.config.resolution} pixels")
+    found = {name: milliseconds(work, arguments.rounds) for name, work in works.items()}
+    found["paper's prior, 1000 steps"] = milliseconds(draw(theirs, 1000), arguments.paper_rounds, warm=False)
+    least = found["student, 1 step(s)"]
+    for name, value in found.items():
+        print(f"{name:28} {value:10.2f} ms {value / least:10.1f}")
+
+
+def milliseconds(work: Callable[[], object], rounds: int, warm: bool = True) -> float:
+    for _ in range(5 * warm):
+        work()
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(seconds)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Arguments, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True))
