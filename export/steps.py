@@ -1,9 +1,9 @@
 """A scheduler as a table of numbers.
 
-Deterministic diffusers schedulers (DDIM, UniPC, DPM-Solver++, flow matching with Euler or Heun steps, ...) make the next
-sample as a weighted sum of recent samples and predictions, with weights that depend on the step alone. The weights
-are found by watching the scheduler at work: it is stepped through random samples and predictions, and each step is
-explained by least squares from what it may have used. A step with noise of its own, or with clipping, leaves a
+Deterministic diffusers schedulers (DDIM, UniPC, DPM-Solver++, flow matching with Euler or Heun steps, ...) make the
+next sample as a weighted sum of recent samples and predictions, with weights that depend on the step alone. The
+weights are found by watching the scheduler at work: it is stepped through random samples and predictions, and each
+step is explained by least squares from what it may have used. A step with noise of its own, or with clipping, leaves a
 residual and is refused, so no scheduler needs to be known by name.
 """
 

@@ -1,7 +1,7 @@
 """`mnif distill`: a student that draws in one to four steps what the prior needs many for."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,10 +46,10 @@ class DistillArguments(TrainingArguments):
     """The run folder of `mnif prior`."""
     student_steps: tuple[int, ...] = (1, 2, 4)
     """The numbers of steps that the student is to sample with; one student serves all."""
-    num_pairs: int = 131072
-    """Noises that the teacher draws samples from; they stay in RUN/pairs."""
-    teacher_steps: int = 10
-    """Denoising steps of the teacher."""
+    num_pairs: int = 65536
+    """Noises that the teacher draws samples from; what it draws stays in RUN/pairs."""
+    teacher_steps: int = 8
+    """Denoising steps of the teacher, a multiple of each of --student_steps."""
     width: int = 256
     """Hidden units of the student."""
     depth: int = 4
@@ -73,38 +73,53 @@ class DistillArguments(TrainingArguments):
 
 
 class DistillationLoss(nn.Module):
-    """How far a student is from the teacher's samples, at every step of a chain of its own steps.
+    """How far a student is from where its teacher ends, from noise and from noisy samples on.
 
-    In each step the student is asked for the sample that the teacher makes of the noise, given what it has arrived at
-    so far; the scheduler then takes it there as far as the next time. The first step is the regression on pairs of
-    Luhman and Luhman (2021); later ones see noise and guess together and mend the guess. What a step is asked for does
-    not depend on how many will follow, so one student serves any number of steps it has been trained for.
+    From pure noise this is the regression on pairs of Luhman and Luhman (2021). The other timesteps are those that a
+    student of several steps comes by. What it is asked for there is where the teacher would go from that state, not
+    where the first noise led it, so that a later step can put right what an earlier one has blurred; as in consistency
+    models (Song et al., 2023), one student serves all numbers of steps.
 
     Args:
         student: what learns; it predicts the clean latent.
-        steps: the lengths of chains; every batch takes one of them by chance.
+        timesteps: [T], of the states; one half of a batch starts at the first, pure noise, if there are others.
         size: what is made of an error.
     """
 
-    def __init__(self, student: Denoiser, steps: Sequence[int], size: ErrorSize = "mse"):
+    timesteps: Tensor
+    shares: Tensor
+
+    def __init__(self, student: Denoiser, timesteps: Tensor, size: ErrorSize = "mse"):
         super().__init__()
-        self.student, self.steps, self.size = student, tuple(steps), size
-        self.scheduler = student_scheduler()
+        self.student, self.size = student, size
+        shares = torch.ones(len(timesteps))
+        shares[0] = max(len(timesteps) - 1, 1)
+        self.register_buffer("timesteps", timesteps)
+        self.register_buffer("shares", shares / shares.sum())
 
-    def forward(self, noise: Tensor, sample: Tensor) -> Tensor:
-        """Mean error over a batch of pairs, each [B, D] and standardised, and over the steps of a chain."""
-        steps = self.steps[int(torch.randint(len(self.steps), ()))]
-        errors = [error_size(guess - sample, self.size) for guess in self.guesses(noise, steps)]
-        return torch.stack(errors).mean()
+    def forward(self, states: Tensor, samples: Tensor) -> Tensor:
+        """The mean error over a batch of :class:`latent_prior.pairs.Pairs`, each [B, T, D]; one state of each row."""
+        row = torch.arange(len(states), device=states.device)
+        place = torch.multinomial(self.shares, len(states), replacement=True)
+        guess = self.student(states[row, place], self.timesteps[place])
+        return error_size(guess - samples[row, place], self.size).mean()
 
-    def guesses(self, noise: Tensor, steps: int) -> Iterator[Tensor]:
-        """What the student takes for the sample in each of ``steps`` steps, [B, D]; the last is what it draws."""
-        self.scheduler.set_timesteps(steps, device=noise.device)
-        state = noise
-        for timestep in self.scheduler.timesteps:
-            guess = self.student(state, timestep)
-            yield guess
-            state = self.scheduler.step(guess.detach(), timestep, state).prev_sample
+    @torch.no_grad()
+    def errors(self, states: Tensor, samples: Tensor) -> dict[str, float]:
+        """Mean square errors from each timestep on, ``error_999`` …; ``validation_loss`` is their mean by shares."""
+        guesses = [self.student(states[:, place], timestep) for place, timestep in enumerate(self.timesteps)]
+        found = (torch.stack(guesses, dim=1) - samples).square().mean(dim=(0, 2))
+        names = [f"error_{timestep}" for timestep in self.timesteps.tolist()]
+        return {"validation_loss": float(found @ self.shares)} | dict(zip(names, found.tolist(), strict=True))
+
+
+def student_timesteps(steps: Sequence[int]) -> list[int]:
+    """All timesteps that students of ``steps`` steps come by, from pure noise down."""
+    scheduler, found = student_scheduler(), set()
+    for count in steps:
+        scheduler.set_timesteps(count)
+        found.update(scheduler.timesteps.tolist())
+    return sorted(found, reverse=True)
 
 
 def main(arguments: list[str]) -> None:
@@ -129,13 +144,21 @@ def distill(arguments: DistillArguments) -> None:
     if begin_stage(run, "distill", arguments, {"teacher_sha256": sha256_of_folder(model / "denoiser")}):
         print(f"{run}: `mnif distill` has finished here before with these arguments; nothing to do")
         return
-    noise, samples = teacher_pairs(
-        run / "pairs", model, pipeline, arguments.num_pairs, arguments.seed, arguments.teacher_steps, accelerator
+    timesteps = student_timesteps(arguments.student_steps)
+    pairs = teacher_pairs(
+        run / "pairs",
+        model,
+        pipeline,
+        arguments.num_pairs,
+        arguments.seed,
+        arguments.teacher_steps,
+        timesteps,
+        accelerator,
     )
     drawn = time.perf_counter() - started
     set_seed(arguments.seed)
     student = LatentDenoiser(
-        latent_dim=noise.shape[1],
+        latent_dim=pairs.states.shape[2],
         width=arguments.width,
         depth=arguments.depth,
         dropout=arguments.dropout,
@@ -144,23 +167,24 @@ def distill(arguments: DistillArguments) -> None:
     )
     student.latent_mean.copy_(pipeline.denoiser.latent_mean)
     student.latent_std.copy_(pipeline.denoiser.latent_std)
-    loss = DistillationLoss(student, arguments.student_steps, arguments.loss).to(accelerator.device)
-    held_out = max(int(_HELD_OUT_SHARE * len(noise)), 1)
+    loss = DistillationLoss(student, pairs.timesteps, arguments.loss).to(accelerator.device)
+    held_out = max(int(_HELD_OUT_SHARE * arguments.num_pairs), 1)
     accelerator.print(
-        f"{len(noise) - held_out} pairs to learn, {held_out} held out; student {student.num_parameters():,} parameters"
+        f"pairs of {arguments.num_pairs - held_out} noises to learn from, {held_out} held out; "
+        f"student {student.num_parameters():,} parameters"
     )
 
     def validate() -> dict[str, float]:
-        starts, ends = (pairs[:held_out].to(accelerator.device) for pairs in (noise, samples))
-        errors = {f"error_{steps}": _last_error(loss, starts, ends, steps) for steps in arguments.student_steps}
-        return {"validation_loss": sum(errors.values()) / len(errors)} | errors
+        return loss.errors(
+            *(part[:held_out].to(accelerator.device) for part in (pairs.states, pairs.samples)),
+        )
 
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay, fused=True
     )
     ema = EMAModel(loss.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
-    rows = Rows(noise=noise[held_out:], sample=samples[held_out:])
+    rows = Rows(states=pairs.states[held_out:], samples=pairs.samples[held_out:])
     train(accelerator, arguments, loss, [optimizer], rows, run, "distill", validate, ema, "validation_loss")
     if accelerator.is_main_process:
         seconds = {"seconds_of_pairs": round(drawn, 1), "seconds": round(time.perf_counter() - started, 1)}
@@ -172,6 +196,10 @@ def _check(arguments: DistillArguments) -> None:
     for steps in arguments.student_steps or (0,):
         if not 1 <= steps <= TRAIN_TIMESTEPS:
             raise UserError(f"--student_steps {steps}: numbers of steps from 1 to {TRAIN_TIMESTEPS} are needed")
+    for steps in arguments.student_steps:
+        if arguments.teacher_steps % steps:
+            given = f"--teacher_steps {arguments.teacher_steps}"
+            raise UserError(f"{given}: must be a multiple of each of --student_steps, also of {steps}")
     for flag in ("teacher_steps", "width", "depth", "max_train_steps", "train_batch_size", "validation_steps"):
         if getattr(arguments, flag) < 1:
             raise UserError(f"--{flag} {getattr(arguments, flag)}: must be at least 1")
@@ -179,13 +207,6 @@ def _check(arguments: DistillArguments) -> None:
         raise UserError(f"--dropout {arguments.dropout}: must be at least 0 and below 1")
     if arguments.num_pairs < 2:
         raise UserError(f"--num_pairs {arguments.num_pairs}: at least one to learn from and one held out are needed")
-
-
-@torch.no_grad()
-def _last_error(loss: DistillationLoss, noise: Tensor, samples: Tensor, steps: int) -> float:
-    """The mean square error of what the student draws in ``steps`` steps, in standardised latents."""
-    *_, guess = loss.guesses(noise, steps)
-    return error_size(guess - samples, "mse").mean().item()
 
 
 def _finish(

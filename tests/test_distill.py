@@ -10,11 +10,11 @@ from accelerate import Accelerator
 
 import latent_prior.pairs
 from latent_prior.denoiser import LatentDenoiser
-from latent_prior.distill import DistillationLoss
+from latent_prior.distill import DistillationLoss, student_timesteps
 from latent_prior.energy import energy_distance
 from latent_prior.noise import initial_noise
-from latent_prior.objective import noise_levels, sampling_scheduler, student_scheduler
-from latent_prior.pairs import draw, teacher_pairs
+from latent_prior.objective import noise_levels, student_scheduler
+from latent_prior.pairs import Pairs, Teacher, teacher_pairs
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.train import add_prior
 from mnif.cli import main
@@ -42,103 +42,156 @@ def test_energy_distance_of_gaussians_in_closed_form() -> None:
     assert energy_distance(x[:2000], x[2000:]) == pytest.approx(0, abs=0.01)
 
 
-class Exact(LatentDenoiser):
-    """A student that knows: the teacher's sample is the rest of the noise's line through a given map."""
+class Knowing(LatentDenoiser):
+    """A student that gives the answer it was handed, whatever it is asked."""
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
         return self.answer
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_a_chain_ends_at_its_last_guess_and_the_pipeline_draws_the_same(pipeline: MNIFPipeline, steps: int) -> None:
-    loss = DistillationLoss(pipeline.denoiser.eval(), (1, 2, 4))
-    noise = torch.randn(5, 12)
-    with torch.no_grad():
-        *_, guess = loss.guesses(noise, steps)
-    drawn = MNIFPipeline(pipeline.decoder, pipeline.denoiser, student_scheduler())
-    drawn.set_progress_bar_config(disable=True)
-    latents = drawn(latents=noise, num_inference_steps=steps, output_type="latent").images
-    torch.testing.assert_close(latents, pipeline.denoiser.to_latents(guess), atol=1e-5, rtol=1e-5)
+def test_students_come_by_the_timesteps_of_all_their_numbers_of_steps() -> None:
+    assert student_timesteps((1,)) == [999]
+    assert student_timesteps((1, 2, 4)) == student_timesteps((4, 2)) == [999, 749, 499, 249]
+    assert student_timesteps((3, 2)) == [999, 666, 499, 332]
 
 
-def test_an_exact_student_has_no_loss_at_any_length() -> None:
-    student = Exact(latent_dim=4, width=8, depth=1)
-    noise, student.answer = torch.randn(6, 4), torch.randn(6, 4)
-    loss = DistillationLoss(student, (1, 2, 4))
-    for steps in (1, 2, 4):
-        assert [float((guess - student.answer).abs().max()) for guess in loss.guesses(noise, steps)] == [0.0] * steps
-    assert loss(noise, student.answer).item() == 0
-    assert loss(noise, student.answer + 2).item() == pytest.approx(4)
+def test_a_student_that_knows_has_no_loss_from_any_timestep() -> None:
+    student = Knowing(latent_dim=4, width=8, depth=1)
+    student.answer = torch.randn(6, 4)
+    samples = student.answer[:, None].expand(-1, 3, -1)
+    loss = DistillationLoss(student, torch.tensor([999, 749, 499]))
+    assert loss(torch.randn(6, 3, 4), samples).item() == 0
+    assert loss(torch.randn(6, 3, 4), samples + 2).item() == pytest.approx(4)
+    shifted = samples + torch.tensor([1.0, 2.0, 3.0])[:, None]
+    errors = loss.errors(torch.randn(6, 3, 4), shifted)
+    assert errors == pytest.approx(
+        {"error_999": 1, "error_749": 4, "error_499": 9, "validation_loss": 1 / 2 + (4 + 9) / 4}
+    )
 
 
-def exact_teacher(noise: torch.Tensor, steps: int) -> torch.Tensor:
-    """Samples of a mixture of five Gaussians in the plane, whose posterior mean of x₀ is known in closed form."""
+def test_half_of_a_batch_starts_from_noise() -> None:
+    loss = DistillationLoss(Knowing(latent_dim=1, width=8, depth=1), torch.tensor([999, 749, 499, 249]))
+    loss.student.answer = torch.zeros(9000, 1)
+    from_noise = torch.zeros(9000, 4, 1)
+    from_noise[:, 0] = 1
+    assert loss(torch.randn(9000, 4, 1), from_noise).item() == pytest.approx(0.5, abs=0.03)
+    assert loss(torch.randn(9000, 4, 1), from_noise.flip(1)).item() == pytest.approx(1 / 6, abs=0.03)
+
+
+class Mixture(LatentDenoiser):
+    """A mixture of five Gaussians in the plane, whose posterior mean of x₀ is known in closed form."""
+
+    std = 0.15
     means = torch.tensor([[-1.2, -1.0], [1.0, 1.3], [-0.8, 1.0], [1.3, -1.0], [0.0, 0.0]], dtype=torch.float64)
-    scheduler, variance, state = sampling_scheduler("x0"), 0.15**2, noise
-    scheduler.set_timesteps(steps)
-    for timestep in scheduler.timesteps:
-        alpha, sigma = (level.double() for level in noise_levels("x0", timestep[None]))
-        spread = alpha**2 * variance + sigma**2
-        apart = state.double()[:, None] - alpha * means
+
+    def __init__(self, objective: str):
+        super().__init__(latent_dim=2, width=8, depth=1)
+        self.objective = objective
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
+        alpha, sigma = (level.double() for level in noise_levels(self.objective, torch.as_tensor(timestep)[None]))
+        spread = alpha**2 * self.std**2 + sigma**2
+        apart = sample.double()[:, None] - alpha * self.means
         share = (-apart.square().sum(dim=-1) / (2 * spread)).softmax(dim=-1)
-        clean = (share[..., None] * (means + alpha * variance / spread * apart)).sum(dim=1)
-        state = scheduler.step(clean.to(noise), timestep, state).prev_sample
-    return state
+        clean = (share[..., None] * (self.means + alpha * self.std**2 / spread * apart)).sum(dim=1)
+        noise = (sample - alpha * clean) / sigma
+        found = {"x0": clean, "v": alpha * noise - sigma * clean, "flow": noise - clean}
+        return found[self.objective].to(sample)
+
+    def outside(self, points: torch.Tensor) -> float:
+        """The share of points further than four standard deviations from every mean; of the mixture's own 0.0003."""
+        nearest = torch.cdist(points.double(), self.means).min(dim=1).values
+        return (nearest > 4 * self.std).double().mean().item()
+
+
+@pytest.mark.parametrize("timestep", [999, 749, 249])
+def test_teachers_of_all_objectives_end_at_the_same_samples(timestep: int) -> None:
+    """The deterministic sampler follows the same curves whatever is predicted and however noise is scheduled."""
+    torch.manual_seed(0)
+    alpha, sigma = noise_levels("x0", torch.tensor([timestep]))
+    clean = Mixture.means[torch.randint(5, (200,))].float() + Mixture.std * torch.randn(200, 2)
+    states = alpha * clean + sigma * torch.randn(200, 2)
+    ends = {name: Teacher(Mixture(name), name, 200).samples(states, timestep) for name in ("x0", "v", "flow")}
+    torch.testing.assert_close(ends["v"], ends["x0"], atol=1e-3, rtol=0)
+    differs = (ends["flow"] - ends["x0"]).norm(dim=1)
+    assert differs.median() < 0.01  # Euler's steps, of first order; a few points lie between two curves
+    assert differs.quantile(0.9) < 0.06
+    assert Mixture("x0").outside(ends["x0"]) < 0.01
 
 
 def test_students_of_an_exact_teacher_reach_it_and_gain_from_more_steps() -> None:
     torch.manual_seed(0)
-    noise = torch.randn(4096, 2)
-    samples = exact_teacher(noise, 20)
+    timesteps = student_timesteps((1, 4))
+    exact = Mixture("x0")
+    teacher = Teacher(exact, "x0", 20)
+    noise = torch.randn(4096, len(timesteps), 2)
+    samples = [teacher.samples(noise[:, 0], 999)]
+    for place, timestep in enumerate(timesteps[1:], start=1):
+        alpha, sigma = noise_levels("x0", torch.tensor([timestep]))
+        noise[:, place] = alpha * samples[0] + sigma * noise[:, place]
+        samples.append(teacher.samples(noise[:, place], timestep))
+    ends = torch.stack(samples, dim=1)
     student = LatentDenoiser(latent_dim=2, width=16, depth=2)
-    loss = DistillationLoss(student, (1, 4))
+    loss = DistillationLoss(student, torch.tensor(timesteps))
     optimizer = torch.optim.Adam(student.parameters(), lr=6e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 300)
-    for _ in range(300):
-        rows = torch.randint(len(noise), (96,))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+    for _ in range(400):
+        rows = torch.randint(len(noise), (192,))
         optimizer.zero_grad()
-        loss(noise[rows], samples[rows]).backward()
+        loss(noise[rows], ends[rows]).backward()
         optimizer.step()
         schedule.step()
-    unseen = torch.randn(1000, 2)
-    data = exact_teacher(torch.randn(1000, 2), 20)
-    distances, errors = {}, {}
+    unseen, data = torch.randn(2000, 2), teacher.samples(torch.randn(2000, 2), 999)
+    drawn = {}
     for steps in (1, 4):
+        scheduler, state = student_scheduler(), unseen
+        scheduler.set_timesteps(steps)
         with torch.no_grad():
-            *_, guess = loss.guesses(unseen, steps)
-        errors[steps] = (guess - exact_teacher(unseen, 20)).square().mean().item()
-        distances[steps] = energy_distance(guess, data)
-    assert errors[4] < errors[1] < 0.02
-    assert max(distances.values()) < 0.02 < 0.2 * energy_distance(exact_teacher(unseen, 1), data)
+            for timestep in scheduler.timesteps:
+                state = scheduler.step(student(state, timestep), timestep, state).prev_sample
+        drawn[steps] = state
+    first = Teacher(exact, "x0", 1).samples(unseen, 999)
+    assert max(energy_distance(points, data) for points in drawn.values()) < 0.04 < energy_distance(first, data) / 10
+    assert exact.outside(drawn[4]) < 0.01 < exact.outside(drawn[1])  # the later steps put right what lay in between
 
 
 def test_pairs_are_kept_continued_and_belong_to_their_teacher(
     pipeline: MNIFPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(latent_prior.pairs, "_PART", 4)
-    drawn: list[range] = []
+    solved: list[int] = []
 
-    def counted(*arguments: object) -> torch.Tensor:
-        drawn.append(arguments[2])
-        return draw(*arguments)
+    def counted(teacher: Teacher, states: torch.Tensor, timestep: int) -> torch.Tensor:
+        solved.append(timestep)
+        return samples_of(teacher, states, timestep)
 
-    monkeypatch.setattr(latent_prior.pairs, "draw", counted)
+    samples_of = Teacher.samples
+    monkeypatch.setattr(Teacher, "samples", counted)
     save_component(tmp_path / "model", "denoiser", pipeline.denoiser)
 
-    def pairs(count: int, steps: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-        return teacher_pairs(tmp_path / "pairs", tmp_path / "model", pipeline, count, 3, steps, Accelerator(cpu=True))
+    def pairs(count: int, steps: int = 2, timesteps: tuple[int, ...] = (999, 499)) -> Pairs:
+        found = (tmp_path / "pairs", tmp_path / "model", pipeline, count, 3, steps, timesteps, Accelerator(cpu=True))
+        return teacher_pairs(*found)
 
-    noise, samples = pairs(6)
-    assert (len(noise), len(samples), len(drawn)) == (6, 6, 2)
-    more_noise, more = pairs(10)
-    assert len(drawn) == 3  # only the third part is new
-    assert torch.equal(more[:6], samples)
-    assert torch.equal(more_noise[:6], noise)
+    some = pairs(6)
+    assert some.states.shape == some.samples.shape == (6, 2, 12)
+    assert solved == [999, 499] * 2
+    more = pairs(10)
+    assert solved == [999, 499] * 3  # only the third part is new
+    assert torch.equal(more.samples[:6], some.samples)
+    assert torch.equal(more.states[:6], some.states)
+    noise = some.states[:, 0]
     latents = pipeline(latents=noise, num_inference_steps=2, output_type="latent").images
-    torch.testing.assert_close(pipeline.denoiser.to_latents(samples), latents, atol=1e-5, rtol=1e-5)
-    assert not set(map(tuple, noise.tolist())) & set(map(tuple, initial_noise(3, range(200), 12).tolist()))
-    pairs(4, steps=1)
-    assert len(drawn) == 4  # another search: what was kept is of no use
+    torch.testing.assert_close(pipeline.denoiser.to_latents(some.samples[:, 0]), latents, atol=1e-5, rtol=1e-5)
+    alpha, sigma = noise_levels("x0", torch.tensor([499]))
+    added = (some.states[:, 1] - alpha * some.samples[:, 0]) / sigma
+    used = set(map(tuple, initial_noise(3, range(200), 12).tolist()))
+    assert not set(map(tuple, noise.tolist())) & used
+    assert abs(torch.corrcoef(torch.stack([added.flatten(), noise.flatten()]))[0, 1]) < 0.4
+    assert added.std().item() == pytest.approx(1, abs=0.3)
+    pairs(4, steps=4)
+    assert len(solved) == 8  # another search: what was kept is of no use
+    assert pairs(4, 4, (999,)).samples.shape == (4, 1, 12)
 
 
 @pytest.fixture
@@ -162,7 +215,7 @@ def test_distill_adds_a_student_and_reports(
     run: Path, pipeline: MNIFPipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("latent_prior.distill._COMPARED", 64)
-    command = ["distill", "--run", str(run), *QUICK, "--teacher_steps", "5", "--compile", "off"]
+    command = ["distill", "--run", str(run), *QUICK, "--teacher_steps", "8", "--compile", "off"]
     assert main(command) == 0
     index = json.loads((run / "model/model_index.json").read_text())
     assert index["student"] == ["latent_prior.denoiser", "LatentDenoiser"]
@@ -172,8 +225,8 @@ def test_distill_adds_a_student_and_reports(
     assert torch.equal(loaded.student.latent_mean, pipeline.denoiser.latent_mean)
     distances = json.loads((run / "metrics.json").read_text())["distill"]["energy_distance"]
     teacher, student = ({f"{name}_{k}" for k in (1, 2, 4)} for name in ("teacher", "student"))
-    assert distances.keys() == teacher | student | {"teacher_5", "gaussian", "held_out"}
-    assert distances["gaussian"] < distances["teacher_5"]  # the latents are Gaussian, the teacher knows nothing
+    assert distances.keys() == teacher | student | {"teacher_8", "gaussian", "held_out"}
+    assert distances["gaussian"] < distances["teacher_8"]  # the latents are Gaussian, the teacher knows nothing
     capsys.readouterr()
     assert main(command) == 0
     assert "nothing to do" in capsys.readouterr().out
@@ -187,6 +240,7 @@ def test_distill_adds_a_student_and_reports(
     [
         (["--student_steps", "0", "2"], "--student_steps 0: numbers of steps from 1 to 1000"),
         (["--teacher_steps", "0"], "--teacher_steps 0: must be at least 1"),
+        (["--teacher_steps", "10"], "--teacher_steps 10: must be a multiple of each of --student_steps, also of 4"),
         (["--num_pairs", "1"], "--num_pairs 1: at least one"),
     ],
 )
