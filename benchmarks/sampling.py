@@ -50,7 +50,7 @@ def main(arguments: Arguments) -> None:
         )
 
     works = {f"student, {steps} step(s)": draw(ours, steps) for steps in ours.student.config.distilled_steps}
-    works |= {f"teacher, {steps} steps": draw(ours, steps) for steps in (5, 20)}
+    works |= {f"teacher, {steps} steps": draw(ours, steps) for steps in (8, 20)}
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {ours.decoder.config.resolution} pixels")
     found = {name: milliseconds(work, arguments.rounds) for name, work in works.items()}
     found["paper's prior, 1000 steps"] = milliseconds(draw(theirs, 1000), arguments.paper_rounds, warm=False)

@@ -72,7 +72,7 @@ def main(arguments: Arguments) -> None:
     if not (folder / "config.json").exists():
         alone(partial(train, arguments, budget, ours))
     rows = {f"U-Net, {steps} steps": partial(draw_unet, folder, steps) for steps in arguments.steps}
-    rows["mnif, 20 steps"] = partial(draw_ours, arguments.run, 20, False)
+    rows["mnif, 8 steps"] = partial(draw_ours, arguments.run, 8, False)
     for steps in pipeline.student.config.distilled_steps if pipeline.student is not None else ():
         rows[f"mnif student, {steps} steps"] = partial(draw_ours, arguments.run, steps, True)
     measured = {name: alone(partial(measure, arguments, draw)) for name, draw in rows.items()}

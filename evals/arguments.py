@@ -6,6 +6,8 @@ from typing import Literal
 
 import tyro
 
+from latent_prior.objective import INFERENCE_STEPS
+
 
 @dataclass(kw_only=True)
 class EvalArguments:
@@ -35,7 +37,7 @@ class EvalArguments:
     """Also write the reference's mu and sigma to this .npz; it may stand for --reference later."""
     num_samples: int | None = None
     """How many samples are drawn, or taken from the folder; default: the preset's (offline: 1000)."""
-    num_inference_steps: int = 20
+    num_inference_steps: int = INFERENCE_STEPS
     """Denoising steps."""
     seed: int = 0
     """Of the noise."""

@@ -18,6 +18,7 @@ from evals.memorisation import copying_verdict
 from evals.plots import curve_plot
 from evals.tables import protocol_line, table_rows
 from latent_prior.noise import initial_noise
+from latent_prior.objective import INFERENCE_STEPS
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from mnif.arguments import parse_arguments
 from mnif.curves import read_curves
@@ -48,7 +49,7 @@ class ReportArguments:
     """The page; default: RUN/report.html."""
     seed: int = 0
     """Of the pictures drawn for the page."""
-    num_inference_steps: int = 20
+    num_inference_steps: int = INFERENCE_STEPS
     """Denoising steps of the pictures drawn for the page."""
 
 

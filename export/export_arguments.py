@@ -8,6 +8,7 @@ from typing import Literal
 from export.browser import BROWSER_KINDS
 from export.precision import Precision, Storage
 from export.selection import Selection
+from latent_prior.objective import INFERENCE_STEPS
 from latent_prior.pipeline import MNIFPipeline
 from mnif.errors import UserError
 from mnif.modeling import MNIFModel
@@ -28,7 +29,7 @@ class ExportArguments:
     """A latent table whose rows are baked; default: samples of the prior."""
     ids: list[str] | None = None
     """Which rows of the latent table are baked; default: the first --num_baked."""
-    num_inference_steps: list[int] = field(default_factory=lambda: [20])
+    num_inference_steps: list[int] = field(default_factory=lambda: [INFERENCE_STEPS])
     """Denoising steps, one sampler for each number; what is baked is sampled with the last."""
     resolution: list[int] | None = None
     """Pixels per axis of decoder and sampler: one number, or one for each axis; default: the training resolution."""

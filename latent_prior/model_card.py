@@ -35,7 +35,7 @@ et al., *Generative Neural Fields by Mixtures of Neural Implicit Functions* (Neu
 from latent_prior.pipeline import MNIFPipeline
 
 pipeline = MNIFPipeline.from_pretrained("path or user/name of this model")
-image = pipeline(batch_size=4, num_inference_steps=20).images[0]
+image = pipeline(batch_size=4).images[0]
 ```
 
 ## Data

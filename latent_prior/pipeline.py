@@ -19,6 +19,7 @@ from latent_prior.denoiser import Denoiser
 from latent_prior.denoisers import load_denoiser
 from latent_prior.forms import check_form, in_form
 from latent_prior.hub import downloaded, upload
+from latent_prior.objective import INFERENCE_STEPS
 from latent_prior.schedulers import predicted_by, takes_generator
 from mnif.errors import UserError
 from mnif.model_folder import load_component
@@ -84,7 +85,7 @@ class MNIFPipeline(DiffusionPipeline):
         self,
         batch_size: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        num_inference_steps: int = 20,
+        num_inference_steps: int = INFERENCE_STEPS,
         resolution: int | None = None,
         latents: Tensor | None = None,
         truncation: float = 1.0,

@@ -13,6 +13,7 @@ from accelerate.utils import gather_object
 
 from latent_prior.drawing import BLOCK, Drawing
 from latent_prior.hub import model_folder
+from latent_prior.objective import INFERENCE_STEPS
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from latent_prior.previews import save_interpolation, save_preview
 from latent_prior.sample_files import FORMATS, Samples
@@ -42,7 +43,7 @@ class SampleArguments:
     """How many samples."""
     seed: int = 0
     """Of the noise."""
-    num_inference_steps: int = 20
+    num_inference_steps: int = INFERENCE_STEPS
     """Denoising steps; the student draws, if there is one, in the numbers of steps it was distilled for."""
     resolution: list[int] | None = None
     """Of pictures, of voxels, or the height of views; default: the training resolution."""
