@@ -19,6 +19,7 @@ from typing import Any
 
 import tyro
 from judges import Judge, judge_of
+from matplotlib import pyplot
 
 from latent_prior.distill import DistillArguments, distill
 from latent_prior.drawing import Drawing
@@ -72,12 +73,17 @@ class Arguments:
     """Of `mnif distill`, in one string."""
     table: bool = False
     """Print the results as Markdown and do nothing else."""
+    plot: Path | None = None
+    """Draw distance against novelty of all trials to this PNG and do nothing else."""
 
 
 def main(arguments: Arguments) -> None:
     results = arguments.run / "priors.jsonl"
-    if arguments.table:
-        print(table(results))
+    if arguments.table or arguments.plot:
+        if arguments.table:
+            print(table(results))
+        if arguments.plot:
+            plot(results, arguments.plot)
         return
     known = {(line["variant"], line["seed"]) for line in lines_of(results)}
     judge = judge_of(arguments.run)
@@ -174,6 +180,28 @@ def table(results: Path) -> str:
             cells.append(f"{statistics.mean(values):.4g}{spread}" if values else "")
         rows.append(f"| {variant} | {drawn} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(rows)
+
+
+def plot(results: Path, path: Path) -> None:
+    """How near samples are to the data against how far they stay from training latents; seeds are averaged."""
+    groups: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for line in lines_of(results):
+        if line["drawn"] in ("teacher, 20 steps", "gaussian", "real") or line["drawn"].startswith("student"):
+            student = line["drawn"].split(" ")[1] + "-step student" if line["drawn"].startswith("student") else ""
+            name = line["drawn"] if line["variant"] == "controls" else student or line["variant"]
+            groups[name].append(line["figures"])
+    distance = next(name for name in SHOWN if all(name in figures for (figures, *_) in groups.values()))
+    figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
+    axes.axhline(groups.pop("real")[0][distance], color="grey", linestyle="--", label="real against real")
+    axes.axvline(0.9, color="grey", linestyle=":", label="nearer to training latents than this is copying")
+    for name, found in groups.items():
+        x, y = (statistics.mean(figures[key] for figures in found) for key in ("nn_ratio_latents", distance))
+        axes.plot(x, y, "o", color="C3" if name == "gaussian" else "C1" if "student" in name else "C0")
+        axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="nn_ratio_latents: 1 is as far from training latents as held-out ones", ylabel=distance)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":
