@@ -191,16 +191,20 @@ def plot(results: Path, path: Path) -> None:
             name = line["drawn"] if line["variant"] == "controls" else student or line["variant"]
             groups[name].append(line["figures"])
     distance = next(name for name in SHOWN if all(name in figures for (figures, *_) in groups.values()))
-    figure, axes = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9.5, 5), layout="constrained")
     axes.axhline(groups.pop("real")[0][distance], color="grey", linestyle="--", label="real against real")
-    axes.axvline(0.9, color="grey", linestyle=":", label="nearer to training latents than this is copying")
-    for name, found in groups.items():
-        x, y = (statistics.mean(figures[key] for figures in found) for key in ("nn_ratio_latents", distance))
-        axes.plot(x, y, "o", color="C3" if name == "gaussian" else "C1" if "student" in name else "C0")
-        axes.annotate(name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.axvline(0.9, color="grey", linestyle=":", label="further left: copies")
+    places = {
+        name: tuple(statistics.mean(figures[key] for figures in found) for key in ("nn_ratio_latents", distance))
+        for name, found in groups.items()
+    }
+    for number, (name, (x, y)) in enumerate(sorted(places.items(), key=lambda item: item[1]), start=1):
+        marker = "^" if "student" in name else "s" if name == "gaussian" else "o"
+        axes.plot(x, y, marker, color=f"C{number % 10}", label=f"{number} {name}")
+        axes.annotate(str(number), (x, y), xytext=(-3, 7), textcoords="offset points", fontsize=8)
     axes.set(xlabel="nn_ratio_latents: 1 is as far from training latents as held-out ones", ylabel=distance)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
