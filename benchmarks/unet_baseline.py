@@ -196,7 +196,7 @@ def measure(
     figures["peak_rss_mb"] = peak_memory_megabytes()  # before the evaluation needs some
     begins = progress_bar(range(0, arguments.num_samples, 64), desc="sampling", unit="batch")
     drawn = [draw(range(begin, min(begin + 64, arguments.num_samples))) for begin in begins]
-    samples = (np.concatenate(drawn) * 255).round().astype(np.uint8)
+    samples = np.ascontiguousarray((np.concatenate(drawn) * 255).round().astype(np.uint8))
     source = PictureSource(
         len(samples), samples.shape[1:3], sha256(samples).hexdigest(), lambda rows: samples[rows.start : rows.stop]
     )
