@@ -106,15 +106,15 @@ def two_processes(arguments: list[str], check: bool = True) -> subprocess.Comple
     return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
-def assert_same_run(one: Path, two: Path) -> None:
-    """Weights and latents to 1e-5, figures to 1e-3 dB."""
+def assert_same_run(one: Path, two: Path, latents: float = 1e-5) -> None:
+    """Weights to 1e-5, latents to ``latents``, figures to 1e-3 dB."""
     for file in sorted((one / "model").rglob("*.safetensors")):
         weights, others = load_file(file), load_file(two / file.relative_to(one))
         for name, tensor in weights.items():
             torch.testing.assert_close(others[name], tensor, atol=1e-5, rtol=0)
     tables = [LatentTable.load(folder / "latents.safetensors") for folder in (one, two)]
     assert tables[0].ids == tables[1].ids
-    torch.testing.assert_close(tables[1].latents, tables[0].latents, atol=1e-5, rtol=0)
+    torch.testing.assert_close(tables[1].latents, tables[0].latents, atol=latents, rtol=0)
     figures = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
     assert figures[0].keys() == figures[1].keys()
     for name in figures[0]:
@@ -341,4 +341,5 @@ def test_one_process_continues_what_two_began(picture_folder: Path, tmp_path: Pa
     assert {path.name for path in checkpoints.glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-9"}
     assert main(parts) == 0
     assert main([*fit, "--output_dir", str(tmp_path / "whole")]) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    # Two processes add gradients up in another order, and Adam divides a small one by its own size.
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", latents=1e-4)
