@@ -2,8 +2,9 @@
 
 Matrix products run in other kernels for other numbers of rows, and those round differently: the same sample drawn
 alone and among 64 differs by about 1e-6. So samples are always drawn in the same company: number i in block i // 64,
-which is drawn whole even if only one of it is wanted. What is drawn then depends on seed and number alone, on one and
-the same kind of machine and version of PyTorch, and not on the number of processes or on what was drawn before.
+which is drawn whole even if only one of it is wanted, and on one thread. What is drawn then depends on seed and number
+alone, on one and the same kind of machine and version of PyTorch, and not on the number of processes or threads or on
+what was drawn before.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 from latent_prior.noise import initial_noise, step_generators
 from latent_prior.pipeline import MNIFPipeline
 from mnif.errors import UserError
+from mnif.threads import one_thread
 
 BLOCK = 64
 """Samples that are drawn together."""
@@ -53,15 +55,16 @@ class Drawing:
 
     def latents(self, noise: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
         """The latents [B, D] that become of noise [B, D]."""
-        (latents,) = self.pipeline(
-            latents=noise,
-            generator=generators,
-            num_inference_steps=self.num_inference_steps,
-            truncation=self.truncation,
-            output_type="latent",
-            use_student=self.use_student,
-            return_dict=False,
-        )
+        with one_thread():
+            (latents,) = self.pipeline(
+                latents=noise,
+                generator=generators,
+                num_inference_steps=self.num_inference_steps,
+                truncation=self.truncation,
+                output_type="latent",
+                use_student=self.use_student,
+                return_dict=False,
+            )
         if not latents.isfinite().all():
             raise UserError(
                 f"the denoiser draws NaN or infinity with {self.num_inference_steps} steps of "

@@ -17,6 +17,7 @@ from mnif.radiance import RadianceField
 from mnif.showing import grid_values
 from mnif.signal_table import signal_of_model
 from mnif.signals import Signal
+from mnif.threads import one_thread
 
 OutputType = Literal["pil", "np", "pt", "latent", "volume", "mesh", "views"]
 _FORMS_OF_SIGNALS = {"voxels": ("volume", "mesh", "views"), "radiance": ("volume", "views")}
@@ -93,7 +94,8 @@ def pictures_of(
     if pixels > _POINTS_AT_ONCE:
         yield from (grid_values(decoder, latents[row : row + 1], resolution) for row in chosen)
         return
-    field = decoder.bake(decoder.coefficients(latents))
+    with one_thread():
+        field = decoder.bake(decoder.coefficients(latents))
     cells = decoder.config.cells**decoder.config.dimensions
     rows = field.rows.view(len(latents), cells, -1)[chosen]
     for part in rows.split(min(at_once, max(_POINTS_AT_ONCE // pixels, 1))):
