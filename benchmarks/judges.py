@@ -4,7 +4,7 @@ Leaner than `mnif eval`, which also measures reconstructions: features of real p
 """
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol as Interface
 
@@ -102,7 +102,6 @@ class ShapeJudge:
     table: LatentTable
     source: str
     distance: str = "nna_chamfer"
-    _floor: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.data = load_voxels(self.source)
@@ -115,14 +114,13 @@ class ShapeJudge:
         grids = (grid for part in some.split(32) for grid in self.decoder(part)[..., 0].numpy())
         shapes = surfaces_of_grids(grids, [f"sample {row}" for row in range(len(some))], level=0.0)
         found = comparison_figures({"": shapes.points}, self.real, "chamfer")
-        self._floor = {name.removesuffix("_floor"): value for name, value in found.items() if name.endswith("_floor")}
         novelty = novelty_of(shapes.points, self.data, self.sides).figures
         return found | novelty | memorisation_figures(latents, self.table)
 
     def controls(self, count: int) -> dict[str, dict[str, float]]:
-        held_out = self.table.latents[self.table.held_out].numpy()[:count]
+        gaussian = self.of_latents(gaussian_latents(self.table, count, seed=0))
         return {
-            "gaussian": self.of_latents(gaussian_latents(self.table, count, seed=0)),
-            "held_out": self.of_latents(held_out),
-            "real": self._floor,
+            "gaussian": gaussian,
+            "held_out": self.of_latents(self.table.latents[self.table.held_out].numpy()[:count]),
+            "real": {name.removesuffix("_floor"): gaussian[name] for name in gaussian if name.endswith("_floor")},
         }

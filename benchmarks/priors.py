@@ -34,22 +34,10 @@ VARIANTS = {
     "default": "",
     "flow": "--objective flow",
     "v": "--objective v",
-    "pseudo-Huber": "--loss pseudo-huber",
-    "min-SNR": "--weighting min-snr",
     "edge": "--preset edge",
-    "width 384": "--width 384",
-    "width 768": "--width 768",
-    "width 128": "--width 128 --depth 3",
-    "paper's network 512x8": "--denoiser paper --width 512 --depth 8",
-    "no dropout": "--dropout 0",
-    "dropout 0.3": "--dropout 0.3",
-    "latent noise 0.1": "--latent_noise 0.1",
     "latent noise 0.2": "--latent_noise 0.2",
-    "latent noise 0.3": "--latent_noise 0.3",
     "last weights": "--keep last",
-    "3000 steps, last weights": "--keep last --max_train_steps 3000 --dropout 0",
     "1600 steps, last weights": "--keep last --max_train_steps 1600",
-    "latents of mirrored pictures": "--extra_latents {run}/mirrored/latents.safetensors",
 }
 
 
@@ -85,9 +73,8 @@ def main(arguments: Arguments) -> None:
         if arguments.plot:
             plot(results, arguments.plot)
         return
-    known = {(line["variant"], line["seed"]) for line in lines_of(results)}
     judge = judge_of(arguments.run)
-    if ("controls", 0) not in known:
+    if not lines_of(results):
         for name, figures in judge.controls(arguments.num_samples).items():
             record(results, {"variant": "controls", "seed": 0, "drawn": name, "figures": figures})
     for variant in arguments.variants:
@@ -100,19 +87,13 @@ def trial(arguments: Arguments, judge: Judge, variant: str, seed: int, results: 
     known = {(line["variant"], line["seed"], line["drawn"]) for line in lines_of(results)}
     run = arguments.run / "priors" / f"{slug(variant)}-{seed}"
     copied(arguments.run, run, ["fit"])
-    flags = VARIANTS[variant].format(run=arguments.run).split()
-    fit_prior(parse_prior_arguments(["--run", str(run), "--seed", str(seed), *flags]))
+    fit_prior(parse_prior_arguments(["--run", str(run), "--seed", str(seed), *VARIANTS[variant].split()]))
     wanted = [(f"teacher, {steps} steps", steps, False) for steps in arguments.steps]
     if arguments.distill:
         teacher, run = run, run / "students" / (slug(arguments.distill_flags) or "default")
         copied(teacher, run, ["fit", "prior"])
         typed = ["--run", str(run), "--seed", str(seed), *arguments.distill_flags.split()]
-        asked = parse_arguments(DistillArguments, typed, "mnif distill")
-        pairs = teacher / f"pairs-{asked.teacher_steps}"
-        if pairs.exists() and not (run / "pairs").exists():
-            shutil.copytree(pairs, run / "pairs")
-        distill(asked)
-        shutil.copytree(run / "pairs", pairs, dirs_exist_ok=True)
+        distill(parse_arguments(DistillArguments, typed, "mnif distill"))
         students = load_pipeline(run / "model").student.config.distilled_steps
         wanted += [(f"student, {steps} steps {arguments.distill_flags}".strip(), steps, True) for steps in students]
     for drawn, steps, use_student in wanted:

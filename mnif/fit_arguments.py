@@ -10,7 +10,6 @@ import tyro
 from mnif.arguments import given_flag, parse_arguments, preset_defaults, preset_names, read_preset
 from mnif.data import signal_of
 from mnif.errors import UserError
-from mnif.muon import MatrixOptimizer
 from mnif.training import TrainingArguments
 
 PRESETS = Path(__file__).parent / "presets"
@@ -77,7 +76,7 @@ class FitArguments(TrainingArguments):
     """Peak learning rate of all but bases and latents."""
     basis_learning_rate: float = 1.2e-2
     """Peak learning rate of the bases."""
-    matrix_optimizer: MatrixOptimizer = "muon"
+    matrix_optimizer: Literal["muon", "adamw"] = "muon"
     """Of the latent → coefficients map and the encoder's narrow matrices; all else is AdamW's."""
     adam_beta2: float = 0.99
     """Of Adam, for bases and networks."""

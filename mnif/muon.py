@@ -6,16 +6,12 @@ shorter side: on CPUs torch's, in bfloat16, was measured to take 20 to 70 times 
 """
 
 from collections.abc import Callable, Iterable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-MatrixOptimizer = Literal["muon", "adamw"]
-
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, by Jordan et al.
 _STEPS = 5
-_NARROW = 256  # an iteration costs the cube of the shorter side
 
 
 class Muon(torch.optim.Optimizer):
@@ -42,23 +38,6 @@ class Muon(torch.optim.Optimizer):
                 ahead = parameter.grad.lerp(mean, group["momentum"])
                 scale = 0.2 * max(parameter.shape) ** 0.5
                 parameter.sub_(orthogonalised(ahead), alpha=group["lr"] * scale)
-
-
-def split_by_optimizer(
-    parameters: Iterable[nn.Parameter], matrix_optimizer: MatrixOptimizer
-) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The matrices that Muon moves in no time, with at most 256 rows or columns, and all that is left to Adam.
-
-    Args:
-        parameters: of networks.
-        matrix_optimizer: ``"adamw"`` leaves everything to Adam.
-    """
-    for_muon: list[nn.Parameter] = []
-    for_adam: list[nn.Parameter] = []
-    for parameter in parameters:
-        narrow = matrix_optimizer == "muon" and parameter.ndim == 2 and min(parameter.shape) <= _NARROW
-        (for_muon if narrow else for_adam).append(parameter)
-    return for_muon, for_adam
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:

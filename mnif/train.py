@@ -25,7 +25,7 @@ from mnif.latent_rows import LatentRows
 from mnif.latents import LatentTable
 from mnif.model_folder import load_component, save_component
 from mnif.modeling import MNIFModel
-from mnif.muon import Muon, split_by_optimizer
+from mnif.muon import Muon
 from mnif.pca import pca_figures
 from mnif.pictures import picture_grid, save_picture
 from mnif.refinement import figures_of, latents_of
@@ -165,11 +165,18 @@ def make_optimizers(arguments: FitArguments, fitting: Fitting) -> list[torch.opt
     others = fitting.others()
     if decoder.coefficient_map is not None:
         others += decoder.coefficient_map.parameters()
-    by_muon, by_adam = split_by_optimizer(others, arguments.matrix_optimizer)
+    by_muon = [parameter for parameter in others if arguments.matrix_optimizer == "muon" and _is_narrow(parameter)]
+    chosen = {id(parameter) for parameter in by_muon}
+    by_adam = [parameter for parameter in others if id(parameter) not in chosen]
     if by_adam:
         groups.append({"params": by_adam, "lr": arguments.learning_rate})
     adam = torch.optim.AdamW(groups, betas=(0.9, arguments.adam_beta2), weight_decay=0.0, fused=True)
     return [adam, Muon(by_muon, arguments.learning_rate)] if by_muon else [adam]
+
+
+def _is_narrow(parameter: Tensor) -> bool:
+    """Whether it is a matrix that Muon moves in no time; the cost is the cube of the shorter side."""
+    return parameter.ndim == 2 and min(parameter.shape) <= 256
 
 
 def _probe(rows: Rows, fitting: Fitting, accelerator: Accelerator) -> Rows:

@@ -342,4 +342,4 @@ def test_one_process_continues_what_two_began(picture_folder: Path, tmp_path: Pa
     assert main(parts) == 0
     assert main([*fit, "--output_dir", str(tmp_path / "whole")]) == 0
     # Two processes add gradients up in another order, and Adam divides a small one by its own size.
-    assert_same_run(tmp_path / "whole", tmp_path / "parts", latents=1e-4)
+    assert_same_run(tmp_path / "whole", tmp_path / "parts", latents=3e-5)
