@@ -7,6 +7,7 @@ from itertools import count
 from pathlib import Path
 from random import random
 from threading import Timer
+from time import sleep
 
 import numpy as np
 import pytest
@@ -40,7 +41,7 @@ def run(
     """Trains and returns all weights in one vector.
 
     ``stop_after`` sends Ctrl-C once that step is done; ``kill_at`` lets the process die within some milliseconds of
-    so many steps.
+    so many steps, and before it has done eight more.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -56,8 +57,12 @@ def run(
     calls, forwards = 0, count(1)
 
     def count_down(*_: object) -> None:
-        if next(forwards) == kill_at:
+        assert kill_at is not None
+        forward = next(forwards)
+        if forward == kill_at:
             Timer(random() * 0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        elif forward == kill_at + 8:
+            sleep(60)
 
     if kill_at is not None:
         module.register_forward_pre_hook(count_down)
