@@ -2,9 +2,9 @@
 
     python benchmarks/baked_field.py
 
-Prints medians of alternating rounds of calls, for one thread and for all cores: what a caller waits, and what the
-processor works, which holds on a busy machine too. *Products alone* are the hidden layers' products in torch: the peak
-a field's own products can reach here.
+Each work has its turn in every round, for one thread and for all cores. Prints what a call takes, the median of the
+rounds' medians and that of the quietest round, since what others do to a shared machine comes and goes by the second.
+*Products alone* are the hidden layers' products in torch: the peak a field's own products can reach here.
 """
 
 import os
@@ -23,7 +23,7 @@ from export.kernels import kernels_of_log
 from export.openvino_graph import OpenVinoGraph
 from mnif.modeling import MNIFModel
 
-ROUNDS, CALLS = 10, 20  # of the calls of a round the second half counts
+ROUNDS, CALLS = 20, 60  # of the calls of a round the second half counts
 SIZE = 64
 
 
@@ -42,7 +42,7 @@ def main() -> None:
             torch.mm(hidden, weight)
 
     print(f"baked field of width 64, {len(field.shapes)} layers, {SIZE}×{SIZE} points, {os.cpu_count()} cores")
-    print(f"  {'what':18} {'threads':>7} {'waited ms':>9} {'worked ms':>9}")
+    print(f"  {'what':18} {'threads':>7} {'median, ms':>11} {'quietest round, ms':>19}")
     for threads in (1, os.cpu_count() or 1):
         torch.set_num_threads(threads)
         onnx_runtime = OnnxRuntimeGraph(model.SerializeToString(), threads)
@@ -53,19 +53,20 @@ def main() -> None:
             "ONNX Runtime": lambda graph=onnx_runtime: graph(coordinates),
             "OpenVINO": lambda graph=openvino: graph(coordinates),
         }
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in work}
+        medians: dict[str, list[float]] = {name: [] for name in work}
         for _ in range(ROUNDS):
             for name, function in work.items():
                 time.sleep(0.3)  # until the threads of the one before have stopped waiting for more work
-                for call in range(CALLS):
-                    started, busy = time.perf_counter(), time.process_time()
-                    function()
-                    if call >= CALLS // 2:
-                        times[name].append((time.perf_counter() - started, time.process_time() - busy))
-        for name, values in times.items():
-            waited, worked = np.median(values, axis=0) * 1e3
-            print(f"  {name:18} {threads:7d} {waited:9.2f} {worked:9.2f}")
+                medians[name].append(float(np.median([seconds(function) for _ in range(CALLS)][CALLS // 2 :])))
+        for name, values in medians.items():
+            print(f"  {name:18} {threads:7d} {np.median(values) * 1e3:11.2f} {min(values) * 1e3:19.2f}")
     rtx(model.SerializeToString(), {"coordinates": dict.fromkeys(("minimum", "optimum", "maximum"), points.shape)})
+
+
+def seconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
 
 
 def rtx(model: bytes, profile: dict[str, dict[str, torch.Size]]) -> None:
