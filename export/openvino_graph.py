@@ -39,7 +39,12 @@ class OpenVinoGraph:
         import openvino
 
         self.version = str(openvino.__version__).partition("-")[0]
-        self._settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        self._settings = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+            # Where matrices are stored in int8, OpenVINO would round what they are multiplied by to int8 too.
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        }
         if threads:
             self._settings["INFERENCE_NUM_THREADS"] = str(threads)
         self._core = openvino.Core()

@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from export.bundle_folder import BundleError
 from export.openvino_graph import OpenVinoGraph, sine_coefficients
+from export.precision import quantised, stored
 
 pytest.importorskip("openvino")
 
@@ -54,3 +55,19 @@ def test_what_is_no_graph_is_one_line() -> None:
     with pytest.raises(BundleError, match="not a usable graph") as refusal:
         OpenVinoGraph(sines()[:-20])
     assert "\n" not in str(refusal.value)
+
+
+def test_matrices_in_int8_do_not_round_what_they_multiply() -> None:
+    generator = np.random.default_rng(0)
+    matrix, x = (generator.standard_normal(shape).astype(np.float32) for shape in ((256, 128), (1, 128)))
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", size])
+        for name, size in (("x", 128), ("y", 256))
+    ]
+    weight = numpy_helper.from_array(matrix, "denoiser.blocks.0.weight")
+    product = helper.make_node("Gemm", ["x", weight.name], ["y"], transB=1)
+    made = helper.make_graph([product], "g", ends[:1], ends[1:], [weight])
+    model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    whole, scale = quantised(matrix)
+    (y,) = OpenVinoGraph(stored(model, "int8").SerializeToString())({"x": x})
+    np.testing.assert_allclose(y, x @ (whole * scale[:, None]).T, atol=1e-4)
