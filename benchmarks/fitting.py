@@ -73,11 +73,9 @@ class Work:
         few = max(3, rounds // 3) if with_plain and self.operations * 3 > 1e11 else rounds
         for number in range(few + 2):
             for function, seconds in zip(functions, times, strict=True):
-                function()  # so that what the others left in the caches does not count
-                started = time.perf_counter()
-                function()
+                taken = settled_seconds(function)
                 if number >= 2 or function is plain:
-                    seconds.append(time.perf_counter() - started)
+                    seconds.append(taken)
         medians = [sorted(seconds)[len(seconds) // 2] for seconds in times]
         rate, peak = self.images / medians[0], 2 * SIZE**3 / medians[1]
         share = self.operations / medians[0] / peak
@@ -85,6 +83,18 @@ class Work:
         if with_plain:
             slow, ratio = f"{self.images / medians[2]:.1f}", f"{medians[2] / medians[0]:.1f}"
         return f"{self.name:48} {rate:15.1f} {slow:>16} {ratio:>6} {share:8.0%} {megabytes:8.0f}"
+
+
+def settled_seconds(function: Callable[[], object]) -> float:
+    """Of a call in a stream of them: the second half of 50 ms, and never the first, counts."""
+    seconds: list[float] = []
+    begun = time.perf_counter()
+    while len(seconds) < 2 or time.perf_counter() < begun + 0.05:
+        started = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - started)
+    later = sorted(seconds[len(seconds) // 2 :])
+    return later[len(later) // 2]
 
 
 SIZE = 1536
