@@ -18,7 +18,7 @@ import torch
 from export.backends import OnnxRuntimeGraph
 from export.bundle_folder import BundleError
 from export.engine import build_plan, compute_capabilities, find_builder
-from export.graphs import baked_graph
+from export.graphs.model import baked_graph
 from export.kernels import kernels_of_log
 from export.openvino_graph import OpenVinoGraph
 from mnif.modeling import MNIFModel

@@ -16,12 +16,12 @@ import numpy as np
 import scipy.linalg
 from PIL import Image
 
+from evals.extractors.resizing import bicubic_antialias
 from evals.features import extract_features, extractor_by_name
-from evals.frechet import frechet_distance, moments_of
-from evals.picture_sources import sample_pictures
-from evals.precision_recall import overlap
+from evals.images.sources import sample_pictures
+from evals.metrics.frechet import frechet_distance, moments_of
+from evals.metrics.precision_recall import overlap
 from evals.processes import Processes
-from evals.resizing import bicubic_antialias
 from evals.shards import computed_in_shards
 
 GENERATOR = np.random.default_rng(0)

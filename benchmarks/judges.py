@@ -11,18 +11,18 @@ from typing import Protocol as Interface
 import numpy as np
 import torch
 
-from evals.bench import Bench
 from evals.controls import gaussian_latents
 from evals.features import extractor_by_name
-from evals.frechet import frechet_distance, moments_of
-from evals.memorisation import memorisation_figures
-from evals.picture_sources import PictureSource, data_pictures, latent_pictures
+from evals.images.bench import Bench
+from evals.images.samples import novelty_figures, reference_of
+from evals.images.sources import PictureSource, data_pictures, latent_pictures
+from evals.metrics.frechet import frechet_distance, moments_of
+from evals.metrics.memorisation import memorisation_figures
+from evals.metrics.surfaces import surfaces_of_grids
 from evals.processes import Processes
 from evals.protocols import PRESETS
-from evals.sample_figures import novelty_figures, reference_of
-from evals.shape_samples import comparison_figures, novelty_of, real_shapes
 from evals.sides import sides_of
-from evals.surfaces import surfaces_of_grids
+from evals.voxels.samples import comparison_figures, novelty_of, real_shapes
 from mnif.data import Split, load_images, load_voxels
 from mnif.files import read_json
 from mnif.latents import LatentTable

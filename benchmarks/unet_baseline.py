@@ -26,7 +26,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from judges import PictureJudge, judge_of
 
-from evals.picture_sources import PictureSource
+from evals.images.sources import PictureSource
 from latent_prior.noise import initial_noise
 from latent_prior.pipeline import load_pipeline
 from mnif.data import Split

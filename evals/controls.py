@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evals.bench import Bench
+from evals.images.bench import Bench
 from latent_prior.drawing import BLOCK, Drawing
 from latent_prior.pipeline import MNIFPipeline
 from mnif.latents import LatentTable

@@ -1,7 +1,8 @@
 """Feature extractors by name: pictures → vectors that distances are taken in.
 
-Each is a class of its own: :mod:`evals.lite0` comes with its weights and works offline, :mod:`evals.inception` is the
-network of FID. Another one is a subclass of :class:`Extractor` and a line in ``_EXTRACTORS``.
+Each is a class of its own: :mod:`evals.extractors.lite0` comes with its weights and works offline,
+:mod:`evals.extractors.inception` is the network of FID. Another one is a subclass of :class:`Extractor` and a line in
+``_EXTRACTORS``.
 """
 
 from abc import ABC, abstractmethod
@@ -13,11 +14,11 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from evals.resizing import Resize
+from evals.extractors.resizing import Resize
 from mnif.errors import UserError
 from mnif.progress import progress_bar
 
-_EXTRACTORS = {"lite0": "evals.lite0:Lite0", "inception": "evals.inception:Inception"}
+_EXTRACTORS = {"lite0": "evals.extractors.lite0:Lite0", "inception": "evals.extractors.inception:Inception"}
 _PICTURES_AT_ONCE = 256
 
 
@@ -62,7 +63,7 @@ def extractor_by_name(
 
     Args:
         name: "lite0" or "inception".
-        inception_weights: a file of Inception's weights; default: looked for (:mod:`evals.weights`).
+        inception_weights: a file of Inception's weights; default: looked for (:mod:`evals.extractors.weights`).
         device: of Inception; lite0 runs in ONNX Runtime on the CPU.
         grey: of Inception, the value in 0..255 that becomes 0.
 
@@ -84,7 +85,7 @@ def extract_features(
     Args:
         images: [N, H, W, 3], RGB, of any size: uint8, or float32 in 0..255.
         extractor: from :func:`extractor_by_name`.
-        resize: one of :data:`evals.resizing.RESIZES`.
+        resize: one of :data:`evals.extractors.resizing.RESIZES`.
         progress: whether to show a bar with rate and remaining time on stderr.
         description: what the bar is called.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from evals.arguments import EvalArguments
-from evals.resizing import RESIZES, Resize
+from evals.extractors.resizing import RESIZES, Resize
 from mnif.errors import UserError
 
 Part = Literal["half", "train", "all"]
@@ -20,7 +20,7 @@ class Protocol:
 
     Attributes:
         extractor: by name.
-        resize: a filter of :data:`evals.resizing.RESIZES`.
+        resize: a filter of :data:`evals.extractors.resizing.RESIZES`.
         grey: the value in 0..255 that Inception sees as 0.
         quantise: whether a model's pictures are rounded to uint8, as files hold them; if not, they are clamped only.
         part: of the reference: all of it, what was trained on, or one half of its designs, so that the other half

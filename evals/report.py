@@ -13,8 +13,8 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-from evals.latency import measured_latencies
-from evals.memorisation import copying_verdict
+from evals.images.latency import measured_latencies
+from evals.metrics.memorisation import copying_verdict
 from evals.plots import curve_plot
 from evals.tables import protocol_line, table_rows
 from latent_prior.noise import initial_noise

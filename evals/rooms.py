@@ -22,7 +22,7 @@ from typing import Any
 from evals.processes import Processes
 from mnif.errors import UserError
 
-_ROOMS = {"image": "evals.images", "voxels": "evals.voxels", "radiance": "evals.radiance"}
+_ROOMS = {"image": "evals.images.room", "voxels": "evals.voxels.room", "radiance": "evals.radiance.room"}
 """Signal → module; a room that is added here is a room `mnif eval` knows."""
 
 

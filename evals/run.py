@@ -6,11 +6,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from evals import images
 from evals.arguments import EvalArguments
 from evals.comparison import compare, to_evaluate
-from evals.frechet import is_statistics
-from evals.memorisation import copying_verdict
+from evals.images import room as images
+from evals.metrics.frechet import is_statistics
+from evals.metrics.memorisation import copying_verdict
 from evals.processes import Processes
 from evals.protocols import protocol_of
 from evals.rooms import Measurement, room_of

@@ -9,15 +9,15 @@ import onnx
 from safetensors.torch import save_file
 
 from export.bundle_folder import ENGINES
-from export.description import graph_entry, manifest_of
-from export.device import write_device_files
+from export.contents.description import graph_entry, manifest_of
+from export.contents.device import write_device_files
+from export.contents.readme import bundle_readme
+from export.contents.triton import write_model_repository
 from export.export_arguments import ExportArguments, selection_of
-from export.gate import CompileReport, compile_with_rtx, rtx_is_installed
+from export.graphs.gate import CompileReport, compile_with_rtx, rtx_is_installed
+from export.graphs.precision import PARTS
+from export.graphs.variants import Variant, variants
 from export.manifest import manifest_digest
-from export.precision import PARTS
-from export.readme import bundle_readme
-from export.triton import write_model_repository
-from export.variants import Variant, variants
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from mnif import __version__
 from mnif.arguments import parse_arguments

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from export.browser import BROWSER_KINDS
-from export.precision import Precision, Storage
-from export.selection import Selection
+from export.contents.browser import BROWSER_KINDS
+from export.contents.selection import Selection
+from export.graphs.precision import Precision, Storage
 from latent_prior.objective import INFERENCE_STEPS
 from latent_prior.pipeline import MNIFPipeline
 from mnif.errors import UserError

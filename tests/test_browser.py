@@ -16,9 +16,9 @@ import onnxruntime
 import pytest
 import torch
 
-from export.browser import BROWSER_KINDS, field_graph
 from export.bundle import ExportArguments, export_bundle
 from export.bundle_folder import BundleFolder
+from export.contents.browser import BROWSER_KINDS, field_graph
 from export.verify import check_graph
 from latent_prior.noise import initial_noise
 from latent_prior.pipeline import MNIFPipeline

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 import export
-from export.device import COMMANDS, MODULES
+from export.contents.device import COMMANDS, MODULES
 from export.runtime import Sampler, load_bundle
 from mnif.pictures import to_pixels
 
 HERE = Path(export.__file__).parent
-SOURCES = [HERE / f"{name}.py" for name in (*MODULES, "device_entry")]
+SOURCES = [HERE / f"{name}.py" for name in (*MODULES, "contents/device_entry")]
 
 
 def run(bundle: Path, python: str, script: str, *flags: str) -> subprocess.CompletedProcess[str]:

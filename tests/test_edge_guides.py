@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from export.device import COMMANDS
+from export.contents.device import COMMANDS
 from mnif.cli import COMMANDS as MNIF_COMMANDS
 from mnif.cli import main
 

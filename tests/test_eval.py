@@ -23,7 +23,7 @@ GENERATOR = np.random.default_rng(0)
 @pytest.fixture(autouse=True)
 def _own_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Features that earlier tests kept would hide what is computed; the compiled operator stays where it is."""
-    monkeypatch.setattr("evals.bench.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("evals.images.bench.cache_folder", lambda: tmp_path / "cache")
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ def test_a_stopped_evaluation_continues(
             raise KeyboardInterrupt
         return extract_features(images, *arguments, **options)
 
-    monkeypatch.setattr("evals.bench.extract_features", counted)
+    monkeypatch.setattr("evals.images.bench.extract_features", counted)
     flags = ["--samples", samples, "--reference", picture_folder, "--output_dir", tmp_path / "out"]
     assert main(["eval", *map(str, flags)]) == 130
     assert not (tmp_path / "out/metrics.json").exists()

@@ -24,7 +24,7 @@ pytest.importorskip("skimage")
 
 @pytest.fixture(autouse=True)
 def _own_features(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("evals.bench.cache_folder", lambda: tmp_path / "cache")
+    monkeypatch.setattr("evals.images.bench.cache_folder", lambda: tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,12 @@ from onnx import numpy_helper
 from onnx_form import DENOISER, FIELDS, PRECISION, check_form, run
 from safetensors.numpy import load_file
 
-from export import cases, runtime
+from export import runtime
 from export.bundle import export_bundle
 from export.export_arguments import ExportArguments
-from export.graphs import decoder_graph
-from export.padding import for_decoder
+from export.graphs import cases
+from export.graphs.model import decoder_graph
+from export.graphs.padding import for_decoder
 from latent_prior.denoiser import LatentDenoiser
 from latent_prior.noise import initial_noise
 from latent_prior.objective import student_scheduler

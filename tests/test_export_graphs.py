@@ -7,10 +7,10 @@ from diffusers import DDIMScheduler, SchedulerMixin
 from onnx import numpy_helper
 from onnx_form import check_form
 
-from export.cases import GraphCase
-from export.graphs import baked_graph, decoder_graph, sampler_graph
-from export.selection import Selection
-from export.steps import linear_steps
+from export.contents.selection import Selection
+from export.graphs.cases import GraphCase
+from export.graphs.model import baked_graph, decoder_graph, sampler_graph
+from export.graphs.steps import linear_steps
 from latent_prior.denoiser import LatentDenoiser
 from latent_prior.noise import initial_noise
 from latent_prior.objective import sampling_scheduler

@@ -14,7 +14,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from export.steps import linear_steps
+from export.graphs.steps import linear_steps
 from latent_prior.objective import sampling_scheduler
 from mnif.errors import UserError
 

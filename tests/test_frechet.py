@@ -6,7 +6,7 @@ import scipy.linalg
 import torch
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from evals.frechet import (
+from evals.metrics.frechet import (
     Moments,
     MomentSums,
     frechet_distance,

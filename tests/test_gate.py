@@ -4,9 +4,9 @@ from pathlib import Path
 import onnx
 import pytest
 
-from export.gate import compile_with_rtx
-from export.selection import Selection
-from export.variants import variants
+from export.contents.selection import Selection
+from export.graphs.gate import compile_with_rtx
+from export.graphs.variants import variants
 from latent_prior.pipeline import MNIFPipeline
 from mnif.errors import UserError
 from mnif.modeling import MNIFModel

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-import evals.inception
-import evals.weights
+import evals.extractors.inception
+import evals.extractors.weights
+from evals.extractors.inception import Inception, InceptionV3
+from evals.extractors.resizing import bilinear
+from evals.extractors.weights import INCEPTION, PublishedWeights, found_weights
 from evals.features import extract_features, extractor_by_name
-from evals.inception import Inception, InceptionV3
-from evals.resizing import bilinear
-from evals.weights import INCEPTION, PublishedWeights, found_weights
 from mnif.errors import UserError
 from mnif.files import sha256_of_file
 
@@ -52,7 +52,7 @@ def published(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pu
     monkeypatch.setenv("MNIF_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(INCEPTION.variable, raising=False)
     weights = replace(INCEPTION, sha256=sha256_of_file(path), size=path.stat().st_size, url=path.as_uri())
-    monkeypatch.setattr(evals.inception, "INCEPTION", weights)
+    monkeypatch.setattr(evals.extractors.inception, "INCEPTION", weights)
     return weights
 
 

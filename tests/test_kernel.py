@@ -3,8 +3,8 @@ import pytest
 import torch
 from torchmetrics.image.kid import KernelInceptionDistance
 
-import evals.kernel
-from evals.kernel import kernel_distance, kernel_distance_of_subsets, kernel_distance_with_spread
+import evals.metrics.kernel
+from evals.metrics.kernel import kernel_distance, kernel_distance_of_subsets, kernel_distance_with_spread
 from mnif.errors import UserError
 
 
@@ -41,7 +41,7 @@ def test_tiles_and_unequal_sets_change_nothing(
     own = [(kernel(z, z).sum() - np.trace(kernel(z, z))) / (len(z) * (len(z) - 1)) for z in (x, y)]
     expected = own[0] + own[1] - 2 * kernel(x, y).mean()
     assert kernel_distance(x, y) == pytest.approx(expected, rel=1e-12)
-    monkeypatch.setattr(evals.kernel, "_TILE", 7)
+    monkeypatch.setattr(evals.metrics.kernel, "_TILE", 7)
     assert kernel_distance(x, y) == pytest.approx(expected, rel=1e-12)
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from evals.manifold import copied_share, nearest_neighbour_distances, nearest_neighbour_ratio
+from evals.metrics.manifold import copied_share, nearest_neighbour_distances, nearest_neighbour_ratio
 from mnif.errors import UserError
 
 

@@ -1,4 +1,4 @@
-from evals.memorisation import copying_verdict
+from evals.metrics.memorisation import copying_verdict
 
 
 def test_verdict_follows_the_smaller_ratio_and_the_share() -> None:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from evals.occupancy import joined, mean_figures, occupancy_scores
+from evals.metrics.occupancy import joined, mean_figures, occupancy_scores
 
 
 def test_scores_by_hand() -> None:

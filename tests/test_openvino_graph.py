@@ -5,8 +5,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from export.bundle_folder import BundleError
+from export.graphs.precision import quantised, stored
 from export.openvino_graph import OpenVinoGraph, sine_coefficients
-from export.precision import quantised, stored
 
 pytest.importorskip("openvino")
 

@@ -8,12 +8,12 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 from onnx.reference import ReferenceEvaluator
 from onnx_form import DENOISER, FIELDS, PRECISION, check_form
 
-from export.graphs import baked_graph, decoder_graph, sampler_graph
-from export.precision import hidden_products, quantised, stored, variant
+from export.graphs.model import baked_graph, decoder_graph, sampler_graph
+from export.graphs.precision import hidden_products, quantised, stored, variant
+from export.graphs.steps import linear_steps
+from export.graphs.variants import run
 from export.quality import psnr
 from export.reference_evaluator import evaluate
-from export.steps import linear_steps
-from export.variants import run
 from latent_prior.denoiser import LatentDenoiser
 from latent_prior.objective import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from prdc import compute_prdc
 
-import evals.precision_recall
-from evals.precision_recall import overlap
+import evals.metrics.precision_recall
+from evals.metrics.precision_recall import overlap
 from mnif.errors import UserError
 
 FIGURES = ("precision", "recall", "density", "coverage")
@@ -22,7 +22,7 @@ def test_counts_are_exactly_those_of_prdc(
     generator: np.random.Generator, monkeypatch: pytest.MonkeyPatch, neighbours: int, tile: int
 ) -> None:
     real, samples = generator.standard_normal((130, 6)), generator.standard_normal((90, 6)) * 0.7 + 0.4
-    monkeypatch.setattr(evals.precision_recall, "_TILE", tile)
+    monkeypatch.setattr(evals.metrics.precision_recall, "_TILE", tile)
     found = overlap(samples, real, neighbours)
     expected = compute_prdc(real, samples, neighbours)
     for figure, count in zip(FIGURES, (90, 130, 90 * neighbours, 130), strict=True):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from onnx_form import FIELDS, RENDERING, check_form
 
-from export.radiance_graphs import points_graph, rays_graph
+from export.graphs.radiance import points_graph, rays_graph
 from mnif.modeling import MNIFModel
 from mnif.radiance import Cameras, RadianceField, Rays
 from mnif.rendering import turntable_poses

@@ -5,7 +5,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from evals.reconstruction import border_step_ratio, mean_image_psnr, psnr_per_image, ssim_per_image
+from evals.metrics.reconstruction import border_step_ratio, mean_image_psnr, psnr_per_image, ssim_per_image
 from mnif.errors import UserError
 from mnif.pca import fit_pca
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from evals.arguments import EvalArguments
-from evals.bench import Bench
 from evals.features import extractor_by_name
+from evals.images.bench import Bench
+from evals.images.reconstructions import Reconstructions
 from evals.processes import Processes
 from evals.protocols import PRESETS
-from evals.reconstruction_figures import Reconstructions
 from mnif.data import ImageData, Split
 from mnif.modeling import MNIFModel
 

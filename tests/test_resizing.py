@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import interpolate
 
-from evals.resizing import RESIZES, bicubic_antialias, bilinear, pillow_bicubic, tf1_bilinear
+from evals.extractors.resizing import RESIZES, bicubic_antialias, bilinear, pillow_bicubic, tf1_bilinear
 
 
 @pytest.fixture

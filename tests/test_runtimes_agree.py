@@ -8,9 +8,9 @@ import onnx_form
 import pytest
 import torch
 
-from export.graphs import baked_graph, decoder_graph, sampler_graph
-from export.radiance_graphs import rays_graph
-from export.steps import linear_steps
+from export.graphs.model import baked_graph, decoder_graph, sampler_graph
+from export.graphs.radiance import rays_graph
+from export.graphs.steps import linear_steps
 from latent_prior.noise import initial_noise
 from latent_prior.pipeline import MNIFPipeline
 from mnif.modeling import MNIFModel

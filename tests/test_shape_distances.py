@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from evals import shape_distances
-from evals.shape_distances import chamfer_distance, distance_matrix, earth_movers_distance
+from evals.metrics import shape_distances
+from evals.metrics.shape_distances import chamfer_distance, distance_matrix, earth_movers_distance
 from mnif.errors import UserError
 
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from evals.shape_distances import distance_matrix
-from evals.shape_sets import covered, matching_distances, set_figures, told_apart
+from evals.metrics.shape_distances import distance_matrix
+from evals.metrics.shape_sets import covered, matching_distances, set_figures, told_apart
 from mnif.errors import UserError
 
 # Drawn shapes are rows. Drawn 0 and 1 lie near real 0, drawn 2 lies near nothing; nothing lies near real 2.

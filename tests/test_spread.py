@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from evals.frechet import frechet_distance, moments_of
-from evals.spread import (
+from evals.metrics.frechet import frechet_distance, moments_of
+from evals.metrics.spread import (
     GroupedFeatures,
     frechet_at_infinity,
     frechet_at_infinity_spread,

@@ -3,10 +3,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evals.shape_distances import chamfer_distance, distance_matrix
-from evals.shape_files import shape_files
-from evals.shape_samples import real_shapes
-from evals.surfaces import POINTS, surface_points, surfaces_of_grids
+from evals.metrics.shape_distances import chamfer_distance, distance_matrix
+from evals.metrics.surfaces import POINTS, surface_points, surfaces_of_grids
+from evals.voxels.files import shape_files
+from evals.voxels.samples import real_shapes
 from mnif.data import Split, load_voxels, write_binvox
 from mnif.errors import UserError
 from mnif.meshes import mesh_from_values, save_mesh

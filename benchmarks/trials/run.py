@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from variants import VARIANTS, Variant
 
-from evals.reconstruction import border_step_ratio
+from evals.metrics.reconstruction import border_step_ratio
 from mnif.cells import CellGrid
 from mnif.data import Split
 from mnif.fit_arguments import parse_fit_arguments

@@ -1,0 +1,1 @@
+"""The room of pictures: where they come from, how samples and reconstructions of them are measured."""

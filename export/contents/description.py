@@ -1,0 +1,119 @@
+"""What a manifest says of a model and of its graphs, as :mod:`export.manifest` has it."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx import helper
+
+from export.contents.selection import Selection
+from export.graphs.nodes import IR_VERSION, OPSET
+from export.graphs.padding import CHANNELS
+from export.graphs.variants import Variant
+from export.manifest import SCHEMA
+from mnif import __version__
+from mnif.radiance import RadianceField
+from mnif.runs import command_line
+from mnif.signal_table import signal_of_model
+
+
+def manifest_of(selection: Selection) -> dict[str, Any]:
+    """Everything but the graphs, which are to be added, the inputs, the files and the digest."""
+    config, pipeline = selection.decoder.config, selection.pipeline
+    resolution = selection.resolution
+    sizes = [resolution] * config.dimensions if isinstance(resolution, int) else list(resolution)
+    return {
+        "schema": SCHEMA,
+        "package": {"name": "mnif-diffusion", "version": __version__},
+        "source_revision": source_revision(),
+        "command": command_line(),
+        "decoder_fingerprint": selection.decoder.fingerprint(),
+        "signal": config.signal,
+        "grid": {
+            "dimensions": config.dimensions,
+            "resolution": sizes,
+            "cells": config.cells,
+            "overlap": float(config.overlap),
+            "pixel_centre": "(r + 1/2) / n",
+            "axes": "coordinate k runs along axis k of the values",
+        },
+        "values": {
+            "channels": config.channels,
+            "padded_channels": max(CHANNELS, config.channels) if selection.pad_channels else config.channels,
+            "range": [-1.0, 1.0],
+            "pixel": "round(clip(value, -1, 1) * 127.5 + 127.5)",
+        },
+        "radiance": _radiance(selection),
+        "sampling": None
+        if pipeline is None
+        else {
+            "latent_dim": config.latent_dim,
+            "num_inference_steps": list(selection.steps),
+            "scheduler": type(pipeline.scheduler).__name__,
+            "seed": selection.seed,
+        },
+        "precision": {},
+        "graphs": {},
+        "measured": {},
+    }
+
+
+def graph_entry(variant: Variant) -> dict[str, Any]:
+    """What the manifest says of one graph."""
+    case = variant.case
+    return {
+        "kind": case.kind,
+        "precision": variant.precision,
+        "storage": variant.storage,
+        "file": f"onnx/{variant.name}.onnx",
+        "opset": OPSET,
+        "ir_version": IR_VERSION,
+        "inputs": [_tensor_entry(tensor) for tensor in variant.model.graph.input],
+        "outputs": [_tensor_entry(tensor) for tensor in variant.model.graph.output],
+        "profile": {
+            source: {size: list(shape) for size, shape in shapes.items()} for source, shapes in case.profile.items()
+        },
+        "steps": case.steps,
+        "instance": case.instance,
+        "half": variant.half,
+        "reference": None if case.reference is None else case.reference.prefix,
+        "psnr": None if variant.psnr is None else round(variant.psnr, 2),
+        "tolerance": variant.tolerance,
+    }
+
+
+def source_revision() -> str | None:
+    """The git commit these sources were read from, "-dirty" behind it if they were changed; None outside of git."""
+    here = Path(__file__).resolve()
+    try:
+        # An installed copy may lie inside someone else's repository, which does not track this file.
+        subprocess.run(
+            ["git", "ls-files", "--error-unmatch", here.name], cwd=here.parent, check=True, capture_output=True
+        )
+        described = ["git", "describe", "--always", "--abbrev=40", "--match=", "--dirty"]
+        return subprocess.run(described, cwd=here.parent, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _radiance(selection: Selection) -> dict[str, Any] | None:
+    signal = signal_of_model(selection.decoder)
+    if not isinstance(signal, RadianceField):
+        return None
+    return {
+        "bound": signal.bound,
+        "near": signal.near,
+        "far": signal.far,
+        "background": 1.0 if signal.background == "white" else -1.0,
+        "samples": signal.samples,
+        "size": list(signal.size),
+        "intrinsics": list(signal.intrinsics),
+        "camera_distance": signal.camera_distance,
+    }
+
+
+def _tensor_entry(tensor: onnx.ValueInfoProto) -> dict[str, Any]:
+    shape = [axis.dim_param or axis.dim_value for axis in tensor.type.tensor_type.shape.dim]
+    kind = helper.tensor_dtype_to_np_dtype(tensor.type.tensor_type.elem_type).name
+    return {"name": tensor.name, "type": kind, "shape": shape}

@@ -1,0 +1,198 @@
+"""The graphs of radiance fields: points → colours and density, and rays → colours with the volume rendering inside.
+
+Both come in two forms: for any instance, whose coefficients are an input, with a dynamic batch; and baked, one
+instance's weights inside, without a batch. The rendering is :meth:`mnif.radiance.RadianceField.render` with depths in
+the middles of their intervals.
+
+A point in space is on no grid, so which cells answer for it is worked out in the graph. Sorting points by cell needs
+shapes that depend on values, which engines do not have; every cell is asked at every point instead, and the answers
+are added with the weights of :func:`mnif.routing.route_points`, most of them zero. That costs cells³ times the work of
+one cell, at fixed shapes; the usual radiance field has one cell and pays nothing.
+"""
+
+import numpy as np
+import onnx
+import torch
+
+from export.graphs.model import all_layers, baked_layers, coefficient_shape, evaluated
+from export.graphs.nodes import Nodes, Shape
+from mnif.fields import BakedField
+from mnif.modeling import MNIFModel
+from mnif.radiance import RadianceField
+
+_TINY = 1e-10  # as in mnif.rendering, instead of a direction's exact zero
+
+
+def points_graph(decoder: MNIFModel, signal: RadianceField, field: BakedField | None = None) -> onnx.ModelProto:
+    """``coefficients``, ``points`` → ``colours``, ``density``: the points' places, colours and densities.
+
+    They are [batch, points, 3], [batch, points, 3] and [batch, points, 1]. Points are in
+    world coordinates, densities per unit of them.
+
+    Args:
+        decoder: the model.
+        signal: its signal.
+        field: one instance's networks: no ``coefficients`` then, and no axis ``batch``.
+    """
+    nodes = Nodes()
+    values = _values(nodes, decoder, signal, field, _with_batch(nodes, "points", field))
+    colours, density = _colours_and_density(nodes, signal, values)
+    if field is not None:
+        colours, density = (nodes.squeeze(each, [0], f"{each}/alone") for each in (colours, density))
+    shape: Shape = _batched(field, ["points", 3])
+    results = {"colours": (colours, shape), "density": (density, [*shape[:-1], 1])}
+    return nodes.model("points", _sources(decoder, field) | {"points": shape}, results)
+
+
+def rays_graph(decoder: MNIFModel, signal: RadianceField, field: BakedField | None = None) -> onnx.ModelProto:
+    """``coefficients``, ``origins``, ``directions`` → ``colours``, the last three [batch, rays, 3].
+
+    Origins are in world coordinates, directions of length one.
+
+    Args:
+        decoder: the model.
+        signal: its signal.
+        field: one instance's networks: no ``coefficients`` then, and no axis ``batch``.
+    """
+    nodes = Nodes()
+    origins, directions = (_with_batch(nodes, name, field) for name in ("origins", "directions"))
+    near, length = _interval(nodes, signal, origins, directions)
+    middles = (np.arange(signal.samples, dtype=np.float32) + np.float32(0.5)) / np.float32(signal.samples)
+    place = nodes.constant("depths/place", middles)
+    depths = nodes.add("Add", [near, nodes.add("Mul", [length, place], "depths/along")], "depths")
+
+    along = nodes.add(
+        "Mul",
+        [nodes.unsqueeze(directions, [-2], "points/directions"), nodes.unsqueeze(depths, [-1], "points/depths")],
+        "points/along",
+    )
+    points = nodes.add("Add", [nodes.unsqueeze(origins, [-2], "points/origins"), along], "points/by_ray")
+    values = _values(nodes, decoder, signal, field, nodes.reshape(points, (0, -1, 3), "points"))
+    values = nodes.reshape(values, (0, -1, signal.samples, 4), "values/by_ray")
+    colours, density = _colours_and_density(nodes, signal, values)
+    seen = _composited(nodes, signal, colours, nodes.squeeze(density, [-1], "density/by_ray"), length)
+    if field is not None:
+        seen = nodes.squeeze(seen, [0], "seen/alone")
+    shape: Shape = _batched(field, ["rays", 3])
+    sources = _sources(decoder, field) | {"origins": shape, "directions": shape}
+    return nodes.model("rays", sources, {"colours": (seen, shape)})
+
+
+def _sources(decoder: MNIFModel, field: BakedField | None) -> dict[str, Shape]:
+    return {} if field is not None else {"coefficients": coefficient_shape(decoder)}
+
+
+def _batched(field: BakedField | None, shape: list[int | str]) -> list[int | str]:
+    return shape if field is not None else ["batch", *shape]
+
+
+def _with_batch(nodes: Nodes, source: str, field: BakedField | None) -> str:
+    """An input as [batch, n, 3]."""
+    return source if field is None else nodes.unsqueeze(source, [0], f"{source}/batch")
+
+
+def _values(nodes: Nodes, decoder: MNIFModel, signal: RadianceField, field: BakedField | None, points: str) -> str:
+    """What the fields say at points [batch, n, 3] of the world: [batch, n, 4]."""
+    layers = all_layers(nodes, decoder, "coefficients") if field is None else baked_layers(nodes, field)
+    inside = nodes.add("Mul", [points, nodes.number(1 / signal.bound)], "field/points")
+    by_cell = nodes.unsqueeze(inside, [1], "field/by_cell")
+    if decoder.config.cells == 1:
+        return nodes.squeeze(evaluated(nodes, by_cell, layers, decoder.config.output_sine), [1], "field/values")
+    cells = torch.cartesian_prod(*[torch.arange(decoder.config.cells)] * 3)
+    offset = (decoder.config.cells - 1 - 2 * cells)[None, :, None].float()
+    scaled = nodes.add("Mul", [by_cell, nodes.number(decoder.config.cells)], "field/scaled")
+    local = nodes.add("Add", [scaled, nodes.constant("field/offset", offset)], "field/coordinates")
+    answers = evaluated(nodes, local, layers, decoder.config.output_sine)
+    shares = _shares(nodes, decoder, inside, cells)
+    return nodes.reduce_sum(nodes.add("Mul", [answers, shares], "field/shared"), 1, "field/values", keep=False)
+
+
+def _shares(nodes: Nodes, decoder: MNIFModel, points: str, cells: torch.Tensor) -> str:
+    """Each cell's share of the value at points [batch, n, 3]: [batch, cells, n, 1], summing to 1 over the cells.
+
+    On one axis, a ramp runs up at each border; a cell's share is its own ramp minus that of the next one.
+    """
+    config = decoder.config
+    # A ramp of no width is a step that belongs to the right cell, as in mnif.routing.
+    steepness, middle = (1 / (2 * config.overlap), 0.5) if config.overlap > 0 else (1e12, 1.0)
+    borders = torch.arange(1, config.cells, dtype=torch.float32)
+    position = nodes.add("Mul", [points, nodes.number(config.cells / 2)], "shares/scaled")
+    position = nodes.add("Add", [position, nodes.number(config.cells / 2)], "shares/position")
+    apart = nodes.unsqueeze(position, [1], "shares/apart")
+    distance = nodes.add("Sub", [apart, nodes.constant("shares/borders", borders[:, None, None])], "shares/distance")
+    steep = nodes.add("Mul", [distance, nodes.number(steepness)], "shares/steep")
+    shifted = nodes.add("Add", [steep, nodes.number(middle)], "shares/shifted")
+    ramp = nodes.add("Clip", [shifted, nodes.scalar(0.0), nodes.scalar(1.0)], "shares/ramp")
+    ends = {"first": nodes.number(1.0), "last": nodes.number(0.0)}
+    blank = nodes.add("Mul", [apart, nodes.number(0.0)], "shares/blank")
+    full, none = (nodes.add("Add", [blank, value], f"shares/{name}") for name, value in ends.items())
+    left = nodes.add("Concat", [full, ramp], "shares/left", axis=1)
+    right = nodes.add("Concat", [ramp, none], "shares/right", axis=1)
+    by_axis = nodes.add("Sub", [left, right], "shares/by_axis")  # [batch, cells per axis, n, 3]
+    share = ""
+    for axis, name in enumerate(nodes.split(by_axis, (1, 1, 1), [f"shares/axis_{axis}" for axis in range(3)])):
+        number = nodes.constant(f"shares/cell_{axis}", cells[:, axis])
+        of_cell = nodes.add("Gather", [name, number], f"shares/of_cell_{axis}", axis=1)
+        share = nodes.add("Mul", [share, of_cell], f"shares/up_to_{axis}") if share else of_cell
+    return share
+
+
+def _colours_and_density(nodes: Nodes, signal: RadianceField, values: str) -> tuple[str, str]:
+    """Values [..., 4] → colours [..., 3], and density [..., 1] per unit of length in the world."""
+    colours, raw = nodes.split(values, (3, 1), ["colours_of_points", "density/raw"])
+    raised = nodes.add("Mul", [raw, nodes.number(10.0)], "density/raised")
+    soft = nodes.add("Softplus", [nodes.add("Sub", [raised, nodes.number(3.0)], "density/shifted")], "density/soft")
+    return colours, nodes.add("Mul", [soft, nodes.number(2 / signal.bound)], "density/of_points")
+
+
+def _interval(nodes: Nodes, signal: RadianceField, origins: str, directions: str) -> tuple[str, str]:
+    """Where rays enter the cube, and how far they are inside, both [batch, rays, 1].
+
+    As :func:`mnif.rendering.box_intersection` has it, clipped to the signal's near and far.
+    """
+    zero, bound = nodes.number(0.0), nodes.number(signal.bound)
+    flat = nodes.add("Less", [nodes.add("Abs", [directions], "box/steepness"), nodes.number(_TINY)], "box/flat")
+    slope = nodes.add("Where", [flat, nodes.number(_TINY), directions], "box/slope")
+    crossings = []
+    for name, side in (("low", nodes.number(-signal.bound)), ("high", bound)):
+        gap = nodes.add("Sub", [side, origins], f"box/{name}_gap")
+        crossings.append(nodes.add("Div", [gap, slope], f"box/{name}"))
+    first, last = (nodes.add(kind, crossings, f"box/{kind.lower()}") for kind in ("Min", "Max"))
+    entry = nodes.add("ReduceMax", [first], "box/entry", axes=[-1], keepdims=1)
+    near = nodes.add("Max", [entry, zero], "box/near")
+    far = nodes.add("ReduceMin", [last], "box/far", axes=[-1], keepdims=1)
+    along = nodes.reduce_sum(nodes.add("Mul", [origins, directions], "box/products"), -1, "box/along", keep=True)
+    closest = nodes.add("Max", [nodes.add("Neg", [along], "box/behind"), zero], "box/closest")
+    hit = nodes.add("Greater", [far, near], "box/hit")
+    limits = [nodes.scalar(signal.near), nodes.scalar(signal.far)]
+    near, far = (
+        nodes.add(
+            "Clip", [nodes.add("Where", [hit, end, closest], f"box/{name}_or_closest"), *limits], f"box/{name}_end"
+        )
+        for name, end in (("near", near), ("far", far))
+    )
+    return near, nodes.add("Sub", [far, near], "box/length")
+
+
+def _composited(nodes: Nodes, signal: RadianceField, colours: str, density: str, length: str) -> str:
+    """Colours [batch, rays, samples, 3] and density [batch, rays, samples] → the light of rays [batch, rays, 3].
+
+    :func:`mnif.rendering.composite`; what lies before a sample is summed by a product with a triangle of ones.
+    """
+    samples = signal.samples
+    shares = np.full(samples, 1 / samples, dtype=np.float32)
+    shares[-1] /= 2  # depths are the middles of intervals, and the last sample reaches to the end of its own
+    lengths = nodes.add("Mul", [length, nodes.constant("light/shares", shares)], "light/lengths")
+    thickness = nodes.add("Mul", [density, lengths], "light/thickness")
+    triangle = nodes.constant("light/triangle", np.triu(np.ones((samples, samples), dtype=np.float32), 1))
+    before = nodes.add("MatMul", [thickness, triangle], "light/before")
+    reaching = nodes.add("Exp", [nodes.add("Neg", [before], "light/before_negative")], "light/reaching")
+    passing = nodes.add("Exp", [nodes.add("Neg", [thickness], "light/thickness_negative")], "light/passing")
+    kept = nodes.add("Sub", [nodes.number(1.0), passing], "light/kept")
+    weights = nodes.unsqueeze(nodes.add("Mul", [reaching, kept], "light/weights"), [-1], "light/weights_by_colour")
+    weighted = nodes.add("Mul", [colours, weights], "light/weighted")
+    seen = nodes.reduce_sum(weighted, -2, "light/from_samples", keep=False)
+    total = nodes.reduce_sum(thickness, -1, "light/total", keep=True)
+    through = nodes.add("Exp", [nodes.add("Neg", [total], "light/total_negative")], "light/through")
+    background = nodes.number(1.0 if signal.background == "white" else -1.0)
+    return nodes.add("Add", [seen, nodes.add("Mul", [through, background], "light/behind")], "light/seen")
