@@ -44,6 +44,7 @@ def main(arguments: Arguments) -> None:
         auto_decoding("auto-decoding, K32 L4 W32 H128, 32x32, batch 64", 32, 4, 32, 128, 32, 64),
         decoding("decode S (K256 L4 W64 H1024), 64x64, batch 1", 1),
         decoding("decode S (K256 L4 W64 H1024), 64x64, batch 32", 32),
+        mixing("mix S (latent → weights of its field), batch 1", 1),
         baked("evaluate S baked, 64x64, batch 1", 1),
         baked("evaluate S baked, 64x64, batch 32", 32),
     ]
@@ -124,11 +125,15 @@ def multiply_adds(model: MNIFModel) -> int:
     return sum(shape.inputs * shape.outputs for shape in model.shapes)
 
 
-def plain_decode(model: MNIFModel, latents: Tensor, coordinates: Tensor) -> Tensor:
+def plain_rows(model: MNIFModel, latents: Tensor) -> Tensor:
     coefficients = model.coefficients(latents)[:, 0]
     rows = [(coefficients[:, layer, :, None] * bases[None]).sum(dim=1) for layer, bases in enumerate(model.bases)]
+    return torch.cat(rows, dim=1)
+
+
+def plain_decode(model: MNIFModel, latents: Tensor, coordinates: Tensor) -> Tensor:
     sizes = [model.shapes[0].inputs, *(shape.outputs for shape in model.shapes)]
-    return plain_field_values(coordinates, torch.cat(rows, dim=1), sizes, True)
+    return plain_field_values(coordinates, plain_rows(model, latents), sizes, True)
 
 
 def meta_learning(name: str, bases: int, depth: int, width: int, latent_dim: int, resolution: int, batch: int) -> Work:
@@ -209,6 +214,19 @@ def decoding(name: str, batch: int) -> Work:
         )
 
     return Work(name, batch, 2.0 * multiply_adds(model) * 64**2 * batch, prepare)
+
+
+def mixing(name: str, batch: int) -> Work:
+    model = paper_model(256, 4, 64, 1024, 64)
+
+    def prepare() -> tuple[Callable[[], object], Callable[[], object]]:
+        latents = torch.randn(batch, 1024)
+        return (
+            torch.no_grad()(lambda: model.bake(model.coefficients(latents))),
+            torch.no_grad()(lambda: plain_rows(model, latents)),
+        )
+
+    return Work(name, batch, 2.0 * sum(each.numel() for each in model.parameters()) * batch, prepare)
 
 
 def baked(name: str, batch: int) -> Work:
