@@ -85,7 +85,8 @@ class BundleFolder:
         found = [name for name in names if all(graphs[name].get(key) == each for key, each in conditions.items())]
         if not found:
             wish = "".join(f", {key} {value}" for key, value in conditions.items())
-            there = f"there are {', '.join(names)}" if names else "there is none"
+            none = "the model had no prior when it was exported" if kind == "sampler" else "there is none"
+            there = f"there are {', '.join(names)}" if names else none
             raise BundleError(f"{self.path}: no graph of kind {kind}{wish}; {there}")
         return found
 

@@ -75,6 +75,11 @@ def test_samplers_are_chosen_by_precision_and_steps(exported: Path) -> None:
         BundleError, match=r"no graph of kind sampler, steps 4; there are sampler_1, sampler_1_mixed, "
     ):
         Sampler(bundle, steps=4)
+    graphs = bundle.folder.manifest["graphs"]
+    for name in [name for name in graphs if name.startswith("sampler")]:
+        del graphs[name]
+    with pytest.raises(BundleError, match="no graph of kind sampler; the model had no prior when it was exported"):
+        Sampler(bundle)
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
