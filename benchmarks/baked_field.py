@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from timing import settled_seconds
 
 from export.backends import OnnxRuntimeGraph
 from export.bundle_folder import BundleError
@@ -23,7 +24,7 @@ from export.kernels import kernels_of_log
 from export.openvino_graph import OpenVinoGraph
 from mnif.modeling import MNIFModel
 
-ROUNDS, CALLS = 20, 60  # of the calls of a round the second half counts
+ROUNDS = 20
 SIZE = 64
 
 
@@ -57,16 +58,10 @@ def main() -> None:
         for _ in range(ROUNDS):
             for name, function in work.items():
                 time.sleep(0.3)  # until the threads of the one before have stopped waiting for more work
-                medians[name].append(float(np.median([seconds(function) for _ in range(CALLS)][CALLS // 2 :])))
+                medians[name].append(settled_seconds(function))
         for name, values in medians.items():
             print(f"  {name:18} {threads:7d} {np.median(values) * 1e3:11.2f} {min(values) * 1e3:19.2f}")
     rtx(model.SerializeToString(), {"coordinates": dict.fromkeys(("minimum", "optimum", "maximum"), points.shape)})
-
-
-def seconds(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
 
 
 def rtx(model: bytes, profile: dict[str, dict[str, torch.Size]]) -> None:

@@ -9,12 +9,12 @@ products reach, which is measured in between.
 """
 
 import resource
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import tyro
+from timing import settled_seconds
 from torch import Tensor
 
 from mnif.field_operator import plain_field_values
@@ -84,18 +84,6 @@ class Work:
         if with_plain:
             slow, ratio = f"{self.images / medians[2]:.1f}", f"{medians[2] / medians[0]:.1f}"
         return f"{self.name:48} {rate:15.1f} {slow:>16} {ratio:>6} {share:8.0%} {megabytes:8.0f}"
-
-
-def settled_seconds(function: Callable[[], object]) -> float:
-    """Of a call in a stream of them: the second half of 50 ms, and never the first, counts."""
-    seconds: list[float] = []
-    begun = time.perf_counter()
-    while len(seconds) < 2 or time.perf_counter() < begun + 0.05:
-        started = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - started)
-    later = sorted(seconds[len(seconds) // 2 :])
-    return later[len(later) // 2]
 
 
 SIZE = 1536

@@ -85,7 +85,7 @@ class BundleFolder:
         found = [name for name in names if all(graphs[name].get(key) == each for key, each in conditions.items())]
         if not found:
             wish = "".join(f", {key} {value}" for key, value in conditions.items())
-            none = "the model had no prior when it was exported" if kind == "sampler" else "there is none"
+            none = "none was exported: samplers need a model with a prior, rays and points one of radiance fields"
             there = f"there are {', '.join(names)}" if names else none
             raise BundleError(f"{self.path}: no graph of kind {kind}{wish}; {there}")
         return found

@@ -57,7 +57,6 @@ def run(
     calls, forwards = 0, count(1)
 
     def count_down(*_: object) -> None:
-        assert kill_at is not None
         forward = next(forwards)
         if forward == kill_at:
             Timer(random() * 0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()

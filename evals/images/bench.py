@@ -54,7 +54,7 @@ class Bench:
 
         key = [pictures.fingerprint, pictures.count, stated(self.protocol, self.extractor, pictures.size)]
         width = self.extractor.dimension
-        return self._rows(key, pictures.count, width, pictures.read, compute, f"features: {description}", keep)
+        return self.rows(key, pictures.count, width, pictures.read, compute, f"features: {description}", keep)
 
     def rows(
         self,
@@ -64,20 +64,9 @@ class Bench:
         load: Callable[[range], T],
         compute: Callable[[T], np.ndarray],
         description: str,
+        keep: bool = False,
     ) -> np.ndarray:
-        """Any other numbers [count, width] of pictures, shared out likewise; ``key`` is all that they depend on."""
-        return self._rows(key, count, width, load, compute, description, keep=False)
-
-    def _rows(
-        self,
-        key: object,
-        count: int,
-        width: int,
-        load: Callable[[range], T],
-        compute: Callable[[T], np.ndarray],
-        description: str,
-        keep: bool,
-    ) -> np.ndarray:
+        """Any numbers [count, width] of pictures, shared out likewise; ``key`` is all that they depend on."""
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         folder = cache_folder() / "features" if keep else self.scratch
         path, pieces = folder / f"{name}.npy", self.scratch / f"{name}.pieces"
