@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from timing import settled_seconds
 
+from evals.images.latency import settled_seconds
 from export.backends import OnnxRuntimeGraph
 from export.bundle_folder import BundleError
 from export.engine import build_plan, compute_capabilities, find_builder

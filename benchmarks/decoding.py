@@ -5,7 +5,6 @@
 Prints medians of alternating rounds.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -14,11 +13,10 @@ from pathlib import Path
 import torch
 import tyro
 
+from evals.images.latency import median_seconds
 from export.runtime import load_bundle
 from mnif.model_folder import load_component
 from mnif.modeling import MNIFModel
-
-ROUNDS = 31
 
 
 @dataclass
@@ -46,15 +44,7 @@ def main(arguments: Arguments) -> None:
             "PyTorch compiled": partial(compiled, coefficients, grid),
             "ONNX Runtime": partial(bundle.run, "decoder", coefficients.numpy()),
         }
-        times: dict[str, list[float]] = {name: [] for name in work}
-        for round_number in range(ROUNDS + 3):
-            for name, function in work.items():
-                started = time.perf_counter()
-                function()
-                if round_number >= 3:
-                    times[name].append(time.perf_counter() - started)
-        for name, values in times.items():
-            seconds = sorted(values)[len(values) // 2]
+        for name, seconds in median_seconds(work).items():
             print(f"  {name:16} {batch:5d} {seconds * 1e3:9.2f} {batch / seconds:9.0f}")
 
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import torch
 import tyro
-from timing import settled_seconds
 from torch import Tensor
 
+from evals.images.latency import settled_seconds
 from mnif.field_operator import plain_field_values
 from mnif.fitting import AutoDecoding, MetaLearning
 from mnif.inner_loop import InnerLoop

@@ -1,9 +1,10 @@
 """How long a picture takes: the same work in PyTorch and in ONNX Runtime, side by side."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from export.runtime import Sampler, load_bundle
 from latent_prior.noise import initial_noise
 from latent_prior.pipeline import MNIFPipeline
 
-ROUNDS = 15
+ROUNDS = 5
+K = TypeVar("K")
 
 
 def measured_latencies(pipeline: MNIFPipeline, bundle: Path | None, steps: int) -> list[dict[str, str | float]]:
@@ -46,7 +48,7 @@ def measured_latencies(pipeline: MNIFPipeline, bundle: Path | None, steps: int) 
         if exported is not None:
             work["noise to picture", "ONNX Runtime"] = partial(exported.run, Sampler(exported).name, noise)
             work["coefficients to picture", "ONNX Runtime"] = partial(exported.run, "decoder", coefficients.numpy())
-        for (name, runtime), seconds in _medians(work).items():
+        for (name, runtime), seconds in median_seconds(work).items():
             rows.append(
                 {
                     "work": name,
@@ -59,13 +61,26 @@ def measured_latencies(pipeline: MNIFPipeline, bundle: Path | None, steps: int) 
     return rows
 
 
+def settled_seconds(function: Callable[[], object], least: float = 0.05) -> float:
+    """Seconds of a call in a stream of calls, as what is measured is used.
+
+    The median of the second half of ``least`` seconds of calls, of two at least: the first ones find other caches, and
+    the threads of another runtime that still wait for work.
+    """
+    seconds: list[float] = []
+    begun = time.perf_counter()
+    while len(seconds) < 2 or time.perf_counter() < begun + least:
+        started = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds[len(seconds) // 2 :]))
+
+
 @torch.no_grad()
-def _medians(work: dict[tuple[str, str], Callable[[], object]]) -> dict[tuple[str, str], float]:
-    seconds: dict[tuple[str, str], list[float]] = {name: [] for name in work}
-    for round_number in range(ROUNDS + 2):
+def median_seconds(work: Mapping[K, Callable[[], object]]) -> dict[K, float]:
+    """Seconds of each work's calls, which take turns: the median of its rounds."""
+    seconds: dict[K, list[float]] = {name: [] for name in work}
+    for _ in range(ROUNDS):
         for name, function in work.items():
-            started = time.perf_counter()
-            function()
-            if round_number >= 2:  # the first two warm caches up
-                seconds[name].append(time.perf_counter() - started)
+            seconds[name].append(settled_seconds(function, 0.1))
     return {name: float(np.median(times)) for name, times in seconds.items()}
