@@ -16,6 +16,7 @@ import hashlib
 import hmac
 import json
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ def write_plan(path: Path, plan: bytes, facts: dict[str, Any], report: dict[str,
         "plan": {"sha256": hashlib.sha256(plan).hexdigest(), "bytes": len(plan)},
     }
     sidecar["seal"] = _seal(sidecar)
+    for left in path.parent.glob(".*.tmp"):  # by a build that was killed
+        if re.fullmatch(re.escape(f".{path.name}") + r"(\.json|\.log)?\.\d+\.tmp", left.name):
+            left.unlink()
     write_whole(path, plan)
     write_whole(log_path(path), "".join(line + "\n" for line in log).encode())
     write_json(sidecar_path(path), sidecar)

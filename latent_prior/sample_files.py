@@ -4,9 +4,8 @@ The samples are cut into units that are written at a time. What a killed command
 a folder, whole files; the next one writes the rest.
 """
 
-import shutil
+import contextlib
 import tarfile
-import tempfile
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from latent_prior.drawing import BLOCK, Drawing
 from latent_prior.forms import pictures_of
-from mnif.files import written_atomically
+from mnif.files import temporary_folder, written_atomically
 from mnif.modeling import MNIFModel
 from mnif.pictures import save_picture, to_pixels
 from mnif.radiance import RadianceField
@@ -60,6 +59,11 @@ class Samples(ABC):
     def of_unit(self, number: int) -> range:
         """The samples in it."""
         return range(number * self.unit, min((number + 1) * self.unit, self.count))
+
+    def folders(self) -> list[Path]:
+        """Those that files are written to, of this and every other format."""
+        inside = [path for path in self.output.glob("[0-9]" * 6) if path.is_dir()]
+        return [self.output, self.output / "parts", self.output / "preview", *inside]
 
     @abstractmethod
     def missing(self, number: int) -> int:
@@ -142,16 +146,16 @@ class TarShards(FolderOfSamples):
 
     def write(self, number: int) -> Iterator[str | None]:
         """Writes a shard."""
-        self.output.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".samples-", suffix=".tmp", dir=self.output))
-        try:
-            with written_atomically(self.path(number)) as temporary, tarfile.open(temporary, "w") as archive:
-                for samples, latents in self._blocks(number):
-                    yield from self._write_files(folder, list(samples), latents, samples.start)
-                    for sample in samples:
-                        self._move(archive, folder, sample)
-        finally:
-            shutil.rmtree(folder)
+        path = self.path(number)
+        with (
+            temporary_folder(path) as folder,
+            written_atomically(path) as temporary,
+            tarfile.open(temporary, "w") as archive,
+        ):
+            for samples, latents in self._blocks(number):
+                yield from self._write_files(folder, list(samples), latents, samples.start)
+                for sample in samples:
+                    self._move(archive, folder, sample)
 
     def _move(self, archive: tarfile.TarFile, folder: Path, sample: int) -> None:
         for file in self.files(sample):
@@ -214,8 +218,14 @@ class NpzOfSamples(Samples):
 
     def finish(self) -> None:
         """Puts the parts together, one in memory at a time."""
-        if self.path.exists():
-            return
+        if not self.path.exists():
+            self._join()
+        for number in self.units():
+            self.part(number).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # somebody else has files there, or it is gone
+            (self.output / "parts").rmdir()
+
+    def _join(self) -> None:
         name = {"image": "images", "voxels": "voxels", "radiance": "views"}.get(self.signal.name, "pictures")
         first = np.load(self.part(0), mmap_mode="r", allow_pickle=False)
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (self.count, *first.shape[1:])}
@@ -228,7 +238,6 @@ class NpzOfSamples(Samples):
             np.lib.format.write_array_header_1_0(file, header)
             for number in self.units():
                 file.write(np.load(self.part(number), allow_pickle=False).tobytes())
-        shutil.rmtree(self.output / "parts")
 
 
 FORMATS: dict[str, type[Samples]] = {"folder": FolderOfSamples, "tar": TarShards, "npz": NpzOfSamples}

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mnif.errors import UserError
-from mnif.files import folder_written_atomically, read_json, sha256_of_folder, write_json
+from mnif.files import folder_written_atomically, read_json, remove_leftovers, sha256_of_folder, write_json
 from mnif.latent_rows import LatentRows
 
 _DAMAGE = (
@@ -94,8 +94,7 @@ class Checkpoints:
         if self.accelerator.is_main_process:
             if wish == "no":
                 shutil.rmtree(self.folder, ignore_errors=True)
-            for left_behind in [*self.folder.glob(".*.tmp"), *self.folder.glob(".*.old")]:  # by a killed process
-                shutil.rmtree(left_behind, ignore_errors=True)
+            remove_leftovers(self.folder)
         self.accelerator.wait_for_everyone()
         if wish not in ("latest", "no"):
             if not (Path(wish) / "progress.json").is_file():

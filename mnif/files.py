@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from mnif.errors import UserError
+
+# .NAME.PROCESS.tmp of a file, .NAME.RANDOM.tmp and .old of a folder, as this module names them.
+_TEMPORARY = re.compile(r"\.(.+)\.(?:\d+|[a-z0-9_]{8})\.(tmp|old)")
 
 
 @contextmanager
@@ -36,25 +40,54 @@ def written_atomically(path: Path) -> Iterator[Path]:
 @contextmanager
 def folder_written_atomically(path: Path) -> Iterator[Path]:
     """Yields a temporary folder beside ``path``; it replaces ``path`` when the block ends without an error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    replaced = temporary.with_suffix(".old")
-    try:
-        with _one_kind_of_write_error(path):
-            yield temporary
+    with temporary_folder(path) as temporary:
+        replaced = temporary.with_suffix(".old")
+        yield temporary
         for entry in (temporary, *temporary.rglob("*")):
             _open_to_others(entry)
         if path.exists():
             path.rename(replaced)
         try:
             temporary.rename(path)
-        except OSError:
+        except BaseException:
             if replaced.exists():
                 replaced.rename(path)
             raise
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty hidden folder beside ``path`` that goes at the end; what killed commands left goes first."""
+    remove_leftovers(path.parent, path.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        with _one_kind_of_write_error(path):
+            yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes the temporaries that killed commands left directly in ``folder``; nobody else may be writing there.
+
+    A folder that was taken away to be replaced, and never was, comes back.
+
+    Args:
+        folder: where to look; it may be missing.
+        name: of the file or folder that they were to become; None: of any, for folders that are a command's own.
+    """
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        match = _TEMPORARY.fullmatch(path.name)
+        if match is None or name not in (None, match[1]):
+            continue
+        if match[2] == "old" and not (folder / match[1]).exists():
+            path.rename(folder / match[1])
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 @contextmanager

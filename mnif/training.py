@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from mnif.checkpoints import Checkpoints
 from mnif.curves import Curves
 from mnif.errors import UserError
+from mnif.files import remove_leftovers
 from mnif.interruption import agreement, interruptible
 from mnif.latent_rows import LatentRows
 from mnif.progress import progress_bar
@@ -135,6 +136,9 @@ def train(
         folder / "checkpoints" / stage, accelerator, ema, latent_rows, limit=arguments.checkpoints_total_limit
     )
     progress = checkpoints.resume(arguments.resume_from_checkpoint)
+    if accelerator.is_main_process:  # the others have written what begins a stage, and write nothing here from now on
+        for place in (folder, folder / "samples"):
+            remove_leftovers(place)
     if arguments.report_to:
         accelerator.init_trackers(stage)
     curves = Curves(folder / "metrics.jsonl", stage, progress.step) if accelerator.is_main_process else None
