@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from mnif.errors import UserError
 from mnif.files import read_json, write_json, written_atomically
 from mnif.model_folder import load_component
 from mnif.modeling import MNIFModel
+from mnif.output_folders import BEGUN, check_output_folder, output_folder_of
 from mnif.runs import command_line, peak_memory_megabytes
 from mnif.signal_table import signal_of_model
 
@@ -36,23 +38,27 @@ def main(arguments: list[str]) -> None:
         return
     if any(getattr(asked, flag) is not None for flag in _SUBJECTS):
         raise UserError("give either folders to compare, or one of --model, --samples and --bundle")
-    paths = asked.compared
-    if asked.reference:
-        several = to_evaluate(asked)
+    several = to_evaluate(asked) if asked.reference else []
+    for one in (asked, *several):
+        check_output_folder(one.output_dir, "eval")
+    paths = [one.output_dir for one in several] or asked.compared
+    is_main = Processes().is_main
+    with output_folder_of(asked.output_dir, "eval") if is_main else nullcontext():
         for one in several:
             evaluate(one)
-        paths = [one.output_dir for one in several]
-    if Processes().is_main:
-        compare(paths, asked.output_dir)
+        if is_main:
+            compare(paths, asked.output_dir)
 
 
 def evaluate(arguments: EvalArguments) -> None:
     """Writes ``metrics.json``, its figures as ``metrics.md``, and pictures to ``arguments.output_dir``.
 
     Raises:
-        UserError: model, samples or reference cannot be read or do not fit each other.
+        UserError: model, samples or reference cannot be read or do not fit each other, or the folder is another
+            command's.
     """
     started = time.perf_counter()
+    check_output_folder(arguments.output_dir, "eval")
     arguments = replace(arguments, num_samples=protocol_of(arguments).num_samples)
     processes = Processes()
     measurement = _measurement(arguments)
@@ -60,21 +66,24 @@ def evaluate(arguments: EvalArguments) -> None:
     path = arguments.output_dir / "metrics.json"
     if path.exists() and read_json(path).get("inputs") == inputs:
         if processes.is_main:
+            shutil.rmtree(arguments.output_dir / ".parts", ignore_errors=True)  # of one that was killed at its end
+            (arguments.output_dir / BEGUN).unlink(missing_ok=True)
             print(f"{path}: measured here before with these inputs; nothing to do")
         return
-    figures = measurement.figures(processes)
     if not processes.is_main:
+        measurement.figures(processes)
         return
-    figures |= {
-        "inputs": inputs,
-        "seconds": round(time.perf_counter() - started, 1),
-        "peak_rss_mb": peak_memory_megabytes(),
-        "command": command_line(),
-    }
-    write_json(path, figures)
-    with written_atomically(path.with_suffix(".md")) as temporary:
-        temporary.write_text(evaluation_markdown(figures, "this model" if arguments.model else "these samples"))
-    shutil.rmtree(arguments.output_dir / ".parts", ignore_errors=True)
+    with output_folder_of(arguments.output_dir, "eval"):
+        figures = measurement.figures(processes) | {
+            "inputs": inputs,
+            "seconds": round(time.perf_counter() - started, 1),
+            "peak_rss_mb": peak_memory_megabytes(),
+            "command": command_line(),
+        }
+        with written_atomically(path.with_suffix(".md")) as temporary:
+            temporary.write_text(evaluation_markdown(figures, "this model" if arguments.model else "these samples"))
+        write_json(path, figures)  # last, for it says that all is there
+        shutil.rmtree(arguments.output_dir / ".parts", ignore_errors=True)
     _print(figures)
     print(path)
 

@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 
 from export.backends import BACKENDS
+from export.bundle_folder import BundleError
 from export.command import Parser, run_command
 from export.pixels import to_pixels, write_png
 from export.runtime import Bundle, Sampler, load_bundle
 from export.views import Camera
+
+_OF_OTHER_COMMANDS = ("run", "compare", "manifest", "samples", "decode", "comparison", "metrics")  # their JSON files
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,6 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _sample(options: Any) -> int:
+    for name in _OF_OTHER_COMMANDS:
+        if (options.output_dir / f"{name}.json").exists():
+            raise BundleError(f"{options.output_dir} is of another command ({name}.json); choose another --output_dir")
     bundle = load_bundle(options.bundle, options.backend, options.threads)
     sampler = Sampler(bundle, options.precision, options.steps)
     begun = time.perf_counter()

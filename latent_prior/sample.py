@@ -1,6 +1,5 @@
 """`mnif sample`: draws new samples from a model folder, on one process or several."""
 
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -21,7 +20,8 @@ from latent_prior.schedulers import adds_noise, scheduler_by_name
 from mnif.arguments import parse_arguments
 from mnif.decode import showing_by_flags
 from mnif.errors import UserError
-from mnif.files import read_json, sha256_of_folder, write_json
+from mnif.files import read_json, remove_leftovers, sha256_of_folder, write_json
+from mnif.output_folders import check_output_folder
 from mnif.progress import progress_bar
 from mnif.runs import command_line, peak_memory_megabytes
 from mnif.showing import Animation, MeshFormat
@@ -84,9 +84,11 @@ def sample(arguments: SampleArguments) -> None:
     """Writes samples to ``arguments.output_dir``.
 
     Raises:
-        UserError: the model folder lacks a stage, a flag is out of range, or the output folder holds other samples.
+        UserError: the model folder lacks a stage, a flag is out of range, or the output folder is another command's
+            or holds other samples.
     """
     _check(arguments)
+    check_output_folder(arguments.output_dir, "sample")
     model = model_folder(arguments.model)
     pipeline = load_pipeline(model)
     if arguments.scheduler:
@@ -116,7 +118,8 @@ def sample(arguments: SampleArguments) -> None:
     missing = [samples.missing(number) for number in samples.units()]  # as all processes find it, for none writes yet
     state.wait_for_everyone()
     if state.is_main_process:
-        _remove_leftovers(output)
+        for folder in samples.folders():
+            remove_leftovers(folder)
         write_json(output / "samples.json", asked)
     state.wait_for_everyone()
     pipeline.to(state.device)
@@ -217,12 +220,3 @@ def _check_same_samples(output: Path, asked: dict[str, Any], some_are_there: boo
                 f"{output} holds samples drawn with {name} {before.get(name, 'unknown')!s:.24}, not {value!s:.24}; "
                 "choose another --output_dir or empty it"
             )
-
-
-def _remove_leftovers(output: Path) -> None:
-    """What a killed command was about to write."""
-    for leftover in output.rglob(".*.tmp"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        else:
-            leftover.unlink()

@@ -15,10 +15,11 @@ from PIL import Image
 
 from mnif.arguments import parse_arguments
 from mnif.errors import UserError
-from mnif.files import read_json, sha256_of_file, write_json
+from mnif.files import read_json, remove_leftovers, sha256_of_file, write_json
 from mnif.latents import LatentTable
 from mnif.model_folder import load_component
 from mnif.modeling import MNIFModel
+from mnif.output_folders import check_output_folder
 from mnif.pictures import picture_grid, save_picture
 from mnif.progress import progress_bar
 from mnif.runs import command_line, peak_memory_megabytes
@@ -71,8 +72,9 @@ def decode(arguments: DecodeArguments) -> None:
 
     Raises:
         UserError: model or latents cannot be read or do not belong together, a flag is out of range or does not belong
-            to the model's signal, the folder holds something else, or no shape has a surface.
+            to the model's signal, the folder is another command's or holds something else, or no shape has a surface.
     """
+    check_output_folder(arguments.output_dir, "decode")
     decoder = load_component(MNIFModel, arguments.model, "decoder")
     signal = signal_of_model(decoder)
     showing = showing_by_flags(arguments, signal)
@@ -86,6 +88,8 @@ def decode(arguments: DecodeArguments) -> None:
     asked = {"decoder": fingerprint, "latents": sha256_of_file(arguments.latents)} | asdict(showing)
     files = {row: [output / file for file in showing.files(names[row])] for row in rows}
     _check_same_decoding(output, asked, [path for paths in files.values() for path in paths])
+    for folder in {output, *(path.parent for paths in files.values() for path in paths)}:
+        remove_leftovers(folder)
     write_json(output / "decode.json", asked)
     missing = [row for row in rows if not all(path.exists() for path in files[row])]
     unseen: dict[str, str] = {}
@@ -187,7 +191,7 @@ def _check_same_decoding(output: Path, asked: dict[str, Any], wanted: list[Path]
     """Refuses to fill up a folder whose files came from other latents or settings."""
     record = output / "decode.json"
     if not record.exists():
-        for path in (*wanted, output / "grid.png"):
+        for path in wanted:
             if path.exists():
                 raise UserError(f"{path} is not of `mnif decode`; choose another --output_dir")
     elif any(output.rglob("*.png")):

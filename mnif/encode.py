@@ -18,9 +18,10 @@ from mnif.latents import LatentTable
 from mnif.masks import Observe, masked, read_masks, some_views
 from mnif.model_folder import load_component, load_finder
 from mnif.modeling import MNIFModel
+from mnif.output_folders import check_output_folder, output_folder_of
 from mnif.parts import Parts
 from mnif.progress import progress_bar
-from mnif.refinement import figures_of, latents_of
+from mnif.refinement import Finder, figures_of, latents_of
 from mnif.rows import Rows, rows_of
 from mnif.runs import command_line, peak_memory_megabytes
 from mnif.signal_table import signal_of_model
@@ -72,7 +73,7 @@ def encode(arguments: EncodeArguments) -> None:
     """Writes the latents of ``arguments.data`` to ``arguments.output_dir``.
 
     Raises:
-        UserError: the model or the data cannot be read, or a flag is out of range.
+        UserError: the model or the data cannot be read, a flag is out of range, or the folder is another command's.
     """
     steps = arguments.refinement_steps
     steps = REFINEMENT_STEPS[arguments.preset] if steps is None else steps
@@ -82,6 +83,7 @@ def encode(arguments: EncodeArguments) -> None:
         raise UserError(f"--refinement_steps {steps}: must be at least 0")
     if not 0 < arguments.refinement_learning_rate < math.inf:
         raise UserError(f"--refinement_learning_rate {arguments.refinement_learning_rate:g}: must be above 0")
+    check_output_folder(arguments.output_dir, "encode")
     decoder = load_component(MNIFModel, arguments.model, "decoder")
     signal = signal_of_model(decoder)
     finder = load_finder(arguments.model, signal, arguments.method)
@@ -99,6 +101,21 @@ def encode(arguments: EncodeArguments) -> None:
     rows = rows_of(arrays)
     observe = _observation(arguments, signal, data, rows)
 
+    with output_folder_of(arguments.output_dir, "encode"):
+        _find(arguments, steps, decoder, signal, finder, data, rows, observe)
+
+
+def _find(
+    arguments: EncodeArguments,
+    steps: int,
+    decoder: MNIFModel,
+    signal: Signal,
+    finder: Finder,
+    data: Instances,
+    rows: Rows,
+    observe: Observe | None,
+) -> None:
+    """Finds and writes the latents of ``rows``, those of ``data`` as they are to be seen."""
     output, started = arguments.output_dir, time.perf_counter()
     search = {"steps": steps, "model": sha256_of_folder(arguments.model), "data": data.fingerprint()}
     search |= {name: str(value) for name, value in asdict(arguments).items() if name != "output_dir"}

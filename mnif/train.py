@@ -26,6 +26,7 @@ from mnif.latents import LatentTable
 from mnif.model_folder import load_component, save_component
 from mnif.modeling import MNIFModel
 from mnif.muon import Muon
+from mnif.output_folders import check_output_folder
 from mnif.pca import pca_figures
 from mnif.pictures import picture_grid, save_picture
 from mnif.refinement import figures_of, latents_of
@@ -60,9 +61,11 @@ def fit(arguments: FitArguments) -> None:
     """Trains stage one into ``arguments.output_dir``.
 
     Raises:
-        UserError: the data cannot be read, the run folder holds something else, or training diverges.
+        UserError: the data cannot be read, the folder is another command's or holds another run, or training diverges.
     """
     started = time.perf_counter()
+    if not arguments.dry_run:
+        check_output_folder(arguments.output_dir, "fit")
     kind = signal_class(arguments.signal)
     data = kind.load(arguments.data, asdict(arguments))
     signal = kind.of(data, asdict(arguments))

@@ -20,6 +20,7 @@ from mnif.files import merge_json, read_json, write_json, written_atomically
 from mnif.fit_arguments import AUGMENTATIONS, FitArguments, parse_fit_arguments
 from mnif.model_folder import load_component, load_finder
 from mnif.modeling import MNIFModel
+from mnif.output_folders import check_output_folder, output_folder_of
 from mnif.rows import rows_of
 from mnif.runs import command_line
 from mnif.signal_table import signal_class
@@ -81,11 +82,14 @@ def compare(asked: CompareArguments, runs: list[Run]) -> None:
     """Trains every run, measures it, and writes the comparison to ``asked.output_dir``.
 
     Raises:
-        UserError: the data cannot be read or nothing of it is held out, a run folder holds something else, or
-            training diverges.
+        UserError: the data cannot be read or nothing of it is held out, a folder is another command's or holds
+            another run, or training diverges.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("several processes cannot be compared; run it without torchrun")
+    check_output_folder(asked.output_dir, "compare-fit")
+    for run in runs:
+        check_output_folder(run.arguments.output_dir, "fit")
     data = signal_class(asked.signal).load(asked.data, asdict(asked))
     sides = data.split(asked.held_out_fraction, asked.test_fraction)
     train_data, held_data = (data.rows(sides == side) for side in (Split.TRAIN, Split.HELD_OUT))
@@ -95,6 +99,13 @@ def compare(asked: CompareArguments, runs: list[Run]) -> None:
                 f"--data {asked.data}: {len(train_data)} to learn from and {len(held_data)} held out; "
                 f"{flag} --held_out_fraction, both sides are needed"
             )
+    with output_folder_of(asked.output_dir, "compare-fit"):
+        _compare(asked, runs, data, train_data, held_data)
+
+
+def _compare(
+    asked: CompareArguments, runs: list[Run], data: Instances, train_data: Instances, held_data: Instances
+) -> None:
     results = [_result(asked, run, data, train_data, held_data) for run in runs]
     signal = signal_class(asked.signal).of(data, asdict(asked))
     controls = control_figures(signal, rows_of(train_data.arrays()), rows_of(held_data.arrays()), results)
