@@ -17,6 +17,7 @@ from evals.images.latency import measured_latencies
 from evals.metrics.memorisation import copying_verdict
 from evals.plots import curve_plot
 from evals.tables import protocol_line, table_rows
+from export.bundle_folder import BundleError, BundleFolder
 from latent_prior.noise import initial_noise
 from latent_prior.objective import INFERENCE_STEPS
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
@@ -62,14 +63,14 @@ def report(arguments: ReportArguments) -> None:
     """Writes the page.
 
     Raises:
-        UserError: the run folder lacks a stage.
+        UserError: the run folder lacks a stage, or the bundle is unfinished or was changed.
     """
     run = arguments.run
     if not (run / "run.json").is_file():
         raise UserError(f"--run {run}: no run folder; `mnif fit --output_dir {run}` makes it")
     pipeline = load_pipeline(run / "model")
     bundle = arguments.bundle or run / "bundle"
-    manifest = read_json(bundle / "manifest.json") if (bundle / "manifest.json").exists() else None
+    manifest = _manifest_of(bundle) if (bundle / "manifest.json").exists() else None
     evaluation = arguments.eval_dir or run / "eval"
     figures = read_json(evaluation / "metrics.json") if (evaluation / "metrics.json").exists() else {}
     compared = arguments.comparison_dir or run / "comparison"
@@ -103,6 +104,13 @@ def report(arguments: ReportArguments) -> None:
     with written_atomically(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
     print(output)
+
+
+def _manifest_of(bundle: Path) -> dict[str, Any]:
+    try:
+        return BundleFolder(bundle).manifest
+    except BundleError as error:
+        raise UserError(str(error)) from None
 
 
 def _steps_of(manifest: dict[str, Any] | None, steps: int) -> int:

@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 from safetensors.torch import save_file
 
-from export.bundle_folder import ENGINES
 from export.contents.description import graph_entry, manifest_of
 from export.contents.device import write_device_files
 from export.contents.readme import bundle_readme
@@ -18,18 +17,21 @@ from export.graphs.gate import CompileReport, compile_with_rtx, rtx_is_installed
 from export.graphs.precision import PARTS
 from export.graphs.variants import Variant, variants
 from export.manifest import manifest_digest
+from export.replacement import MANIFEST, is_as_written, put_in_place
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from mnif import __version__
 from mnif.arguments import parse_arguments
 from mnif.errors import UserError
-from mnif.files import folder_written_atomically, read_json, sha256_of_file, sha256_of_folder, write_json
+from mnif.files import read_json, remove_leftovers, sha256_of_file, sha256_of_folder, temporary_folder, write_json
 from mnif.model_folder import load_component
 from mnif.modeling import MNIFModel
+from mnif.output_folders import check_output_folder
 
 
 def main(arguments: list[str]) -> None:
     """Runs `mnif export`."""
     options = parse_arguments(ExportArguments, arguments, "mnif export")
+    _check_output(options.output_dir)
     model = load_model(options.model)
     if isinstance(model, MNIFModel) and options.latents is None:
         beside = options.model.parent / "latents.safetensors"
@@ -56,21 +58,21 @@ def load_model(folder: Path) -> MNIFPipeline | MNIFModel:
 
 
 def _holds(output: Path, inputs: dict[str, str]) -> bool:
-    """Whether a bundle of the same inputs lies there, each file as it was written."""
-    if not (output / "manifest.json").is_file():
+    """Whether a bundle of the same inputs lies there, each file as it was written; others may lie there too."""
+    if not (output / MANIFEST).is_file():
         return False
-    manifest = read_json(output / "manifest.json")
-    if not isinstance(manifest, dict) or manifest.get("inputs") != inputs:
+    manifest = read_json(output / MANIFEST)
+    if manifest.get("inputs") != inputs or manifest.get("digest") != manifest_digest(manifest):
         return False
-    found = _files(output)
-    del found["manifest.json"]
-    return found == manifest.get("files")
+    return all(is_as_written(output / name, entry) for name, entry in manifest["files"].items())
 
 
 def export_bundle(
     model: MNIFPipeline | MNIFModel, options: ExportArguments, inputs: dict[str, str] | None = None
 ) -> None:
-    """Writes a bundle to ``options.output_dir``, whole or not at all.
+    """Writes a bundle to ``options.output_dir``, whole or not at all; it takes the place of an older one.
+
+    What the older bundle's manifest does not name stays, the plans built there among it.
 
     Args:
         model: what to export, on the CPU in float32.
@@ -78,13 +80,12 @@ def export_bundle(
         inputs: what the bundle depends on, noted in the manifest.
 
     Raises:
-        UserError: a flag is out of range, the folder holds something else, the scheduler cannot be exported, a graph
-            misses its tolerance, or TensorRT-RTX refuses it.
+        UserError: a flag is out of range, the folder holds something else or a file in the way, the scheduler cannot
+            be exported, a graph misses its tolerance, or TensorRT-RTX refuses it.
     """
     selection = selection_of(model, options)
+    _check_output(options.output_dir)
     output = options.output_dir.resolve()
-    if not _may_be_replaced(output):
-        raise UserError(f"{options.output_dir} holds something other than a bundle; choose another --output_dir")
     compiles = options.compile_rtx == "on" or (options.compile_rtx == "auto" and rtx_is_installed())
     if options.compile_rtx == "auto" and not compiles:
         print("TensorRT-RTX compile gate skipped: not installed (pip install 'mnif-diffusion[rtx]')")
@@ -93,7 +94,7 @@ def export_bundle(
         print("no prior and no latent table: nothing is baked (--latents names a table)")
     if selection.pipeline is not None:
         selection.pipeline.set_progress_bar_config(disable=True)
-    with folder_written_atomically(output) as folder:
+    with temporary_folder(output) as folder:
         (folder / "onnx").mkdir()
         manifest = manifest_of(selection) | {"inputs": inputs or {}}
         reference: dict[str, Any] = {}
@@ -122,22 +123,29 @@ def export_bundle(
         if options.triton:
             write_model_repository(folder, manifest["graphs"])
         (folder / "README.md").write_text(bundle_readme(manifest))
-        manifest["files"] = _files(folder)
+        manifest["files"] = {
+            path.relative_to(folder).as_posix(): {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
         manifest["digest"] = manifest_digest(manifest)
-        write_json(folder / "manifest.json", manifest)
+        write_json(folder / MANIFEST, manifest)
+        others = put_in_place(folder, output)
     megabytes = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
     count = len(manifest["graphs"])
     print(f"{options.output_dir}: {count} graphs, {megabytes:.1f} MB; README.md has the commands for a device")
+    if others:
+        first = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
+        print(f"{options.output_dir}: {len(others)} files that are not the bundle's stay as they are: {first}")
 
 
-def _may_be_replaced(output: Path) -> bool:
-    """Whether the path is free, an empty folder, or a bundle."""
-    if not output.exists():
-        return True
-    if not output.is_dir():
-        return False
-    manifest = output / "manifest.json"
-    return "decoder_fingerprint" in read_json(manifest) if manifest.is_file() else not any(output.iterdir())
+def _check_output(output: Path) -> None:
+    """Refuses a path that is neither free, nor an empty folder, nor a bundle; clears what a killed export left."""
+    is_bundle = check_output_folder(output, "export")
+    remove_leftovers(output.resolve().parent, output.resolve().name)
+    remove_leftovers(output, MANIFEST)
+    if not is_bundle and output.exists() and any(output.iterdir()):
+        raise UserError(f"{output} holds something other than a bundle; choose another --output_dir")
 
 
 def _line(variant: Variant, report: CompileReport | None) -> str:
@@ -162,13 +170,3 @@ def _write_weights(decoder: MNIFModel, path: Path) -> None:
         for name, tensor in decoder.state_dict().items()
     }
     save_file(tensors, path, {"decoder_fingerprint": decoder.fingerprint()})
-
-
-def _files(folder: Path) -> dict[str, dict[str, Any]]:
-    """All files but the plans, which are built where the bundle is used."""
-    names = {path.relative_to(folder): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {
-        name.as_posix(): {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
-        for name, path in names.items()
-        if name.parts[0] != ENGINES
-    }

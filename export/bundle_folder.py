@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from export.manifest import SCHEMA, manifest_digest
+from export.manifest import SCHEMA, UNFINISHED, manifest_digest
 
 T = TypeVar("T")
 
@@ -49,6 +49,8 @@ class BundleFolder:
             raise BundleError(f"{file}: {error.strerror}; `mnif export` writes a bundle") from None
         except ValueError:
             raise BundleError(f"{file}: not JSON; export the bundle again") from None
+        if isinstance(manifest, dict) and manifest.get("schema") == UNFINISHED:
+            raise BundleError(f"{file}: the export was stopped half-way; run `mnif export` again")
         if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
             raise BundleError(f"{file}: not a bundle of schema {SCHEMA}; export again with this version")
         if manifest.get("digest") != manifest_digest(manifest):

@@ -22,7 +22,7 @@ class ExportArguments:
     """The model folder, RUN/model. Without a prior there is no sampler, and rows of RUN/latents.safetensors are
     baked."""
     output_dir: Path
-    """The bundle folder; an older bundle there is replaced."""
+    """The bundle folder; the files of an older bundle there are replaced, all others stay."""
     num_baked: int = 4
     """How many instances are baked into graphs of their own."""
     latents: Path | None = None

@@ -26,6 +26,9 @@ one JSON object; paths are relative to the bundle and use "/".
 ``files``                 path → {"sha256", "bytes"} of every file but the manifest
 ``digest``                :func:`manifest_digest`
 
+While an export puts its files in the place of older ones, the manifest has only ``schema`` "unfinished",
+``decoder_fingerprint``, and ``files`` of both; that of a killed export stays so until the next one.
+
 A graph is
 ``kind``                  "decoder"   coefficients → values on the grid
                           "sampler"   noise → values on the grid (radiance: → coefficients, for *rays* and *points*)
@@ -55,6 +58,7 @@ import hashlib
 import json
 
 SCHEMA = 2
+UNFINISHED = "unfinished"
 
 
 def manifest_digest(manifest: dict) -> str:

@@ -246,6 +246,17 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_continues(picture_folde
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+def test_report_of_a_bundle_that_is_no_whole_one(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bundle").mkdir()
+    unfinished = {"schema": "unfinished", "decoder_fingerprint": "", "files": {}}
+    (tmp_path / "bundle/manifest.json").write_text(json.dumps(unfinished))
+    command = ["report", "--run", str(run), "--bundle", f"{tmp_path}/bundle", "--output", f"{tmp_path}/report.html"]
+    assert "the export was stopped half-way; run `mnif export` again" in error_of(command, capsys)
+    assert not (tmp_path / "report.html").exists()
+
+
 def test_two_processes_learn_what_one_does(picture_folder: Path, tmp_path: Path) -> None:
     """The same batches, split over gloo processes; without noise, which each process draws for itself."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

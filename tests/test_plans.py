@@ -5,17 +5,21 @@ import json
 import os
 import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import small_decoder, small_pipeline
 from cuda_surface import RecordedDriver
 from tensorrt_surfaces import VERSIONS, recorded_tensorrt
 
 from export import backends, build, cuda, engine, sample, tensorrt_graph
+from export.bundle import export_bundle
 from export.bundle_folder import ENGINES, BundleError, BundleFolder
 from export.cuda import Cuda, CudaError
+from export.export_arguments import ExportArguments
 from export.plans import PlanRefused, plan_key, read_plan, sidecar_path, write_plan
 from export.runtime import Decoder, Sampler, load_bundle
 from mnif.cli import main
@@ -237,6 +241,43 @@ def test_a_build_that_dies_leaves_the_old_plan(board: Board, monkeypatch: pytest
     monkeypatch.undo()
     assert board.plan("decoder").read_bytes() == whole
     assert not list(board.plan("decoder").parent.glob(".*.tmp"))
+
+
+def test_plans_outlive_another_export_as_long_as_their_graphs_are_the_same(
+    board: Board, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert board.build("--graphs", "decoder", "sampler_1") == 0
+    before = board.plan("decoder").read_bytes()
+    options = ExportArguments(
+        model=board.folder,
+        output_dir=board.folder,
+        num_baked=0,
+        num_inference_steps=[1],
+        resolution=[15],
+        sampler_precision=["fp32"],
+        compile_rtx="off",
+    )
+    export_bundle(small_pipeline(small_decoder()), options)
+    capsys.readouterr()
+    assert board.build("--graphs", "decoder", "sampler_1") == 0
+    assert "0 built, 2 up to date" in capsys.readouterr().out
+    export_bundle(small_pipeline(small_decoder()), replace(options, resolution=[14]))
+    assert board.plan("decoder").read_bytes() == before
+    with pytest.raises(PlanRefused, match="it was built with onnx sha256"):
+        load_bundle(board.folder, "tensorrt").graph("decoder")
+    assert board.build("--graphs", "decoder", "sampler_1") == 0
+    assert "2 built, 0 up to date" in capsys.readouterr().out
+
+
+def test_what_a_killed_build_left_goes_with_the_next(board: Board) -> None:
+    engines = board.folder / ENGINES
+    engines.mkdir()
+    left = [".decoder.plan.12.tmp", ".decoder.plan.json.12.tmp", ".decoder.plan.log.12.tmp"]
+    others = [".decoder.plan.mine.tmp", ".decoder_mixed.plan.12.tmp"]
+    for name in (*left, *others):
+        (engines / name).write_text("half")
+    assert board.build("--graphs", "decoder") == 0
+    assert sorted(path.name for path in engines.glob(".*")) == sorted(others)
 
 
 def test_the_key_is_this_users_alone(tmp_path: Path, state: Path) -> None:
