@@ -90,7 +90,10 @@ class LatentTable:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise UserError(f"{path}: not a latent table (format {metadata.get('format')!r})")
-                tensors = {key: file.get_tensor(key) for key in ("latents", "held_out", "id_bytes", "id_offsets")}
+                # Copied out of the file: products round by where their numbers lie (:mod:`mnif.own_memory`).
+                tensors = {
+                    key: file.get_tensor(key).clone() for key in ("latents", "held_out", "id_bytes", "id_offsets")
+                }
         except SafetensorError as error:
             raise UserError(f"{path}: damaged latent table ({error})") from None
         if fingerprint is not None and metadata["fingerprint"] != fingerprint:
