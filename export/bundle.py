@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from safetensors.torch import save_file
 
 from export.bundle_folder import ENGINES
 from export.contents.description import graph_entry, manifest_of
@@ -25,6 +24,7 @@ from mnif.errors import UserError
 from mnif.files import folder_written_atomically, read_json, sha256_of_file, sha256_of_folder, write_json
 from mnif.model_folder import load_component
 from mnif.modeling import MNIFModel
+from mnif.tensor_files import save_tensors
 
 
 def main(arguments: list[str]) -> None:
@@ -161,7 +161,7 @@ def _write_weights(decoder: MNIFModel, path: Path) -> None:
         f"decoder.{name}": (tensor.half() if name in large else tensor).contiguous()
         for name, tensor in decoder.state_dict().items()
     }
-    save_file(tensors, path, {"decoder_fingerprint": decoder.fingerprint()})
+    save_tensors(tensors, path, {"decoder_fingerprint": decoder.fingerprint()})
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:

@@ -24,6 +24,16 @@ def test_table_comes_back_as_it_was(table: LatentTable, tmp_path: Path) -> None:
     assert (loaded.fingerprint, loaded.data) == (table.fingerprint, table.data)
 
 
+def test_the_same_table_makes_the_same_bytes(table: LatentTable, tmp_path: Path) -> None:
+    table.data = 'näme with "quotes"\n\t\x01\x7f'
+    files = []
+    for _ in range(20):
+        table.save(tmp_path / "latents.safetensors")
+        files.append((tmp_path / "latents.safetensors").read_bytes())
+        assert LatentTable.load(tmp_path / "latents.safetensors").data == table.data
+    assert len(set(files)) == 1
+
+
 def test_statistics_are_those_of_the_training_rows(table: LatentTable) -> None:
     mean, std = table.mean_and_std()
     rows = table.latents[[0, 1, 3, 4]].numpy()
