@@ -21,7 +21,7 @@ from latent_prior.schedulers import adds_noise, scheduler_by_name
 from mnif.arguments import parse_arguments
 from mnif.decode import showing_by_flags
 from mnif.errors import UserError
-from mnif.files import read_json, sha256_of_folder, write_json
+from mnif.files import flush_everything, read_json, sha256_of_folder, write_json
 from mnif.progress import progress_bar
 from mnif.runs import command_line, peak_memory_megabytes
 from mnif.showing import Animation, MeshFormat
@@ -124,6 +124,7 @@ def sample(arguments: SampleArguments) -> None:
     started = time.perf_counter()
     todo = [number for number, count in enumerate(missing) if count]
     unseen = _write(samples, todo[state.process_index :: state.num_processes], missing, state)
+    flush_everything()
     unseen = sum(gather_object([unseen]))
     if not state.is_main_process:
         return

@@ -109,6 +109,7 @@ def test_bytes_depend_on_seed_and_number_alone(model: Path, tmp_path: Path) -> N
     assert few == {name: many[name] for name in few}
     for index in (1, 5, 70):
         (tmp_path / f"many/{index:06d}.png").unlink()
+    (tmp_path / "many/000008.png").write_bytes(b"")  # as a power cut can leave it
     assert draw(model, tmp_path / "many", 100, "--batch_size", "1", *STOCHASTIC) == many
     assert draw(model, tmp_path / "few", 100, *STOCHASTIC) == many
     other = draw(model, tmp_path / "other", 2, "--seed", "1", *STOCHASTIC)
