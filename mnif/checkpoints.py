@@ -95,8 +95,8 @@ class Checkpoints:
             UserError: the folder is no checkpoint, or damaged; or there are checkpoints and all of them are.
         """
         if self.accelerator.is_main_process:
-            if wish == "no":
-                shutil.rmtree(self.folder, ignore_errors=True)
+            if wish == "no" and self.folder.exists():
+                remove_folder(self.folder)
             self._tidy_up()
         self.accelerator.wait_for_everyone()
         if wish not in ("latest", "no"):
@@ -158,7 +158,8 @@ class Checkpoints:
             original = self.folder / aside.name.removeprefix(".").partition(".")[0]
             if not original.exists():
                 aside.rename(original)
-        for left_behind in [*self.folder.glob(".*.tmp"), *self.folder.glob(".*.old")]:
+        removed = self.folder.parent.glob(f".{self.folder.name}.*.tmp")
+        for left_behind in [*self.folder.glob(".*.tmp"), *self.folder.glob(".*.old"), *removed]:
             shutil.rmtree(left_behind, ignore_errors=True)
 
     def _load(self, checkpoint: Path) -> Progress:

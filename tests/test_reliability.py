@@ -117,13 +117,29 @@ def test_a_model_folder_and_its_index(disk: Disk, pipeline: MNIFPipeline, tmp_pa
 @pytest.mark.slow
 def test_a_run_of_both_stages_loses_pictures_at_most(disk: Disk, picture_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    fit = ["fit", "--data", str(picture_folder), "--output_dir", str(folder), "--resolution", "16", "--cells", "2"]
+    fit_and_prior(picture_folder, folder)
+    assert {path.suffix for path in disk.lost(folder)} <= {".png"}
+    assert all(".png." in path.name for path in disk.early)
+
+
+@pytest.mark.slow
+def test_two_runs_write_the_same_tensors(picture_folder: Path, tmp_path: Path) -> None:
+    files = []
+    for name in ("one", "two"):
+        fit_and_prior(picture_folder, tmp_path / name)
+        found = (tmp_path / name).rglob("*.safetensors")
+        files.append({path.relative_to(tmp_path / name): path.read_bytes() for path in found})
+    assert Path("latents.safetensors") in files[0]
+    assert files[0] == files[1]
+
+
+def fit_and_prior(pictures: Path, folder: Path) -> None:
+    """Six steps of each."""
+    fit = ["fit", "--data", str(pictures), "--output_dir", str(folder), "--resolution", "16", "--cells", "2"]
     fit += ["--num_bases", "8", "--width", "8", "--depth", "1", "--latent_dim", "12", "--refinement_steps", "2"]
     short = ["--max_train_steps", "6", "--validation_steps", "3", "--checkpointing_steps", "3", "--compile", "off"]
     assert main([*fit, *short, "--train_batch_size", "16"]) == 0
     assert main(["prior", "--run", str(folder), "--width", "16", "--depth", "1", *short]) == 0
-    assert {path.suffix for path in disk.lost(folder)} <= {".png"}
-    assert all(".png." in path.name for path in disk.early)
 
 
 def test_sampling_flushes_once_when_all_samples_are_there(
