@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from safetensors.torch import save_file
 
 from export.contents.description import graph_entry, manifest_of
 from export.contents.device import write_device_files
@@ -26,6 +25,7 @@ from mnif.files import read_json, remove_leftovers, sha256_of_file, sha256_of_fo
 from mnif.model_folder import load_component
 from mnif.modeling import MNIFModel
 from mnif.output_folders import check_output_folder
+from mnif.tensor_files import save_tensors
 
 
 def main(arguments: list[str]) -> None:
@@ -169,4 +169,4 @@ def _write_weights(decoder: MNIFModel, path: Path) -> None:
         f"decoder.{name}": (tensor.half() if name in large else tensor).contiguous()
         for name, tensor in decoder.state_dict().items()
     }
-    save_file(tensors, path, {"decoder_fingerprint": decoder.fingerprint()})
+    save_tensors(tensors, path, {"decoder_fingerprint": decoder.fingerprint()})

@@ -103,4 +103,4 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     header = struct.pack(">IIBBBBB", width, height, 8, (0, 4, 2, 6)[channels - 1], 0, 0, 0)
     rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows.tobytes())) + chunk(b"IEND", b"")
-    write_whole(path, b"\x89PNG\r\n\x1a\n" + body)
+    write_whole(path, b"\x89PNG\r\n\x1a\n" + body, flush=False)

@@ -154,6 +154,8 @@ def _own_key() -> bytes:
             handle, name = tempfile.mkstemp(dir=path.parent)  # readable by this user alone
             with os.fdopen(handle, "wb") as file:
                 file.write(os.urandom(_KEY_BYTES))
+                file.flush()
+                os.fsync(file.fileno())
             with contextlib.suppress(FileExistsError):  # another process was faster: its key is the key
                 os.link(name, path)
             os.unlink(name)

@@ -8,7 +8,7 @@ from typing import Any
 from export.bundle_folder import ENGINES
 from export.manifest import UNFINISHED
 from mnif.errors import UserError
-from mnif.files import read_json, sha256_of_file, write_json
+from mnif.files import flush_to_disk, read_json, sha256_of_file, write_json
 
 MANIFEST = "manifest.json"
 
@@ -41,10 +41,14 @@ def put_in_place(new: Path, output: Path) -> list[str]:
     for name in changed:
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         (new / name).chmod(0o644)  # safetensors keeps what it makes from other users
+        flush_to_disk(new / name)
         shutil.move(new / name, output / name)
     for name in before.keys() - files.keys():
         _remove(output, name)
+    for folder in {output, *(path for name in changed for path in (output / name).parents if output in path.parents)}:
+        flush_to_disk(folder)
     shutil.move(new / MANIFEST, output / MANIFEST)
+    flush_to_disk(output)
     there = (path.relative_to(output) for path in sorted(output.rglob("*")) if not path.is_dir())
     others = [path.as_posix() for path in there if path.parts[0] != ENGINES]
     return [name for name in others if name not in files and name != MANIFEST]

@@ -5,6 +5,7 @@ This file stands by itself (Python 3.8, NumPy and a backend) and is copied into 
 
 from __future__ import annotations
 
+import io
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from export.command import Parser, run_command
 from export.pixels import to_pixels, write_png
 from export.runtime import Bundle, Sampler, load_bundle
 from export.views import Camera
+from export.whole_files import write_whole
 
 _OF_OTHER_COMMANDS = ("run", "compare", "manifest", "samples", "decode", "comparison", "metrics")  # their JSON files
 
@@ -52,7 +54,9 @@ def _sample(options: Any) -> int:
         if each.dtype == np.uint8:
             write_png(options.output_dir / f"{index:06d}.png", each)
         else:
-            np.save(options.output_dir / f"{index:06d}.npy", each)
+            content = io.BytesIO()
+            np.save(content, each)
+            write_whole(options.output_dir / f"{index:06d}.npy", content.getvalue(), flush=False)
     kind = "pictures" if shown[0].dtype == np.uint8 else "volumes"
     print(f"{options.output_dir}: {len(shown)} {kind} drawn, {len(shown) / seconds:.1f} a second")
     return 0

@@ -1,4 +1,4 @@
-"""Files that are either old and whole or new and whole.
+"""Files that are either old and whole or new and whole, after a power cut too.
 
 This file stands by itself (Python 3.8) and is copied into every bundle's ``device/``.
 """
@@ -11,12 +11,22 @@ from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name beside its own, then renames it; its folder is made if it is missing."""
+def write_whole(path: Path, content: bytes, flush: bool = True) -> None:
+    """Writes a file under a temporary name beside its own, then renames it; its folder is made if it is missing.
+
+    Args:
+        path: the file.
+        content: of it.
+        flush: it is on the disk before it has its name; False leaves that to the system, for many small files.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as file:
+            file.write(content)
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         if temporary.exists():

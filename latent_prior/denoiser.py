@@ -9,6 +9,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
+from mnif.own_memory import OwnMemory
+
 
 class ResidualBlock(nn.Module):
     """x + W₂ silu(W₁ (norm(x) · (1 + scale) + shift)), with scale and shift from the time embedding."""
@@ -30,7 +32,7 @@ class ResidualBlock(nn.Module):
         return hidden + self.down(self.dropout(inner))
 
 
-class Denoiser(ModelMixin, ConfigMixin):
+class Denoiser(OwnMemory, ModelMixin, ConfigMixin):
     """What every denoiser has in common: it predicts the clean latent, or what its scheduler says, from a noisy one.
 
     The mean and standard deviation of the training latents travel with the weights: the network works on

@@ -28,7 +28,7 @@ from mnif.arguments import parse_arguments
 from mnif.errors import UserError
 from mnif.files import folder_written_atomically, merge_json, sha256_of_folder
 from mnif.latents import LatentTable
-from mnif.model_folder import save_component
+from mnif.model_folder import save_component, save_index
 from mnif.rows import Rows
 from mnif.runs import begin_stage, finish_stage, peak_memory_megabytes
 from mnif.training import TrainingArguments, make_accelerator, train
@@ -241,7 +241,7 @@ def add_student(folder: Path, pipeline: MNIFPipeline, student: LatentDenoiser) -
     scheduler = student_scheduler()
     with folder_written_atomically(folder / "student_scheduler") as temporary:
         scheduler.save_pretrained(temporary)
-    MNIFPipeline(pipeline.decoder, pipeline.denoiser, pipeline.scheduler, student, scheduler).save_config(folder)
+    save_index(folder, MNIFPipeline(pipeline.decoder, pipeline.denoiser, pipeline.scheduler, student, scheduler))
 
 
 def energy_distances(

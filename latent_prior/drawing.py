@@ -46,7 +46,7 @@ class Drawing:
             UserError: they hold NaN or infinity.
         """
         indices = range(number * BLOCK, (number + 1) * BLOCK)
-        noise = torch.from_numpy(initial_noise(self.seed, indices, self.pipeline.decoder.config.latent_dim))
+        noise = torch.tensor(initial_noise(self.seed, indices, self.pipeline.decoder.config.latent_dim))
         return self.latents(noise, step_generators(self.seed, indices))
 
     def samples(self, count: int) -> Tensor:

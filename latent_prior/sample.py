@@ -20,7 +20,7 @@ from latent_prior.schedulers import adds_noise, scheduler_by_name
 from mnif.arguments import parse_arguments
 from mnif.decode import showing_by_flags
 from mnif.errors import UserError
-from mnif.files import read_json, remove_leftovers, sha256_of_folder, write_json
+from mnif.files import flush_everything, read_json, remove_leftovers, sha256_of_folder, write_json
 from mnif.output_folders import check_output_folder
 from mnif.progress import progress_bar
 from mnif.runs import command_line, peak_memory_megabytes
@@ -127,6 +127,7 @@ def sample(arguments: SampleArguments) -> None:
     started = time.perf_counter()
     todo = [number for number, count in enumerate(missing) if count]
     unseen = _write(samples, todo[state.process_index :: state.num_processes], missing, state)
+    flush_everything()
     unseen = sum(gather_object([unseen]))
     if not state.is_main_process:
         return

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from latent_prior.drawing import BLOCK, Drawing
 from latent_prior.forms import pictures_of
-from mnif.files import temporary_folder, written_atomically
+from mnif.files import temporary_folder, was_written, written_atomically
 from mnif.modeling import MNIFModel
 from mnif.pictures import save_picture, to_pixels
 from mnif.radiance import RadianceField
@@ -95,7 +95,7 @@ class FolderOfSamples(Samples):
         return self.showing.files(f"{sample:06d}")
 
     def _lacks(self, sample: int) -> bool:
-        return not all((self.output / file).exists() for file in self.files(sample))
+        return not all(was_written(self.output / file) for file in self.files(sample))
 
     def missing(self, number: int) -> int:
         """Those that lack a file."""

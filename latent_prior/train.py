@@ -21,7 +21,7 @@ from latent_prior.prior_arguments import PriorArguments, parse_prior_arguments
 from mnif.errors import UserError
 from mnif.files import folder_written_atomically, merge_json, read_json, sha256_of_file
 from mnif.latents import LatentTable
-from mnif.model_folder import load_component, save_component
+from mnif.model_folder import load_component, save_component, save_index
 from mnif.modeling import MNIFModel
 from mnif.pictures import picture_grid, save_picture
 from mnif.rows import Rows
@@ -143,4 +143,4 @@ def add_prior(folder: Path, pipeline: MNIFPipeline) -> None:
     save_component(folder, "denoiser", pipeline.denoiser)
     with folder_written_atomically(folder / "scheduler") as temporary:
         pipeline.scheduler.save_pretrained(temporary)
-    pipeline.save_config(folder)
+    save_index(folder, pipeline)

@@ -51,7 +51,7 @@ def save_animation(path: Path, frames: np.ndarray, frames_per_second: float = 15
 def _save_gif(path: Path, frames: np.ndarray, frames_per_second: float) -> None:
     pictures = _indexed(frames)
     ends = np.rint(np.arange(len(frames) + 1) * 100 / frames_per_second).astype(int)
-    with written_atomically(path) as temporary:
+    with written_atomically(path, flush=False) as temporary:
         pictures[0].save(
             temporary,
             format="GIF",
@@ -105,7 +105,7 @@ def _save_mp4(path: Path, frames: np.ndarray, frames_per_second: float) -> None:
     codec = ["-codec:v", "libx264", "-pix_fmt", "yuv420p", "-crf", "16"]
     # The temporary name has no suffix to tell the format; the index goes first, so that browsers start at once.
     target = ["-f", "mp4", "-movflags", "+faststart"]
-    with written_atomically(path) as temporary:
+    with written_atomically(path, flush=False) as temporary:
         command = [*program, *source, "-i", "-", *codec, *target, str(temporary)]
         done = subprocess.run(command, input=frames.tobytes(), capture_output=True)
         if done.returncode:

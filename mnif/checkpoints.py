@@ -4,19 +4,27 @@ import pickle
 import re
 import shutil
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from mnif.errors import UserError
-from mnif.files import folder_written_atomically, read_json, remove_leftovers, sha256_of_folder, write_json
+from mnif.files import (
+    folder_written_atomically,
+    read_json,
+    remove_folder,
+    remove_leftovers,
+    sha256_of_folder,
+    write_json,
+)
 from mnif.latent_rows import LatentRows
+from mnif.tensor_files import save_tensors
 
 _DAMAGE = (
     OSError,
@@ -29,7 +37,7 @@ _DAMAGE = (
     SafetensorError,
     UserError,
 )
-_SEAL = ".sha256"  # of all that is not hidden, so that a flipped bit shows which loading would not notice
+_SEAL = ".sha256"  # of all that is not hidden: without it a folder is not whole, and a flipped bit shows
 
 
 @dataclass
@@ -41,12 +49,14 @@ class Progress:
         seconds: of training, over all sessions.
         best: the smallest value of the figure that picks the weights, or None before the first validation.
         best_step: the step of ``best``.
+        losses: of the batches since the last record of their mean, over all processes.
     """
 
     step: int = 0
     seconds: float = 0.0
     best: float | None = None
     best_step: int = 0
+    losses: list[float] = field(default_factory=list)
 
 
 class Checkpoints:
@@ -75,7 +85,7 @@ class Checkpoints:
         self.latent_rows = latent_rows
 
     def complete(self) -> list[Path]:
-        """The complete checkpoints, oldest first."""
+        """The complete checkpoints, which have a seal, oldest first."""
         return _complete(self.folder)
 
     def resume(self, wish: str) -> Progress:
@@ -92,8 +102,9 @@ class Checkpoints:
             UserError: the folder is no checkpoint, or damaged; or there are checkpoints and all of them are.
         """
         if self.accelerator.is_main_process:
-            if wish == "no":
-                shutil.rmtree(self.folder, ignore_errors=True)
+            if wish == "no" and self.folder.exists():
+                remove_folder(self.folder)
+            remove_leftovers(self.folder.parent, self.folder.name)
             remove_leftovers(self.folder)
         self.accelerator.wait_for_everyone()
         if wish not in ("latest", "no"):
@@ -101,13 +112,12 @@ class Checkpoints:
                 raise UserError(f"--resume_from_checkpoint {wish}: not a checkpoint folder")
             candidates = [Path(wish)]
         else:
-            candidates = self.complete()[::-1]
+            candidates = _folders(self.folder)[::-1]
         for checkpoint in candidates:
             try:
                 progress = self._load(checkpoint)
             except _DAMAGE as error:
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                self.accelerator.print(f"{checkpoint}: damaged ({reason}); it is passed over")
+                self.accelerator.print(f"{checkpoint}: damaged ({_reason(error)}); it is passed over")
                 continue
             self.accelerator.print(f"resuming from {checkpoint}")
             return progress
@@ -139,9 +149,11 @@ class Checkpoints:
                     _save_tensors(self.ema.shadow_params, temporary / "ema.safetensors")
                 ema_step = self.ema.optimization_step if self.ema is not None else 0
                 write_json(temporary / "progress.json", asdict(progress) | {"ema_step": ema_step})
-                (temporary / _SEAL).write_text(sha256_of_folder(temporary))
-            for old in self.complete()[: -self.limit]:
-                shutil.rmtree(old)
+                _seal(temporary)
+            oldest_kept = self.complete()[-self.limit :][0]
+            for older in _folders(self.folder):
+                if _step(older) < _step(oldest_kept):
+                    remove_folder(older)
         self.accelerator.wait_for_everyone()
 
     @property
@@ -150,9 +162,7 @@ class Checkpoints:
 
     def _load(self, checkpoint: Path) -> Progress:
         """Puts everything back as it was at ``checkpoint``; damage shows as one of many kinds of error."""
-        seal = checkpoint / _SEAL
-        if seal.exists() and seal.read_text() != sha256_of_folder(checkpoint):
-            raise ValueError("its content is not what was written")
+        _check_seal(checkpoint)
         self.accelerator.load_state(str(checkpoint))
         if self.latent_rows is not None:
             self.latent_rows.load(checkpoint)
@@ -169,6 +179,7 @@ class Checkpoints:
             with folder_written_atomically(self.folder / "best") as temporary:
                 best = self.ema.shadow_params if self.ema is not None else parameters
                 _save_tensors(best, temporary / "parameters.safetensors")
+                _seal(temporary)
         self.accelerator.wait_for_everyone()
 
     def load_best(self, parameters: list[nn.Parameter]) -> None:
@@ -177,11 +188,14 @@ class Checkpoints:
         Raises:
             UserError: they are damaged or gone.
         """
-        path = self.folder / "best" / "parameters.safetensors"
+        best = self.folder / "best"
         try:
-            _load_tensors(parameters, path)
-        except _DAMAGE:
-            raise UserError(f"{path}: damaged; begin anew with --resume_from_checkpoint no") from None
+            _check_seal(best)
+            _load_tensors(parameters, best / "parameters.safetensors")
+        except _DAMAGE as error:
+            raise UserError(
+                f"{best}: damaged ({_reason(error)}); begin anew with --resume_from_checkpoint no"
+            ) from None
 
 
 def newest_checkpoint(folder: Path) -> Path:
@@ -190,12 +204,39 @@ def newest_checkpoint(folder: Path) -> Path:
 
 
 def _complete(folder: Path) -> list[Path]:
+    return [path for path in _folders(folder) if (path / _SEAL).is_file()]
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Those named as checkpoints, complete or not, oldest first."""
     folders = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))
+    return sorted(folders, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _seal(folder: Path) -> None:
+    """Notes what the folder holds, once all of it is there."""
+    (folder / _SEAL).write_text(sha256_of_folder(folder))
+
+
+def _check_seal(folder: Path) -> None:
+    """Raises a ValueError unless the folder holds what was written."""
+    seal = folder / _SEAL
+    if not seal.is_file():
+        raise ValueError(f"it was not written to its end, or its seal {_SEAL} is lost")
+    if seal.read_text() != sha256_of_folder(folder):
+        raise ValueError("its content is not what was written")
+
+
+def _reason(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _save_tensors(tensors: list[torch.Tensor] | list[nn.Parameter], path: Path) -> None:
-    save_file({str(index): tensor.detach().contiguous() for index, tensor in enumerate(tensors)}, path)
+    save_tensors({str(index): tensor.detach().contiguous() for index, tensor in enumerate(tensors)}, path)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mnif.arguments import parse_arguments
 from mnif.errors import UserError
-from mnif.files import read_json, remove_leftovers, sha256_of_file, write_json
+from mnif.files import flush_everything, read_json, remove_leftovers, sha256_of_file, was_written, write_json
 from mnif.latents import LatentTable
 from mnif.model_folder import load_component
 from mnif.modeling import MNIFModel
@@ -91,7 +91,7 @@ def decode(arguments: DecodeArguments) -> None:
     for folder in {output, *(path.parent for paths in files.values() for path in paths)}:
         remove_leftovers(folder)
     write_json(output / "decode.json", asked)
-    missing = [row for row in rows if not all(path.exists() for path in files[row])]
+    missing = [row for row in rows if not all(map(was_written, files[row]))]
     unseen: dict[str, str] = {}
     with progress_bar(total=len(rows), initial=len(rows) - len(missing), desc="decoding", unit=signal.unit) as bar:
         for row in missing:
@@ -124,6 +124,7 @@ def decode(arguments: DecodeArguments) -> None:
     else:
         print(f"{output}: all {len(rows) - len(unseen)} are there already")
     _save_overview(output / "grid.png", [files[row][0] for row in rows if table.ids[row] not in unseen])
+    flush_everything()
 
 
 def safe_names(ids: Iterable[str]) -> list[str]:

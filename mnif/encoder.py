@@ -8,6 +8,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from mnif.own_memory import OwnMemory
+
 
 class Patches(nn.Module):
     """A grid cut into patches, each of which goes through one shared two-layer network.
@@ -42,7 +44,7 @@ class Patches(nn.Module):
         return self.write(F.gelu(self.read(patches) + self.position)).flatten(1)
 
 
-class PatchEncoder(ModelMixin, ConfigMixin):
+class PatchEncoder(OwnMemory, ModelMixin, ConfigMixin):
     """Patches through a shared two-layer network, then all patches together through a residual one.
 
     The latent is normalised to zero mean and unit variance over its own numbers, so that noise added to it in
@@ -95,7 +97,7 @@ class PatchEncoder(ModelMixin, ConfigMixin):
         return F.layer_norm(self.mix_out(hidden) + self.skip(features), (self.config.latent_dim,))
 
 
-class ViewsEncoder(ModelMixin, ConfigMixin):
+class ViewsEncoder(OwnMemory, ModelMixin, ConfigMixin):
     """Every posed view through :class:`Patches`, told where its camera stood; then the mean over the views.
 
     Any number of views will do, in any order, so a subset of them can be encoded too.

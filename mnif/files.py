@@ -1,5 +1,9 @@
-"""Files and folders that are either old and whole or new and whole, never half-written."""
+"""Files and folders that are either old and whole or new and whole, never half-written, after a power cut too.
 
+docs/reliability.md says what is promised.
+"""
+
+import ctypes
 import errno
 import hashlib
 import json
@@ -16,43 +20,62 @@ from safetensors import SafetensorError
 
 from mnif.errors import UserError
 
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 # .NAME.PROCESS.tmp of a file, .NAME.RANDOM.tmp and .old of a folder, as this module names them.
 _TEMPORARY = re.compile(r"\.(.+)\.(?:\d+|[a-z0-9_]{8})\.(tmp|old)")
 
 
 @contextmanager
-def written_atomically(path: Path) -> Iterator[Path]:
+def written_atomically(path: Path, flush: bool = True) -> Iterator[Path]:
     """Yields a temporary path beside ``path``; moves it onto ``path`` when the block ends without an error.
 
     If the block raises (a full disk, Ctrl-C), the temporary file is removed and an older ``path`` stays as it was.
+
+    Args:
+        path: the file.
+        flush: the file is on the disk before it has its name, and its name when this returns. False leaves that to
+            the system, for many small files whose command ends with :func:`flush_everything`; a power cut can leave
+            such a file empty (:func:`was_written`).
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with _one_kind_of_write_error(path):
             yield temporary
         _open_to_others(temporary)
+        if flush:
+            flush_to_disk(temporary)
         os.replace(temporary, path)
+        if flush:
+            flush_to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def folder_written_atomically(path: Path) -> Iterator[Path]:
-    """Yields a temporary folder beside ``path``; it replaces ``path`` when the block ends without an error."""
+    """Yields a temporary folder beside ``path``; it replaces ``path`` when the block ends without an error.
+
+    All of it is on the disk before it has its name. Where two names cannot be exchanged at once (:func:`_exchanged`),
+    a killed process can leave the older folder as ``.NAME.*.old`` and nothing under ``path``;
+    :func:`remove_leftovers` brings it back.
+    """
     with temporary_folder(path) as temporary:
         replaced = temporary.with_suffix(".old")
         yield temporary
-        for entry in (temporary, *temporary.rglob("*")):
+        for entry in (*temporary.rglob("*"), temporary):
             _open_to_others(entry)
-        if path.exists():
-            path.rename(replaced)
-        try:
-            temporary.rename(path)
-        except BaseException:
-            if replaced.exists():
-                replaced.rename(path)
-            raise
+            flush_to_disk(entry)
+        if not (path.exists() and _exchanged(temporary, path)):
+            if path.exists():
+                path.rename(replaced)
+            try:
+                temporary.rename(path)
+            except BaseException:
+                if replaced.exists():
+                    replaced.rename(path)
+                raise
+        flush_to_disk(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -60,7 +83,7 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
 def temporary_folder(path: Path) -> Iterator[Path]:
     """Yields an empty hidden folder beside ``path`` that goes at the end; what killed commands left goes first."""
     remove_leftovers(path.parent, path.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
         with _one_kind_of_write_error(path):
@@ -88,6 +111,49 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder at once for whoever looks: a kill leaves all of it, or a hidden ``.tmp`` beside its place."""
+    hidden = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def flush_to_disk(path: Path) -> None:
+    """Waits until a file's content, or a folder's names, would outlive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():  # some network disks: files alone
+            raise
+    finally:
+        os.close(handle)
+
+
+def flush_everything() -> None:
+    """Does the same for all files at once, those of other programs too: one wait in place of thousands."""
+    os.sync()
+
+
+def was_written(path: Path) -> bool:
+    """Whether a file of some length is there; one that a power cut left empty is not."""
+    return path.exists() and path.stat().st_size > 0
+
+
+def _make_folder(path: Path) -> None:
+    """Makes a folder and those above it whose names outlive a power cut as what is written into it does."""
+    if not path.is_dir():
+        _make_folder(path.parent)
+        path.mkdir(exist_ok=True)
+        flush_to_disk(path.parent)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchanges two names in one step, and says whether that can be done: on Linux, on most of its file systems."""
+    exchange = getattr(ctypes.CDLL(None), "renameat2", None)
+    return exchange is not None and not exchange(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE)
 
 
 @contextmanager

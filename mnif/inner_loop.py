@@ -7,10 +7,11 @@ from torch import Tensor, nn
 
 from mnif.errors import UserError
 from mnif.modeling import MNIFModel
+from mnif.own_memory import OwnMemory
 from mnif.signals import Observation, Signal
 
 
-class InnerLoop(ModelMixin, ConfigMixin):
+class InnerLoop(OwnMemory, ModelMixin, ConfigMixin):
     """Gradient steps on the latents alone, with a learned rate for every dimension (Meta-SGD; Li et al., 2017).
 
     z ← z - learning_rate · rates ⊙ ∇z L, where L is the error of one instance: a sum over the batch is

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mnif.errors import UserError
+from mnif.tensor_files import save_tensors
 
 _FORMAT = "mnif-latent-rows/1"
 _STATE = ("latents", "mean", "square", "steps")
@@ -118,7 +118,7 @@ class LatentRows:
         layout = {"format": _FORMAT, "instances": str(self.instances), "lanes": str(self.lanes)}
         tensors = {name: getattr(self, name).cpu() for name in _STATE}
         path = folder / f"latent-rows-{self.process:05d}-of-{self.processes:05d}.safetensors"
-        save_file(tensors, path, layout | {"first_lane": str(self.own.start)})
+        save_tensors(tensors, path, layout | {"first_lane": str(self.own.start)})
 
     def load(self, folder: Path) -> None:
         """Reads this process's share back, whatever number of processes wrote it.

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mnif.errors import UserError
 from mnif.files import written_atomically
+from mnif.tensor_files import save_tensors
 
 _FORMAT = "mnif-latents/1"
 _CHUNK = 8192  # rows in float64 at a time
@@ -70,7 +70,7 @@ class LatentTable:
             "std": std,
         }
         with written_atomically(path) as temporary:
-            save_file(tensors, temporary, {"format": _FORMAT, "fingerprint": self.fingerprint, "data": self.data})
+            save_tensors(tensors, temporary, {"format": _FORMAT, "fingerprint": self.fingerprint, "data": self.data})
 
     @classmethod
     def load(cls, path: Path, fingerprint: str | None = None) -> "LatentTable":
@@ -90,7 +90,10 @@ class LatentTable:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise UserError(f"{path}: not a latent table (format {metadata.get('format')!r})")
-                tensors = {key: file.get_tensor(key) for key in ("latents", "held_out", "id_bytes", "id_offsets")}
+                # Copied out of the file: products round by where their numbers lie (:mod:`mnif.own_memory`).
+                tensors = {
+                    key: file.get_tensor(key).clone() for key in ("latents", "held_out", "id_bytes", "id_offsets")
+                }
         except SafetensorError as error:
             raise UserError(f"{path}: damaged latent table ({error})") from None
         if fingerprint is not None and metadata["fingerprint"] != fingerprint:

@@ -82,7 +82,7 @@ def save_mesh(path: Path, vertices: np.ndarray, faces: np.ndarray) -> None:
     import trimesh
 
     mesh = trimesh.Trimesh(vertices, faces, process=False)  # processing would reorder what the caller gave
-    with written_atomically(path) as temporary:  # whose name has no suffix to tell the format
+    with written_atomically(path, flush=False) as temporary:  # whose name has no suffix to tell the format
         mesh.export(temporary, file_type=path.suffix.lower().removeprefix("."))
 
 

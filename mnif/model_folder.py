@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import TypeVar
 
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
 
 from mnif.errors import UserError
-from mnif.files import folder_written_atomically
+from mnif.files import folder_written_atomically, written_atomically
 from mnif.inner_loop import InnerLoop
 from mnif.refinement import Finder
 from mnif.signals import Signal
@@ -27,6 +27,12 @@ def save_component(folder: Path, name: str, component: ModelMixin) -> None:
     """Writes a component's weights (safetensors) and configuration to ``folder/name``, atomically."""
     with folder_written_atomically(folder / name) as temporary:
         component.save_pretrained(temporary)
+
+
+def save_index(folder: Path, pipeline: DiffusionPipeline) -> None:
+    """Writes ``model_index.json``, which says what the folder is made of, atomically."""
+    with written_atomically(folder / pipeline.config_name) as temporary:
+        pipeline.to_json_file(temporary)
 
 
 def load_component(kind: type[Component], folder: Path, name: str) -> Component:

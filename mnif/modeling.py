@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from mnif.cells import CellGrid, cell_grid
 from mnif.fields import BakedField, layer_shapes, siren_rows
+from mnif.own_memory import OwnMemory
 from mnif.routing import route_points
 
 
-class MNIFModel(ModelMixin, ConfigMixin):
+class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
     """Mixtures of neural implicit functions.
 
     Two forms of mixing:

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mnif.files import read_json, remove_leftovers, write_json, written_atomically
+from mnif.tensor_files import save_tensors
 
 
 class Parts:
@@ -32,7 +33,7 @@ class Parts:
     def save(self, begin: int, latents: Tensor) -> None:
         """Keeps the latents of the batch that begins at a row."""
         with written_atomically(self._file(begin)) as temporary:
-            save_file({"latents": latents.cpu()}, temporary)
+            save_tensors({"latents": latents.cpu()}, temporary)
 
     def all(self) -> Tensor:
         """All latents in order, [N, D]."""

@@ -29,7 +29,7 @@ def picture_grid(images: np.ndarray | Sequence[np.ndarray], columns: int, gap: i
 
 
 def save_picture(path: Path, image: Image.Image | np.ndarray) -> None:
-    """Writes a PNG atomically."""
+    """Writes a PNG atomically, and leaves it to the system when it reaches the disk: there may be thousands."""
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    with written_atomically(path) as temporary:
+    with written_atomically(path, flush=False) as temporary:
         image.save(temporary, format="PNG")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mnif.animation import save_animation
 from mnif.errors import UserError
+from mnif.files import was_written
 from mnif.meshes import mesh_from_values, mesh_preview, save_mesh
 from mnif.modeling import MNIFModel
 from mnif.pictures import save_picture, to_pixels
@@ -123,11 +124,11 @@ class Shapes(Showing):
             return "empty" if values.max() <= 0 else "full"
         mesh = mesh_from_values(values)
         picture, surface, *animation = (output / file for file in self.files(name))
-        if not picture.exists():
+        if not was_written(picture):
             save_picture(picture, mesh_preview(*mesh, _PIXELS_OF_A_SHAPE, _AZIMUTH_OF_A_SHAPE, self.elevation))
-        if not surface.exists():
+        if not was_written(surface):
             save_mesh(surface, *mesh)
-        if animation and not animation[0].exists():
+        if animation and not was_written(animation[0]):
             azimuths = np.arange(self.frames) * (360 / self.frames)
             turned = [mesh_preview(*mesh, _PIXELS_OF_A_SHAPE, azimuth, self.elevation) for azimuth in azimuths]
             save_animation(animation[0], np.stack(turned))
@@ -167,12 +168,12 @@ class Objects(Showing):
         height = self.resolution[0] if self.resolution else None
         paths = [output / file for file in self.files(name)]
         views, animation = paths[: self.views], paths[self.views :]
-        if not all(path.exists() for path in views):
+        if not all(map(was_written, views)):
             pictures = signal.turntable(decoder, latent, self.views, self.elevation, height)[0]
             for path, picture in zip(views, pictures, strict=True):
-                if not path.exists():
+                if not was_written(path):
                     save_picture(path, picture)
-        if animation and not animation[0].exists():
+        if animation and not was_written(animation[0]):
             save_animation(animation[0], signal.turntable(decoder, latent, self.frames, self.elevation, height)[0])
         return None
 

@@ -13,13 +13,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from mnif.data import ImageData, Instances, VoxelData, load_images, load_voxels
 from mnif.encoder import PatchEncoder
 from mnif.errors import UserError
 from mnif.modeling import MNIFModel
+from mnif.own_memory import OwnMemory
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Signal(ABC):
 
     name: ClassVar[str]
     unit: ClassVar[str]
-    encoder_class: ClassVar[type[ModelMixin]]
+    encoder_class: ClassVar[type[OwnMemory]]
     dimensions: int
     channels: int
     mirror_axis: ClassVar[int | None] = None

@@ -152,11 +152,14 @@ def train(
     bar = progress_bar(
         total=steps, initial=progress.step, desc=stage, unit="step", disable=not accelerator.is_local_main_process
     )
-    losses: list[Tensor] = []
+    losses: list[Tensor] = []  # of this process, that ``progress`` lacks
 
     def mean_loss() -> float:
         """Since the last record; nothing is recorded, kept or saved of a module that has come to NaN."""
-        mean = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        if losses:
+            progress.losses += accelerator.reduce(torch.stack(losses).float(), "mean").tolist()
+            losses.clear()
+        mean = torch.tensor(progress.losses).mean().item()
         if not (math.isfinite(mean) and all(bool(parameter.isfinite().all()) for parameter in parameters)):
             raise UserError(_diverged(progress.step, checkpoints))
         return mean
@@ -165,6 +168,8 @@ def train(
     agreed = agreement()
     with interruptible() as interrupted, bar:
         while progress.step < steps:
+            if progress.step % LOG_STEPS == 0:
+                progress.losses.clear()
             step_batches = list(islice(batches, accumulation))  # drawn first: a loader's start uses up random numbers
             _seed_step(arguments.seed, progress.step, accelerator.process_index)
             for batch in step_batches:
@@ -207,9 +212,9 @@ def train(
             stop = agreed(interrupted())
             if progress.step % arguments.checkpointing_steps == 0 or last or stop:
                 mean_loss()
+                if curves is not None:
+                    curves.flush()
                 checkpoints.save(progress)
-            if progress.step % LOG_STEPS == 0:
-                losses.clear()
             if stop and not last:
                 accelerator.print(f"stopped at step {progress.step}; the same command continues from here")
                 raise KeyboardInterrupt

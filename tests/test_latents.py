@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from mnif.errors import UserError
+from mnif.latent_rows import LatentRows
 from mnif.latents import LatentTable
 
 
@@ -22,6 +23,26 @@ def test_table_comes_back_as_it_was(table: LatentTable, tmp_path: Path) -> None:
     assert torch.equal(loaded.latents, table.latents)
     assert torch.equal(loaded.held_out, table.held_out)
     assert (loaded.fingerprint, loaded.data) == (table.fingerprint, table.data)
+
+
+def test_the_same_table_makes_the_same_bytes(table: LatentTable, tmp_path: Path) -> None:
+    table.data = 'näme with "quotes"\n\t\x01\x7f'
+    files = []
+    for _ in range(20):
+        table.save(tmp_path / "latents.safetensors")
+        files.append((tmp_path / "latents.safetensors").read_bytes())
+        assert LatentTable.load(tmp_path / "latents.safetensors").data == table.data
+    assert len(set(files)) == 1
+
+
+def test_the_same_learned_rows_make_the_same_bytes(tmp_path: Path) -> None:
+    rows, files = LatentRows(10, 5, lanes=4, learning_rate=0.1, seed=0), set()
+    for _ in range(20):
+        rows.save(tmp_path)
+        (path,) = tmp_path.iterdir()
+        files.add(path.read_bytes())
+    assert len(files) == 1
+    rows.load(tmp_path)
 
 
 def test_statistics_are_those_of_the_training_rows(table: LatentTable) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from latent_prior.denoiser import LatentDenoiser
 from latent_prior.drawing import Drawing
@@ -46,6 +48,25 @@ STOCHASTIC = ["--scheduler", "DDPMScheduler", "--num_inference_steps", "5"]
 def model(pipeline: MNIFPipeline, tmp_path: Path) -> Path:
     pipeline.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture
+def touchy(pipeline: MNIFPipeline, tmp_path: Path) -> Path:
+    """A model whose pictures change by whole levels when a latent changes in its last bit."""
+    for parameter in pipeline.denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    pipeline.denoiser.latent_std *= 100
+    pipeline.save_pretrained(tmp_path / "touchy")
+    return tmp_path / "touchy"
+
+
+def with_longer_headers(model: Path, characters: int) -> Path:
+    """A copy whose weights begin further on in their files."""
+    copy = model.with_name(f"{model.name}-{characters}")
+    shutil.copytree(model, copy)
+    for path in copy.rglob("*.safetensors"):
+        save_file(load_file(path), path, {"format": "pt", "note": "x" * characters})
+    return copy
 
 
 def prior_for(decoder: MNIFModel, folder: Path) -> Path:
@@ -88,10 +109,48 @@ def test_bytes_depend_on_seed_and_number_alone(model: Path, tmp_path: Path) -> N
     assert few == {name: many[name] for name in few}
     for index in (1, 5, 70):
         (tmp_path / f"many/{index:06d}.png").unlink()
+    (tmp_path / "many/000008.png").write_bytes(b"")  # as a power cut can leave it
     assert draw(model, tmp_path / "many", 100, "--batch_size", "1", *STOCHASTIC) == many
     assert draw(model, tmp_path / "few", 100, *STOCHASTIC) == many
     other = draw(model, tmp_path / "other", 2, "--seed", "1", *STOCHASTIC)
     assert not set(other.values()) & set(many.values())
+
+
+def test_bytes_do_not_depend_on_where_weights_lie_in_their_files(touchy: Path, tmp_path: Path) -> None:
+    latents, pictures = [], []
+    for characters in (0, 8, 16, 24):  # a header is filled up to a multiple of 8
+        model = with_longer_headers(touchy, characters)
+        pipeline = MNIFPipeline.from_pretrained(model)
+        pipeline.set_progress_bar_config(disable=True)
+        latents.append(Drawing(pipeline, seed=0, num_inference_steps=2).block(0))
+        pictures.append(draw(model, tmp_path / f"drawn-{characters}", 256, "--num_inference_steps", "5"))
+    assert all(torch.equal(each, latents[0]) for each in latents)
+    assert all(each == pictures[0] for each in pictures)
+
+
+@pytest.mark.slow
+def test_bytes_do_not_depend_on_the_number_of_processes(touchy: Path, tmp_path: Path) -> None:
+    """1,024 samples by one process, and by one to four that torchrun starts."""
+    model = with_longer_headers(touchy, 0)
+    flags = ["--num_inference_steps", "5", "--format", "npz", "--shard_size", "64", "--grid", "0"]
+    alone = draw(model, tmp_path / "alone", 1024, *flags)
+    for processes in (1, 2, 3, 4):
+        output = tmp_path / str(processes)
+        launch = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(processes),
+            "-m",
+            "--",
+            "mnif",
+        ]
+        command = ["sample", "--model", str(model), "--output_dir", str(output), "--num_samples", "1024", *flags]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*launch, *command], capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert contents(output) == alone, f"{processes} processes"
 
 
 def test_formats_hold_the_same_pictures(model: Path, tmp_path: Path) -> None:

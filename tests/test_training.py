@@ -18,6 +18,8 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import nn
 
+from mnif import training
+from mnif.checkpoints import newest_checkpoint
 from mnif.curves import read_curves
 from mnif.errors import UserError
 from mnif.rows import Rows, ShuffledBatches
@@ -78,6 +80,13 @@ def run(
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
+def curves_of(folder: Path) -> list[dict[str, object]]:
+    """A run's curves but for the seconds; every line of the file is one row."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == read_curves(folder / "metrics.jsonl")
+    return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
+
+
 def test_interrupted_run_continues_as_if_nothing_had_happened(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -87,12 +96,7 @@ def test_interrupted_run_continues_as_if_nothing_had_happened(tmp_path: Path) ->
         "checkpoint-6",
     ] or (tmp_path / "parts/checkpoints/stage/checkpoint-6").is_dir()
     assert torch.equal(run(tmp_path / "parts"), whole)
-    curves = [read_curves(tmp_path / part / "metrics.jsonl") for part in ("whole", "parts")]
-    for rows in curves:
-        for row in rows:
-            del row["seconds"]
-    assert curves[0][-1] == curves[1][-1]
-    assert [row["step"] for row in curves[0]] == [row["step"] for row in curves[1]]
+    assert curves_of(tmp_path / "parts") == curves_of(tmp_path / "whole")
 
 
 def test_run_killed_between_checkpoints_repeats_from_the_last(tmp_path: Path) -> None:
@@ -103,7 +107,21 @@ def test_run_killed_between_checkpoints_repeats_from_the_last(tmp_path: Path) ->
     for file in shutil_target.iterdir():
         file.unlink()
     shutil_target.rmdir()
+    with (tmp_path / "killed/metrics.jsonl").open("a") as curves:
+        curves.write('{"stage": "stage", "step": 9, "loss": 0.5}\n{"stage": "st')  # beyond the checkpoint, and cut off
     assert torch.equal(run(tmp_path / "killed"), whole)
+    assert curves_of(tmp_path / "killed") == curves_of(tmp_path / "whole")
+
+
+def test_losses_between_two_records_are_kept_over_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped at step 3 and 15, between two records, and at 6, where there is one; with several batches a step."""
+    monkeypatch.setattr(training, "LOG_STEPS", 6)
+    run(tmp_path / "whole", steps=18, gradient_accumulation_steps=2)
+    for stop_after in (3, 3, 9):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "parts", steps=18, stop_after=stop_after, gradient_accumulation_steps=2)
+    run(tmp_path / "parts", steps=18, gradient_accumulation_steps=2)
+    assert curves_of(tmp_path / "parts") == curves_of(tmp_path / "whole")
 
 
 def test_old_checkpoints_are_removed_and_the_best_weights_kept(tmp_path: Path) -> None:
@@ -166,13 +184,55 @@ def test_only_damaged_checkpoints_say_how_to_begin_anew(tmp_path: Path) -> None:
     folder = tmp_path / "run/checkpoints/stage"
     (folder / "checkpoint-6/optimizer.bin").write_bytes(b"junk")
     (folder / "checkpoint-4/progress.json").write_text("{")
-    for seal in folder.glob("*/.sha256"):
-        seal.unlink()  # as if the hash had not been kept: loading itself notices
     with pytest.raises(UserError, match=r"checkpoint-6: damaged, and no older .* --resume_from_checkpoint no"):
         run(tmp_path / "run")
     with pytest.raises(UserError, match="checkpoint-4: damaged"):
         run(tmp_path / "run", resume_from_checkpoint=str(folder / "checkpoint-4"))
     run(tmp_path / "run", resume_from_checkpoint="no")
+
+
+def test_checkpoint_without_a_seal_is_not_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "run", stop_after=6)
+    newest, older = (tmp_path / f"run/checkpoints/stage/checkpoint-{step}" for step in (6, 4))
+    (newest / ".sha256").unlink()
+    assert newest_checkpoint(newest.parent) == older
+    capsys.readouterr()
+    assert torch.equal(run(tmp_path / "run", checkpoints_total_limit=1), whole)
+    printed = capsys.readouterr().out
+    assert (
+        f"{newest}: damaged (it was not written to its end, or its seal .sha256 is lost); it is passed over" in printed
+    )
+    assert f"resuming from {older}" in printed
+    assert sorted(path.name for path in newest.parent.iterdir()) == ["best", "checkpoint-12"]
+    assert curves_of(tmp_path / "run") == curves_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("how", ["lost seal", "flipped bit"])
+def test_damaged_best_weights_are_refused(tmp_path: Path, how: str) -> None:
+    run(tmp_path / "run")
+    best = tmp_path / "run/checkpoints/stage/best"
+    if how == "lost seal":
+        (best / ".sha256").unlink()
+    else:
+        flipped = bytearray((best / "parameters.safetensors").read_bytes())
+        flipped[-1] ^= 1
+        (best / "parameters.safetensors").write_bytes(flipped)
+    with pytest.raises(UserError, match=r"best: damaged \(.*\); begin anew with --resume_from_checkpoint no"):
+        run(tmp_path / "run")
+
+
+def test_best_weights_put_aside_by_a_killed_process_come_back(tmp_path: Path) -> None:
+    """Where names cannot be exchanged, a kill between two renames leaves nothing under the name itself."""
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "run")
+    best = tmp_path / "run/checkpoints/stage/best"
+    best.rename(best.with_name(".best.abcdef.old"))
+    (best.parent / ".best.abcdef.tmp").mkdir()
+    assert torch.equal(run(tmp_path / "run"), whole)
+    assert best.is_dir()
+    assert not list(best.parent.glob(".*"))
 
 
 @pytest.mark.slow
@@ -190,8 +250,7 @@ def test_killed_at_random_steps_the_same_command_ends_with_the_same_weights(tmp_
     assert not (tmp_path / "killed/checkpoints/stage/checkpoint-40").exists()
     assert torch.equal(run(tmp_path / "killed", steps=40), whole), f"killed after {steps} steps"
     assert not list((tmp_path / "killed/checkpoints/stage").glob(".*"))
-    curves = [[row["step"] for row in read_curves(tmp_path / name / "metrics.jsonl")] for name in ("whole", "killed")]
-    assert curves[0] == curves[1]
+    assert curves_of(tmp_path / "killed") == curves_of(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("rows", [3, 10])
