@@ -61,7 +61,16 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"mnif {name}: stopped", file=sys.stderr)
         return 130
+    finally:
+        _leave_process_group()
     return code or 0
+
+
+def _leave_process_group() -> None:
+    """Under torchrun: its threads abort an interpreter that ends before they do, now and then."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _usage() -> str:

@@ -228,8 +228,8 @@ def test_best_weights_put_aside_by_a_killed_process_come_back(tmp_path: Path) ->
     whole = run(tmp_path / "whole")
     run(tmp_path / "run")
     best = tmp_path / "run/checkpoints/stage/best"
-    best.rename(best.with_name(".best.abcdef.old"))
-    (best.parent / ".best.abcdef.tmp").mkdir()
+    best.rename(best.with_name(".best.abcdef_8.old"))
+    (best.parent / ".best.abcdef_9.tmp").mkdir()
     assert torch.equal(run(tmp_path / "run"), whole)
     assert best.is_dir()
     assert not list(best.parent.glob(".*"))
