@@ -1,5 +1,6 @@
 """The command line: `mnif COMMAND …`, one table of commands, each imported only when it is called."""
 
+import atexit
 import sys
 from importlib import import_module
 
@@ -50,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f'mnif: no command "{name}"; choose one of {", ".join(COMMANDS)}', file=sys.stderr)
         return 2
     module, _, function = COMMANDS[name][0].partition(":")
+    atexit.register(_leave_process_group)
     try:
         code: int | None = getattr(import_module(module), function)(rest)
     except UserError as error:
@@ -61,8 +63,6 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"mnif {name}: stopped", file=sys.stderr)
         return 130
-    finally:
-        _leave_process_group()
     return code or 0
 
 
