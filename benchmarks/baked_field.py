@@ -15,14 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from evals.images.latency import settled_seconds
-from export.backends import OnnxRuntimeGraph
-from export.bundle_folder import BundleError
-from export.engine import build_plan, compute_capabilities, find_builder
-from export.graphs.model import baked_graph
-from export.kernels import kernels_of_log
-from export.openvino_graph import OpenVinoGraph
-from mnif.modeling import MNIFModel
+from evals.timing import settled_seconds
+from export.device.backends import OnnxRuntimeGraph, OpenVinoGraph
+from export.device.bundle import BundleError
+from export.device.tensorrt import build_plan, compute_capabilities, find_builder, kernels_of_log
+from export.graphs.fields import baked_graph
+from mnif.models.mnif_model import MNIFModel
 
 ROUNDS = 20
 SIZE = 64

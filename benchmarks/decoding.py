@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 import tyro
 
-from evals.images.latency import median_seconds
-from export.runtime import load_bundle
-from mnif.model_folder import load_component
-from mnif.modeling import MNIFModel
+from evals.timing import median_seconds
+from export.device.runtime import load_bundle
+from mnif.models.io import load_component
+from mnif.models.mnif_model import MNIFModel
 
 
 @dataclass

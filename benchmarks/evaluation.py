@@ -16,13 +16,13 @@ import numpy as np
 import scipy.linalg
 from PIL import Image
 
-from evals.extractors.resizing import bicubic_antialias
-from evals.features import extract_features, extractor_by_name
-from evals.images.sources import sample_pictures
+from evals.features.extractor import extract_features, extractor_by_name
+from evals.features.resize import bicubic_antialias
+from evals.image_sources import sample_pictures
 from evals.metrics.frechet import frechet_distance, moments_of
 from evals.metrics.precision_recall import overlap
-from evals.processes import Processes
 from evals.shards import computed_in_shards
+from mnif.utils.process import Processes
 
 GENERATOR = np.random.default_rng(0)
 

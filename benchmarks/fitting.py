@@ -16,13 +16,13 @@ import torch
 import tyro
 from torch import Tensor
 
-from evals.images.latency import settled_seconds
-from mnif.field_operator import plain_field_values
-from mnif.fitting import AutoDecoding, MetaLearning
-from mnif.inner_loop import InnerLoop
-from mnif.latent_rows import LatentRows
-from mnif.modeling import MNIFModel
-from mnif.signals import Image
+from evals.timing import settled_seconds
+from mnif.latents.embedding import LatentRows
+from mnif.latents.inner_loop import InnerLoop
+from mnif.models.field_op import plain_field_values
+from mnif.models.mnif_model import MNIFModel
+from mnif.signals.image import Image
+from mnif.training.methods import AutoDecoding, MetaLearning
 
 
 @dataclass

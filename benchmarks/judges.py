@@ -11,23 +11,24 @@ from typing import Protocol as Interface
 import numpy as np
 import torch
 
-from evals.controls import gaussian_latents
-from evals.features import extractor_by_name
-from evals.images.bench import Bench
-from evals.images.samples import novelty_figures, reference_of
-from evals.images.sources import PictureSource, data_pictures, latent_pictures
+from evals.baselines import gaussian_latents
+from evals.features.extractor import Bench, PictureSource, extractor_by_name
+from evals.image_sets import novelty_figures, reference_of
+from evals.image_sources import data_pictures, latent_pictures
+from evals.loaded_run import sides_of
 from evals.metrics.frechet import frechet_distance, moments_of
-from evals.metrics.memorisation import memorisation_figures
-from evals.metrics.surfaces import surfaces_of_grids
-from evals.processes import Processes
-from evals.protocols import PRESETS
-from evals.sides import sides_of
-from evals.voxels.samples import comparison_figures, novelty_of, real_shapes
-from mnif.data import Split, load_images, load_voxels
-from mnif.files import read_json
-from mnif.latents import LatentTable
-from mnif.model_folder import load_component
-from mnif.modeling import MNIFModel
+from evals.metrics.neighbours import memorisation_figures
+from evals.metrics.shapes import surfaces_of_grids
+from evals.protocol import PRESETS
+from evals.voxel_sets import comparison_figures, novelty_of, real_shapes
+from mnif.data.dataset import Split
+from mnif.data.images import load_images
+from mnif.data.voxels import load_voxels
+from mnif.latents.table import LatentTable
+from mnif.models.io import load_component
+from mnif.models.mnif_model import MNIFModel
+from mnif.utils.files import read_json
+from mnif.utils.process import Processes
 
 
 class Judge(Interface):

@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 import tyro
 
-from mnif.latent_rows import LatentRows
-from mnif.latents import LatentTable
-from mnif.rows import Rows, ShuffledBatches
+from mnif.data.batches import Rows, ShuffledBatches
+from mnif.latents.embedding import LatentRows
+from mnif.latents.table import LatentTable
 
 FEW = 10_000
 

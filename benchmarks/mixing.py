@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from mnif.modeling import MNIFModel
+from mnif.models.mnif_model import MNIFModel
 
 BASES, WIDTH, BATCH, ROUNDS = 256, 64, 32, 15
 

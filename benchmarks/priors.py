@@ -21,14 +21,13 @@ import tyro
 from judges import Judge, judge_of
 from matplotlib import pyplot
 
-from latent_prior.distill import DistillArguments, distill
-from latent_prior.drawing import Drawing
-from latent_prior.energy import energy_distance
+from latent_prior.commands.distill import DistillArguments, distill
+from latent_prior.commands.prior import fit_prior, parse_prior_arguments
+from latent_prior.distillation import energy_distance
 from latent_prior.pipeline import load_pipeline
-from latent_prior.prior_arguments import parse_prior_arguments
-from latent_prior.train import fit_prior
-from mnif.arguments import parse_arguments
-from mnif.files import read_json, write_json
+from latent_prior.sampling import Drawing
+from mnif.utils.args import parse_arguments
+from mnif.utils.files import read_json, write_json
 
 VARIANTS = {
     "default": "",

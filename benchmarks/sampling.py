@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 import tyro
 
-from latent_prior.noise import step_generators
-from latent_prior.objective import sampling_scheduler
-from latent_prior.paper_denoiser import PaperDenoiser
+from latent_prior.commands.prior import PRESETS
+from latent_prior.denoisers import PaperDenoiser
+from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
-from latent_prior.prior_arguments import PRESETS
+from latent_prior.sampling import step_generators
 
 
 @dataclass

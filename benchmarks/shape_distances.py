@@ -12,10 +12,8 @@ import time
 import numpy as np
 import torch
 
-from evals.metrics.shape_distances import distance_matrix, earth_movers_distance
-from evals.metrics.shape_sets import set_figures
-from evals.metrics.surfaces import POINTS, surfaces_of_grids
-from mnif.data import load_voxels
+from evals.metrics.shapes import POINTS, distance_matrix, earth_movers_distance, set_figures, surfaces_of_grids
+from mnif.data.voxels import load_voxels
 
 PART = 24  # shapes of each kind of which every distance is measured
 

@@ -26,13 +26,12 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from judges import PictureJudge, judge_of
 
-from evals.images.sources import PictureSource
-from latent_prior.noise import initial_noise
+from evals.features.extractor import PictureSource
 from latent_prior.pipeline import load_pipeline
-from mnif.data import Split
-from mnif.files import folder_written_atomically, read_json, write_json
-from mnif.progress import progress_bar
-from mnif.runs import peak_memory_megabytes
+from latent_prior.sampling import initial_noise
+from mnif.data.dataset import Split
+from mnif.utils.files import folder_written_atomically, read_json, write_json
+from mnif.utils.process import peak_memory_megabytes, progress_bar
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
 

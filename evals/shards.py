@@ -13,13 +13,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from evals.processes import Processes
-from latent_prior.drawing import BLOCK
-from mnif.errors import UserError
-from mnif.files import written_atomically
-from mnif.progress import progress_bar
+from latent_prior.sampling import BLOCK
+from mnif.utils.errors import UserError
+from mnif.utils.files import written_atomically
+from mnif.utils.process import Processes, progress_bar
 
 SHARD = BLOCK  # so that a shard of samples is drawn as `mnif sample` draws it
+
 
 T = TypeVar("T")
 

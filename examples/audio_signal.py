@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnif.cli import main
-from mnif.data import Instances
-from mnif.data.pictures import files_by_name
-from mnif.errors import UserError
-from mnif.modeling import MNIFModel
-from mnif.signal_table import register_signal
-from mnif.signals import GridSignal, Observation
+from mnif.data.dataset import Instances
+from mnif.data.images import files_by_name
+from mnif.models.mnif_model import MNIFModel
+from mnif.signals.base import GridSignal, Observation
+from mnif.signals.registry import register_signal
+from mnif.utils.errors import UserError
 
 _LENGTH = 2048  # samples of a clip unless --resolution says otherwise
 

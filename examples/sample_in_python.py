@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latent_prior.noise import initial_noise, slerp
 from latent_prior.pipeline import MNIFPipeline
+from latent_prior.sampling import initial_noise, slerp
 
 
 def main(model: str, output: str) -> None:

@@ -1,172 +1,261 @@
-"""`mnif export`: one folder with everything an edge device needs."""
+"""A bundle: which graphs and instances it holds, the part of it that runs on a device, and how it is put in place.
 
-from dataclasses import asdict
-from pathlib import Path
+Its ``device/`` holds one small file per command (``python3 device/build.py``) and under ``device/export/`` the package
+they need, byte for byte :mod:`export.device`.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
-import onnx
+import torch
+from torch import Tensor
 
-from export.contents.description import graph_entry, manifest_of
-from export.contents.device import write_device_files
-from export.contents.readme import bundle_readme
-from export.contents.triton import write_model_repository
-from export.export_arguments import ExportArguments, selection_of
-from export.graphs.gate import CompileReport, compile_with_rtx, rtx_is_installed
-from export.graphs.precision import PARTS
-from export.graphs.variants import Variant, variants
-from export.manifest import manifest_digest
-from export.replacement import MANIFEST, is_as_written, put_in_place
-from latent_prior.pipeline import MNIFPipeline, load_pipeline
-from mnif import __version__
-from mnif.arguments import parse_arguments
-from mnif.errors import UserError
-from mnif.files import read_json, remove_leftovers, sha256_of_file, sha256_of_folder, temporary_folder, write_json
-from mnif.model_folder import load_component
-from mnif.modeling import MNIFModel
-from mnif.output_folders import check_output_folder
-from mnif.tensor_files import save_tensors
+from export.device.bundle import ENGINES, UNFINISHED
+from export.graphs.fields import Resolution, baked_cases, decoder_case, padded
+from export.graphs.radiance import baked_radiance_cases, radiance_cases
+from export.graphs.sampler import browser_cases, for_decoder, sampler_case
+from export.graphs.specs import GraphCase
+from latent_prior.denoisers import LatentDenoiser
+from latent_prior.pipeline import MNIFPipeline
+from latent_prior.sampling import initial_noise
+from mnif.latents.table import LatentTable
+from mnif.models.mnif_model import MNIFModel
+from mnif.signals.radiance import RadianceField
+from mnif.signals.registry import signal_of_model
+from mnif.utils.errors import UserError
+from mnif.utils.files import flush_to_disk, read_json, sha256_of_file, write_json
+
+_BATCH = 256
 
 
-def main(arguments: list[str]) -> None:
-    """Runs `mnif export`."""
-    options = parse_arguments(ExportArguments, arguments, "mnif export")
-    _check_output(options.output_dir)
-    model = load_model(options.model)
-    if isinstance(model, MNIFModel) and options.latents is None:
-        beside = options.model.parent / "latents.safetensors"
-        options.latents = beside if beside.is_file() else None
-    inputs = {key: str(value) for key, value in asdict(options).items() if key != "output_dir"}
-    inputs |= {"version": __version__, "model_sha256": sha256_of_folder(options.model)}
-    if options.latents is not None and options.latents.is_file():
-        inputs["latents_sha256"] = sha256_of_file(options.latents)
-    if _holds(options.output_dir, inputs):
-        print(f"{options.output_dir}: exported here before from this model with these flags; nothing to do")
-        return
-    export_bundle(model, options, inputs)
+@dataclass(frozen=True)
+class Instances:
+    """Latents, and what the manifest says of each that is baked.
+
+    Attributes:
+        latents: [n or more, D]; those after the first n are for references alone.
+        labels: n times {"seed", "sample"}, or {"id"}.
+    """
+
+    latents: Tensor
+    labels: list[dict[str, Any]]
 
 
-def load_model(folder: Path) -> MNIFPipeline | MNIFModel:
-    """Both stages of a model folder, or the decoder alone where there is no prior yet.
+@torch.no_grad()
+def sampled(pipeline: MNIFPipeline, count: int, num_inference_steps: int, seed: int, least: int) -> Instances:
+    """Samples 0 to ``count`` - 1 of ``seed``, the same that `mnif sample` draws, and latents of ``least`` samples."""
+    total = max(count, least)
+    parts: list[Tensor] = []
+    for begin in range(0, total, _BATCH):
+        noise = initial_noise(seed, range(begin, min(begin + _BATCH, total)), pipeline.decoder.config.latent_dim)
+        parts += pipeline(
+            latents=torch.from_numpy(noise),
+            num_inference_steps=num_inference_steps,
+            output_type="latent",
+            return_dict=False,
+        )
+    return Instances(torch.cat(parts), [{"seed": seed, "sample": index} for index in range(count)])
+
+
+def of_table(decoder: MNIFModel, path: Path, count: int, ids: Sequence[str] | None, least: int) -> Instances:
+    """Rows of a latent table: those of ``ids``, or the first ``count``; and latents of ``least`` rows if there are.
 
     Raises:
-        UserError: a stage is damaged, there is no decoder, or the denoiser belongs to another one.
+        UserError: no such table or id, or the table belongs to another decoder.
     """
-    if (folder / "denoiser").is_dir():
-        return load_pipeline(folder)
-    return load_component(MNIFModel, folder, "decoder")
+    table = LatentTable.load(path, decoder.fingerprint())
+    if ids is None:
+        rows = list(range(min(count, len(table.ids))))
+    else:
+        place = {id: row for row, id in enumerate(table.ids)}
+        for id in ids:
+            if id not in place:
+                raise UserError(f"--ids {id}: not in {path}, which begins with {', '.join(table.ids[:3])}")
+        rows = [place[id] for id in ids]
+    further = [row for row in range(len(table.ids)) if row not in set(rows)][: max(least - len(rows), 0)]
+    return Instances(table.latents[rows + further], [{"id": table.ids[row]} for row in rows])
 
 
-def _holds(output: Path, inputs: dict[str, str]) -> bool:
-    """Whether a bundle of the same inputs lies there, each file as it was written; others may lie there too."""
-    if not (output / MANIFEST).is_file():
-        return False
-    manifest = read_json(output / MANIFEST)
-    if manifest.get("inputs") != inputs or manifest.get("digest") != manifest_digest(manifest):
-        return False
-    return all(is_as_written(output / name, entry) for name, entry in manifest["files"].items())
+def noise_alone(decoder: MNIFModel, count: int, seed: int) -> Tensor:
+    """Latents [count, D] for the reference of a decoder that comes with neither prior nor latent table."""
+    return torch.from_numpy(initial_noise(seed, range(count), decoder.config.latent_dim))
 
 
-def export_bundle(
-    model: MNIFPipeline | MNIFModel, options: ExportArguments, inputs: dict[str, str] | None = None
-) -> None:
-    """Writes a bundle to ``options.output_dir``, whole or not at all; it takes the place of an older one.
+_REFERENCES = 3  # latents that make the decoder's reference
 
-    What the older bundle's manifest does not name stays, the plans built there among it.
+
+@dataclass(frozen=True)
+class Selection:
+    """What is exported of a model.
+
+    Attributes:
+        decoder: stage one.
+        pipeline: both stages; None for a model without a prior.
+        resolution: pixels per axis of decoder and sampler.
+        steps: for each sampler its number of denoising steps; what is baked is sampled with the last.
+        num_baked: how many instances are baked.
+        seed: of the samples and of the references.
+        table: a latent table whose rows are baked; None bakes samples of the prior.
+        ids: which of its rows.
+        pad_channels: values get four channels.
+        browser: the graphs of the page come too; they need a pipeline.
+    """
+
+    decoder: MNIFModel
+    pipeline: MNIFPipeline | None
+    resolution: Resolution
+    steps: Sequence[int]
+    num_baked: int
+    seed: int
+    table: Path | None = None
+    ids: Sequence[str] | None = None
+    pad_channels: bool = False
+    browser: bool = False
+
+    def cases(self) -> Iterator[GraphCase]:
+        """Decoder, samplers, what radiance fields have besides, and the baked instances.
+
+        Raises:
+            UserError: the latent table does not fit, the scheduler cannot be exported, or float32 is not enough.
+        """
+        decoder = padded(self.decoder) if self.pad_channels else self.decoder
+        signal, instances = signal_of_model(decoder), self._instances()
+        shown = instances.latents[:_REFERENCES]
+        yield decoder_case(decoder, shown, self.resolution)
+        if self.pipeline is not None:
+            resolution = None if isinstance(signal, RadianceField) else self.resolution
+            for count in self.steps:
+                yield sampler_case(self._drawing(decoder, count), count, resolution, self.seed)
+            if self.browser:
+                count = self.steps[-1]
+                yield from browser_cases(self._drawing(decoder, count), count, self.resolution, self.seed)
+        if isinstance(signal, RadianceField):
+            yield from radiance_cases(decoder, signal, shown, self.seed)
+        latents, labels = instances.latents[: len(instances.labels)], instances.labels
+        yield from baked_cases(decoder, latents, labels, self.resolution)
+        if isinstance(signal, RadianceField):
+            yield from baked_radiance_cases(decoder, signal, latents, labels, self.seed)
+
+    def _drawing(self, decoder: MNIFModel, steps: int) -> MNIFPipeline:
+        """What draws in ``steps``: the student where it was distilled for them, as in the pipeline itself."""
+        assert self.pipeline is not None
+        denoiser, scheduler = self.pipeline.denoiser, self.pipeline.scheduler
+        student = self.pipeline.student
+        if student is not None and steps in student.config.distilled_steps:
+            denoiser, scheduler = student, self.pipeline.student_scheduler
+        if not isinstance(denoiser, LatentDenoiser):
+            raise UserError(
+                f"{type(denoiser).__name__} cannot be exported; `mnif distill` makes a student that can, for "
+                "--num_inference_steps 1, 2 or 4"
+            )
+        drawing = MNIFPipeline(decoder, for_decoder(denoiser, decoder), scheduler)
+        drawing.set_progress_bar_config(disable=True)
+        return drawing
+
+    def _instances(self) -> Instances:
+        """What is baked, with as many further latents as references need."""
+        if self.table is not None:
+            return of_table(self.decoder, self.table, self.num_baked, self.ids, _REFERENCES)
+        if self.pipeline is not None:
+            return sampled(self.pipeline, self.num_baked, self.steps[-1], self.seed, _REFERENCES)
+        return Instances(noise_alone(self.decoder, _REFERENCES, self.seed), [])
+
+
+COMMANDS = ("build", "sample", "verify", "bench")
+
+
+def write_device_files(bundle: Path) -> None:
+    """Writes ``device/`` into a bundle's folder: the package :mod:`export.device`, and a script for each command."""
+    here, device = Path(__file__).parent, bundle / "device"
+    (device / "export" / "device").mkdir(parents=True)
+    for source in (here / "__init__.py", *sorted((here / "device").glob("*.py"))):
+        shutil.copyfile(source, device / "export" / source.relative_to(here))
+    for name in COMMANDS:
+        shutil.copyfile(here / "device_entry.py", device / f"{name}.py")
+
+
+MANIFEST = "manifest.json"
+
+
+def put_in_place(new: Path, output: Path) -> list[str]:
+    """Moves a whole bundle into ``output``.
+
+    While files are moved, the manifest there is an unfinished one, which nothing reads as a bundle and which names the
+    files of both, so that whatever a killed command leaves is known to the next. The new manifest comes last.
 
     Args:
-        model: what to export, on the CPU in float32.
-        options: the command's flags; ``options.model`` is not read.
-        inputs: what the bundle depends on, noted in the manifest.
+        new: the bundle, on the same file system; emptied.
+        output: gets it; may be missing, empty, or a bundle, finished or not.
+
+    Returns:
+        The files there that are not the bundle's, plans left out.
 
     Raises:
-        UserError: a flag is out of range, the folder holds something else or a file in the way, the scheduler cannot
-            be exported, a graph misses its tolerance, or TensorRT-RTX refuses it.
+        UserError: a file that no manifest names is in the way; nothing has been touched.
     """
-    selection = selection_of(model, options)
-    _check_output(options.output_dir)
-    output = options.output_dir.resolve()
-    compiles = options.compile_rtx == "on" or (options.compile_rtx == "auto" and rtx_is_installed())
-    if options.compile_rtx == "auto" and not compiles:
-        print("TensorRT-RTX compile gate skipped: not installed (pip install 'mnif-diffusion[rtx]')")
-
-    if selection.pipeline is None and selection.table is None:
-        print("no prior and no latent table: nothing is baked (--latents names a table)")
-    if selection.pipeline is not None:
-        selection.pipeline.set_progress_bar_config(disable=True)
-    with temporary_folder(output) as folder:
-        (folder / "onnx").mkdir()
-        manifest = manifest_of(selection) | {"inputs": inputs or {}}
-        reference: dict[str, Any] = {}
-        unmeasured = 0
-        for case in selection.cases():
-            for variant in variants(case, *options.forms(case.kind)):
-                path = folder / "onnx" / f"{variant.name}.onnx"
-                onnx.save_model(variant.model, path)
-                gated = compiles and (case.instance is None or case.name.startswith("baked_0000"))
-                report = compile_with_rtx(path, case.profile) if gated else None
-                manifest["precision"][variant.precision] = PARTS[variant.precision]
-                manifest["graphs"][variant.name] = graph_entry(variant)
-                manifest["measured"][variant.name] = {"tensorrt_rtx": None if report is None else asdict(report)}
-                if case.reference is None:
-                    unmeasured += 1
-                else:
-                    print(_line(variant, report))
-            if case.reference is not None:
-                arrays = case.reference.inputs | case.reference.outputs
-                reference |= {f"{case.reference.prefix}.{name}": array for name, array in arrays.items()}
-        if unmeasured:
-            print(f"{unmeasured} further baked graphs: the same nodes with other weights, all of them finite")
-        np.savez_compressed(folder / "reference.npz", **reference)
-        _write_weights(selection.decoder, folder / "weights.safetensors")
-        write_device_files(folder)
-        if options.triton:
-            write_model_repository(folder, manifest["graphs"])
-        (folder / "README.md").write_text(bundle_readme(manifest))
-        manifest["files"] = {
-            path.relative_to(folder).as_posix(): {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
-            for path in sorted(folder.rglob("*"))
-            if path.is_file()
-        }
-        manifest["digest"] = manifest_digest(manifest)
-        write_json(folder / MANIFEST, manifest)
-        others = put_in_place(folder, output)
-    megabytes = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
-    count = len(manifest["graphs"])
-    print(f"{options.output_dir}: {count} graphs, {megabytes:.1f} MB; README.md has the commands for a device")
-    if others:
-        first = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
-        print(f"{options.output_dir}: {len(others)} files that are not the bundle's stay as they are: {first}")
-
-
-def _check_output(output: Path) -> None:
-    """Refuses a path that is neither free, nor an empty folder, nor a bundle; clears what a killed export left."""
-    is_bundle = check_output_folder(output, "export")
-    remove_leftovers(output.resolve().parent, output.resolve().name)
-    remove_leftovers(output, MANIFEST)
-    if not is_bundle and output.exists() and any(output.iterdir()):
-        raise UserError(f"{output} holds something other than a bundle; choose another --output_dir")
-
-
-def _line(variant: Variant, report: CompileReport | None) -> str:
-    gate = (
-        "TensorRT-RTX compile gate not run"
-        if report is None
-        else f"TensorRT-RTX {report.version} compile gate passed in {report.seconds:.2f} s, plan "
-        f"{report.plan_bytes / 1e6:.1f} MB (not a Jetson build)"
+    manifest = read_json(new / MANIFEST)
+    files, before = manifest["files"], _files_of_bundle(output)
+    changed = [name for name in files if not is_as_written(output / name, files[name])]
+    for name in changed:
+        _check_way(output, name, name in before)
+    write_json(
+        output / MANIFEST,
+        {"schema": UNFINISHED, "decoder_fingerprint": manifest["decoder_fingerprint"], "files": before | files},
     )
-    return (
-        f"{variant.name}.onnx: {variant.model.ByteSize() / 1e6:.2f} MB, ONNX checker passed, against float64 "
-        f"{variant.psnr:.1f} dB, max |difference| {variant.error:.1e}, {gate}"
-    )
+    for name in changed:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (new / name).chmod(0o644)  # safetensors keeps what it makes from other users
+        flush_to_disk(new / name)
+        shutil.move(new / name, output / name)
+    for name in before.keys() - files.keys():
+        _remove(output, name)
+    for folder in {output, *(path for name in changed for path in (output / name).parents if output in path.parents)}:
+        flush_to_disk(folder)
+    shutil.move(new / MANIFEST, output / MANIFEST)
+    flush_to_disk(output)
+    there = (path.relative_to(output) for path in sorted(output.rglob("*")) if not path.is_dir())
+    others = [path.as_posix() for path in there if path.parts[0] != ENGINES]
+    return [name for name in others if name not in files and name != MANIFEST]
 
 
-def _write_weights(decoder: MNIFModel, path: Path) -> None:
-    """The decoder, its large matrices in float16 but for the first layer's; the denoiser stands in the samplers."""
-    large = {f"bases.{mixed}" for mixed, layer in enumerate(decoder.mixed_layers) if layer > 0}
-    large.add("coefficient_map.weight")
-    tensors = {
-        f"decoder.{name}": (tensor.half() if name in large else tensor).contiguous()
-        for name, tensor in decoder.state_dict().items()
-    }
-    save_tensors(tensors, path, {"decoder_fingerprint": decoder.fingerprint()})
+def is_as_written(path: Path, entry: dict[str, Any]) -> bool:
+    """Whether a file is there and what a manifest's entry says of it."""
+    return path.is_file() and path.stat().st_size == entry["bytes"] and sha256_of_file(path) == entry["sha256"]
+
+
+def _files_of_bundle(output: Path) -> dict[str, Any]:
+    """What the manifest there names, as far as it lies below the folder; nothing where there is none."""
+    manifest = read_json(output / MANIFEST) if (output / MANIFEST).is_file() else {}
+    files = manifest.get("files") if isinstance(manifest, dict) else {}
+    return {name: entry for name, entry in files.items() if _is_inside(name)} if isinstance(files, dict) else {}
+
+
+def _is_inside(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and path.parts[0] != ENGINES
+
+
+def _check_way(output: Path, name: str, own: bool) -> None:
+    """Refuses to write over what no manifest names, or where no file can be."""
+    path = output / name
+    around = [output / each for each in Path(name).parents]
+    in_the_way = next((each for each in around if each.exists() and not each.is_dir()), None)
+    if in_the_way is None and (path.is_dir() or (not own and (path.exists() or path.is_symlink()))):
+        in_the_way = path
+    if in_the_way is not None:
+        raise UserError(f"{in_the_way} is not of the bundle and in its way; move it, or choose another --output_dir")
+
+
+def _remove(output: Path, name: str) -> None:
+    """Removes a file, and the folders that are empty then."""
+    if (output / name).is_dir():
+        return
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        (output / name).unlink()
+    for folder in Path(name).parents[:-1]:
+        with contextlib.suppress(OSError):
+            (output / folder).rmdir()

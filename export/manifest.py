@@ -1,67 +1,119 @@
-"""The manifest of a bundle, schema 2: what `mnif export` writes and everything else reads.
+"""What a manifest says of a model and of its graphs, as :mod:`export.device.bundle` has it."""
 
-This file stands by itself (Python 3.8, standard library) and is copied into every bundle's ``device/``. A manifest is
-one JSON object; paths are relative to the bundle and use "/".
+import subprocess
+from pathlib import Path
+from typing import Any
 
-``schema``                2
-``package``               {"name", "version"} of the exporter
-``source_revision``       the git commit of the exporter's sources, or null where there is none
-``command``               the command line, as typed
-``decoder_fingerprint``   of the decoder (:meth:`mnif.modeling.MNIFModel.fingerprint`)
-``signal``                "image", "voxels", "radiance", or a signal of one's own
-``grid``                  of *decoder* and *sampler* values: {"dimensions" d, "resolution" [d pixels per axis],
-                          "cells" per axis, "overlap" in widths of a cell, "pixel_centre", "axes" (two conventions in
-                          words)}
-``values``                {"channels" C, "padded_channels" C or 4 (further channels are 0 and to be cut off), "range"
-                          [-1, 1], "pixel" (formula in words)}
-``radiance``              null, or {"bound", "near", "far", "background" in the colours' range, "samples" per ray,
-                          "size" [height, width], "intrinsics" [fx, fy, cx, cy], "camera_distance"}
-``sampling``              null without a prior, or {"latent_dim", "num_inference_steps" [as exported], "scheduler",
-                          "seed" of the baked samples}; the noise of sample i of seed s is
-                          ``numpy.random.default_rng([s, i]).standard_normal(latent_dim, dtype=float32)``
-``precision``             precision → {part of a graph → its type}, for each precision that occurs
-``graphs``                name → graph, see below
-``measured``              name → {"tensorrt_rtx" report or null}; never the same twice
-``inputs``                what the bundle depends on; the same inputs make the same bundle
-``files``                 path → {"sha256", "bytes"} of every file but the manifest
-``digest``                :func:`manifest_digest`
+import onnx
+from onnx import helper
 
-While an export puts its files in the place of older ones, the manifest has only ``schema`` "unfinished",
-``decoder_fingerprint``, and ``files`` of both; that of a killed export stays so until the next one.
-
-A graph is
-``kind``                  "decoder"   coefficients → values on the grid
-                          "sampler"   noise → values on the grid (radiance: → coefficients, for *rays* and *points*)
-                          "baked"     coordinates of each cell's own → values, one instance's weights inside
-                          "rays"      origins, directions → colours (and coefficients first, unless it is baked)
-                          "points"    points of the world → colours and density (likewise)
-                          "prior"     noise → coefficients, for *field*
-                          "field"     coefficients, coordinates of each cell's own → values of each cell
-``precision``             "fp32" or "mixed"
-``storage``               "fp32", "fp16" or "int8": how the large matrices are stored
-``file``                  "onnx/NAME.onnx"
-``opset``, ``ir_version`` 17, 8
-``inputs``, ``outputs``   [{"name", "type", "shape"}] in the graph's order; a word in a shape is a dynamic axis
-``profile``               input → {"minimum", "optimum", "maximum"} shapes
-``steps``                 evaluations of the denoiser; null unless it is a sampler
-``instance``              what is baked: {"seed", "sample"} or {"id"}; null where nothing is
-``half``                  names of the nodes that multiply in float16, for builders that set types layer by layer
-``reference``             prefix in reference.npz: ``PREFIX.INPUT`` float32 and ``PREFIX.OUTPUT`` float64; null for
-                          baked graphs after the first few. Graphs that differ in precision or storage alone share one
-``psnr``                  dB against float64 with the model's own weights (``quality.py``) on the reference, in the
-                          graph's own precision; null where ``reference`` is
-``tolerance``             {"max_abs", "psnr"}: what any backend must reach against the reference, the largest absolute
-                          difference and the least PSNR; null where ``reference`` is
-"""
-
-import hashlib
-import json
-
-SCHEMA = 2
-UNFINISHED = "unfinished"
+from export.bundle import Selection
+from export.device.bundle import SCHEMA
+from export.graphs.builder import IR_VERSION, OPSET
+from export.graphs.fields import CHANNELS
+from export.graphs.specs import Variant
+from mnif import __version__
+from mnif.signals.radiance import RadianceField
+from mnif.signals.registry import signal_of_model
+from mnif.utils.process import command_line
 
 
-def manifest_digest(manifest: dict) -> str:
-    """The SHA-256 of a manifest without its own ``digest``; it finds damage, it does not prove where it came from."""
-    rest = {key: value for key, value in manifest.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+def manifest_of(selection: Selection) -> dict[str, Any]:
+    """Everything but the graphs, which are to be added, the inputs, the files and the digest."""
+    config, pipeline = selection.decoder.config, selection.pipeline
+    resolution = selection.resolution
+    sizes = [resolution] * config.dimensions if isinstance(resolution, int) else list(resolution)
+    return {
+        "schema": SCHEMA,
+        "package": {"name": "mnif-diffusion", "version": __version__},
+        "source_revision": source_revision(),
+        "command": command_line(),
+        "decoder_fingerprint": selection.decoder.fingerprint(),
+        "signal": config.signal,
+        "grid": {
+            "dimensions": config.dimensions,
+            "resolution": sizes,
+            "cells": config.cells,
+            "overlap": float(config.overlap),
+            "pixel_centre": "(r + 1/2) / n",
+            "axes": "coordinate k runs along axis k of the values",
+        },
+        "values": {
+            "channels": config.channels,
+            "padded_channels": max(CHANNELS, config.channels) if selection.pad_channels else config.channels,
+            "range": [-1.0, 1.0],
+            "pixel": "round(clip(value, -1, 1) * 127.5 + 127.5)",
+        },
+        "radiance": _radiance(selection),
+        "sampling": None
+        if pipeline is None
+        else {
+            "latent_dim": config.latent_dim,
+            "num_inference_steps": list(selection.steps),
+            "scheduler": type(pipeline.scheduler).__name__,
+            "seed": selection.seed,
+        },
+        "precision": {},
+        "graphs": {},
+        "measured": {},
+    }
+
+
+def graph_entry(variant: Variant) -> dict[str, Any]:
+    """What the manifest says of one graph."""
+    case = variant.case
+    return {
+        "kind": case.kind,
+        "precision": variant.precision,
+        "storage": variant.storage,
+        "file": f"onnx/{variant.name}.onnx",
+        "opset": OPSET,
+        "ir_version": IR_VERSION,
+        "inputs": [_tensor_entry(tensor) for tensor in variant.model.graph.input],
+        "outputs": [_tensor_entry(tensor) for tensor in variant.model.graph.output],
+        "profile": {
+            source: {size: list(shape) for size, shape in shapes.items()} for source, shapes in case.profile.items()
+        },
+        "steps": case.steps,
+        "instance": case.instance,
+        "half": variant.half,
+        "reference": None if case.reference is None else case.reference.prefix,
+        "psnr": None if variant.psnr is None else round(variant.psnr, 2),
+        "tolerance": variant.tolerance,
+    }
+
+
+def source_revision() -> str | None:
+    """The git commit these sources were read from, "-dirty" behind it if they were changed; None outside of git."""
+    here = Path(__file__).resolve()
+    try:
+        # An installed copy may lie inside someone else's repository, which does not track this file.
+        subprocess.run(
+            ["git", "ls-files", "--error-unmatch", here.name], cwd=here.parent, check=True, capture_output=True
+        )
+        described = ["git", "describe", "--always", "--abbrev=40", "--match=", "--dirty"]
+        return subprocess.run(described, cwd=here.parent, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _radiance(selection: Selection) -> dict[str, Any] | None:
+    signal = signal_of_model(selection.decoder)
+    if not isinstance(signal, RadianceField):
+        return None
+    return {
+        "bound": signal.bound,
+        "near": signal.near,
+        "far": signal.far,
+        "background": 1.0 if signal.background == "white" else -1.0,
+        "samples": signal.samples,
+        "size": list(signal.size),
+        "intrinsics": list(signal.intrinsics),
+        "camera_distance": signal.camera_distance,
+    }
+
+
+def _tensor_entry(tensor: onnx.ValueInfoProto) -> dict[str, Any]:
+    shape = [axis.dim_param or axis.dim_value for axis in tensor.type.tensor_type.shape.dim]
+    kind = helper.tensor_dtype_to_np_dtype(tensor.type.tensor_type.elem_type).name
+    return {"name": tensor.name, "type": kind, "shape": shape}

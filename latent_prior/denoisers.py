@@ -1,12 +1,185 @@
-"""The kinds of denoiser, and reading the one in a model folder, of whatever kind."""
+"""The denoisers: residual networks over standardised latents, small ones and the paper's, and reading any of them.
 
+The paper's is a wide network of group norms, with additive skips from its first half to its second (You, Kim, Kim and
+Han, Generative Neural Fields by Mixtures of Neural Implicit Functions, NeurIPS 2023).
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 
-from latent_prior.denoiser import Denoiser, LatentDenoiser
-from latent_prior.paper_denoiser import PaperDenoiser
-from mnif.errors import UserError
-from mnif.files import read_json
-from mnif.model_folder import load_component
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor, nn
+
+from mnif.models.io import OwnMemory, load_component
+from mnif.utils.errors import UserError
+from mnif.utils.files import read_json
+
+
+class ResidualBlock(nn.Module):
+    """x + W₂ silu(W₁ (norm(x) · (1 + scale) + shift)), with scale and shift from the time embedding."""
+
+    def __init__(self, width: int, time_width: int, dropout: float):
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.modulation = nn.Linear(time_width, 2 * width)
+        self.up = nn.Linear(width, 2 * width)
+        self.dropout = nn.Dropout(dropout)
+        self.down = nn.Linear(2 * width, width)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
+        """hidden [B, width], time [B or 1, time_width] → [B, width]."""
+        scale, shift = self.modulation(time).chunk(2, dim=-1)
+        inner = F.silu(self.up(self.norm(hidden) * (1 + scale) + shift))
+        return hidden + self.down(self.dropout(inner))
+
+
+class Denoiser(OwnMemory, ModelMixin, ConfigMixin):
+    """What every denoiser has in common: it predicts the clean latent, or what its scheduler says, from a noisy one.
+
+    The mean and standard deviation of the training latents travel with the weights: the network works on
+    standardised latents, :meth:`to_latents` gives the decoder's.
+
+    Args:
+        latent_dim: D, numbers in a latent.
+    """
+
+    def __init__(self, latent_dim: int):
+        super().__init__()
+        self.register_buffer("latent_mean", torch.zeros(latent_dim))
+        self.register_buffer("latent_std", torch.ones(latent_dim))
+
+    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+        """Noisy standardised latents [B, D] at the scheduler's timestep, [B] or one number → the prediction [B, D]."""
+        raise NotImplementedError
+
+    def standardised(self, latents: Tensor) -> Tensor:
+        """The decoder's latents → zero mean and unit variance per dimension."""
+        return (latents - self.latent_mean) / self.latent_std
+
+    def to_latents(self, standardised: Tensor) -> Tensor:
+        """Standardised latents → the decoder's."""
+        return standardised * self.latent_std + self.latent_mean
+
+
+class LatentDenoiser(Denoiser):
+    """A residual network whose blocks are scaled and shifted by the time; small, and exportable.
+
+    Args:
+        latent_dim: D, numbers in a latent.
+        width: hidden units of the residual stream.
+        depth: residual blocks.
+        time_width: numbers in the time embedding.
+        dropout: in the blocks, while training.
+        decoder_fingerprint: of the decoder whose latents these are
+            (:meth:`mnif.models.mnif_model.MNIFModel.fingerprint`).
+        distilled_steps: the numbers of steps that a student was distilled for; none: it is a teacher.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_dim: int = 128,
+        width: int = 512,
+        depth: int = 4,
+        time_width: int = 128,
+        dropout: float = 0.0,
+        decoder_fingerprint: str = "",
+        distilled_steps: Sequence[int] = (),
+    ):
+        super().__init__(latent_dim)
+        self.time_in = nn.Linear(time_width, time_width)
+        self.read = nn.Linear(latent_dim, width)
+        self.blocks = nn.ModuleList(ResidualBlock(width, time_width, dropout) for _ in range(depth))
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.write = nn.Linear(width, latent_dim)
+        nn.init.zeros_(self.write.weight)
+        nn.init.zeros_(self.write.bias)
+
+    def time_embedding(self, timestep: Tensor | float) -> Tensor:
+        """The scheduler's timesteps, [B] or one number, 0 to 1000 → [B or 1, time_width]."""
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=self.device).reshape(-1)
+        return F.silu(self.time_in(get_timestep_embedding(timestep, self.config.time_width).to(self.dtype)))
+
+    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+        """Noisy standardised latents [B, D] at the scheduler's timestep → the prediction [B, D]."""
+        time = self.time_embedding(timestep)
+        hidden = self.read(sample)
+        for block in self.blocks:
+            hidden = block(hidden, time)
+        return self.write(self.norm(hidden))
+
+
+GROUPS = 16
+
+
+class PaperBlock(nn.Module):
+    """x + W₂ silu(norm(W₁ silu(norm(x)) + V silu(time)))."""
+
+    def __init__(self, width: int, time_width: int):
+        super().__init__()
+        self.norm_in = nn.GroupNorm(GROUPS, width)
+        self.up = nn.Linear(width, width)
+        self.time = nn.Linear(time_width, width)
+        self.norm_out = nn.GroupNorm(GROUPS, width)
+        self.down = nn.Linear(width, width)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
+        """hidden [B, width], time [B or 1, time_width] → [B, width]."""
+        inner = self.up(F.silu(self.norm_in(hidden))) + self.time(F.silu(time))
+        return hidden + self.down(F.silu(self.norm_out(inner)))
+
+
+class PaperDenoiser(Denoiser):
+    """The residual network of the paper, of any width and even depth; ``width=4096, depth=8`` is the paper's own.
+
+    Block depth/2 + i gets what went into block depth/2 − 1 − i added to its input.
+
+    Args:
+        latent_dim: D, numbers in a latent.
+        width: hidden units, a multiple of 16, at least 32: alone in its group, a unit is normalised to nothing.
+        depth: residual blocks, an even number.
+        time_width: numbers in the sinusoidal time embedding.
+        decoder_fingerprint: of the decoder whose latents these are
+            (:meth:`mnif.models.mnif_model.MNIFModel.fingerprint`).
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_dim: int = 128,
+        width: int = 4096,
+        depth: int = 8,
+        time_width: int = 64,
+        decoder_fingerprint: str = "",
+    ):
+        super().__init__(latent_dim)
+        self.read = nn.Linear(latent_dim, width)
+        self.blocks = nn.ModuleList(PaperBlock(width, time_width) for _ in range(depth))
+        self.norm = nn.GroupNorm(GROUPS, width)
+        self.write = nn.Linear(width, latent_dim)
+
+    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+        """Noisy standardised latents [B, D] at the scheduler's timestep, [B] or one number → the prediction [B, D]."""
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=self.device).reshape(-1)
+        time = get_timestep_embedding(timestep, self.config.time_width).to(self.dtype)
+        hidden = self.read(sample)
+        inputs: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            if index < len(self.blocks) // 2:
+                inputs.append(hidden)
+            else:
+                hidden = hidden + inputs.pop()
+            hidden = block(hidden, time)
+        return self.write(F.silu(self.norm(hidden)))
+
 
 KINDS: tuple[type[Denoiser], ...] = (LatentDenoiser, PaperDenoiser)
 

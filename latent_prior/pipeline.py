@@ -15,16 +15,14 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from latent_prior.denoiser import Denoiser
-from latent_prior.denoisers import load_denoiser
-from latent_prior.forms import check_form, in_form
+from latent_prior.denoisers import Denoiser, load_denoiser
+from latent_prior.diffusion import INFERENCE_STEPS, predicted_by, takes_generator
 from latent_prior.hub import downloaded, upload
-from latent_prior.objective import INFERENCE_STEPS
-from latent_prior.schedulers import predicted_by, takes_generator
-from mnif.errors import UserError
-from mnif.model_folder import load_component
-from mnif.modeling import MNIFModel
-from mnif.signal_table import signal_of_model
+from mnif.models.io import load_component
+from mnif.models.mnif_model import MNIFModel
+from mnif.signals.outputs import check_form, in_form
+from mnif.signals.registry import signal_of_model
+from mnif.utils.errors import UserError
 
 # diffusers finds the classes of an outside pipeline among the modules already imported, so both stand above.
 
@@ -34,7 +32,7 @@ class MNIFPipelineOutput(BaseOutput):
     """What the pipeline returns.
 
     Attributes:
-        images: in the form asked for, see :func:`latent_prior.forms.in_form`.
+        images: in the form asked for, see :func:`mnif.signals.outputs.in_form`.
     """
 
     images: list[Any] | np.ndarray | Tensor
@@ -45,7 +43,7 @@ class MNIFPipeline(DiffusionPipeline):
 
     A sample depends on its own noise and generator alone: drawn in another batch it is the same to 1e-5 (its matrix
     products then run in other kernels, which round differently). ``mnif sample`` is exact, see
-    :mod:`latent_prior.drawing`.
+    :mod:`latent_prior.sampling`.
 
     Args:
         decoder: the stage-one model.
@@ -107,7 +105,7 @@ class MNIFPipeline(DiffusionPipeline):
                 typical samples, as StyleGAN's truncation does (Karras et al., 2019, appendix B). 1 leaves them as
                 they are; 0 gives the mean.
             output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``; of shapes and objects also ``"volume"`` and
-                ``"views"``, of shapes ``"mesh"`` (:func:`latent_prior.forms.in_form`).
+                ``"views"``, of shapes ``"mesh"`` (:func:`mnif.signals.outputs.in_form`).
             views: of each object, for ``"views"``.
             use_student: whether the student draws; default: if there is one that was distilled for this number of
                 steps.
@@ -151,7 +149,7 @@ class MNIFPipeline(DiffusionPipeline):
         if predicted_by(self.scheduler) != self._prediction:
             raise UserError(
                 f"{type(self.scheduler).__name__} does not fit what the denoiser predicts; "
-                "take latent_prior.schedulers.scheduler_by_name(name, pipeline.scheduler)"
+                "take latent_prior.diffusion.scheduler_by_name(name, pipeline.scheduler)"
             )
         return self.denoiser, self.scheduler
 

@@ -5,18 +5,18 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mnif.encoder import PatchEncoder
-    from mnif.fields import BakedField
-    from mnif.latents import LatentTable
-    from mnif.modeling import MNIFModel
+    from mnif.latents.table import LatentTable
+    from mnif.models.encoders import PatchEncoder
+    from mnif.models.mnif_model import MNIFModel
+    from mnif.models.siren import BakedField
 
 __all__ = ["BakedField", "LatentTable", "MNIFModel", "PatchEncoder"]
 
 _HOMES = {
-    "BakedField": "mnif.fields",
-    "LatentTable": "mnif.latents",
-    "MNIFModel": "mnif.modeling",
-    "PatchEncoder": "mnif.encoder",
+    "BakedField": "mnif.models.siren",
+    "LatentTable": "mnif.latents.table",
+    "MNIFModel": "mnif.models.mnif_model",
+    "PatchEncoder": "mnif.models.encoders",
 }
 
 

@@ -4,26 +4,26 @@ import atexit
 import sys
 from importlib import import_module
 
-from mnif.errors import UserError
+from mnif.utils.errors import UserError
 
 COMMANDS = {
-    "fit": ("mnif.train:main", "learn bases and latents from data (stage one)"),
+    "fit": ("mnif.commands.fit:main", "learn bases and latents from data (stage one)"),
     "compare-fit": (
-        "mnif.compare.command:main",
+        "mnif.commands.compare_fit:main",
         "learn in several ways at equal compute, and compare",
     ),
-    "encode": ("mnif.encode:main", "find the latents of new data on frozen bases"),
-    "decode": ("mnif.decode:main", "show what latents stand for: pictures, meshes, views"),
-    "prior": ("latent_prior.train:main", "learn the distribution of the latents (stage two)"),
-    "distill": ("latent_prior.distill:main", "teach a student to draw in one to four steps"),
-    "sample": ("latent_prior.sample:main", "draw new pictures"),
-    "export": ("export.bundle:main", "write ONNX graphs and weights for an edge device"),
-    "build": ("export.build:main", "build TensorRT plans for a bundle's graphs"),
-    "verify": ("export.verify:main", "check a bundle's graphs in every backend against the exact reference"),
-    "bench": ("export.bench:main", "time a bundle's graphs in every backend"),
-    "inspect": ("export.inspection:main", "show what is in a bundle and what its plans are made of"),
-    "eval": ("evals.run:main", "measure samples and reconstructions beside their controls"),
-    "report": ("evals.report:main", "write one HTML page that shows a run"),
+    "encode": ("mnif.commands.encode:main", "find the latents of new data on frozen bases"),
+    "decode": ("mnif.commands.decode:main", "show what latents stand for: pictures, meshes, views"),
+    "prior": ("latent_prior.commands.prior:main", "learn the distribution of the latents (stage two)"),
+    "distill": ("latent_prior.commands.distill:main", "teach a student to draw in one to four steps"),
+    "sample": ("latent_prior.commands.sample:main", "draw new pictures"),
+    "export": ("export.commands.export:main", "write ONNX graphs and weights for an edge device"),
+    "build": ("export.commands.build:main", "build TensorRT plans for a bundle's graphs"),
+    "verify": ("export.commands.verify:main", "check a bundle's graphs in every backend against the exact reference"),
+    "bench": ("export.commands.bench:main", "time a bundle's graphs in every backend"),
+    "inspect": ("export.commands.inspect:main", "show what is in a bundle and what its plans are made of"),
+    "eval": ("evals.commands.eval:main", "measure samples and reconstructions beside their controls"),
+    "report": ("evals.commands.report:main", "write one HTML page that shows a run"),
 }
 
 

@@ -1,11 +1,11 @@
-"""Makes the built-in furniture sets (``mnif/data_files``) from the Debian package ``sweethome3d-furniture`` 1.8.
+"""Makes the built-in furniture sets (``mnif/data/files``) from the Debian package ``sweethome3d-furniture`` 1.8.
 
 Nobody needs it to use the sets; it is here so that they can be made again, byte for byte with the same versions of
 NumPy and Pillow. In any folder on Debian or Ubuntu::
 
     apt-get download sweethome3d-furniture
     dpkg-deb -x sweethome3d-furniture_*.deb package
-    python path/to/scripts/make_furniture.py --package package --output_dir path/to/mnif/data_files
+    python path/to/scripts/make_furniture.py --package package --output_dir path/to/mnif/data/files
 
 It writes
 
@@ -33,7 +33,7 @@ from furniture.voxels import RESOLUTION, find_groups, voxelise
 from PIL import Image
 from tqdm import tqdm
 
-from mnif.files import written_atomically
+from mnif.utils.files import written_atomically
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Arguments:
     """
 
     package: Path
-    output_dir: Path = Path(__file__).parent.parent / "mnif" / "data_files"
+    output_dir: Path = Path(__file__).parent.parent / "mnif" / "data" / "files"
 
 
 def main(arguments: Arguments) -> None:

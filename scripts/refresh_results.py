@@ -4,9 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from evals.tables import evaluation_markdown
-from mnif.errors import UserError
-from mnif.files import read_json, written_atomically
+from evals.presentation import evaluation_markdown
+from mnif.utils.errors import UserError
+from mnif.utils.files import read_json, written_atomically
 
 BEGIN, END = "<!-- results: written by scripts/refresh_results.py -->", "<!-- end of results -->"
 

@@ -13,14 +13,13 @@ import torch
 from diffusers import SchedulerMixin
 from PIL import Image
 
-from export.bundle import export_bundle
-from export.export_arguments import ExportArguments
-from latent_prior.denoiser import LatentDenoiser
-from latent_prior.objective import sampling_scheduler
+from export.commands.export import ExportArguments, export_bundle
+from latent_prior.denoisers import LatentDenoiser
+from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
 from mnif.cli import main
-from mnif.modeling import MNIFModel
-from mnif.rendering import turntable_poses
+from mnif.models.mnif_model import MNIFModel
+from mnif.signals.volume_rendering import turntable_poses
 
 torch.set_num_threads(1)
 

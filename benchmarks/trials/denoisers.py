@@ -18,10 +18,9 @@ import tyro
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from latent_prior.denoiser import Denoiser, LatentDenoiser
-from latent_prior.objective import DenoisingLoss, validation_loss
-from latent_prior.paper_denoiser import PaperDenoiser
-from mnif.latents import LatentTable
+from latent_prior.denoisers import Denoiser, LatentDenoiser, PaperDenoiser
+from latent_prior.diffusion import DenoisingLoss, validation_loss
+from mnif.latents.table import LatentTable
 
 
 class TokenDenoiser(Denoiser):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from mnif.fields import LayerShape
+from mnif.models.siren import LayerShape
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iteration
 

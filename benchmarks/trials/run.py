@@ -23,17 +23,17 @@ from torch.nn.utils import clip_grad_norm_
 from variants import VARIANTS, Variant
 
 from evals.metrics.reconstruction import border_step_ratio
-from mnif.cells import CellGrid
-from mnif.data import Split
-from mnif.fit_arguments import parse_fit_arguments
-from mnif.fitting import Fitting
-from mnif.modeling import MNIFModel
-from mnif.progress import progress_bar
-from mnif.refinement import figures_of, latents_of
-from mnif.rows import Rows, ShuffledBatches, rows_of
-from mnif.signal_table import signal_class
-from mnif.signals import GridSignal, Image, Observation, Signal
-from mnif.train import DECODER_SETTINGS, make_fitting, make_optimizers
+from mnif.commands.fit import DECODER_SETTINGS, make_fitting, make_optimizers, parse_fit_arguments
+from mnif.data.batches import Rows, ShuffledBatches, rows_of
+from mnif.data.dataset import Split
+from mnif.latents.inference import figures_of, latents_of
+from mnif.models.cell_grid import CellGrid
+from mnif.models.mnif_model import MNIFModel
+from mnif.signals.base import GridSignal, Observation, Signal
+from mnif.signals.image import Image
+from mnif.signals.registry import signal_class
+from mnif.training.methods import Fitting
+from mnif.utils.process import progress_bar
 
 from muon import Muon  # isort: skip
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mnif.cells import CellGrid
-from mnif.fields import BakedField, LayerShape, siren_rows
-from mnif.modeling import MNIFModel
+from mnif.models.cell_grid import CellGrid
+from mnif.models.mnif_model import MNIFModel
+from mnif.models.siren import BakedField, LayerShape, siren_rows
 
 
 @dataclass(frozen=True)

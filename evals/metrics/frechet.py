@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from mnif.data.arrays import npz_names
-from mnif.errors import UserError
-from mnif.files import written_atomically
+from mnif.utils.errors import UserError
+from mnif.utils.files import written_atomically
 
 _NEGATIVE_TOLERANCE = 1e-6  # of the largest eigenvalue; what float32 statistics leave of a zero
+
+
 _ROWS_AT_ONCE = 4096
 
 

@@ -9,8 +9,8 @@ distance it has no bias from small samples; it may therefore come out slightly n
 import numpy as np
 
 from evals.metrics.frechet import checked_features
-from evals.metrics.spread import GROUPS, halves
-from mnif.errors import UserError
+from evals.metrics.uncertainty import GROUPS, halves
+from mnif.utils.errors import UserError
 
 _TILE = 2048
 
@@ -30,7 +30,7 @@ def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def kernel_distance_with_spread(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """The distance, and the standard error that the choice of ``x`` gives it (:mod:`evals.metrics.spread`).
+    """The distance, and the standard error that the choice of ``x`` gives it (:mod:`evals.metrics.uncertainty`).
 
     Raises:
         UserError: as :func:`kernel_distance`, or fewer than two samples in a half of ``x``.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evals.metrics.frechet import checked_features
-from mnif.errors import UserError
+from mnif.utils.errors import UserError
 
 _TILE = 1024
 

@@ -2,8 +2,11 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from mnif.errors import UserError
+from evals.metrics.uncertainty import standard_error
+from mnif.signals.base import intersection_over_union, psnr
+from mnif.utils.errors import UserError
 
 SSIM_WINDOW = 11
 
@@ -110,3 +113,34 @@ def _border_step(images: np.ndarray, cells: int) -> np.float64:
 def _check_same_shape(what: str, images: np.ndarray, references: np.ndarray) -> None:
     if images.shape != references.shape:
         raise UserError(f"{what}: {list(images.shape)} against {list(references.shape)}; one shape is needed")
+
+
+PROTOCOL = "PSNR of occupancies in [0, 1], clipped, peak 1; inside is above one half"
+
+
+def occupancy_scores(values: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
+    """``psnr`` in dB, ``iou`` and ``accuracy`` of each shape, [B] float64.
+
+    Args:
+        values: [B, R, R, R, 1], larger inside, 0 on the surface.
+        targets: likewise, -1 and 1.
+    """
+    scores = {
+        "psnr": psnr(values, targets),
+        "iou": intersection_over_union(values, targets),
+        "accuracy": ((values > 0) == (targets > 0)).flatten(1).double().mean(dim=1),
+    }
+    return {name: numbers.double().cpu().numpy() for name, numbers in scores.items()}
+
+
+def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The scores of batches as those of all shapes."""
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def mean_figures(scores: dict[str, np.ndarray], ending: str) -> dict[str, float]:
+    """``NAME_ending`` and its standard error ``NAME_ending_std`` for each score."""
+    found: dict[str, float] = {}
+    for name, numbers in scores.items():
+        found |= {f"{name}_{ending}": float(numbers.mean()), f"{name}_{ending}_std": standard_error(numbers)}
+    return found

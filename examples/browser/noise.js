@@ -1,4 +1,4 @@
-// The noise a sample starts from, number for number what latent_prior/noise.py draws:
+// The noise a sample starts from, number for number what latent_prior/sampling.py draws:
 // numpy.random.default_rng([seed, index]).standard_normal(count, dtype=float32).
 //
 // Seed sequence: O'Neill, "Developing a seed_seq alternative" (2015). Generator: PCG64, XSL-RR 128/64, O'Neill, "PCG"

@@ -1,5 +1,5 @@
 // From one light network per cell to a picture: where each cell is asked, and how neighbours blend. The same as
-// mnif/cells.py, which says why.
+// mnif/models/cell_grid.py, which says why.
 
 /**
  * One axis of pixels as its cells see it.

@@ -1,1 +1,1 @@
-"""A model as ONNX graphs, written node by node, in each precision, with exact answers to check them by."""
+"""The ONNX graphs of a model: their nodes, their exact answers, and what lower precision costs them."""

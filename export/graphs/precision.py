@@ -12,8 +12,8 @@ The large matrices (denoiser, coefficient map, bases) can be stored in fewer bit
   reads and writes latents stays in float16, which is worth 6 dB. Fields are not stored so: a SIREN of 55 dB comes down
   to 45.
 
-What either costs is measured by :mod:`export.reference_evaluator`, which counts in the types a graph names. ONNX
-Runtime on a CPU takes float16 casts out and would show no loss at all.
+What either costs is measured by :mod:`export.device.reference_evaluator`, which counts in the types a graph names.
+ONNX Runtime on a CPU takes float16 casts out and would show no loss at all.
 """
 
 import re
@@ -24,15 +24,24 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 Precision = Literal["fp32", "mixed"]
+
+
 Storage = Literal["fp32", "fp16", "int8"]
+
 
 # For the manifest: the type of each part of a graph.
 PARTS: dict[Precision, dict[str, str]] = {
     "fp32": {"products": "float32", "first_layer": "float32", "biases": "float32", "sines": "float32"},
     "mixed": {"products": "float16", "first_layer": "float32", "biases": "float32", "sines": "float32"},
 }
+
+
 _HIDDEN = re.compile(r"layer_[1-9]\d*/product|step_\d+/.+")
+
+
 _LARGE = 4096  # numbers; smaller matrices are not worth a node
+
+
 _WHOLE = ("denoiser.blocks.", "decoder.coefficient_map.")  # what int8 holds; all else is float16 then
 
 

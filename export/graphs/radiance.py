@@ -1,26 +1,34 @@
 """The graphs of radiance fields: points → colours and density, and rays → colours with the volume rendering inside.
 
 Both come in two forms: for any instance, whose coefficients are an input, with a dynamic batch; and baked, one
-instance's weights inside, without a batch. The rendering is :meth:`mnif.radiance.RadianceField.render` with depths in
-the middles of their intervals.
+instance's weights inside, without a batch. The rendering is :meth:`mnif.signals.radiance.RadianceField.render` with
+depths in the middles of their intervals.
 
 A point in space is on no grid, so which cells answer for it is worked out in the graph. Sorting points by cell needs
 shapes that depend on values, which engines do not have; every cell is asked at every point instead, and the answers
-are added with the weights of :func:`mnif.routing.route_points`, most of them zero. That costs cells³ times the work of
-one cell, at fixed shapes; the usual radiance field has one cell and pays nothing.
+are added with the weights of :func:`mnif.models.cell_grid.route_points`, most of them zero. That costs cells³ times
+the work of one cell, at fixed shapes; the usual radiance field has one cell and pays nothing.
 """
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from export.graphs.model import all_layers, baked_layers, coefficient_shape, evaluated
-from export.graphs.nodes import Nodes, Shape
-from mnif.fields import BakedField
-from mnif.modeling import MNIFModel
-from mnif.radiance import RadianceField
+from export.graphs.builder import Nodes, Shape
+from export.graphs.fields import all_layers, baked_layers, coefficient_shape, evaluated
+from export.graphs.specs import REFERENCED_BAKED, GraphCase, Profile, profile_of, reference_of
+from mnif.models.mnif_model import MNIFModel
+from mnif.models.siren import BakedField
+from mnif.signals.radiance import Cameras, RadianceField, Rays
+from mnif.signals.volume_rendering import turntable_poses
 
-_TINY = 1e-10  # as in mnif.rendering, instead of a direction's exact zero
+_TINY = 1e-10  # as in mnif.signals.volume_rendering, instead of a direction's exact zero
 
 
 def points_graph(decoder: MNIFModel, signal: RadianceField, field: BakedField | None = None) -> onnx.ModelProto:
@@ -113,7 +121,7 @@ def _shares(nodes: Nodes, decoder: MNIFModel, points: str, cells: torch.Tensor) 
     On one axis, a ramp runs up at each border; a cell's share is its own ramp minus that of the next one.
     """
     config = decoder.config
-    # A ramp of no width is a step that belongs to the right cell, as in mnif.routing.
+    # A ramp of no width is a step that belongs to the right cell, as in mnif.models.cell_grid.
     steepness, middle = (1 / (2 * config.overlap), 0.5) if config.overlap > 0 else (1e12, 1.0)
     borders = torch.arange(1, config.cells, dtype=torch.float32)
     position = nodes.add("Mul", [points, nodes.number(config.cells / 2)], "shares/scaled")
@@ -148,7 +156,7 @@ def _colours_and_density(nodes: Nodes, signal: RadianceField, values: str) -> tu
 def _interval(nodes: Nodes, signal: RadianceField, origins: str, directions: str) -> tuple[str, str]:
     """Where rays enter the cube, and how far they are inside, both [batch, rays, 1].
 
-    As :func:`mnif.rendering.box_intersection` has it, clipped to the signal's near and far.
+    As :func:`mnif.signals.volume_rendering.box_intersection` has it, clipped to the signal's near and far.
     """
     zero, bound = nodes.number(0.0), nodes.number(signal.bound)
     flat = nodes.add("Less", [nodes.add("Abs", [directions], "box/steepness"), nodes.number(_TINY)], "box/flat")
@@ -177,7 +185,8 @@ def _interval(nodes: Nodes, signal: RadianceField, origins: str, directions: str
 def _composited(nodes: Nodes, signal: RadianceField, colours: str, density: str, length: str) -> str:
     """Colours [batch, rays, samples, 3] and density [batch, rays, samples] → the light of rays [batch, rays, 3].
 
-    :func:`mnif.rendering.composite`; what lies before a sample is summed by a product with a triangle of ones.
+    :func:`mnif.signals.volume_rendering.composite`; what lies before a sample is summed by a product with a triangle
+    of ones.
     """
     samples = signal.samples
     shares = np.full(samples, 1 / samples, dtype=np.float32)
@@ -196,3 +205,94 @@ def _composited(nodes: Nodes, signal: RadianceField, colours: str, density: str,
     through = nodes.add("Exp", [nodes.add("Neg", [total], "light/total_negative")], "light/through")
     background = nodes.number(1.0 if signal.background == "white" else -1.0)
     return nodes.add("Add", [seen, nodes.add("Mul", [through, background], "light/behind")], "light/seen")
+
+
+_REFERENCES = 2  # instances
+
+
+_PLACES = 64  # rays or points of each, in a reference
+
+
+_MOST_POINTS = 1 << 17  # asked of all cells together by the largest engine
+
+
+# Densities are 20 and more times as large as the values they are made of.
+_LIMITS = {"rays": (1e-5, 2e-4), "points": (1e-4, 4e-3)}
+
+
+@torch.no_grad()
+def radiance_cases(decoder: MNIFModel, signal: RadianceField, latents: Tensor, seed: int) -> Iterator[GraphCase]:
+    """*rays* and *points* of any instance; ``latents`` [n, D] make the references."""
+    coefficients = decoder.coefficients(latents[:_REFERENCES])
+    for kind, model in (("rays", rays_graph(decoder, signal)), ("points", points_graph(decoder, signal))):
+        places = _places(kind, signal, len(coefficients), seed)
+        inputs = {"coefficients": coefficients.numpy()} | {name: place.numpy() for name, place in places.items()}
+        exact, single = _answers(kind, decoder, signal, coefficients, places)
+        reference = reference_of(kind, inputs, exact, single, _LIMITS[kind])
+        yield GraphCase(kind, kind, model, _profile(decoder, signal, kind, model), reference)
+
+
+@torch.no_grad()
+def baked_radiance_cases(
+    decoder: MNIFModel, signal: RadianceField, latents: Tensor, labels: Sequence[dict[str, Any]], seed: int
+) -> Iterator[GraphCase]:
+    """*rays* and *points* of each of ``latents`` [n, D], without a batch; the first few have references."""
+    for index, (latent, label) in enumerate(zip(latents, labels, strict=True)):
+        coefficients = decoder.coefficients(latent[None])
+        baked = decoder.bake(coefficients)
+        for kind, graph in (("rays", rays_graph), ("points", points_graph)):
+            name, model, reference = f"baked_{index:04d}_{kind}", graph(decoder, signal, baked), None
+            if index < REFERENCED_BAKED:
+                places = _places(kind, signal, 1, seed)
+                exact, single = (
+                    {output: answer[0] for output, answer in answers.items()}
+                    for answers in _answers(kind, decoder, signal, coefficients, places)
+                )
+                inputs = {source: place[0].numpy() for source, place in places.items()}
+                reference = reference_of(name, inputs, exact, single, _LIMITS[kind])
+            profile = _profile(decoder, signal, kind, model)
+            yield GraphCase(name, kind, model, profile, reference, instance=label)
+
+
+def _places(kind: str, signal: RadianceField, count: int, seed: int) -> dict[str, Tensor]:
+    """Rays of whole pictures from around, or points all over the cube, [count, places, 3] each."""
+    if kind == "points":
+        spread = np.random.default_rng(seed).uniform(-signal.bound, signal.bound, (count, _PLACES, 3))
+        return {"points": torch.from_numpy(spread.astype(np.float32))}
+    poses = turntable_poses(count, signal.camera_distance, elevation=20.0)[:, None]
+    intrinsics = torch.tensor(signal.intrinsics).expand(count, -1)
+    rays = [each.flatten(1, 3) for each in Cameras(poses, intrinsics, *signal.size).rays()]
+    chosen = torch.linspace(0, rays[0].shape[1] - 1, _PLACES).round().long()
+    return dict(zip(("origins", "directions"), (each[:, chosen] for each in rays), strict=True))
+
+
+def _answers(
+    kind: str, decoder: MNIFModel, signal: RadianceField, coefficients: Tensor, places: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """In float64 and in float32."""
+    exact = copy.deepcopy(decoder).double()
+    doubled = {name: place.double() for name, place in places.items()}
+    answer = _rendered if kind == "rays" else _asked
+    return answer(exact, signal, coefficients.double(), doubled), answer(decoder, signal, coefficients, places)
+
+
+def _rendered(
+    decoder: MNIFModel, signal: RadianceField, coefficients: Tensor, places: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    return {"colours": signal.render(decoder, coefficients, Rays(places["origins"], places["directions"]))}
+
+
+def _asked(
+    decoder: MNIFModel, signal: RadianceField, coefficients: Tensor, places: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    values = decoder.values_at(coefficients, places["points"] / signal.bound)
+    density = F.softplus(10 * values[..., 3:] - 3) * (2 / signal.bound)  # as RadianceField.render has it
+    return {"colours": values[..., :3], "density": density}
+
+
+def _profile(decoder: MNIFModel, signal: RadianceField, kind: str, model: onnx.ModelProto) -> Profile:
+    """From one ray or point to as many as all cells can be asked at."""
+    most = _MOST_POINTS // decoder.config.cells**3 // (signal.samples if kind == "rays" else 1)
+    most = max(most, 4)
+    lengths = {"minimum": 1, "optimum": most // 4, "maximum": most}
+    return profile_of(model, **{size: {"batch": 1 if n < most else 4, kind: n} for size, n in lengths.items()})

@@ -1,24 +1,246 @@
-"""Pictures of one size with ids."""
+"""Pictures of one size with ids, from files, arrays, Hugging Face data sets or posed views.
 
+A source yields its pictures one at a time; each is opened and brought to a size and a number of channels.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mnif.data.built_in import built_in_names, twemoji_files, twemoji_group
-from mnif.data.cache import filled
-from mnif.data.image_sources import (
-    ImageSource,
-    array_source,
-    file_source,
-    hub_source,
-    is_hub_folder,
-    view_source,
-)
-from mnif.data.instances import Instances
-from mnif.data.pictures import fitted, opened, picture_files
-from mnif.errors import UserError
-from mnif.progress import progress_bar
+from mnif.data.arrays import filled, ids_and_groups, npy_array, npz_arrays, row_names, stamps
+from mnif.data.builtin import built_in_names, data_file, twemoji_files, twemoji_group
+from mnif.data.dataset import Instances
+from mnif.utils.errors import UserError
+from mnif.utils.process import progress_bar
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Image.Image]:
+    """The picture in a file; whatever fails while it is read becomes a :class:`UserError` that names the file."""
+    try:
+        with Image.open(path) as image:
+            yield image
+    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: unreadable picture ({error}); remove or replace it") from None
+
+
+def files_by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
+    """The files in a folder with one of these suffixes; its sub-folders are searched only if it holds none itself."""
+    for candidates in (folder.iterdir(), folder.rglob("*")):
+        files = sorted(path for path in candidates if path.suffix.lower() in suffixes and path.is_file())
+        if files:
+            return {path.relative_to(folder).as_posix(): path for path in files}
+    return {}
+
+
+def picture_files(folder: Path) -> dict[str, Path]:
+    """The pictures in a folder by name.
+
+    Raises:
+        UserError: there are none.
+    """
+    if files := files_by_name(folder, IMAGE_SUFFIXES):
+        return files
+    raise UserError(f"{folder}: no pictures here ({', '.join(IMAGE_SUFFIXES)})")
+
+
+def fitted(image: Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
+    """[height, width, channels] uint8: turned as its EXIF data say, cut to the central part, resized.
+
+    Args:
+        image: any picture of at most 8 bits a channel, or 16-bit grey.
+        size: height and width; the largest central part of this aspect is resized by Pillow's antialiased bicubic
+            filter.
+        channels: 1 for luminance, 3 for RGB (both laid on white), 4 for RGBA.
+
+    Raises:
+        ValueError: the picture has 32 bits a pixel in one channel, whose range nobody tells.
+    """
+    height, width = size
+    image = converted(ImageOps.exif_transpose(image), channels)
+    # Cut first: a box given to resize() would let pixels outside it bleed in. Pillow resizes RGBA with the colours
+    # multiplied by alpha, so the invisible colour of transparent pixels makes no dark fringe.
+    image = image.crop(central_box(image.size, size)).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(height, width, channels)
+
+
+def central_box(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """The largest central part of a (width, height) picture with the aspect of a (height, width): left … lower."""
+    (picture_width, picture_height), (height, width) = picture, size
+    cut_width = min(picture_width, max(1, round(picture_height * width / height)))
+    cut_height = min(picture_height, max(1, round(picture_width * height / width)))
+    left, top = (picture_width - cut_width) // 2, (picture_height - cut_height) // 2
+    return left, top, left + cut_width, top + cut_height
+
+
+def converted(image: Image.Image, channels: int, background: str = "white") -> Image.Image:
+    """The picture in mode L, RGB or RGBA; transparency is laid on ``background`` unless it is kept (4 channels).
+
+    Raises:
+        ValueError: the picture has 32 bits a pixel in one channel.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode}, 32 bits a pixel; save it with 8 bits a channel")
+    if image.mode.startswith("I;16"):  # which Pillow would clip at 255
+        image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
+    if channels != 4 and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image.convert(_MODES[channels])
+
+
+_NEEDS = '"images", uint8 [N, H, W] or [N, H, W, 1|3|4], or float [N, H, W, 1|3|4] in [0, 1]'
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Pictures not yet of one size.
+
+    Attributes:
+        ids: N names.
+        groups: N names.
+        read: row → a context that holds the picture.
+        key: what the pictures depend on, as lines for :func:`mnif.data.arrays.filled`.
+        array: [N, H, W] or [N, H, W, C], if they are one array already.
+    """
+
+    ids: list[str]
+    groups: list[str]
+    read: Callable[[int], AbstractContextManager[Image.Image]]
+    key: list[str]
+    array: np.ndarray | None = None
+
+
+def file_source(files: dict[str, Path], group: Callable[[str], str] = lambda id: id) -> ImageSource:
+    """Picture files by id."""
+    paths = list(files.values())
+    return ImageSource(list(files), [group(id) for id in files], lambda row: opened(paths[row]), stamps(paths))
+
+
+def array_source(path: Path) -> ImageSource:
+    """An ``.npz`` or ``.npy`` file; the latter is memory-mapped.
+
+    Raises:
+        UserError: the file is damaged, or its array is not of the form above.
+    """
+    arrays = {"images": npy_array(path)} if path.suffix == ".npy" else npz_arrays(path, _NEEDS)
+    if "images" not in arrays:
+        raise UserError(f"{path}: needs {_NEEDS}; found {', '.join(arrays) or 'nothing'}")
+    images = arrays["images"]
+    # A float array must say how many channels it has: a stack of something else is not taken for grey pictures.
+    floats = images.dtype.kind == "f"
+    shaped = images.shape[3:] in ((1,), (3,), (4,)) or (images.ndim == 3 and not floats)
+    if not (images.dtype == np.uint8 or floats) or not shaped or not images.size:
+        raise UserError(f'{path}: "images" is {images.dtype} {list(images.shape)}; needed is {_NEEDS}')
+    ids, groups = ids_and_groups(path, arrays, len(images))
+
+    def read(row: int) -> AbstractContextManager[Image.Image]:
+        image = images[row]
+        if floats:
+            image = _bytes_of(image, f"{path}: picture {ids[row]!r}")
+        return nullcontext(Image.fromarray(np.squeeze(image, 2) if image.shape[2:] == (1,) else np.asarray(image)))
+
+    return ImageSource(ids, groups, read, stamps([path]), images)
+
+
+def _bytes_of(values: np.ndarray, where: str) -> np.ndarray:
+    """Values in [0, 1] as uint8."""
+    if not np.isfinite(values).all():
+        raise UserError(f"{where} holds NaN or infinity; remove or mend it")
+    if values.min() < 0 or values.max() > 1:
+        raise UserError(f"{where} has values from {values.min():g} to {values.max():g}; [0, 1] is needed")
+    return (values * 255 + 0.5).astype(np.uint8)
+
+
+def hub_source(name: str, where: str) -> ImageSource:
+    """A Hugging Face data set: the first column of pictures.
+
+    Args:
+        name: a folder made by ``save_to_disk`` or the name of a set in the cache or on the hub; with ``:SPLIT`` after
+            it, that split, otherwise ``train`` or the only one.
+        where: how the user named it.
+
+    Raises:
+        UserError: ``datasets`` is not installed, the set cannot be had, or it holds no pictures.
+    """
+    table = _hub_table(name, where)
+    from datasets import Image as ImageFeature
+
+    column = next((name for name, feature in table.features.items() if isinstance(feature, ImageFeature)), None)
+    if column is None:
+        raise UserError(f"--data {where}: no column of pictures among {', '.join(table.column_names)}")
+    pictures = table.select_columns([column])
+    ids = row_names(len(table))
+
+    def read(row: int) -> AbstractContextManager[Image.Image]:
+        try:
+            picture = pictures[row][column]
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"--data {where}: row {row} is an unreadable picture ({error})") from None
+        if picture is None:
+            raise UserError(f"--data {where}: row {row} holds no picture; remove it")
+        return picture
+
+    return ImageSource(ids, ids, read, [f"{where} {table._fingerprint} {column}"])
+
+
+def _hub_table(name: str, where: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f'--data {where}: the package "datasets" is missing; run: pip install "mnif-diffusion[datasets]"'
+        ) from None
+    name, _, split = name.partition(":")
+    try:
+        found = datasets.load_from_disk(name) if is_hub_folder(Path(name)) else datasets.load_dataset(name)
+    except Exception as error:  # what the hub's client and its file formats raise is no closed list
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(
+            f"--data {where}: cannot be loaded ({reason}); check the name and the network, or give a folder made by "
+            "save_to_disk"
+        ) from None
+    if isinstance(found, datasets.Dataset):
+        found = {str(found.split or "train"): found}
+    chosen = split or ("train" if "train" in found or len(found) != 1 else next(iter(found)))
+    if chosen not in found:
+        raise UserError(f'--data {where}: no split "{chosen}"; it has {", ".join(found)}: write hf:{name}:SPLIT')
+    return found[chosen]
+
+
+def is_hub_folder(folder: Path) -> bool:
+    """Whether ``save_to_disk`` made this folder."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
+    )
+
+
+def view_source() -> ImageSource:
+    """Every view of the built-in ``furniture-views`` as a picture; an object's views are of one group."""
+    path = data_file("furniture-views")
+    arrays = npz_arrays(path, "image_bytes and image_offsets")
+    pictures, views = packed_pictures(arrays), len(arrays["poses"])
+    ids = [f"{id}/{view:02d}" for id in arrays["ids"] for view in range(views)]
+    groups = [str(group) for group in arrays["groups"] for _ in range(views)]
+    return ImageSource(ids, groups, lambda row: Image.open(BytesIO(pictures[row])), stamps([path]))
+
+
+def packed_pictures(arrays: dict[str, np.ndarray]) -> list[bytes]:
+    """The picture files that ``image_bytes`` holds one after another, cut at ``image_offsets``."""
+    content, offsets = arrays["image_bytes"].tobytes(), arrays["image_offsets"]
+    return [content[start:stop] for start, stop in pairwise(offsets)]
 
 
 @dataclass(frozen=True)
@@ -47,7 +269,7 @@ def load_images(source: str, resolution: int | tuple[int, int], channels: int = 
 
     Transparent pixels are laid on white unless they are kept; a picture of another aspect is cut to its central part;
     that part is resized by Pillow's antialiased bicubic filter. Pixels over the memory limit are written once to the
-    cache folder and memory-mapped (:func:`mnif.data.cache.filled`).
+    cache folder and memory-mapped (:func:`mnif.data.arrays.filled`).
 
     Args:
         source: a built-in name (``twemoji``, ``furniture-views``); a folder of PNG, JPEG or WebP files; an ``.npz``

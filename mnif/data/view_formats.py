@@ -7,15 +7,25 @@ from typing import Any
 
 import numpy as np
 
-from mnif.data.pictures import IMAGE_SUFFIXES, opened
-from mnif.errors import UserError
-from mnif.files import read_json
+from mnif.data.images import IMAGE_SUFFIXES, opened
+from mnif.utils.errors import UserError
+from mnif.utils.files import read_json
 
 SRN_MARKER = "intrinsics.txt"
+
+
 TRANSFORMS_MARKERS = ("transforms.json", "transforms_train.json")
+
+
 _ROTATION_TOLERANCE = 1e-3
+
+
 _OPENCV_TO_OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
+
+
 _DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
+
+
 _OF_A_FRAME = ("fl_x", "fl_y", "cx", "cy", "camera_angle_x", *_DISTORTION)
 
 

@@ -1,0 +1,31 @@
+"""What is drawn: latents from the prior, and from a Gaussian in its place."""
+
+import numpy as np
+
+from evals.features.extractor import Bench
+from latent_prior.pipeline import MNIFPipeline
+from latent_prior.sampling import BLOCK, Drawing
+from mnif.latents.table import LatentTable
+
+
+def prior_latents(bench: Bench, pipeline: MNIFPipeline, seed: int, steps: int, fingerprint: str) -> np.ndarray:
+    """The latents of as many samples of ``seed`` as the protocol asks for, [N, D] float32, memory-mapped.
+
+    Sample i is the one of `mnif sample`, whichever process draws it; a shard of rows is a block of samples.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+    drawing, width = Drawing(pipeline, seed, steps), pipeline.decoder.config.latent_dim
+
+    def drawn(rows: range) -> np.ndarray:
+        return drawing.block(rows.start // BLOCK)[: len(rows)].cpu().numpy()
+
+    key, count = [fingerprint, "prior", seed, steps], bench.protocol.num_samples
+    return bench.rows(key, count, width, lambda rows: rows, drawn, "sampling")
+
+
+def gaussian_latents(table: LatentTable, count: int, seed: int) -> np.ndarray:
+    """Latents from a full-covariance Gaussian fitted to the table's training rows, [count, D] float32."""
+    rows = table.train.double().numpy()
+    generator = np.random.default_rng([seed, 1])
+    drawn = generator.multivariate_normal(rows.mean(axis=0), np.cov(rows.T), size=count, method="eigh")
+    return drawn.astype(np.float32)

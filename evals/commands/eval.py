@@ -1,0 +1,226 @@
+"""`mnif eval`: measures samples and reconstructions, each figure beside its controls; several side by side."""
+
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from evals import images
+from evals.evaluator import Measurement, room_of
+from evals.metrics.frechet import is_statistics
+from evals.metrics.neighbours import copying_verdict
+from evals.presentation import comparison_plot, evaluation_markdown, markdown_table, protocol_line, table_rows
+from evals.protocol import EvalArguments, protocol_of
+from mnif import __version__
+from mnif.models.io import load_component
+from mnif.models.mnif_model import MNIFModel
+from mnif.signals.registry import signal_of, signal_of_model
+from mnif.utils.args import parse_arguments
+from mnif.utils.errors import UserError
+from mnif.utils.files import read_json, write_json, written_atomically
+from mnif.utils.output_folders import BEGUN, check_output_folder, output_folder_of
+from mnif.utils.process import Processes, command_line, peak_memory_megabytes
+
+_MAY_DIFFER = {"seed", "num_inference_steps", "held_out_images"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One column of the table.
+
+    Attributes:
+        name: what sets it apart.
+        folder: where its ``metrics.json`` is.
+        figures: its content.
+    """
+
+    name: str
+    folder: Path
+    figures: dict[str, Any]
+
+
+def to_evaluate(asked: EvalArguments) -> list[EvalArguments]:
+    """The evaluations that ``--reference`` asks for, one of each path, into folders of their own."""
+    names = _names(asked.compared)
+    return [
+        replace(asked, compared=[], output_dir=asked.output_dir / name, **_subject(path))
+        for path, name in zip(asked.compared, names, strict=True)
+    ]
+
+
+def compare(paths: Sequence[Path], output: Path) -> None:
+    """Writes ``comparison.json``, ``comparison.md`` and ``comparison.png`` of finished evaluations.
+
+    Args:
+        paths: output folders of `mnif eval`, or run folders with one at RUN/eval.
+        output: the folder.
+
+    Raises:
+        UserError: a path holds no evaluation, or two were measured under different protocols.
+    """
+    evaluations = [
+        Evaluation(name, folder, read_json(folder / "metrics.json"))
+        for name, folder in zip(_names(paths), map(_folder_of, paths), strict=True)
+    ]
+    protocol = _common_protocol(evaluations)
+    figures = [evaluation.figures for evaluation in evaluations]
+    table = markdown_table(["figure", *(evaluation.name for evaluation in evaluations)], table_rows(figures))
+    content = {
+        "command": command_line(),
+        "protocol": protocol,
+        "evaluations": [
+            {"name": evaluation.name, "folder": str(evaluation.folder), "figures": evaluation.figures}
+            for evaluation in evaluations
+        ],
+    }
+    write_json(output / "comparison.json", content)
+    with written_atomically(output / "comparison.md") as temporary:
+        temporary.write_text(f"{table}\n{protocol_line(protocol)}\n\n`{command_line()}`\n")
+    plot = comparison_plot({evaluation.name: evaluation.figures for evaluation in evaluations})
+    if plot is not None:
+        with written_atomically(output / "comparison.png") as temporary:
+            temporary.write_bytes(plot)
+    print(f"{table}\n{output}: comparison.json, comparison.md{' and comparison.png' if plot else ''} written")
+
+
+def _subject(path: Path) -> dict[str, Any]:
+    """What a path is, as a flag."""
+    if (path / "model").is_dir():
+        return {"model": path / "model"}
+    if (path / "model_index.json").is_file():
+        return {"model": path}
+    if (path / "manifest.json").is_file():
+        return {"bundle": path}
+    return {"samples": str(path)}
+
+
+def _folder_of(path: Path) -> Path:
+    for folder in (path, path / "eval"):
+        if (folder / "metrics.json").is_file() and "inputs" in read_json(folder / "metrics.json"):
+            return folder
+    raise UserError(
+        f"{path}: holds no evaluation; give output folders of `mnif eval`, or --reference to evaluate it now"
+    )
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The paths without what all have in common."""
+    absolute = [path.absolute() for path in paths]
+    if len(set(absolute)) < len(absolute):
+        raise UserError("the same folder is given twice; there is nothing to compare")
+    common = Path(os.path.commonpath(absolute))
+    relative = [path.relative_to(common) if path != common else Path(path.name) for path in absolute]
+    return ["-".join(path.parts) for path in relative]
+
+
+def _common_protocol(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
+    """What all were measured under; numbers of different protocols do not belong in one table."""
+    first, *others = evaluations
+    protocol = first.figures.get("protocol", {})
+    for other in others:
+        theirs = other.figures.get("protocol", {})
+        for name in sorted((protocol.keys() | theirs.keys()) - _MAY_DIFFER):
+            if protocol.get(name) != theirs.get(name):
+                raise UserError(
+                    f"{first.name} was measured with {name.replace('_', ' ')} {protocol.get(name)}, {other.name} with "
+                    f"{theirs.get(name)}; their figures cannot be compared: evaluate them alike"
+                )
+    return {name: value for name, value in protocol.items() if name not in _MAY_DIFFER}
+
+
+_SUBJECTS = ("model", "samples", "bundle")
+
+
+def main(arguments: list[str]) -> None:
+    """Runs `mnif eval`."""
+    asked = parse_arguments(EvalArguments, arguments, "mnif eval")
+    if not asked.compared:
+        evaluate(asked)
+        return
+    if any(getattr(asked, flag) is not None for flag in _SUBJECTS):
+        raise UserError("give either folders to compare, or one of --model, --samples and --bundle")
+    several = to_evaluate(asked) if asked.reference else []
+    for one in (asked, *several):
+        check_output_folder(one.output_dir, "eval")
+    paths = [one.output_dir for one in several] or asked.compared
+    is_main = Processes().is_main
+    with output_folder_of(asked.output_dir, "eval") if is_main else nullcontext():
+        for one in several:
+            evaluate(one)
+        if is_main:
+            compare(paths, asked.output_dir)
+
+
+def evaluate(arguments: EvalArguments) -> None:
+    """Writes ``metrics.json``, its figures as ``metrics.md``, and pictures to ``arguments.output_dir``.
+
+    Raises:
+        UserError: model, samples or reference cannot be read or do not fit each other, or the folder is another
+            command's.
+    """
+    started = time.perf_counter()
+    check_output_folder(arguments.output_dir, "eval")
+    arguments = replace(arguments, num_samples=protocol_of(arguments).num_samples)
+    processes = Processes()
+    measurement = _measurement(arguments)
+    inputs = _flags(arguments) | {"version": __version__} | measurement.inputs
+    path = arguments.output_dir / "metrics.json"
+    if path.exists() and read_json(path).get("inputs") == inputs:
+        if processes.is_main:
+            shutil.rmtree(arguments.output_dir / ".parts", ignore_errors=True)  # of one that was killed at its end
+            (arguments.output_dir / BEGUN).unlink(missing_ok=True)
+            print(f"{path}: measured here before with these inputs; nothing to do")
+        return
+    if not processes.is_main:
+        measurement.figures(processes)
+        return
+    with output_folder_of(arguments.output_dir, "eval"):
+        figures = measurement.figures(processes) | {
+            "inputs": inputs,
+            "seconds": round(time.perf_counter() - started, 1),
+            "peak_rss_mb": peak_memory_megabytes(),
+            "command": command_line(),
+        }
+        with written_atomically(path.with_suffix(".md")) as temporary:
+            temporary.write_text(evaluation_markdown(figures, "this model" if arguments.model else "these samples"))
+        write_json(path, figures)  # last, for it says that all is there
+        shutil.rmtree(arguments.output_dir / ".parts", ignore_errors=True)
+    _print(figures)
+    print(path)
+
+
+def _print(figures: dict[str, Any]) -> None:
+    for name, value in figures.items():
+        if isinstance(value, float) and not name.endswith("_std"):
+            spread = figures.get(f"{name}_std")
+            print(f"  {name:32} {value:10.4g}" + (f" ± {spread:.2g}" if spread is not None else ""))
+    for warning in figures.get("warnings", []):
+        print(f"warning: {warning}")
+    if verdict := copying_verdict(figures):
+        print(f"  this prior {verdict}")
+
+
+def _measurement(arguments: EvalArguments) -> Measurement:
+    """What the room of the signal at hand makes of the flags."""
+    if not arguments.reference:
+        raise UserError("give --reference, the data set to compare with")
+    given = [flag for flag in _SUBJECTS if getattr(arguments, flag) is not None]
+    if len(given) != 1:
+        raise UserError("give one of --model RUN/model, --samples FOLDER and --bundle BUNDLE")
+    if arguments.bundle is not None:
+        return images.of_bundle(arguments)
+    if arguments.samples is not None:
+        of_pictures = is_statistics(Path(arguments.reference))
+        signal = "image" if of_pictures else signal_of(arguments.reference)
+        return room_of(signal, f"--reference {arguments.reference}").of_samples(arguments)
+    assert arguments.model is not None
+    decoder = load_component(MNIFModel, arguments.model, "decoder")
+    return room_of(signal_of_model(decoder).name, f"--model {arguments.model}").of_model(arguments)
+
+
+def _flags(arguments: EvalArguments) -> dict[str, str]:
+    return {key: str(value) for key, value in asdict(arguments).items() if key != "output_dir"}

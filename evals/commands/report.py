@@ -1,0 +1,197 @@
+"""`mnif report`: one self-contained HTML page that shows a run."""
+
+import base64
+import io
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from PIL import Image
+
+from evals.metrics.neighbours import copying_verdict
+from evals.presentation import curve_plot, protocol_line, table_rows
+from evals.timing import measured_latencies
+from export.device.bundle import BundleError, BundleFolder
+from latent_prior.diffusion import INFERENCE_STEPS
+from latent_prior.pipeline import MNIFPipeline, load_pipeline
+from latent_prior.sampling import initial_noise
+from mnif.training.run_record import read_curves
+from mnif.utils.args import parse_arguments
+from mnif.utils.errors import UserError
+from mnif.utils.files import read_json, written_atomically
+from mnif.utils.pixels import picture_grid
+from mnif.utils.process import command_line
+
+RESOLUTIONS = (32, 64, 256)
+
+
+PACKAGES = ("mnif-diffusion", "torch", "diffusers", "accelerate", "onnx", "onnxruntime", "tensorrt-rtx", "numpy")
+
+
+@dataclass(kw_only=True)
+class ReportArguments:
+    """Write one self-contained HTML page that shows a run: pictures, curves, figures with their controls, commands."""
+
+    run: Path
+    """The run folder."""
+    eval_dir: Path | None = None
+    """The output of `mnif eval`; default: RUN/eval."""
+    comparison_dir: Path | None = None
+    """The output of `mnif eval A B …`; default: RUN/comparison."""
+    bundle: Path | None = None
+    """The output of `mnif export`; default: RUN/bundle."""
+    samples: Path | None = None
+    """The output of `mnif sample`; default: RUN/pictures."""
+    output: Path | None = None
+    """The page; default: RUN/report.html."""
+    seed: int = 0
+    """Of the pictures drawn for the page."""
+    num_inference_steps: int = INFERENCE_STEPS
+    """Denoising steps of the pictures drawn for the page."""
+
+
+def main(arguments: list[str]) -> None:
+    """Runs `mnif report`."""
+    report(parse_arguments(ReportArguments, arguments, "mnif report"))
+
+
+def report(arguments: ReportArguments) -> None:
+    """Writes the page.
+
+    Raises:
+        UserError: the run folder lacks a stage, or the bundle is unfinished or was changed.
+    """
+    run = arguments.run
+    if not (run / "run.json").is_file():
+        raise UserError(f"--run {run}: no run folder; `mnif fit --output_dir {run}` makes it")
+    pipeline = load_pipeline(run / "model")
+    bundle = arguments.bundle or run / "bundle"
+    manifest = _manifest_of(bundle) if (bundle / "manifest.json").exists() else None
+    evaluation = arguments.eval_dir or run / "eval"
+    figures = read_json(evaluation / "metrics.json") if (evaluation / "metrics.json").exists() else {}
+    compared = arguments.comparison_dir or run / "comparison"
+    comparison = read_json(compared / "comparison.json") if (compared / "comparison.json").exists() else {}
+    samples = arguments.samples or run / "pictures"
+    steps = arguments.num_inference_steps
+    environment = Environment(loader=PackageLoader("evals", "."), autoescape=True, undefined=StrictUndefined)
+    page = environment.get_template("report.html.jinja").render(
+        title=run.resolve().name,
+        fit=read_json(run / "metrics.json"),
+        figures=figures,
+        rows=table_rows([figures]),
+        protocol=protocol_line(figures.get("protocol", {})),
+        verdict=copying_verdict(figures),
+        comparison=comparison,
+        compared_rows=table_rows([one["figures"] for one in comparison.get("evaluations", [])]),
+        pictures=_drawn_pictures(pipeline, arguments.seed, steps)
+        | _stored_pictures(evaluation, ("reconstructions_train", "reconstructions_heldout", "nearest"))
+        | _stored_pictures(compared, ("comparison",)),
+        plots=_plots(run / "metrics.jsonl"),
+        latencies=measured_latencies(pipeline, bundle if manifest else None, _steps_of(manifest, steps)),
+        sizes=_sizes(run / "model", bundle),
+        manifest=manifest,
+        versions=_versions(),
+        threads=torch.get_num_threads(),
+        commands=_commands(run, samples, bundle, evaluation),
+        seed=arguments.seed,
+        resolutions=RESOLUTIONS,
+    )
+    output = arguments.output or run / "report.html"
+    with written_atomically(output) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+    print(output)
+
+
+def _manifest_of(bundle: Path) -> dict[str, Any]:
+    try:
+        return BundleFolder(bundle).manifest
+    except BundleError as error:
+        raise UserError(str(error)) from None
+
+
+def _steps_of(manifest: dict[str, Any] | None, steps: int) -> int:
+    """Those of the sampler that :class:`export.device.runtime.Sampler` takes: the most the bundle has."""
+    return max(manifest["sampling"]["num_inference_steps"]) if manifest else steps
+
+
+def _drawn_pictures(pipeline: MNIFPipeline, seed: int, steps: int) -> dict[str, str]:
+    """Samples, the same sample at several resolutions, and a walk between samples, as data URIs."""
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw(noise: np.ndarray, resolution: int | None = None) -> np.ndarray:
+        (images,) = pipeline(
+            latents=torch.from_numpy(noise), num_inference_steps=steps, resolution=resolution, return_dict=False
+        )
+        return np.stack([np.asarray(image) for image in images])
+
+    noise = initial_noise(seed, range(96), pipeline.decoder.config.latent_dim)
+    pictures = {"samples": _data_uri(picture_grid(draw(noise), columns=16))}
+    for resolution in RESOLUTIONS:
+        pictures[f"at_{resolution}"] = _data_uri(picture_grid(draw(noise[:4], resolution), columns=4))
+    walk = np.concatenate([_between(noise[i], noise[i + 1], 8) for i in range(4)])
+    pictures["interpolation"] = _data_uri(picture_grid(draw(walk), columns=8))
+    return pictures
+
+
+def _between(a: np.ndarray, b: np.ndarray, count: int) -> np.ndarray:
+    """Spherical interpolation [count, D] from noise a to noise b, which keeps its length typical on the way."""
+    angle = np.arccos(np.clip(a @ b / np.linalg.norm(a) / np.linalg.norm(b), -1, 1))
+    t = np.linspace(0, 1, count, dtype=np.float32)[:, None]
+    return ((np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)).astype(np.float32)
+
+
+def _stored_pictures(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
+    found = {name: folder / f"{name}.png" for name in names if (folder / f"{name}.png").exists()}
+    return {name: _png_uri(path.read_bytes()) for name, path in found.items()}
+
+
+def _plots(path: Path) -> dict[str, str]:
+    rows = read_curves(path) if path.exists() else []
+    plots = {
+        "fit_loss": curve_plot(rows, "fit", ["loss"], "mean squared error", logarithmic=True),
+        "fit_psnr": curve_plot(rows, "fit", ["psnr_train", "psnr_heldout"], "PSNR of the encoder, dB"),
+        "prior_loss": curve_plot(
+            rows, "prior", ["validation_loss_train", "validation_loss"], "denoising loss", logarithmic=True
+        ),
+    }
+    return {name: _png_uri(plot) for name, plot in plots.items() if plot is not None}
+
+
+def _sizes(model: Path, bundle: Path) -> list[tuple[str, float]]:
+    """Files of weights and graphs with their sizes in kB (10³ bytes)."""
+    files = [*model.rglob("*.safetensors"), *bundle.rglob("*.onnx")]
+    return [(str(path.relative_to(model.parent)), path.stat().st_size / 1e3) for path in sorted(files)]
+
+
+def _versions() -> dict[str, str]:
+    versions = {"Python": platform.python_version(), "machine": f"{platform.machine()}, {platform.system()}"}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _commands(run: Path, samples: Path, bundle: Path, evaluation: Path) -> list[str]:
+    record = read_json(run / "run.json")
+    commands = [record[stage]["command"] for stage in ("fit", "prior") if stage in record]
+    for path in (samples / "metrics.json", bundle / "manifest.json", evaluation / "metrics.json"):
+        if path.exists() and "command" in (content := read_json(path)):
+            commands.append(content["command"])
+    return [*commands, command_line()]
+
+
+def _data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return _png_uri(buffer.getvalue())
+
+
+def _png_uri(content: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(content).decode()

@@ -1,0 +1,198 @@
+"""Feature extractors by name: pictures → vectors that distances are taken in.
+
+Each is a class of its own: :mod:`evals.features.lite0` comes with its weights and works offline,
+:mod:`evals.features.inception` is the network of FID. Another one is a subclass of :class:`Extractor` and a line in
+``_EXTRACTORS``.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import ClassVar, TypeVar
+
+import numpy as np
+import torch
+
+from evals.features.resize import Resize
+from evals.protocol import Protocol
+from evals.shards import computed_in_shards
+from mnif.utils.errors import UserError
+from mnif.utils.files import cache_folder
+from mnif.utils.process import Processes, progress_bar
+
+_EXTRACTORS = {"lite0": "evals.features.lite0:Lite0", "inception": "evals.features.inception:Inception"}
+
+
+_PICTURES_AT_ONCE = 256
+
+
+class Extractor(ABC):
+    """A network whose last pooled activations are features.
+
+    Attributes:
+        name: as on the command line.
+        frechet: what a Fréchet distance in its features is called; "fid" is Inception's alone.
+        kernel: what a kernel distance is called; "kid" likewise.
+        suffix: what other figures in its features end with.
+        dimension: features of a picture.
+        size: pixels per axis that it looks at.
+    """
+
+    name: ClassVar[str]
+    frechet: ClassVar[str]
+    kernel: ClassVar[str]
+    suffix: ClassVar[str]
+    dimension: ClassVar[int]
+    size: ClassVar[int]
+
+    @abstractmethod
+    def protocol(self) -> dict[str, str]:
+        """What a stored number must state of the extractor: network, hash of the weights, normalisation."""
+
+    @abstractmethod
+    def features(self, images: np.ndarray, resize: Resize) -> Iterator[np.ndarray]:
+        """Features of pictures [N, H, W, 3], uint8 or float32 in 0..255, as batches [n, dimension] float32 in order.
+
+        Resizing goes on while the network is at work.
+        """
+
+
+def extractor_by_name(
+    name: str,
+    inception_weights: Path | None = None,
+    device: torch.device | str = "cpu",
+    grey: float = 128.0,
+) -> Extractor:
+    """An extractor, with its weights found and checked.
+
+    Args:
+        name: "lite0" or "inception".
+        inception_weights: a file of Inception's weights; default: looked for (:mod:`evals.features.weights`).
+        device: of Inception; lite0 runs in ONNX Runtime on the CPU.
+        grey: of Inception, the value in 0..255 that becomes 0.
+
+    Raises:
+        UserError: there is no such extractor, or its weights are missing or not the standard ones.
+    """
+    if name not in _EXTRACTORS:
+        raise UserError(f"--extractor {name}: must be one of {', '.join(_EXTRACTORS)}")
+    module, _, kind = _EXTRACTORS[name].partition(":")
+    extractor = getattr(import_module(module), kind)
+    return extractor() if name == "lite0" else extractor(inception_weights, device, grey)
+
+
+def extract_features(
+    images: np.ndarray, extractor: Extractor, resize: Resize, progress: bool = True, description: str = "features"
+) -> np.ndarray:
+    """The features of pictures; neither batches nor threads change them.
+
+    Args:
+        images: [N, H, W, 3], RGB, of any size: uint8, or float32 in 0..255.
+        extractor: from :func:`extractor_by_name`.
+        resize: one of :data:`evals.features.resize.RESIZES`.
+        progress: whether to show a bar with rate and remaining time on stderr.
+        description: what the bar is called.
+
+    Returns:
+        [N, extractor.dimension] float32.
+
+    Raises:
+        UserError: the images are of another type or shape, or features come out as NaN or infinity.
+    """
+    good = images.dtype in (np.uint8, np.float32) and images.ndim == 4 and images.shape[3] == 3
+    if not good or 0 in images.shape[1:3]:
+        raise UserError(f"features: images are {images.dtype} {list(images.shape)}; uint8 [N, H, W, 3] is needed")
+    found = np.empty((len(images), extractor.dimension), dtype=np.float32)
+    with progress_bar(total=len(images), desc=description, unit="image", disable=not progress) as bar:
+        for start in range(0, len(images), _PICTURES_AT_ONCE):
+            place = start
+            for batch in extractor.features(images[start : start + _PICTURES_AT_ONCE], resize):
+                found[place : place + len(batch)] = batch
+                place += len(batch)
+                bar.update(len(batch))
+    if not np.isfinite(found).all():
+        row = int(np.flatnonzero(~np.isfinite(found).all(axis=1))[0])
+        raise UserError(f"features: picture {row} of {description} gives NaN or infinity; look at it")
+    return found
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    """Pictures of one size, read when they are asked for.
+
+    Attributes:
+        count: how many.
+        size: height and width.
+        fingerprint: changes with their content.
+        read: row numbers → [n, H, W, 3] uint8, or float32 in 0..255 where they are not rounded; from any thread.
+    """
+
+    count: int
+    size: tuple[int, int]
+    fingerprint: str
+    read: Callable[[range], np.ndarray]
+
+    def first(self, count: int) -> "PictureSource":
+        """Only the first ``count`` of them."""
+        return PictureSource(min(count, self.count), self.size, self.fingerprint, self.read)
+
+
+T = TypeVar("T")
+
+
+def stated(protocol: Protocol, extractor: Extractor, size: tuple[int, int]) -> dict[str, str]:
+    """What another number must agree in to be comparable, for pictures of a size."""
+    return extractor.protocol() | {"resize": protocol.resize, "resolution": f"{size[0]}×{size[1]}"}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every set of pictures goes through.
+
+    Attributes:
+        protocol: how they are compared.
+        extractor: its extractor, loaded.
+        processes: who share the work; all call the same methods in the same order.
+        scratch: folder for what a later command does not need; it is what a killed evaluation continues from.
+    """
+
+    protocol: Protocol
+    extractor: Extractor
+    processes: Processes
+    scratch: Path
+
+    def features(self, pictures: PictureSource, description: str, keep: bool = False) -> np.ndarray:
+        """Features of pictures, memory-mapped: [count, D] float32.
+
+        Args:
+            pictures: of one size.
+            description: for the progress bar.
+            keep: in the cache folder, for further evaluations against the same data.
+        """
+
+        def compute(images: np.ndarray) -> np.ndarray:
+            return extract_features(images, self.extractor, self.protocol.resizing, progress=False)
+
+        key = [pictures.fingerprint, pictures.count, stated(self.protocol, self.extractor, pictures.size)]
+        width = self.extractor.dimension
+        return self.rows(key, pictures.count, width, pictures.read, compute, f"features: {description}", keep)
+
+    def rows(
+        self,
+        key: object,
+        count: int,
+        width: int,
+        load: Callable[[range], T],
+        compute: Callable[[T], np.ndarray],
+        description: str,
+        keep: bool = False,
+    ) -> np.ndarray:
+        """Any numbers [count, width] of pictures, shared out likewise; ``key`` is all that they depend on."""
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+        folder = cache_folder() / "features" if keep else self.scratch
+        path, pieces = folder / f"{name}.npy", self.scratch / f"{name}.pieces"
+        return computed_in_shards(path, pieces, count, width, load, compute, self.processes, description)

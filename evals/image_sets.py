@@ -1,0 +1,169 @@
+"""How far drawn pictures are from real ones, each figure beside its controls and with its spread."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from evals.features.extractor import Extractor
+from evals.metrics.frechet import Moments, frechet_distance, moments_of
+from evals.metrics.kernel import kernel_distance_of_subsets, kernel_distance_with_spread
+from evals.metrics.neighbours import nearest_neighbour_distances, unit_of_novelty
+from evals.metrics.precision_recall import overlap, reach
+from evals.metrics.uncertainty import (
+    GROUPS,
+    GroupedFeatures,
+    frechet_at_infinity,
+    frechet_at_infinity_spread,
+    frechet_spread,
+    spread_over_halves,
+    standard_error,
+)
+from evals.protocol import Protocol
+from mnif.data.dataset import Split
+from mnif.data.images import ImageData
+from mnif.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The real pictures that drawn ones are compared with.
+
+    Attributes:
+        rows: of the data, those compared with.
+        floor: of the data, those that stand for perfect samples.
+        floor_rows: what the floor is compared with; a part of ``rows``.
+        count: drawn pictures that are compared, no more than this if it is not None.
+    """
+
+    rows: np.ndarray
+    floor: np.ndarray
+    floor_rows: np.ndarray
+    count: int | None
+
+
+def reference_of(data: ImageData, sides: np.ndarray, part: str) -> Reference:
+    """The part of the data that a protocol compares with.
+
+    "half": half of the designs; the other half is the floor, and samples are no more than it has, so that both
+    distances have the same bias. "train" and "all": the floor is one half of their designs against the other.
+
+    Raises:
+        UserError: the data are too few.
+    """
+    chosen = sides == Split.TRAIN if part == "train" else np.full(len(data), True)
+    half = data.held_out(0.5)
+    first, second = np.flatnonzero(chosen & half), np.flatnonzero(chosen & ~half)
+    if min(len(first), len(second)) < GROUPS:
+        raise UserError(
+            f"--reference {data.name}: {len(first)} and {len(second)} pictures in the two halves of its designs; "
+            f"at least {GROUPS} in each are needed"
+        )
+    if part == "half":
+        return Reference(first, np.random.default_rng(0).permutation(second), first, len(second))
+    return Reference(np.flatnonzero(chosen), second, first, None)
+
+
+def set_figures(
+    features: Mapping[str, np.ndarray],
+    real: np.ndarray,
+    reference: Reference,
+    extractor: Extractor,
+    protocol: Protocol,
+) -> dict[str, float]:
+    """Distances and overlaps of each set of drawn pictures, and of the floor.
+
+    Args:
+        features: what a set's figures end with ("" for the samples, "_gaussian" …) → [n, D].
+        real: features of all real pictures.
+        reference: the rows compared with.
+        extractor: names the figures.
+        protocol: gives k.
+
+    Returns:
+        For each set the Fréchet distance, the kernel distance, precision, recall, density and coverage, each with its
+        standard error ``NAME_std``; for the samples also the Fréchet distance at infinity and the kernel
+        distance over subsets.
+
+    Raises:
+        UserError: too few samples, or features that are not finite.
+    """
+    drawn = {name: rows[: reference.count] for name, rows in features.items()}
+    floor = {"_floor": real[reference.floor[: len(drawn[""]) if reference.count is not None else None]]}
+    figures = _figures(drawn, real[reference.rows], extractor, protocol)
+    figures |= _figures(floor, real[reference.floor_rows], extractor, protocol)
+    samples, others = drawn[""], real[reference.rows]
+    figures |= _infinity(GroupedFeatures(samples), moments_of(others), extractor)
+    mean, spread = kernel_distance_of_subsets(samples, others)
+    return figures | {f"{extractor.kernel}_subset_mean": mean, f"{extractor.kernel}_subset_std": spread}
+
+
+def frechet_figures(features: Mapping[str, np.ndarray], reference: Moments, extractor: Extractor) -> dict[str, float]:
+    """The Fréchet distances of sets of drawn pictures from statistics alone, with their spreads.
+
+    Args:
+        features: as for :func:`set_figures`.
+        reference: the statistics.
+        extractor: names the figures.
+
+    Raises:
+        UserError: too few samples, other features than the statistics have, or features that are not finite.
+    """
+    figures: dict[str, float] = {}
+    for ending, rows in features.items():
+        grouped, name = GroupedFeatures(rows), f"{extractor.frechet}{ending}"
+        figures[name] = frechet_distance(grouped.moments(), reference)
+        figures[f"{name}_std"] = frechet_spread(grouped, reference)
+        if ending == "":
+            figures |= _infinity(grouped, reference, extractor)
+    return figures
+
+
+def novelty_figures(
+    samples: np.ndarray, held_out: np.ndarray, train: np.ndarray
+) -> tuple[dict[str, float], np.ndarray]:
+    """``nn_ratio`` with its spread, if anything was held out, and the nearest training picture of every sample [N].
+
+    All are features [·, D].
+
+    Raises:
+        UserError: half of the held-out pictures are training pictures.
+    """
+    distances, nearest = nearest_neighbour_distances(samples, train)
+    if not len(held_out):
+        return {}, nearest
+    unit = unit_of_novelty(held_out, train)
+    return {
+        "nn_ratio": float(np.median(distances)) / unit,
+        "nn_ratio_std": spread_over_halves(distances, lambda some: float(np.median(some))) / unit,
+    }, nearest
+
+
+def _figures(
+    sets: Mapping[str, np.ndarray], real: np.ndarray, extractor: Extractor, protocol: Protocol
+) -> dict[str, float]:
+    moments, real_reach, k = moments_of(real), reach(real, protocol.neighbours), protocol.neighbours
+    figures: dict[str, float] = {}
+    for name, rows in sets.items():
+        grouped = GroupedFeatures(rows)
+        distance, spread = kernel_distance_with_spread(rows, real)
+        figures |= {
+            f"{extractor.frechet}{name}": frechet_distance(grouped.moments(), moments),
+            f"{extractor.frechet}{name}_std": frechet_spread(grouped, moments),
+            f"{extractor.kernel}{name}": distance,
+            f"{extractor.kernel}{name}_std": spread,
+        }
+        shares = overlap(rows, real, k, real_reach)
+        for figure in ("precision", "recall", "density", "coverage"):
+            values = getattr(shares, figure)
+            figures[f"{figure}_{extractor.suffix}{name}"] = float(values.mean())
+            figures[f"{figure}_{extractor.suffix}{name}_std"] = standard_error(values)
+    return figures
+
+
+def _infinity(samples: GroupedFeatures, reference: Moments, extractor: Extractor) -> dict[str, float]:
+    name = f"{extractor.frechet}_infinity"
+    return {
+        name: frechet_at_infinity(samples, reference),
+        f"{name}_std": frechet_at_infinity_spread(samples, reference),
+    }

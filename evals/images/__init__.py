@@ -1,1 +1,0 @@
-"""The room of pictures: where they come from, how samples and reconstructions of them are measured."""

@@ -1,0 +1,110 @@
+"""Which side of the split an instance of the reference is on, as the model that is measured knew it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latent_prior.pipeline import MNIFPipeline, load_pipeline
+from latent_prior.sampling import BLOCK, Drawing
+from mnif.data.batches import Rows, rows_of
+from mnif.data.dataset import Instances, Split
+from mnif.latents.inference import Finder, latents_of, load_finder
+from mnif.latents.table import LatentTable
+from mnif.models.io import load_component
+from mnif.models.mnif_model import MNIFModel
+from mnif.signals.base import Signal
+from mnif.signals.registry import signal_of_model
+from mnif.utils.process import progress_bar
+
+
+def is_of(table: LatentTable, reference: Instances) -> bool:
+    """Whether the table's instances are the reference's, in order, some perhaps kept out of it for a test."""
+    known = set(table.ids)
+    return table.ids == [id for id in reference.ids if id in known]
+
+
+def sides_of(table: LatentTable, reference: Instances) -> np.ndarray:
+    """Sides [N] of :class:`mnif.data.dataset.Split` as `mnif fit` cut them; it never looked at what is not in its
+    table."""
+    sides = np.full(len(reference), Split.TEST, dtype=np.int8)
+    known = set(table.ids)
+    sides[[id in known for id in reference.ids]] = np.where(table.held_out.numpy(), Split.HELD_OUT, Split.TRAIN)
+    return sides
+
+
+def latent_table_of(model: Path, decoder: MNIFModel) -> LatentTable | None:
+    """The latent table that ``mnif fit`` wrote beside the model folder, or None if it was left behind."""
+    path = model.parent / "latents.safetensors"
+    return LatentTable.load(path, decoder.fingerprint()) if path.exists() else None
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What a model folder and its run hold.
+
+    Attributes:
+        decoder: stage one.
+        signal: its signal.
+        finder: its encoder or inner loop, if it has one.
+        table: the latents that `mnif fit` found, if they lie beside the model.
+        pipeline: both stages, if there is a prior.
+    """
+
+    decoder: MNIFModel
+    signal: Signal
+    finder: Finder
+    table: LatentTable | None
+    pipeline: MNIFPipeline | None
+
+    def to(self, device: torch.device) -> None:
+        """Moves all networks."""
+        for network in (self.decoder, self.finder, self.pipeline):
+            if network is not None:
+                network.to(device)
+
+    def sides(self, data: Instances, held_out_fraction: float, test_fraction: float) -> np.ndarray:
+        """The sides [N] of :class:`mnif.data.dataset.Split` as `mnif fit` cut them, or by the flags if no table
+        tells."""
+        table = self.known(data)
+        return data.split(held_out_fraction, test_fraction) if table is None else sides_of(table, data)
+
+    def known(self, data: Instances) -> LatentTable | None:
+        """The table, if its instances are those of ``data``."""
+        return self.table if self.table is not None and is_of(self.table, data) else None
+
+    def latents(self, data: Instances, sides: np.ndarray, side: Split, refinement_steps: int) -> tuple[Rows, Tensor]:
+        """The instances of one side and their latents [n, D].
+
+        Training latents are the encoder's or inner loop's, or the table's without either; others are refined.
+        """
+        rows = rows_of(data.arrays()).subset(np.flatnonzero(sides == side))
+        table = self.known(data)
+        if side == Split.TRAIN and self.finder is None and table is not None:
+            return rows, table.train
+        steps = 0 if side == Split.TRAIN and self.finder is not None else refinement_steps
+        found = latents_of(self.decoder, self.signal, rows, self.finder, steps, batch_size=64, progress=True)
+        return rows, torch.cat([*found])
+
+
+def load_stages(model: Path) -> Stages:
+    """Reads a model folder with what `mnif fit` left beside it.
+
+    Raises:
+        UserError: a part is damaged, or belongs to another decoder.
+    """
+    decoder = load_component(MNIFModel, model, "decoder")
+    signal = signal_of_model(decoder)
+    pipeline = load_pipeline(model) if (model / "denoiser").is_dir() else None
+    table = latent_table_of(model, decoder)
+    return Stages(decoder, signal, load_finder(model, signal), table, pipeline)
+
+
+def drawn_latents(pipeline: MNIFPipeline, count: int, seed: int, steps: int) -> Tensor:
+    """The latents of samples 0 to ``count`` of ``seed`` as `mnif sample` draws them, [count, D]."""
+    pipeline.set_progress_bar_config(disable=True)
+    drawing = Drawing(pipeline, seed, steps)
+    blocks = progress_bar(range(-(-count // BLOCK)), desc="sampling", unit="block")
+    return torch.cat([drawing.block(number) for number in blocks])[:count]

@@ -1,0 +1,148 @@
+"""Distances from instances to their nearest neighbours: are samples new, or copies of what was trained on?"""
+
+from typing import Any
+
+import numpy as np
+
+from evals.metrics.uncertainty import spread_over_halves, standard_error
+from mnif.latents.table import LatentTable
+from mnif.utils.errors import UserError
+
+
+def nearest_neighbour_distances(
+    queries: np.ndarray, references: np.ndarray, chunk: int = 256
+) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest reference of every query, exactly.
+
+    Args:
+        queries: [N, D].
+        references: [R, D]; a query that is among them finds itself.
+        chunk: queries at a time; a matrix of [chunk, R] float64 is held.
+
+    Returns:
+        Euclidean distances [N] float64, exactly 0 for a copy, and indices of the references [N] int64.
+
+    Raises:
+        UserError: not two-dimensional, different dimensions, no references, a chunk below 1, or values that are not
+            finite.
+    """
+    queries, references = np.asarray(queries, dtype=np.float64), np.asarray(references, dtype=np.float64)
+    if queries.ndim != 2 or references.ndim != 2 or queries.shape[1] != references.shape[1] or not len(references):
+        raise UserError(
+            f"neighbours: {list(queries.shape)} against {list(references.shape)}; [N, D], [R, D] is needed"
+        )
+    if not (np.isfinite(queries).all() and np.isfinite(references).all()):
+        raise UserError("neighbours: the features hold NaN or infinity; look at what they come from")
+    if chunk < 1:
+        raise UserError(f"neighbours: a chunk of {chunk}; at least 1 is needed")
+    centre = references.mean(axis=0)  # far from the origin |q|² + |r|² − 2qr would cancel to nothing
+    centred = references - centre
+    lengths = np.square(centred).sum(axis=1)
+    distances, indices = np.empty(len(queries)), np.empty(len(queries), dtype=np.int64)
+    for start in range(0, len(queries), chunk):
+        rows = slice(start, start + chunk)
+        indices[rows] = np.argmin(lengths - 2 * (queries[rows] - centre) @ centred.T, axis=1)
+        # The product only picks the winner: its own rounding would give a copy a distance above zero.
+        distances[rows] = np.linalg.norm(queries[rows] - references[indices[rows]], axis=1)
+    return distances, indices
+
+
+def nearest_neighbour_ratio(samples: np.ndarray, held_out: np.ndarray, train: np.ndarray) -> float:
+    """How close samples come to training instances, by the measure of real instances that were held out.
+
+    The median distance of samples to their nearest training instance over the median distance of held-out instances to
+    theirs. About 1: samples are as new as real unseen data. Well below 1: training instances are copied. Above 1:
+    samples lie away from the data.
+
+    Args:
+        samples: [N, D] features or pixels of generated instances.
+        held_out: [H, D] of real instances that were kept out of training, without their near duplicates.
+        train: [R, D] of the training instances.
+
+    Raises:
+        UserError: as :func:`unit_of_novelty`, or no samples.
+    """
+    if not len(samples):
+        raise UserError("nn_ratio: 0 samples; some are needed")
+    return float(np.median(nearest_neighbour_distances(samples, train)[0])) / unit_of_novelty(held_out, train)
+
+
+def unit_of_novelty(held_out: np.ndarray, train: np.ndarray) -> float:
+    """The median distance of held-out instances to their nearest training instance, which novelty is measured by.
+
+    Raises:
+        UserError: as :func:`nearest_neighbour_distances`; no held-out instances; or half of them are training
+            instances, so that there is nothing to measure by.
+    """
+    if not len(held_out):
+        raise UserError("nn_ratio: 0 held-out instances; some are needed")
+    unit = float(np.median(nearest_neighbour_distances(held_out, train)[0]))
+    if unit == 0:
+        raise UserError("nn_ratio: half of the held-out instances are in the training set; split the data again")
+    return unit
+
+
+def copied_share(samples: np.ndarray, held_out: np.ndarray, train: np.ndarray, quantile: float = 0.05) -> float:
+    """The share of samples that lie nearer to training instances than all but a few held-out instances do.
+
+    A median hides a prior that copies half of the time and draws something unseen the other half; this does not. A
+    prior that draws as new instances as the held-out ones has a share of ``quantile``.
+
+    Args:
+        samples, held_out, train: as in :func:`nearest_neighbour_ratio`.
+        quantile: how many of the held-out instances may be nearer than the threshold.
+
+    Raises:
+        UserError: as :func:`nearest_neighbour_distances`, or no samples or held-out instances.
+    """
+    if not (len(samples) and len(held_out)):
+        raise UserError(f"copied share: {len(samples)} samples, {len(held_out)} held-out instances; both are needed")
+    return float(are_copies(nearest_neighbour_distances(samples, train)[0], held_out, train, quantile).mean())
+
+
+def are_copies(distances: np.ndarray, held_out: np.ndarray, train: np.ndarray, quantile: float = 0.05) -> np.ndarray:
+    """Which samples :func:`copied_share` counts, [N] bool, by their distances [N] to the nearest training instance."""
+    return distances < np.quantile(nearest_neighbour_distances(held_out, train)[0], quantile)
+
+
+COPYING_BELOW = 0.9
+
+
+EXPECTED_SHARE = 0.05  # of samples that do not copy, by the definition of copied_share
+
+
+def memorisation_figures(samples: np.ndarray, table: LatentTable) -> dict[str, float]:
+    """How near sampled latents [N, D] lie to training latents, by the measure of held-out ones, with standard errors.
+
+    All are standardised per dimension, as the prior sees them.
+    """
+    mean, std = (statistic.numpy() for statistic in table.mean_and_std())
+    parts = (samples, table.latents[table.held_out].numpy(), table.train.numpy())
+    drawn, held_out, train = ((part - mean) / std for part in parts)
+    distances, _ = nearest_neighbour_distances(drawn, train)
+    unit, copies = unit_of_novelty(held_out, train), are_copies(distances, held_out, train)
+    return {
+        "nn_ratio_latents": float(np.median(distances)) / unit,
+        "nn_ratio_latents_std": spread_over_halves(distances, lambda some: float(np.median(some))) / unit,
+        "copied_share_latents": float(copies.mean()),
+        "copied_share_latents_std": standard_error(copies),
+    }
+
+
+def copying_verdict(figures: dict[str, Any]) -> str | None:
+    """What the memorisation figures say, in words; None if they are missing.
+
+    In pictures the decoder's blur keeps even a copy away from its original, so the smaller of the two ratios counts.
+    """
+    ratios = [figures[name] for name in ("nn_ratio", "nn_ratio_latents") if name in figures]
+    if not ratios:
+        return None
+    if min(ratios) < COPYING_BELOW:
+        return "copies: its samples lie nearer to training pictures than unseen pictures do"
+    share = figures.get("copied_share_latents", 0.0)
+    if share > 2 * EXPECTED_SHARE:
+        return f"copies at times: {share:.0%} of its samples are nearer to a training picture than 95 % of unseen ones"
+    return (
+        "does not copy more than unseen pictures do: its samples lie as far from training pictures as those, which "
+        "may themselves be variants of training designs"
+    )

@@ -1,0 +1,352 @@
+"""How well a radiance field shows views it was not given, beside the mean view and the nearest view it was given."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from evals.baselines import gaussian_latents
+from evals.evaluator import Measurement
+from evals.features.extractor import Bench, PictureSource, extractor_by_name, stated
+from evals.image_sets import novelty_figures
+from evals.image_sources import sample_pictures
+from evals.loaded_run import Stages, drawn_latents, load_stages
+from evals.metrics.frechet import Moments, frechet_distance, moments_of
+from evals.metrics.neighbours import memorisation_figures
+from evals.metrics.reconstruction import SSIM_WINDOW, joined, mean_figures, psnr_per_image, ssim_per_image
+from evals.metrics.uncertainty import GROUPS, GroupedFeatures, frechet_spread
+from evals.protocol import EvalArguments, protocol_of
+from mnif.data.dataset import Split
+from mnif.data.views import ViewData, load_views
+from mnif.signals.radiance import RadianceField
+from mnif.utils.errors import UserError
+from mnif.utils.files import sha256_of_folder
+from mnif.utils.pixels import picture_grid, save_picture
+from mnif.utils.process import Processes, progress_bar
+
+_OBJECTS = 64  # of a side, evenly spread; what rendering costs
+
+
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class ViewReconstructions:
+    """Measures one model's renderings of a reference.
+
+    Attributes:
+        stages: the model.
+        data: the reference.
+        sides: [N] of :class:`mnif.data.dataset.Split`.
+        refinement_steps: for latents of objects not trained on.
+        pictures: folder for originals above renderings.
+    """
+
+    stages: Stages
+    data: ViewData
+    sides: np.ndarray
+    refinement_steps: int
+    pictures: Path
+
+    def figures(self) -> dict[str, float]:
+        """PSNR in dB and SSIM on [0, 1] of every side that has objects, means over objects with standard errors.
+
+        ``psnr_novel_views_…`` is of the views that the model's ``held_out_views`` keep back from fitting and encoding,
+        ``psnr_…`` of up to four of the others. ``…_nearest_…`` shows the picture of the same object whose camera is
+        nearest instead; ``…_mean_…`` the mean training object from that camera, if all objects have the same cameras.
+        """
+        found: dict[str, float] = {}
+        for part, side in (("train", Split.TRAIN), ("heldout", Split.HELD_OUT), ("test", Split.TEST)):
+            if (self.sides == side).any():
+                found |= self._side(part, side)
+        return found
+
+    def _side(self, part: str, side: Split) -> dict[str, float]:
+        chosen = np.flatnonzero(self.sides == side)
+        _, latents = self.stages.latents(self.data, self.sides, side, self.refinement_steps)
+        picked = np.unique(np.linspace(0, len(chosen) - 1, min(_OBJECTS, len(chosen))).round().astype(int))
+        signal = self.stages.signal
+        assert isinstance(signal, RadianceField)
+        count = self.data.images.shape[1]
+        given = count - signal.held_out_views
+        views = {"": np.unique(np.linspace(0, given - 1, min(4, given)).round().astype(int))}
+        if signal.held_out_views:
+            views["novel_views_"] = np.arange(given, count)
+        means = self._mean_views()
+        scores: dict[str, list[dict[str, np.ndarray]]] = {}
+        shown = []
+        for place in progress_bar(picked, desc=f"rendering {part}", unit="object"):
+            row = chosen[place]
+            for which, numbers in views.items():
+                truth = self.data.images[row, numbers] / 255
+                drawn = rendered(self.stages, latents[place : place + 1], self.data, row, numbers) / 255
+                ways = {"": drawn}
+                if which:
+                    ways["nearest_"] = self.data.images[row, self._nearest(row, numbers, given)] / 255
+                    shown.append((truth[0], drawn[0]))
+                if means is not None:
+                    ways["mean_"] = means[numbers]
+                for way, pictures in ways.items():
+                    scores.setdefault(which + way, []).append(_scores(pictures, truth))
+        self._save_picture(part, shown)
+        found: dict[str, float] = {}
+        for name, parts in scores.items():
+            found |= mean_figures(joined(parts), f"{name}{part}")
+        return found
+
+    def _mean_views(self) -> np.ndarray | None:
+        """[V, H, W, 3] in [0, 1] over training objects, or None if their cameras differ."""
+        poses = np.asarray(self.data.poses)
+        train = np.flatnonzero(self.sides == Split.TRAIN)
+        if not len(train) or np.abs(poses - poses[:1]).max() > 1e-4:
+            return None
+        total = np.zeros(self.data.images.shape[1:])
+        for row in train:
+            total += self.data.images[row]
+        return total / len(train) / 255
+
+    def _nearest(self, row: int, views: np.ndarray, given: int) -> np.ndarray:
+        """The given view of the object whose camera stands nearest to each of ``views``."""
+        cameras = self.data.poses[row, :, :3, 3]
+        return np.linalg.norm(cameras[views, None] - cameras[None, :given], axis=-1).argmin(axis=1)
+
+    def _save_picture(self, part: str, shown: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        if not shown:
+            return
+        some = [shown[row] for row in np.linspace(0, len(shown) - 1, min(_SHOWN, len(shown))).round().astype(int)]
+        sheet = np.concatenate([np.stack([pair[0] for pair in some]), np.stack([pair[1] for pair in some])])
+        pixels = (sheet * 255).round().astype(np.uint8)
+        save_picture(self.pictures / f"novel_views_{part}.png", picture_grid(pixels, columns=len(some)))
+
+
+@torch.no_grad()
+def rendered(stages: Stages, latent: torch.Tensor, data: ViewData, row: int, views: np.ndarray) -> np.ndarray:
+    """What a latent [1, D] shows to some of the cameras of an object: [views, H, W, 3] uint8."""
+    signal, decoder = stages.signal, stages.decoder
+    assert isinstance(signal, RadianceField)
+    batch = {name: torch.from_numpy(np.array(array[row : row + 1])) for name, array in data.arrays().items()}
+    batch = {name: tensor.to(decoder.device) for name, tensor in batch.items()}
+    cameras = signal.observe_views(batch, views.tolist()).query
+    colours = signal.render_views(decoder, decoder.coefficients(latent.to(decoder.device)), cameras)[0]
+    return (colours.clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu().numpy()
+
+
+def _scores(pictures: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
+    """One number for an object: the mean over its views."""
+    scores = {"psnr": psnr_per_image(pictures, truth)}
+    if min(truth.shape[1:3]) >= SSIM_WINDOW:
+        scores["ssim"] = ssim_per_image(pictures, truth)
+    return {name: values.mean(keepdims=True) for name, values in scores.items()}
+
+
+_VIEWS = 8  # of each object, evenly spread; more of the same object tell little
+
+
+def of_model(asked: EvalArguments) -> Measurement:
+    """Held-out views of a model of radiance fields, and its samples if it has a prior.
+
+    Raises:
+        UserError: the model, the reference or the extractor cannot be had.
+    """
+    assert asked.model is not None
+    stages = load_stages(asked.model)
+    data = stages.signal.load_more(asked.reference)
+    assert isinstance(data, ViewData)
+    measured = sha256_of_folder(asked.model)
+
+    def figures(processes: Processes) -> dict[str, Any]:
+        stages.to(processes.device)
+        sides = stages.sides(data, asked.held_out_fraction, asked.test_fraction)
+        found: dict[str, Any] = {}
+        if stages.pipeline is not None:
+            room = _Room(asked, data, processes)
+            count = room.count(asked.num_samples)
+            latents = drawn_latents(stages.pipeline, count, asked.seed, asked.num_inference_steps)
+            found |= room.compared(_drawn_sets(stages, latents, asked.seed), stages, sides, measured)
+            found["protocol"] = room.protocol()
+            if stages.table is not None and stages.table.held_out.any():
+                found |= memorisation_figures(latents.cpu().numpy(), stages.table)
+        if not processes.is_main:
+            return {}
+        found |= ViewReconstructions(stages, data, sides, asked.refinement_steps, asked.output_dir).figures()
+        return found | {"protocol": found.get("protocol", {}) | _protocol(asked, data, sides)}
+
+    return Measurement(_inputs(data, measured), figures)
+
+
+def of_samples(asked: EvalArguments) -> Measurement:
+    """Pictures of drawn objects, whatever cameras they are from.
+
+    Raises:
+        UserError: the samples are not pictures of one size, or the reference or the extractor cannot be had.
+    """
+    assert asked.samples is not None
+    pictures = sample_pictures(asked.samples)
+    data = load_views(asked.reference, pictures.size)
+
+    def figures(processes: Processes) -> dict[str, Any]:
+        room = _Room(asked, data, processes)
+        features = room.bench.features(pictures.first(room.count(None) * len(room.views)), "samples")
+        sides = data.split(asked.held_out_fraction, asked.test_fraction)
+        return room.distances({"": features}) | {"protocol": room.protocol() | _protocol(asked, data, sides)}
+
+    return Measurement(_inputs(data, pictures.fingerprint), figures)
+
+
+class _Room:
+    """The real views, and what renderings are to them: one half of the designs is compared with, the other the floor.
+
+    Raises:
+        UserError: there are too few objects, or the extractor cannot be had.
+    """
+
+    def __init__(self, asked: EvalArguments, data: ViewData, processes: Processes) -> None:
+        protocol = protocol_of(asked)
+        extractor = extractor_by_name(protocol.extractor, asked.inception_weights, processes.device)
+        self.asked, self.data = asked, data
+        self.bench = Bench(protocol, extractor, processes, asked.output_dir / ".parts")
+        count = data.images.shape[1]
+        self.views = np.unique(np.linspace(0, count - 1, min(_VIEWS, count)).round().astype(int))
+        half = data.held_out(0.5)
+        order = np.random.default_rng(0).permutation(len(data))
+        self.reference, self.floor = order[half[order]], order[~half[order]]
+        if min(len(self.reference), len(self.floor)) < 2:
+            raise UserError(f"--reference {data.name}: {len(data)} objects; at least 2 in each half are needed")
+
+    def count(self, wanted: int | None) -> int:
+        """Objects in each compared set but the reference."""
+        return min(wanted or len(self.floor), len(self.floor))
+
+    def compared(
+        self, sets: dict[str, torch.Tensor], stages: Stages, sides: np.ndarray, measured: str
+    ) -> dict[str, Any]:
+        """Distances of rendered latents, how near samples lie to training objects, and a picture of both."""
+        rendering = {name: self._rendered(stages, latents, f"{measured} {name}") for name, latents in sets.items()}
+        features = {name: self.bench.features(source, f"views{name}") for name, source in rendering.items()}
+        found = self.distances(features)
+        if not self.bench.processes.is_main:
+            return found
+        real, train = self._by_object(self._real()), np.flatnonzero(sides == Split.TRAIN)
+        if len(train):
+            held_out = real[sides == Split.HELD_OUT]
+            novelty, nearest = novelty_figures(self._by_object(features[""]), held_out, real[train])
+            found |= novelty
+            first = range(min(_SHOWN, len(sets[""])))
+            above = [rendering[""].read(range(row * len(self.views), row * len(self.views) + 1))[0] for row in first]
+            below = [self.data.images[train[nearest[row]], self.views[0]] for row in first]
+            save_picture(self.asked.output_dir / "nearest.png", picture_grid([*above, *below], columns=len(above)))
+        return found
+
+    def distances(self, features: dict[str, np.ndarray]) -> dict[str, Any]:
+        """The Fréchet distance of each set of features, of the floor and of the mean view, with standard errors."""
+        real, views = self._real(), len(self.views)
+        if not self.bench.processes.is_main:
+            return {}
+        by_view = real.reshape(len(self.data), views, -1)
+        reference = moments_of(by_view[self.reference].reshape(-1, real.shape[1]))
+        count = min(len(rows) for rows in features.values())
+        sets = features | {"_floor": by_view[self.floor].reshape(-1, real.shape[1])[:count]}
+        name = self.bench.extractor.frechet
+        found: dict[str, Any] = {}
+        for ending, rows in sets.items():
+            found[f"{name}{ending}"] = frechet_distance(moments_of(rows), reference)
+            if (spread := self._spread(rows, reference)) is not None:
+                found[f"{name}{ending}_std"] = spread
+        if (mean := self._mean_view_features()) is not None:
+            found[f"{name}_mean"] = frechet_distance(moments_of(mean), reference)
+        dimension, warnings = self.bench.extractor.dimension, []
+        if count < dimension:
+            warnings = [f"{count} views in each set are fewer than the {dimension} features: {name} is biased up"]
+        return found | {"warnings": warnings}
+
+    def protocol(self) -> dict[str, Any]:
+        """What another distance must share to be comparable."""
+        size = (self.data.images.shape[2], self.data.images.shape[3])
+        return stated(self.bench.protocol, self.bench.extractor, size) | {
+            "views_of_each_object": len(self.views),
+            "reference_objects": len(self.reference),
+            "reference_part": "half",
+        }
+
+    def _real(self) -> np.ndarray:
+        """Features of the chosen views of every real object, object by object."""
+        images, views = self.data.images, self.views
+
+        def read(rows: range) -> np.ndarray:
+            return np.stack([images[row // len(views), views[row % len(views)]] for row in rows])
+
+        height, width = images.shape[2:4]
+        key = f"{self.data.fingerprint()} views {views.tolist()}"
+        source = PictureSource(len(self.data) * len(views), (height, width), key, read)
+        return self.bench.features(source, "real views", keep=True)
+
+    def _rendered(self, stages: Stages, latents: torch.Tensor, name: str) -> PictureSource:
+        """What latents show to the cameras of the floor's objects, one after the other."""
+        views, data, floor = self.views, self.data, self.floor
+
+        def read(rows: range) -> np.ndarray:
+            pictures = []
+            for number in range(rows.start // len(views), -(-rows.stop // len(views))):
+                asked = [row % len(views) for row in rows if row // len(views) == number]
+                pictures.append(rendered(stages, latents[number : number + 1], data, floor[number], views[asked]))
+            return np.concatenate(pictures)
+
+        height, width = data.images.shape[2:4]
+        digest = hashlib.sha256(np.ascontiguousarray(latents.cpu().numpy()).tobytes()).hexdigest()
+        key = f"{name} {digest} {data.fingerprint()} {views.tolist()}"
+        return PictureSource(len(latents) * len(views), (height, width), key, read)
+
+    def _mean_view_features(self) -> np.ndarray | None:
+        """Of the mean of the floor's objects from each camera, one picture a camera; None if the cameras differ."""
+        poses = np.asarray(self.data.poses)
+        if np.abs(poses - poses[:1]).max() > 1e-4 or len(self.views) < 2:
+            return None
+        total = np.zeros((len(self.views), *self.data.images.shape[2:]))
+        for row in self.floor:
+            total += self.data.images[row, self.views]
+        pictures = (total / len(self.floor)).round().astype(np.uint8)
+        extractor = self.bench.extractor
+        return np.concatenate([*extractor.features(pictures, self.bench.protocol.resizing)])
+
+    def _by_object(self, features: np.ndarray) -> np.ndarray:
+        """The mean over the views of each object, [objects, D]."""
+        return features.reshape(-1, len(self.views), features.shape[1]).mean(axis=1)
+
+    def _spread(self, rows: np.ndarray, reference: Moments) -> float | None:
+        """The standard error that comes from the choice of objects; all views of an object go together."""
+        views = len(self.views)
+        blocks = len(rows) // (views * GROUPS)
+        if not blocks:
+            return None
+        whole = rows[: blocks * views * GROUPS].reshape(blocks, GROUPS, views, -1)
+        return frechet_spread(GroupedFeatures(whole.transpose(0, 2, 1, 3).reshape(-1, rows.shape[1])), reference)
+
+
+def _drawn_sets(stages: Stages, latents: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+    """Latents of samples and of their controls: a Gaussian's, and those of training objects."""
+    sets = {"": latents}
+    if stages.table is not None:
+        sets["_gaussian"] = torch.from_numpy(gaussian_latents(stages.table, len(latents), seed))
+        sets["_reconstructed"] = stages.table.train[: len(latents)]
+    return sets
+
+
+def _protocol(asked: EvalArguments, data: ViewData, sides: np.ndarray) -> dict[str, Any]:
+    """All that another number must share to be comparable."""
+    height, width = data.images.shape[2:4]
+    return {
+        "reference": asked.reference,
+        "resolution": f"{height}×{width}",
+        "psnr": "of pictures in [0, 1], mean over views, then over objects",
+        "seed": asked.seed,
+        "train_objects": int((sides == Split.TRAIN).sum()),
+        "held_out_objects": int((sides == Split.HELD_OUT).sum()),
+        "test_objects": int((sides == Split.TEST).sum()),
+    }
+
+
+def _inputs(data: ViewData, measured: str) -> dict[str, str]:
+    return {"measured": measured, "reference_fingerprint": data.fingerprint()}

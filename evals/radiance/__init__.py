@@ -1,1 +1,0 @@
-"""The room of radiance fields: how samples, and views that were not given, are measured."""

@@ -1,0 +1,157 @@
+"""How a set of drawn shapes compares with real ones it never saw, beside controls drawn in other ways.
+
+All sets that are compared have the same number of shapes, since coverage and 1-NNA depend on it. The floor is what
+real shapes from the training set score in the place of drawn ones: no model can hope for better.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from evals.metrics.shapes import Metric, distance_matrix, set_figures, surfaces_of_grids
+from evals.metrics.uncertainty import spread_over_halves
+from mnif.data.dataset import Split
+from mnif.data.voxels import VoxelData
+from mnif.utils.errors import UserError
+from mnif.utils.process import progress_bar
+
+LEAST = 8  # shapes in a set
+
+
+_COPIED_QUANTILE = 0.05
+
+
+_CHUNK = 1024  # training shapes whose surfaces are held at a time
+
+
+@dataclass(frozen=True)
+class RealShapes:
+    """The real shapes of a comparison.
+
+    Attributes:
+        reference: [R, P, 3] points of shapes that drawn ones are compared with.
+        floor: [F, P, 3] points of shapes that stand for perfect samples.
+        part: what the reference is: "unseen" (held out or kept for a test) or "half" of the designs, where nothing or
+            next to nothing was kept.
+        left_out: real shapes of either that have no surface, since they fill the whole grid.
+    """
+
+    reference: np.ndarray
+    floor: np.ndarray
+    part: str
+    left_out: int
+
+
+def real_shapes(data: VoxelData, sides: np.ndarray) -> RealShapes:
+    """Reference and floor, whole designs on either side, in random order.
+
+    Raises:
+        UserError: there are too few shapes.
+    """
+    unseen, part = sides != Split.TRAIN, "unseen"
+    if unseen.sum() < LEAST:
+        unseen, part = data.held_out(0.5), "half"
+    order = np.random.default_rng(0).permutation(len(data))
+    reference, floor = order[unseen[order]], order[~unseen[order]]
+    if min(len(reference), len(floor)) < LEAST:
+        raise UserError(f"--reference {data.name}: {len(data)} shapes; at least {LEAST} each of two parts are needed")
+    here, there = _points(data, reference), _points(data, floor[: len(reference)])
+    kept, stand_ins = (points[~np.isnan(points[:, 0, 0])] for points in (here, there))
+    return RealShapes(kept, stand_ins, part, len(here) + len(there) - len(kept) - len(stand_ins))
+
+
+def comparison_figures(
+    drawn: Mapping[str, np.ndarray], real: RealShapes, metric: Metric, points: int | None = None
+) -> dict[str, float]:
+    """MMD, COV and 1-NNA of each drawn set, and of the floor, with their standard errors.
+
+    Args:
+        drawn: what a set's figures end with ("" for the samples, "_gaussian" …) → [S, P, 3] points.
+        real: the real shapes.
+        metric: of distances.
+        points: take the first so many of each shape; default: all.
+
+    Returns:
+        ``mmd_chamfer``, ``cov_chamfer``, ``nna_chamfer`` … by ending; no ``mmd`` where no shape has a surface.
+    """
+    sets = {**drawn, "_floor": real.floor}
+    count = set_size(drawn, real)
+    reference = real.reference[:count, :points]
+    among_real = distance_matrix(reference, metric=metric, exact="minima", title="real shapes")
+    found: dict[str, float] = {}
+    for ending, shapes in sets.items():
+        some, title = shapes[:count, :points], f"{metric}{ending}"
+        to_real = distance_matrix(some, reference, metric, "minima", title)
+        among_drawn = distance_matrix(some, metric=metric, exact="minima", title=title)
+        for name, value in set_figures(to_real, among_drawn, among_real).items():
+            figure, _, spread = name.partition("_")
+            if np.isfinite(value):
+                found[f"{figure}_{metric}{ending}" + (f"_{spread}" if spread else "")] = value
+    return found
+
+
+def set_size(drawn: Mapping[str, np.ndarray], real: RealShapes) -> int:
+    """How many shapes of each set are compared."""
+    return min(len(real.reference), len(real.floor), *(len(shapes) for shapes in drawn.values()))
+
+
+@dataclass(frozen=True)
+class Novelty:
+    """Whether drawn shapes are new.
+
+    Attributes:
+        figures: ``nn_ratio``, the median distance of drawn shapes to their nearest training shapes over that of
+            held-out shapes to theirs, with its standard error; ``nn_ratio_copies``, what copies of training shapes
+            would score; ``copied_share``, the share of drawn shapes nearer than all but 5 % of held-out ones.
+            Distances are roots of chamfer distances. Empty if nothing was held out.
+        nearest: the row of the nearest training shape for each drawn one, [S].
+    """
+
+    figures: dict[str, float]
+    nearest: np.ndarray
+
+
+def novelty_of(drawn: np.ndarray, data: VoxelData, sides: np.ndarray) -> Novelty:
+    """Compares drawn shapes [S, P, 3] with all training shapes; those without a surface do not count.
+
+    Raises:
+        UserError: there are no training shapes.
+    """
+    train, held_out = np.flatnonzero(sides == Split.TRAIN), np.flatnonzero(sides == Split.HELD_OUT)
+    if not len(train):
+        raise UserError(f"--reference {data.name}: no shape of it was trained on; lower --held_out_fraction")
+    copies = _points(data, train[:: -(-len(train) // len(drawn))], "copy of ")
+    queries = {"drawn": drawn, "held out": _points(data, held_out), "copies": copies}
+    found, nearest = _nearest(np.concatenate([*queries.values()]), data, train)
+    ends = np.cumsum([len(points) for points in queries.values()])
+    samples, unseen, again = (part[np.isfinite(part)] for part in np.split(found, ends[:-1]))
+    figures: dict[str, float] = {}
+    if len(unseen) and len(samples):
+        unit = float(np.median(unseen))
+        figures = {
+            "nn_ratio": float(np.median(samples)) / unit,
+            "nn_ratio_std": spread_over_halves(samples, lambda some: float(np.median(some))) / unit,
+            "nn_ratio_copies": float(np.median(again)) / unit,
+            "copied_share": float((samples < np.quantile(unseen, _COPIED_QUANTILE)).mean()),
+        }
+    return Novelty(figures, nearest[: len(drawn)])
+
+
+def _nearest(queries: np.ndarray, data: VoxelData, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The root of each query's chamfer distance to its nearest training shape, and that shape's row."""
+    distances, nearest = np.full(len(queries), np.inf), np.full(len(queries), train[0])
+    for start in range(0, len(train), _CHUNK):
+        some = train[start : start + _CHUNK]
+        matrix = distance_matrix(queries, _points(data, some), exact="row minima", title="nearest training shapes")
+        least = matrix.min(axis=1)
+        nearer = least < distances
+        distances[nearer], nearest[nearer] = least[nearer], some[matrix.argmin(axis=1)[nearer]]
+    return np.sqrt(distances), nearest
+
+
+def _points(data: VoxelData, rows: np.ndarray, prefix: str = "") -> np.ndarray:
+    """Points on the surfaces of real shapes."""
+    shown = progress_bar(rows, desc="surfaces", unit="shape", leave=False)
+    grids = (data.occupancy(slice(row, row + 1))[0].astype(np.float32) for row in shown)
+    return surfaces_of_grids(grids, [prefix + data.ids[row] for row in rows], level=0.5).points

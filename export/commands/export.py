@@ -1,0 +1,267 @@
+"""`mnif export`: one folder with everything an edge device needs."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+
+from export.bundle import MANIFEST, Selection, is_as_written, put_in_place, write_device_files
+from export.device.bundle import manifest_digest
+from export.graphs.precision import PARTS, Precision, Storage
+from export.graphs.rtx_check import CompileReport, compile_with_rtx, rtx_is_installed
+from export.graphs.sampler import BROWSER_KINDS
+from export.graphs.specs import Variant, variants
+from export.manifest import graph_entry, manifest_of
+from export.readme import bundle_readme
+from export.triton import write_model_repository
+from latent_prior.diffusion import INFERENCE_STEPS
+from latent_prior.pipeline import MNIFPipeline, load_pipeline
+from mnif import __version__
+from mnif.models.io import load_component
+from mnif.models.mnif_model import MNIFModel
+from mnif.utils.args import parse_arguments
+from mnif.utils.errors import UserError
+from mnif.utils.files import (
+    read_json,
+    remove_leftovers,
+    save_tensors,
+    sha256_of_file,
+    sha256_of_folder,
+    temporary_folder,
+    write_json,
+)
+from mnif.utils.output_folders import check_output_folder
+
+
+@dataclass(kw_only=True)
+class ExportArguments:
+    """Write ONNX graphs, weights and the device's own tools; every graph is measured against float64 first."""
+
+    model: Path
+    """The model folder, RUN/model. Without a prior there is no sampler, and rows of RUN/latents.safetensors are
+    baked."""
+    output_dir: Path
+    """The bundle folder; the files of an older bundle there are replaced, all others stay."""
+    num_baked: int = 4
+    """How many instances are baked into graphs of their own."""
+    latents: Path | None = None
+    """A latent table whose rows are baked; default: samples of the prior."""
+    ids: list[str] | None = None
+    """Which rows of the latent table are baked; default: the first --num_baked."""
+    num_inference_steps: list[int] = field(default_factory=lambda: [INFERENCE_STEPS])
+    """Denoising steps, one sampler for each number; what is baked is sampled with the last."""
+    resolution: list[int] | None = None
+    """Pixels per axis of decoder and sampler: one number, or one for each axis; default: the training resolution."""
+    precision: list[Precision] = field(default_factory=lambda: ["fp32", "mixed"])
+    """Of all graphs but the samplers; mixed multiplies hidden layers in float16."""
+    sampler_precision: list[Precision] = field(default_factory=lambda: ["mixed"])
+    """Of the samplers, each of which holds the whole denoiser."""
+    sampler_storage: Storage = "int8"
+    """How samplers store their large matrices; they compute as --sampler_precision says."""
+    pad_channels: bool = False
+    """Values get four channels, the further ones zero: one kernel less in TensorRT."""
+    browser: bool = False
+    """Add the graphs of the page in examples/browser: noise → coefficients, and values of those at any coordinates."""
+    triton: bool = False
+    """Add a model repository for Triton Inference Server: triton/, with every decoder and sampler."""
+    seed: int = 0
+    """Of the baked samples and of the reference inputs."""
+    compile_rtx: Literal["auto", "on", "off"] = "auto"
+    """Compile every graph with TensorRT-RTX, which needs no GPU: a compile gate, not a Jetson build. auto: where it is
+    installed. Of the baked graphs the first alone is compiled."""
+
+    def forms(self, kind: str) -> tuple[Sequence[Precision], Storage | None]:
+        """Precisions and storage of a kind of graphs, None for what is multiplied.
+
+        A browser computes in float32, so its graphs have that alone.
+        """
+        if kind == "sampler":
+            return self.sampler_precision, self.sampler_storage
+        return (["fp32"] if kind in BROWSER_KINDS else self.precision), None
+
+
+def selection_of(model: MNIFPipeline | MNIFModel, options: ExportArguments) -> Selection:
+    """What the flags ask for.
+
+    Raises:
+        UserError: a flag is out of range.
+    """
+    decoder = model if isinstance(model, MNIFModel) else model.decoder
+    counts = [("num_baked", 0, options.num_baked), ("seed", 0, options.seed)]
+    counts += [("num_inference_steps", 1, number) for number in options.num_inference_steps]
+    counts += [("resolution", 1, number) for number in options.resolution or []]
+    for flag, least, value in counts:
+        if value < least:
+            raise UserError(f"--{flag} {value}: must be at least {least}")
+    for flag in ("num_inference_steps", "precision", "sampler_precision", "resolution", "ids"):
+        if getattr(options, flag) == []:
+            raise UserError(f"--{flag}: give at least one")
+    if options.ids is not None and options.latents is None:
+        raise UserError("--ids: say --latents too, the table they stand in")
+    resolution = options.resolution or decoder.config.resolution
+    if not isinstance(resolution, int):
+        if len(resolution) not in (1, decoder.config.dimensions):
+            given = " ".join(map(str, resolution))
+            raise UserError(f"--resolution {given}: one number, or {decoder.config.dimensions}")
+        resolution = resolution[0] if len(resolution) == 1 else tuple(resolution)
+    if options.browser and not (isinstance(model, MNIFPipeline) and decoder.config.signal == "image"):
+        raise UserError("--browser: the page draws new pictures; this model has no prior, or is not of pictures")
+    return Selection(
+        decoder=decoder,
+        pipeline=model if isinstance(model, MNIFPipeline) else None,
+        resolution=resolution,
+        steps=list(dict.fromkeys(options.num_inference_steps)),
+        num_baked=options.num_baked,
+        seed=options.seed,
+        table=options.latents,
+        ids=options.ids,
+        pad_channels=options.pad_channels,
+        browser=options.browser,
+    )
+
+
+def main(arguments: list[str]) -> None:
+    """Runs `mnif export`."""
+    options = parse_arguments(ExportArguments, arguments, "mnif export")
+    _check_output(options.output_dir)
+    model = load_model(options.model)
+    if isinstance(model, MNIFModel) and options.latents is None:
+        beside = options.model.parent / "latents.safetensors"
+        options.latents = beside if beside.is_file() else None
+    inputs = {key: str(value) for key, value in asdict(options).items() if key != "output_dir"}
+    inputs |= {"version": __version__, "model_sha256": sha256_of_folder(options.model)}
+    if options.latents is not None and options.latents.is_file():
+        inputs["latents_sha256"] = sha256_of_file(options.latents)
+    if _holds(options.output_dir, inputs):
+        print(f"{options.output_dir}: exported here before from this model with these flags; nothing to do")
+        return
+    export_bundle(model, options, inputs)
+
+
+def load_model(folder: Path) -> MNIFPipeline | MNIFModel:
+    """Both stages of a model folder, or the decoder alone where there is no prior yet.
+
+    Raises:
+        UserError: a stage is damaged, there is no decoder, or the denoiser belongs to another one.
+    """
+    if (folder / "denoiser").is_dir():
+        return load_pipeline(folder)
+    return load_component(MNIFModel, folder, "decoder")
+
+
+def _holds(output: Path, inputs: dict[str, str]) -> bool:
+    """Whether a bundle of the same inputs lies there, each file as it was written; others may lie there too."""
+    if not (output / MANIFEST).is_file():
+        return False
+    manifest = read_json(output / MANIFEST)
+    if manifest.get("inputs") != inputs or manifest.get("digest") != manifest_digest(manifest):
+        return False
+    return all(is_as_written(output / name, entry) for name, entry in manifest["files"].items())
+
+
+def export_bundle(
+    model: MNIFPipeline | MNIFModel, options: ExportArguments, inputs: dict[str, str] | None = None
+) -> None:
+    """Writes a bundle to ``options.output_dir``, whole or not at all; it takes the place of an older one.
+
+    What the older bundle's manifest does not name stays, the plans built there among it.
+
+    Args:
+        model: what to export, on the CPU in float32.
+        options: the command's flags; ``options.model`` is not read.
+        inputs: what the bundle depends on, noted in the manifest.
+
+    Raises:
+        UserError: a flag is out of range, the folder holds something else or a file in the way, the scheduler cannot
+            be exported, a graph misses its tolerance, or TensorRT-RTX refuses it.
+    """
+    selection = selection_of(model, options)
+    _check_output(options.output_dir)
+    output = options.output_dir.resolve()
+    compiles = options.compile_rtx == "on" or (options.compile_rtx == "auto" and rtx_is_installed())
+    if options.compile_rtx == "auto" and not compiles:
+        print("TensorRT-RTX compile gate skipped: not installed (pip install 'mnif-diffusion[rtx]')")
+
+    if selection.pipeline is None and selection.table is None:
+        print("no prior and no latent table: nothing is baked (--latents names a table)")
+    if selection.pipeline is not None:
+        selection.pipeline.set_progress_bar_config(disable=True)
+    with temporary_folder(output) as folder:
+        (folder / "onnx").mkdir()
+        manifest = manifest_of(selection) | {"inputs": inputs or {}}
+        reference: dict[str, Any] = {}
+        unmeasured = 0
+        for case in selection.cases():
+            for variant in variants(case, *options.forms(case.kind)):
+                path = folder / "onnx" / f"{variant.name}.onnx"
+                onnx.save_model(variant.model, path)
+                gated = compiles and (case.instance is None or case.name.startswith("baked_0000"))
+                report = compile_with_rtx(path, case.profile) if gated else None
+                manifest["precision"][variant.precision] = PARTS[variant.precision]
+                manifest["graphs"][variant.name] = graph_entry(variant)
+                manifest["measured"][variant.name] = {"tensorrt_rtx": None if report is None else asdict(report)}
+                if case.reference is None:
+                    unmeasured += 1
+                else:
+                    print(_line(variant, report))
+            if case.reference is not None:
+                arrays = case.reference.inputs | case.reference.outputs
+                reference |= {f"{case.reference.prefix}.{name}": array for name, array in arrays.items()}
+        if unmeasured:
+            print(f"{unmeasured} further baked graphs: the same nodes with other weights, all of them finite")
+        np.savez_compressed(folder / "reference.npz", **reference)
+        _write_weights(selection.decoder, folder / "weights.safetensors")
+        write_device_files(folder)
+        if options.triton:
+            write_model_repository(folder, manifest["graphs"])
+        (folder / "README.md").write_text(bundle_readme(manifest))
+        manifest["files"] = {
+            path.relative_to(folder).as_posix(): {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        manifest["digest"] = manifest_digest(manifest)
+        write_json(folder / MANIFEST, manifest)
+        others = put_in_place(folder, output)
+    megabytes = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
+    count = len(manifest["graphs"])
+    print(f"{options.output_dir}: {count} graphs, {megabytes:.1f} MB; README.md has the commands for a device")
+    if others:
+        first = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
+        print(f"{options.output_dir}: {len(others)} files that are not the bundle's stay as they are: {first}")
+
+
+def _check_output(output: Path) -> None:
+    """Refuses a path that is neither free, nor an empty folder, nor a bundle; clears what a killed export left."""
+    is_bundle = check_output_folder(output, "export")
+    remove_leftovers(output.resolve().parent, output.resolve().name)
+    remove_leftovers(output, MANIFEST)
+    if not is_bundle and output.exists() and any(output.iterdir()):
+        raise UserError(f"{output} holds something other than a bundle; choose another --output_dir")
+
+
+def _line(variant: Variant, report: CompileReport | None) -> str:
+    gate = (
+        "TensorRT-RTX compile gate not run"
+        if report is None
+        else f"TensorRT-RTX {report.version} compile gate passed in {report.seconds:.2f} s, plan "
+        f"{report.plan_bytes / 1e6:.1f} MB (not a Jetson build)"
+    )
+    return (
+        f"{variant.name}.onnx: {variant.model.ByteSize() / 1e6:.2f} MB, ONNX checker passed, against float64 "
+        f"{variant.psnr:.1f} dB, max |difference| {variant.error:.1e}, {gate}"
+    )
+
+
+def _write_weights(decoder: MNIFModel, path: Path) -> None:
+    """The decoder, its large matrices in float16 but for the first layer's; the denoiser stands in the samplers."""
+    large = {f"bases.{mixed}" for mixed, layer in enumerate(decoder.mixed_layers) if layer > 0}
+    large.add("coefficient_map.weight")
+    tensors = {
+        f"decoder.{name}": (tensor.half() if name in large else tensor).contiguous()
+        for name, tensor in decoder.state_dict().items()
+    }
+    save_tensors(tensors, path, {"decoder_fingerprint": decoder.fingerprint()})

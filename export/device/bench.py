@@ -1,0 +1,236 @@
+"""What a measurement was made on: device, JetPack, power mode, processor, versions, memory."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .backends import BACKENDS, BackendMissing, load_graph
+from .bundle import BundleError, BundleFolder, check_least, entry, write_json
+from .cli import Parser, columns, run_command
+from .cuda import Cuda, CudaError, find_gpu
+from .plans import PlanRefused
+
+
+def describe_machine() -> dict[str, Any]:
+    """Facts that belong beside every measured number; what cannot be found out is None."""
+    try:
+        _, gpu = find_gpu()
+        graphics, no_gpu = gpu._asdict(), None
+    except CudaError as error:
+        graphics, no_gpu = None, str(error)
+    return {
+        "device": _text(Path("/proc/device-tree/model")) or platform.node(),
+        "gpu": graphics,
+        "no_gpu": no_gpu,
+        "jetson_linux": _text(Path("/etc/nv_tegra_release")),
+        "jetpack": _output(["dpkg-query", "--showformat=${Version}", "--show", "nvidia-jetpack"]),
+        "power_mode": _output(["nvpmodel", "-q"]),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "versions": {name: package_version(name) for name in ("numpy", "onnxruntime", "openvino", "tensorrt")},
+    }
+
+
+def package_version(name: str) -> str | None:
+    """Of an installed module, which is imported for it; None where there is none."""
+    if name == "numpy":
+        return np.__version__
+    try:
+        return str(import_module(name).__version__)
+    except (ImportError, AttributeError):
+        return None
+
+
+def peak_memory_megabytes() -> float:
+    """The most memory this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
+
+
+def _processor() -> str:
+    for line in (_text(Path("/proc/cpuinfo")) or "").splitlines():
+        if line.lower().startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace").strip("\0\n ") or None
+    except OSError:
+        return None
+
+
+def _output(command: list[str]) -> str | None:
+    """What a command of the system prints, on one line."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return " ".join(done.stdout.decode(errors="replace").split()) or None
+
+
+_WARM_UP = 3
+
+
+class Subject(NamedTuple):
+    """What is timed: one graph, one backend, one size of its dynamic axis."""
+
+    graph: str
+    backend: str
+    cuda_graph: bool
+    size: int
+    run: Any
+    arrays: dict[str, np.ndarray]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns 0, or 2 after one line about what is wrong."""
+    parser = Parser("bench", "Time graphs in every backend that is here; prints a table, --output writes JSON.")
+    parser.add_bundle()
+    parser.add_argument("--backends", nargs="+", choices=BACKENDS, metavar="NAME", help=f"of {', '.join(BACKENDS)}")
+    parser.add_argument("--graphs", nargs="+", metavar="NAME", help="default: the first of each kind and precision")
+    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8, 32], metavar="N")
+    parser.add_argument("--rounds", type=int, default=100, help="calls of each that are timed (100)")
+    parser.add_argument("--threads", type=int, default=0, help="of a backend on the CPU; 0 lets it choose")
+    parser.add_argument("--output", type=Path, help="write machine and table as JSON here")
+    return run_command(parser, arguments, _bench)
+
+
+def _bench(options: Any) -> int:
+    folder = BundleFolder(options.bundle)
+    check_least("rounds", options.rounds, 1)
+    for size in options.batch_sizes:
+        check_least("batch_sizes", size, 1)
+    machine = describe_machine()
+    print(_headline(machine))
+    subjects: list[Subject] = []
+    for name in options.graphs or _typical(folder):
+        for backend in options.backends or BACKENDS:
+            try:
+                subjects += _subjects(folder, name, backend, options.batch_sizes, options.threads)
+            except (BackendMissing, CudaError, PlanRefused) as reason:
+                if options.backends:
+                    raise
+                print(f"{name} in {backend}: left out, {reason}")
+    if not subjects:
+        raise BundleError("nothing here can run a graph; install onnxruntime")
+    host, device = _times(subjects, options.rounds)
+    rows = [_row(subject, *times) for subject, *times in zip(subjects, host, device)]
+    print(_table(rows))
+    memory = {"process_peak_megabytes": peak_memory_megabytes(), "gpu_used_megabytes": _gpu_megabytes()}
+    print(f"memory: {memory['process_peak_megabytes']:.0f} MB at most in this process, all backends together")
+    if options.output is not None:
+        write_json(options.output, {"machine": machine, "memory": memory, "rows": rows})
+    return 0
+
+
+def _typical(folder: BundleFolder) -> list[str]:
+    """The first graph of each kind, precision and number of steps."""
+    first: dict[tuple, str] = {}
+    for name, graph in sorted(entry(folder.manifest, "graphs", kind=dict).items()):
+        key = (graph["kind"], graph["precision"], graph["storage"], graph["steps"], graph["instance"] is None)
+        first.setdefault(key, name)
+    return sorted(first.values())
+
+
+def _subjects(folder: BundleFolder, name: str, backend: str, batch_sizes: list[int], threads: int) -> list[Subject]:
+    """A graph at each batch size; one without a batch at its best shape. TensorRT with and without a CUDA graph."""
+    graph = folder.graph(name)
+    batched = any("batch" in each["shape"] for each in graph["inputs"])
+    best = next(iter(graph["profile"].values()))["optimum"]
+    found = []
+    for cuda_graph in (True, False) if backend == "tensorrt" else (False,):
+        if backend == "tensorrt":
+            from .tensorrt_graph import load_tensorrt_graph
+
+            run: Any = load_tensorrt_graph(folder, name, cuda_graph)
+        else:
+            run = load_graph(folder, name, backend, threads)
+        for size in batch_sizes if batched else [int(best[0])]:
+            arrays = _inputs(graph, size)
+            found.append(Subject(name, backend, cuda_graph, size if batched else 1, run, arrays))
+    return found
+
+
+def _inputs(graph: dict[str, Any], size: int) -> dict[str, np.ndarray]:
+    """Uniform numbers in [-1, 1] of the best shapes, ``size`` along the batch."""
+    random = np.random.default_rng(0)
+    arrays = {}
+    for tensor in graph["inputs"]:
+        best = graph["profile"][tensor["name"]]["optimum"]
+        shape = [size if axis == "batch" else best[place] for place, axis in enumerate(tensor["shape"])]
+        arrays[tensor["name"]] = random.uniform(-1, 1, shape).astype(np.float32)
+    return arrays
+
+
+def _times(subjects: list[Subject], rounds: int) -> tuple[np.ndarray, np.ndarray]:
+    """Host and device milliseconds, [subjects, rounds]; the device's are NaN on a CPU."""
+    host, device = np.empty((2, len(subjects), rounds))
+    for round_number in range(-_WARM_UP, rounds):
+        for index, subject in enumerate(subjects):
+            started = time.perf_counter()
+            subject.run(subject.arrays)
+            if round_number >= 0:
+                host[index, round_number] = (time.perf_counter() - started) * 1e3
+                device[index, round_number] = getattr(subject.run, "device_milliseconds", np.nan)
+    return host, device
+
+
+def _row(subject: Subject, host: np.ndarray, device: np.ndarray) -> dict[str, Any]:
+    p50, p95, p99 = (float(each) for each in np.percentile(host, (50, 95, 99)))
+    on_gpu = subject.backend == "tensorrt"
+    return {
+        "graph": subject.graph,
+        "backend": subject.backend,
+        "version": subject.run.version,
+        "cuda_graph": subject.cuda_graph if on_gpu else None,
+        "batch": subject.size,
+        "host_ms_p50": p50,
+        "host_ms_p95": p95,
+        "host_ms_p99": p99,
+        "device_ms_p50": float(np.median(device)) if on_gpu else None,
+        "per_second": subject.size / p50 * 1e3,
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    head = ("graph", "backend", "CUDA graph", "batch", "p50 ms", "p95 ms", "p99 ms", "device ms", "per second")
+    lines = [head]
+    for row in rows:
+        times = [f"{row[key]:.3f}" for key in ("host_ms_p50", "host_ms_p95", "host_ms_p99")]
+        device = "–" if row["device_ms_p50"] is None else f"{row['device_ms_p50']:.3f}"
+        graph = {None: "–", True: "on", False: "off"}[row["cuda_graph"]]
+        rate = f"{row['per_second']:.0f}"
+        lines.append((row["graph"], row["backend"], graph, str(row["batch"]), *times, device, rate))
+    return "\n".join(columns(lines))
+
+
+def _headline(machine: dict[str, Any]) -> str:
+    facts = [machine["device"], f"{machine['processor']}, {machine['cores']} cores"]
+    if machine["gpu"] is None:
+        facts.append(f"no GPU was there, CPU backends alone are timed ({machine['no_gpu']})")
+    else:
+        facts.append("{name}, compute capability {compute_capability}, CUDA {driver}".format(**machine["gpu"]))
+    for key in ("jetpack", "power_mode"):
+        if machine[key]:
+            facts.append(f"{key.replace('_', ' ')} {machine[key]}")
+    return "; ".join(facts)
+
+
+def _gpu_megabytes() -> float | None:
+    try:
+        return Cuda().memory_used_bytes() / 1e6
+    except CudaError:
+        return None

@@ -1,0 +1,56 @@
+"""What the device's commands have in common: flags, and one line for what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any, Callable, NoReturn, Sequence
+
+from .bundle import BundleError
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags of one command; a mistake in them is one line and exit code 2.
+
+    Args:
+        command: such as ``"build"``.
+        description: what it does.
+    """
+
+    def __init__(self, command: str, description: str):
+        super().__init__(prog=f"mnif {command}", description=description)
+
+    def add_bundle(self) -> None:
+        """The flag for the bundle; a copy inside a bundle's ``device/`` knows its own."""
+        own = Path(__file__).resolve().parents[3]
+        inside = (own / "manifest.json").is_file()
+        here = own if inside else None
+        self.add_argument("--bundle", type=Path, default=here, required=not inside, help="the bundle's folder")
+
+    def error(self, message: str) -> NoReturn:
+        """What :func:`run_command` shows."""
+        raise BundleError(message)
+
+
+def run_command(parser: Parser, arguments: list[str] | None, work: Callable[[Any], int]) -> int:
+    """Parses and works; returns the exit code, 2 after one line about what is wrong.
+
+    What the runtime logs (which backend it took and why) goes to stderr.
+    """
+    try:
+        options = parser.parse_args(arguments)
+        logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+        return work(options)
+    except BundleError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"{parser.prog}: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
+    return 2
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines whose cells stand under each other."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

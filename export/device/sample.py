@@ -1,0 +1,64 @@
+"""`python3 device/sample.py`: new pictures from a bundle, on whatever is there, without torch."""
+
+from __future__ import annotations
+
+import io
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .backends import BACKENDS
+from .bundle import BundleError, write_whole
+from .cli import Parser, run_command
+from .runtime import Bundle, Camera, Sampler, load_bundle, to_pixels, write_png
+
+_OF_OTHER_COMMANDS = ("run", "compare", "manifest", "samples", "decode", "comparison", "metrics")  # their JSON files
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns 0, or 2 after one line about what is wrong."""
+    parser = Parser("sample", "Draw pictures (voxels: volumes, radiance fields: views) from a bundle, without torch.")
+    parser.add_bundle()
+    parser.add_argument("--num", "--num_samples", type=int, default=16, dest="num_samples", help="how many (16)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=int, default=0, help="number of the first sample")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--precision", choices=("fp32", "mixed"), help="default: what is there, fp32 first")
+    parser.add_argument("--steps", type=int, help="evaluations of the denoiser (default: the most)")
+    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
+    parser.add_argument("--threads", type=int, default=0, help="of a backend on the CPU; 0 lets it choose")
+    parser.add_argument("--output_dir", type=Path, default=Path("samples"))
+    return run_command(parser, arguments, _sample)
+
+
+def _sample(options: Any) -> int:
+    for name in _OF_OTHER_COMMANDS:
+        if (options.output_dir / f"{name}.json").exists():
+            raise BundleError(f"{options.output_dir} is of another command ({name}.json); choose another --output_dir")
+    bundle = load_bundle(options.bundle, options.backend, options.threads)
+    sampler = Sampler(bundle, options.precision, options.steps)
+    begun = time.perf_counter()
+    drawn = sampler(options.num_samples, options.seed, options.start, options.batch_size)
+    shown = _shown(bundle, drawn, options.precision)
+    seconds = time.perf_counter() - begun
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    for index, each in enumerate(shown, start=options.start):
+        if each.dtype == np.uint8:
+            write_png(options.output_dir / f"{index:06d}.png", each)
+        else:
+            content = io.BytesIO()
+            np.save(content, each)
+            write_whole(options.output_dir / f"{index:06d}.npy", content.getvalue(), flush=False)
+    kind = "pictures" if shown[0].dtype == np.uint8 else "volumes"
+    print(f"{options.output_dir}: {len(shown)} {kind} drawn, {len(shown) / seconds:.1f} a second")
+    return 0
+
+
+def _shown(bundle: Bundle, drawn: np.ndarray, precision: str | None) -> np.ndarray:
+    """Pictures uint8; of voxels the values as they are; of radiance fields one view each."""
+    if bundle.manifest["radiance"] is not None:
+        camera = Camera(bundle, precision)
+        return np.stack([to_pixels(camera(coefficients[None], azimuth=30.0)) for coefficients in drawn])
+    return to_pixels(drawn) if bundle.manifest["grid"]["dimensions"] == 2 else drawn

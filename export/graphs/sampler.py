@@ -1,0 +1,351 @@
+"""A scheduler as a table of numbers.
+
+Deterministic diffusers schedulers (DDIM, UniPC, DPM-Solver++, flow matching with Euler or Heun steps, ...) make the
+next sample as a weighted sum of recent samples and predictions, with weights that depend on the step alone. The
+weights are found by watching the scheduler at work: it is stepped through random samples and predictions, and each
+step is explained by least squares from what it may have used. A step with noise of its own, or with clipping, leaves a
+residual and is refused, so no scheduler needs to be known by name.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TypeVar, cast
+
+import numpy as np
+import onnx
+import torch
+from diffusers import SchedulerMixin
+from torch import Tensor
+
+from export.graphs.builder import Nodes
+from export.graphs.fields import (
+    Resolution,
+    _decoded,
+    _grid_shape,
+    _reference_count,
+    all_layers,
+    baked_profile,
+    batch_profile,
+    cells_of,
+    coefficient_shape,
+    evaluated,
+)
+from export.graphs.specs import GraphCase, profile_of, reference_of
+from latent_prior.denoisers import LatentDenoiser, ResidualBlock
+from latent_prior.pipeline import MNIFPipeline
+from latent_prior.sampling import initial_noise
+from mnif.models.mnif_model import MNIFModel
+from mnif.utils.errors import UserError
+
+T = TypeVar("T")
+
+
+_LAGS = 3
+
+
+# What a step may use, the likeliest first: (0 for samples or 1 for predictions, lag).
+_PLACES = [(0, 0), (1, 0), (1, 1), (0, 1), (1, 2), (0, 2)]
+
+
+_ELEMENTS = 512
+
+
+_LOUDNESS = 100.0  # far beyond any range a scheduler clips to
+
+
+_TOLERANCE = 1e-5  # schedulers count in float32
+
+
+_NOTHING = 1e-9  # what rounding leaves of a weight that is zero
+
+
+@dataclass(frozen=True)
+class LinearSteps:
+    """Denoising as x[i+1] = Σ sample_weights[i, k] · x[i-k] + Σ prediction_weights[i, k] · m[i-k].
+
+    Attributes:
+        timesteps: [steps] float64, what the denoiser is told at each step, 0 to 1000.
+        sample_weights: [steps, 3] float64, of the current sample x[i] and the two before it.
+        prediction_weights: [steps, 3] float64, of the denoiser's current prediction m[i] and the two before it.
+    """
+
+    timesteps: np.ndarray
+    sample_weights: np.ndarray
+    prediction_weights: np.ndarray
+
+    def terms(self, step: int, samples: list[T], predictions: list[T]) -> list[tuple[T, float]]:
+        """What the next sample is the sum of: (item, weight) pairs, those with weight zero left out.
+
+        Args:
+            step: i, from 0.
+            samples: x[0] ... x[i], of any kind.
+            predictions: m[0] ... m[i], of the same kind.
+        """
+        return [
+            (history[-1 - lag], float(weight))
+            for history, weights in ((samples, self.sample_weights), (predictions, self.prediction_weights))
+            for lag, weight in enumerate(weights[step])
+            if weight != 0
+        ]
+
+
+def linear_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> LinearSteps:
+    """Reads off a scheduler's weights; the scheduler itself and torch's random state stay as they are.
+
+    Args:
+        scheduler: of diffusers.
+        num_inference_steps: at least 1. A second-order scheduler may take more steps than that.
+
+    Raises:
+        UserError: the scheduler refuses the number of steps, draws noise, clips, or looks back further than two steps.
+    """
+    name = type(scheduler).__name__
+    if num_inference_steps < 1:
+        raise UserError(f"num_inference_steps {num_inference_steps}: at least 1 step is needed")
+    scheduler = copy.deepcopy(scheduler)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            scheduler.set_timesteps(num_inference_steps)
+            samples, predictions = _trajectory(scheduler)
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(f"scheduler {name}, {num_inference_steps} steps: {str(error).splitlines()[0]}") from None
+
+    steps = len(predictions)
+    weights = np.zeros((2, steps, _LAGS))
+    for step in range(steps):
+        for order in range(2, len(_PLACES) + 1):
+            used = [place for place in _PLACES[:order] if place[1] <= step]
+            columns = np.stack([(samples, predictions)[kind][step - lag] for kind, lag in used], axis=1)
+            solution, *_ = np.linalg.lstsq(columns, samples[step + 1], rcond=None)
+            residual = np.abs(columns @ solution - samples[step + 1]).max()
+            if residual <= _TOLERANCE * np.abs(columns).max():
+                break
+        else:
+            raise UserError(
+                f"scheduler {name} cannot be exported: step {step} draws noise, clips, or looks too far back; use "
+                "DDIMScheduler or UniPCMultistepScheduler, with clip_sample and thresholding off"
+            )
+        for (kind, lag), weight in zip(used, solution, strict=True):
+            weights[kind, step, lag] = weight if abs(weight) > _NOTHING else 0.0
+    return LinearSteps(
+        timesteps=scheduler.timesteps.double().numpy(),
+        sample_weights=weights[0],
+        prediction_weights=weights[1],
+    )
+
+
+def _trajectory(scheduler: SchedulerMixin) -> tuple[np.ndarray, np.ndarray]:
+    """Samples [steps + 1, elements] and predictions [steps, elements] of one run on random predictions."""
+    random = np.random.default_rng(0)
+    timesteps = scheduler.timesteps
+    predictions = random.standard_normal((len(timesteps), _ELEMENTS)) * _LOUDNESS
+    samples = [random.standard_normal(_ELEMENTS) * _LOUDNESS]
+    for timestep, prediction in zip(timesteps, predictions, strict=True):
+        sample, output = (torch.from_numpy(row).view(1, -1, 1) for row in (samples[-1], prediction))
+        samples.append(scheduler.step(output, timestep, sample).prev_sample.double().flatten().numpy())
+    return np.stack(samples), predictions
+
+
+def sampler_graph(pipeline: MNIFPipeline, steps: LinearSteps, resolution: Resolution | None) -> onnx.ModelProto:
+    """``noise`` [batch, latent_dim] → ``values`` [batch, *resolution, channels], batch dynamic.
+
+    Args:
+        pipeline: decoder and denoiser.
+        steps: its scheduler's (:func:`export.graphs.sampler.linear_steps`).
+        resolution: pixels per axis; None ends the graph at ``coefficients`` [batch, cells, layers, bases].
+
+    Raises:
+        UserError: the resolution is below 1.
+    """
+    decoder, denoiser = pipeline.decoder, pipeline.denoiser
+    nodes = Nodes()
+    samples = ["noise"]
+    predictions: list[str] = []
+    for step, timestep in enumerate(steps.timesteps):
+        predictions.append(_denoised(nodes, denoiser, samples[-1], float(timestep), f"step_{step}"))
+        samples.append(nodes.weighted_sum(steps.terms(step, samples, predictions), f"step_{step}/next"))
+
+    spread = nodes.constant("denoiser.latent_std", denoiser.latent_std)
+    mean = nodes.constant("denoiser.latent_mean", denoiser.latent_mean)
+    latents = nodes.add("Add", [nodes.add("Mul", [samples[-1], spread], "latents/spread"), mean], "latents")
+    coefficients = _coefficients(nodes, decoder, latents)
+    if resolution is None:
+        shape = coefficient_shape(decoder)
+        apart = nodes.reshape(coefficients, (-1, *(int(size) for size in shape[1:])), "coefficients/apart")
+        results = {"coefficients": (apart, shape)}
+    else:
+        values = _decoded(nodes, decoder, coefficients, resolution)
+        results = {"values": (values, _grid_shape(decoder, resolution))}
+    return nodes.model("sampler", {"noise": ["batch", decoder.config.latent_dim]}, results)
+
+
+def _coefficients(nodes: Nodes, decoder: MNIFModel, latents: str) -> str:
+    """Latents [batch, latent_dim] → coefficients [batch, cells · layers · bases], as the model has them."""
+    config, scale = decoder.config, decoder.config.num_bases**-0.5
+    if decoder.coefficient_map is None:
+        factor = nodes.number(scale)
+        if config.mixing == "average":
+            latents = nodes.add("Add", [latents, nodes.number(1.0)], "coefficients/shifted")
+        return nodes.add("Mul", [latents, factor], "coefficients/flat")
+    mapped = nodes.linear(
+        latents,
+        nodes.constant("decoder.coefficient_map.weight", decoder.coefficient_map.weight),
+        nodes.constant("decoder.coefficient_map.bias", decoder.coefficient_map.bias),
+        "coefficients/flat",
+        scale=scale,
+    )
+    if config.coefficient_form == "layer":
+        return mapped
+    by_cell = nodes.reshape(mapped, (-1, 1, config.num_bases), "coefficients/shared")
+    return nodes.add("Concat", [by_cell] * len(decoder.bases), "coefficients/by_layer", axis=1)
+
+
+@torch.no_grad()
+def _denoised(nodes: Nodes, denoiser: LatentDenoiser, sample: str, timestep: float, name: str) -> str:
+    """One evaluation of the denoiser, [batch, latent_dim] → [batch, latent_dim]."""
+    weights = dict(denoiser.named_parameters())
+
+    def stored(parameter: str) -> str:
+        return nodes.constant(f"denoiser.{parameter}", weights[parameter])
+
+    time = denoiser.time_embedding(timestep)
+    hidden = nodes.linear(sample, stored("read.weight"), stored("read.bias"), f"{name}/read")
+    for index, block in enumerate(cast(Iterable[ResidualBlock], denoiser.blocks)):
+        here, place = f"{name}/block_{index}", f"blocks.{index}"
+        # up((normal · gain) (1 + scale) + shift) = up.weight @ (normal · factor) + up(shift), both constant at a step.
+        scale, shift = block.modulation(time).chunk(2, dim=-1)
+        factor = nodes.constant(f"{here}/factor", block.norm.weight * (1 + scale))
+        offset = nodes.constant(f"{here}/offset", block.up(shift))
+        inner = nodes.add("Mul", [_normalised(nodes, hidden, block.norm, here), factor], f"{here}/modulated")
+        inner = nodes.linear(inner, stored(f"{place}.up.weight"), offset, f"{here}/up")
+        inner = nodes.add("Mul", [inner, nodes.add("Sigmoid", [inner], f"{here}/sigmoid")], f"{here}/silu")
+        inner = nodes.linear(inner, stored(f"{place}.down.weight"), stored(f"{place}.down.bias"), f"{here}/down")
+        hidden = nodes.add("Add", [hidden, inner], f"{here}/out")
+    hidden = nodes.add("Mul", [_normalised(nodes, hidden, denoiser.norm, name), stored("norm.weight")], f"{name}/norm")
+    return nodes.linear(hidden, stored("write.weight"), stored("write.bias"), f"{name}/write")
+
+
+def _normalised(nodes: Nodes, hidden: str, norm: torch.nn.RMSNorm, name: str) -> str:
+    """x / sqrt(mean(x²) + eps) over the last axis, without the gain."""
+    square = nodes.add("Mul", [hidden, hidden], f"{name}/square")
+    mean = nodes.add("ReduceMean", [square], f"{name}/mean", axes=[-1], keepdims=1)
+    shifted = nodes.add("Add", [mean, nodes.number(cast(float, norm.eps))], f"{name}/mean_and_epsilon")
+    root = nodes.add("Sqrt", [shifted], f"{name}/root")
+    return nodes.add("Div", [hidden, root], f"{name}/normal")
+
+
+@torch.no_grad()
+def for_decoder(denoiser: LatentDenoiser, decoder: MNIFModel) -> LatentDenoiser:
+    """The same denoiser for a padded decoder, whose fingerprint is another; itself for its own decoder."""
+    fingerprint = decoder.fingerprint()
+    if denoiser.config.decoder_fingerprint == fingerprint:
+        return denoiser
+    settings = {key: value for key, value in denoiser.config.items() if not key.startswith("_")}
+    moved = LatentDenoiser(**settings | {"decoder_fingerprint": fingerprint}).eval()
+    moved.load_state_dict(denoiser.state_dict())
+    return moved
+
+
+@torch.no_grad()
+def sampler_case(
+    pipeline: MNIFPipeline, num_inference_steps: int, resolution: Resolution | None, seed: int
+) -> GraphCase:
+    """Noise → values on a grid, or coefficients where ``resolution`` is None.
+
+    Raises:
+        UserError: the scheduler cannot be exported with so many steps.
+    """
+    decoder, steps = pipeline.decoder, linear_steps(pipeline.scheduler, num_inference_steps)
+    model = sampler_graph(pipeline, steps, resolution)
+    noise = initial_noise(seed, range(_reference_count(model)), decoder.config.latent_dim)
+    start = torch.from_numpy(noise)
+    (latents,) = pipeline(
+        latents=start, num_inference_steps=num_inference_steps, output_type="latent", return_dict=False
+    )
+    exact_decoder = copy.deepcopy(decoder).double()
+    exact_latents = _denoised_exactly(pipeline, steps, start.double())
+    output, single, exact = (
+        ("coefficients", decoder.coefficients(latents), exact_decoder.coefficients(exact_latents))
+        if resolution is None
+        else ("values", decoder(latents, resolution), exact_decoder(exact_latents, resolution))
+    )
+    # Each of the unrolled steps hands its rounding on to the next.
+    name, limits = f"sampler_{num_inference_steps}", (1e-4, 2e-3)
+    reference = reference_of(name, {"noise": noise}, {output: exact}, {output: single}, limits)
+    return GraphCase(name, "sampler", model, batch_profile(model), reference, steps=len(steps.timesteps))
+
+
+def _denoised_exactly(pipeline: MNIFPipeline, steps: LinearSteps, noise: Tensor) -> Tensor:
+    """Latents from noise [n, D] float64, in float64."""
+    denoiser = copy.deepcopy(pipeline.denoiser).double()
+    samples, predictions = [noise], []
+    for step, timestep in enumerate(steps.timesteps):
+        predictions.append(denoiser(samples[-1], float(timestep)))
+        samples.append(torch.stack([weight * each for each, weight in steps.terms(step, samples, predictions)]).sum(0))
+    return denoiser.to_latents(samples[-1])
+
+
+BROWSER_KINDS = ("prior", "field")
+
+
+_LARGEST_BATCH = 4  # of *field*, whose points are many
+
+
+_REFERENCES = 2  # instances
+
+
+_REFERENCE_POINTS = 256  # of each cell
+
+
+@torch.no_grad()
+def browser_cases(
+    pipeline: MNIFPipeline, num_inference_steps: int, resolution: Resolution, seed: int
+) -> Iterator[GraphCase]:
+    """*prior* and *field* with fixed inputs and exact answers.
+
+    Raises:
+        UserError: the scheduler cannot be exported with so many steps.
+    """
+    yield replace(sampler_case(pipeline, num_inference_steps, None, seed), name="prior", kind="prior")
+    noise = initial_noise(seed, range(_REFERENCES), pipeline.decoder.config.latent_dim)
+    coefficients = pipeline.decoder.coefficients(pipeline.denoiser.to_latents(torch.from_numpy(noise)))
+    yield _field_case(pipeline.decoder, coefficients, resolution, seed)
+
+
+def _field_case(decoder: MNIFModel, coefficients: Tensor, resolution: Resolution, seed: int) -> GraphCase:
+    """*field*, asked at places all over the cells."""
+    shape = (cells_of(decoder), _REFERENCE_POINTS, decoder.config.dimensions)
+    places = torch.from_numpy(np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32))
+    exact = copy.deepcopy(decoder).double().bake(coefficients.double())(places.double())
+    by_cell = (len(coefficients), *shape[:2], decoder.config.channels)
+    reference = reference_of(
+        "field",
+        {"coefficients": coefficients.numpy(), "coordinates": places.numpy()},
+        {"values": exact.view(by_cell)},
+        {"values": decoder.bake(coefficients)(places).view(by_cell)},
+    )
+    model, coordinates = field_graph(decoder), baked_profile(decoder, resolution)["coordinates"]
+    sizes = {
+        size: {"batch": batch, "points": coordinates[size][1]}
+        for size, batch in (("minimum", 1), ("optimum", 1), ("maximum", _LARGEST_BATCH))
+    }
+    return GraphCase("field", "field", model, profile_of(model, **sizes), reference)
+
+
+def field_graph(decoder: MNIFModel) -> onnx.ModelProto:
+    """``coefficients``, ``coordinates`` → ``values``, batch and points dynamic.
+
+    They are [batch, cells, layers, bases], [cells, points, dimensions] in each cell's own [-1, 1], and
+    [batch, cells, points, channels].
+    """
+    nodes = Nodes()
+    points = nodes.unsqueeze("coordinates", [0], "coordinates_of_all")
+    layers = all_layers(nodes, decoder, "coefficients")
+    values = evaluated(nodes, points, layers, decoder.config.output_sine)
+    cells, config = cells_of(decoder), decoder.config
+    return nodes.model(
+        "field",
+        {"coefficients": coefficient_shape(decoder), "coordinates": [cells, "points", config.dimensions]},
+        {"values": (values, ["batch", cells, "points", config.channels])},
+    )

@@ -1,0 +1,211 @@
+"""What is known of a graph beside its nodes: shapes, fixed inputs with the exact answer, what each precision costs.
+
+Exact means: the same model with the same weights, evaluated by PyTorch in float64. What float32 costs PyTorch is
+measured along with it, and the tolerance of a graph grows with that. An engine runs every shape from ``minimum`` to
+``maximum``, ``optimum`` fastest.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import numpy_helper
+from torch import Tensor
+
+from export.device.reference_evaluator import evaluate
+from export.device.verify import peak_of, psnr
+from export.graphs.precision import Precision, Storage, hidden_products, variant
+from mnif.utils.errors import UserError
+
+Profile = Mapping[str, Mapping[str, Sequence[int]]]  # input → {"minimum", "optimum", "maximum"} shapes
+
+
+_SIZES = ("minimum", "optimum", "maximum")
+
+
+def profile_of(model: onnx.ModelProto, **sizes: Mapping[str, int]) -> Profile:
+    """The profile of a graph whose dynamic axes have, at each size, the lengths given by their names."""
+    return {
+        source.name: {
+            size: tuple(lengths[axis.dim_param] if axis.dim_param else axis.dim_value for axis in _axes(source))
+            for size, lengths in sizes.items()
+        }
+        for source in model.graph.input
+    }
+
+
+def _axes(tensor: onnx.ValueInfoProto) -> Sequence[onnx.TensorShapeProto.Dimension]:
+    return list(tensor.type.tensor_type.shape.dim)
+
+
+REFERENCED_BAKED = 8  # baked graphs that have a reference; the others are the same graph with other numbers
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a graph must answer.
+
+    Attributes:
+        prefix: of the arrays' names in reference.npz.
+        inputs: for each input a value, float32.
+        outputs: for each output the exact answer, float64.
+        float32_error: the largest difference of PyTorch in float32 to it.
+        limits: the least and the largest tolerance. The largest stays below half a step of an 8-bit pixel.
+    """
+
+    prefix: str
+    inputs: dict[str, np.ndarray]
+    outputs: dict[str, np.ndarray]
+    float32_error: float
+    limits: tuple[float, float] = (1e-5, 2e-4)
+
+    @property
+    def tolerance(self) -> float:
+        """The largest absolute difference allowed to a float32 graph: four times what float32 costs PyTorch here."""
+        return float(np.clip(4 * self.float32_error, *self.limits))
+
+
+@dataclass(frozen=True)
+class GraphCase:
+    """One graph in float32 and what it must answer.
+
+    Attributes:
+        name: ``"decoder"``, ``"sampler_4"``, ``"baked_0000"``, ...
+        kind: as in :mod:`export.device.bundle`.
+        model: the graph.
+        profile: the shapes to build an engine for.
+        reference: what it must answer; None for baked graphs after the first few.
+        steps: of a sampler.
+        instance: what is baked, as the manifest has it.
+    """
+
+    name: str
+    kind: str
+    model: onnx.ModelProto
+    profile: Profile
+    reference: Reference | None
+    steps: int | None = None
+    instance: dict[str, Any] | None = None
+
+
+def reference_of(
+    prefix: str,
+    inputs: Mapping[str, np.ndarray],
+    exact: Mapping[str, Tensor],
+    single: Mapping[str, Tensor],
+    limits: tuple[float, float] = (1e-5, 2e-4),
+) -> Reference:
+    """A reference from PyTorch's answers in float64 and in float32.
+
+    Raises:
+        UserError: the two differ by more than any tolerance, or are no numbers.
+    """
+    error = max(float((exact[name] - single[name]).abs().max()) for name in exact)
+    if not error <= limits[1]:  # NaN is refused too
+        raise UserError(
+            f"{prefix}: PyTorch in float32 differs from float64 by {error:.1e}, more than {limits[1]:.0e}; nothing "
+            "was written; try another --seed or fewer --num_inference_steps, and check that training did not diverge"
+        )
+    outputs = {name: answer.numpy() for name, answer in exact.items()}
+    return Reference(prefix, dict(inputs), outputs, error, limits)
+
+
+_WORST = 30.0  # dB; a graph in fewer bits that comes out below is of no use
+
+
+_DEVICES_DIFFER = 3.0  # dB that another device may lose by the order in which it adds
+
+
+_FINEST = 100.0  # dB; no backend is asked for more
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One file of a bundle.
+
+    Attributes:
+        name: the case's, with the precision behind it unless that is fp32.
+        case: the graph in float32.
+        precision: of this variant.
+        storage: of its large matrices.
+        model: the graph.
+        half: names of the nodes that multiply in float16.
+        psnr: dB against float64, in the graph's own precision; None without a reference.
+        error: the largest absolute difference to float64; None without a reference.
+        tolerance: {"max_abs", "psnr"} for every backend; None without a reference.
+    """
+
+    name: str
+    case: GraphCase
+    precision: Precision
+    storage: Storage
+    model: onnx.ModelProto
+    half: list[str]
+    psnr: float | None = None
+    error: float | None = None
+    tolerance: dict[str, float] | None = None
+
+
+def variants(case: GraphCase, precisions: Sequence[Precision], storage: Storage | None = None) -> Iterator[Variant]:
+    """One graph in several precisions, with its large matrices in ``storage``; None stores what is multiplied.
+
+    With a reference, each is checked and measured. Without one (further baked graphs, which differ from the first in
+    their numbers alone), only that the numbers are finite.
+
+    Raises:
+        UserError: a graph misses its tolerance, or holds what is not a number.
+    """
+    for precision in precisions:
+        name = case.name if precision == "fp32" else f"{case.name}_{precision}"
+        kept = storage or ("fp32" if precision == "fp32" else "fp16")
+        model = variant(case.model, precision, kept)
+        half = hidden_products(model) if precision == "mixed" else []
+        if case.reference is None:
+            _check_finite(name, model)
+            yield Variant(name, case, precision, kept, model, half)
+            continue
+        onnx.checker.check_model(model, full_check=True)
+        measured = _measured(name, model, case.reference, precision, kept)
+        yield Variant(name, case, precision, kept, model, half, *measured)
+
+
+def run(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A graph's outputs by ONNX Runtime on the CPU."""
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, inputs), strict=True))
+
+
+def _measured(
+    name: str, model: onnx.ModelProto, reference: Reference, precision: Precision, storage: Storage
+) -> tuple[float, float, dict[str, float]]:
+    """PSNR, largest difference, tolerance."""
+    answers = (run if precision == "fp32" else evaluate)(model, reference.inputs)
+    exact = reference.outputs
+    error = max(float(np.abs(answers[output] - exact[output]).max()) for output in exact)
+    quality = min(psnr(answers[output], exact[output]) for output in exact)
+    if precision == storage == "fp32":
+        if not error <= reference.tolerance:  # NaN is refused too
+            raise UserError(
+                f"{name}: ONNX Runtime differs from PyTorch in float64 by {error:.1e}, more than "
+                f"{reference.tolerance:.0e}; nothing was written; this is a fault of mnif, please report it"
+            )
+        peak = max(peak_of(values) for values in exact.values())
+        least = min(20 * np.log10(peak / reference.tolerance), _FINEST)
+        return quality, error, {"max_abs": reference.tolerance, "psnr": float(least)}
+    if not quality >= _WORST:
+        raise UserError(
+            f"{name}: {quality:.1f} dB against float64, less than {_WORST:.0f}; nothing was written; export without "
+            "mixed precision and with sampler storage fp32"
+        )
+    least = min(quality - _DEVICES_DIFFER, _FINEST)
+    return quality, error, {"max_abs": 4 * error + reference.tolerance, "psnr": least}
+
+
+def _check_finite(name: str, model: onnx.ModelProto) -> None:
+    for tensor in model.graph.initializer:
+        if not np.isfinite(numpy_helper.to_array(tensor)).all():
+            raise UserError(f"{name}: weights that are no finite numbers; nothing was written")

@@ -1,0 +1,1 @@
+"""The commands of stage two, one file each."""

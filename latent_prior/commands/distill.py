@@ -1,0 +1,223 @@
+"""`mnif distill`: a student that draws in one to four steps what the prior needs many for."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from latent_prior.denoisers import LatentDenoiser
+from latent_prior.diffusion import TRAIN_TIMESTEPS, ErrorSize, objective_of, sampling_scheduler, student_scheduler
+from latent_prior.distillation import DistillationLoss, energy_distance, student_timesteps, teacher_pairs
+from latent_prior.hub import write_model_card
+from latent_prior.pipeline import MNIFPipeline, load_pipeline
+from latent_prior.sampling import draw
+from mnif.data.batches import Rows
+from mnif.latents.table import LatentTable
+from mnif.models.io import save_component, save_index
+from mnif.training.loop import TrainingArguments, make_accelerator, train
+from mnif.training.run_record import begin_stage, finish_stage
+from mnif.utils.args import parse_arguments
+from mnif.utils.errors import UserError
+from mnif.utils.files import folder_written_atomically, merge_json, sha256_of_folder
+from mnif.utils.process import peak_memory_megabytes
+
+_HELD_OUT_SHARE = 0.05  # of the pairs
+
+
+_COMPARED = 2000  # samples and latents that distances are taken over
+
+
+@dataclass(kw_only=True)
+class DistillArguments(TrainingArguments):
+    """Teach a small denoiser to draw in few steps what the prior draws in many; adds student and student_scheduler to
+    RUN/model."""
+
+    run: Path
+    """The run folder of `mnif prior`."""
+    student_steps: tuple[int, ...] = (1, 2, 4)
+    """The numbers of steps that the student is to sample with; one student serves all."""
+    num_pairs: int = 65536
+    """Noises that the teacher draws samples from; what it draws stays in RUN/pairs."""
+    teacher_steps: int = 8
+    """Denoising steps of the teacher, a multiple of each of --student_steps."""
+    width: int = 256
+    """Hidden units of the student."""
+    depth: int = 4
+    """Residual blocks of the student."""
+    dropout: float = 0.0
+    """Dropout in the blocks, if there are too few pairs."""
+    loss: ErrorSize = "mse"
+    """Mean square, or pseudo-Huber, in which outliers weigh less."""
+    train_batch_size: int = 256
+    """Pairs per step, over all processes together."""
+    max_train_steps: int = 4000
+    """Optimizer steps."""
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    ema_decay: float = 0.999
+    """Largest decay of the weights' moving average, which is what is validated and kept."""
+    validation_steps: int = 500
+    """Steps between validations; the weights with the smallest error on pairs held out are kept."""
+
+
+def main(arguments: list[str]) -> None:
+    """Runs `mnif distill`."""
+    distill(parse_arguments(DistillArguments, arguments, "mnif distill"))
+
+
+def distill(arguments: DistillArguments) -> None:
+    """Trains a student of the prior in ``arguments.run``.
+
+    Raises:
+        UserError: the run has no finished prior, a flag is out of range, or training diverges.
+    """
+    started = time.perf_counter()
+    _check(arguments)
+    run, model = arguments.run, arguments.run / "model"
+    if not run.is_dir():
+        raise UserError(f"--run {run}: no such run folder; `mnif fit --output_dir {run}` makes it")
+    pipeline = load_pipeline(model)
+    table = LatentTable.load(run / "latents.safetensors", pipeline.decoder.fingerprint())
+    accelerator = make_accelerator(arguments, run)
+    if begin_stage(run, "distill", arguments, {"teacher_sha256": sha256_of_folder(model / "denoiser")}):
+        print(f"{run}: `mnif distill` has finished here before with these arguments; nothing to do")
+        return
+    timesteps = student_timesteps(arguments.student_steps)
+    pairs = teacher_pairs(
+        run / "pairs",
+        model,
+        pipeline,
+        arguments.num_pairs,
+        arguments.seed,
+        arguments.teacher_steps,
+        timesteps,
+        accelerator,
+    )
+    drawn = time.perf_counter() - started
+    set_seed(arguments.seed)
+    student = LatentDenoiser(
+        latent_dim=pairs.states.shape[2],
+        width=arguments.width,
+        depth=arguments.depth,
+        dropout=arguments.dropout,
+        decoder_fingerprint=pipeline.denoiser.config.decoder_fingerprint,
+        distilled_steps=sorted(arguments.student_steps),
+    )
+    student.latent_mean.copy_(pipeline.denoiser.latent_mean)
+    student.latent_std.copy_(pipeline.denoiser.latent_std)
+    loss = DistillationLoss(student, pairs.timesteps, arguments.loss).to(accelerator.device)
+    held_out = max(int(_HELD_OUT_SHARE * arguments.num_pairs), 1)
+    accelerator.print(
+        f"pairs of {arguments.num_pairs - held_out} noises to learn from, {held_out} held out; "
+        f"student {student.num_parameters():,} parameters"
+    )
+
+    def validate() -> dict[str, float]:
+        return loss.errors(
+            *(part[:held_out].to(accelerator.device) for part in (pairs.states, pairs.samples)),
+        )
+
+    optimizer = torch.optim.AdamW(
+        student.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay, fused=True
+    )
+    ema = EMAModel(loss.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
+    ema.to(accelerator.device)
+    rows = Rows(states=pairs.states[held_out:], samples=pairs.samples[held_out:])
+    train(accelerator, arguments, loss, [optimizer], rows, run, "distill", validate, ema, "validation_loss")
+    if accelerator.is_main_process:
+        seconds = {"seconds_of_pairs": round(drawn, 1), "seconds": round(time.perf_counter() - started, 1)}
+        _finish(arguments, pipeline, student.cpu().eval(), table, seconds)
+    accelerator.wait_for_everyone()
+
+
+def _check(arguments: DistillArguments) -> None:
+    for steps in arguments.student_steps or (0,):
+        if not 1 <= steps <= TRAIN_TIMESTEPS:
+            raise UserError(f"--student_steps {steps}: numbers of steps from 1 to {TRAIN_TIMESTEPS} are needed")
+    for steps in arguments.student_steps:
+        if arguments.teacher_steps % steps:
+            given = f"--teacher_steps {arguments.teacher_steps}"
+            raise UserError(f"{given}: must be a multiple of each of --student_steps, also of {steps}")
+    for flag in ("teacher_steps", "width", "depth", "max_train_steps", "train_batch_size", "validation_steps"):
+        if getattr(arguments, flag) < 1:
+            raise UserError(f"--{flag} {getattr(arguments, flag)}: must be at least 1")
+    if not 0 <= arguments.dropout < 1:
+        raise UserError(f"--dropout {arguments.dropout}: must be at least 0 and below 1")
+    if arguments.num_pairs < 2:
+        raise UserError(f"--num_pairs {arguments.num_pairs}: at least one to learn from and one held out are needed")
+
+
+def _finish(
+    arguments: DistillArguments,
+    pipeline: MNIFPipeline,
+    student: LatentDenoiser,
+    table: LatentTable,
+    seconds: dict[str, float],
+) -> None:
+    """Adds the student to the model folder and reports its distance from the data beside the teacher's."""
+    run = arguments.run
+    add_student(run / "model", pipeline, student)
+    teacher = MNIFPipeline(pipeline.decoder, pipeline.denoiser.cpu(), pipeline.scheduler)
+    distances = energy_distances(arguments, teacher, student, table)
+    figures = seconds | {
+        "peak_rss_mb": peak_memory_megabytes(),
+        "student_parameters": student.num_parameters(),
+        "energy_distance": distances,
+    }
+    merge_json(run / "metrics.json", {"distill": figures})
+    write_model_card(run)
+    finish_stage(run, "distill")
+    print("energy distance of samples from the training latents, standardised:")
+    for name, distance in distances.items():
+        print(f"  {name:24} {distance:8.4f}")
+    print(f"{run / 'model'}: student and student_scheduler added")
+
+
+def add_student(folder: Path, pipeline: MNIFPipeline, student: LatentDenoiser) -> None:
+    """Adds student and scheduler to a model folder that holds the teacher; the index is written last."""
+    save_component(folder, "student", student)
+    scheduler = student_scheduler()
+    with folder_written_atomically(folder / "student_scheduler") as temporary:
+        scheduler.save_pretrained(temporary)
+    save_index(folder, MNIFPipeline(pipeline.decoder, pipeline.denoiser, pipeline.scheduler, student, scheduler))
+
+
+def energy_distances(
+    arguments: DistillArguments, teacher: MNIFPipeline, student: LatentDenoiser, table: LatentTable
+) -> dict[str, float]:
+    """Distances from the training latents: of both models by number of steps, and of two controls.
+
+    The controls are a full-covariance Gaussian in the place of a model, and the held-out latents if there are any.
+    """
+    solver = sampling_scheduler(objective_of(teacher.scheduler))
+    pipelines = {
+        "student": MNIFPipeline(teacher.decoder, student, student_scheduler()),
+        "teacher": MNIFPipeline(teacher.decoder, teacher.denoiser, solver),
+    }
+    train_latents = student.standardised(_some(table.train))
+    distances: dict[str, float] = {}
+    for name, pipeline in pipelines.items():
+        pipeline.set_progress_bar_config(disable=True)
+        for steps in sorted({*arguments.student_steps, *([arguments.teacher_steps] if name == "teacher" else [])}):
+            samples = draw(pipeline, arguments.seed, range(_COMPARED), steps)
+            distances[f"{name}_{steps}"] = energy_distance(samples, train_latents)
+    rows = student.standardised(table.train).double()
+    generator = np.random.default_rng([arguments.seed, 1])
+    gaussian = generator.multivariate_normal(rows.mean(dim=0), rows.T.cov(), size=_COMPARED, method="eigh")
+    distances["gaussian"] = energy_distance(torch.from_numpy(gaussian), train_latents)
+    if table.held_out.sum() > 1:
+        held_out = student.standardised(_some(table.latents[table.held_out]))
+        distances["held_out"] = energy_distance(held_out, train_latents)
+    return distances
+
+
+def _some(latents: Tensor) -> Tensor:
+    """At most as many rows as distances are taken over, evenly spread."""
+    return latents[torch.linspace(0, len(latents) - 1, min(len(latents), _COMPARED)).long()]

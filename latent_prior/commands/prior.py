@@ -1,0 +1,246 @@
+"""`mnif prior`: learns the distribution of the latents of a run (stage two)."""
+
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+
+from latent_prior.denoisers import GROUPS, Denoiser, LatentDenoiser, PaperDenoiser
+from latent_prior.diffusion import DenoisingLoss, ErrorSize, Objective, Weighting, sampling_scheduler, validation_loss
+from latent_prior.hub import write_model_card
+from latent_prior.pipeline import MNIFPipeline
+from latent_prior.sampling import initial_noise
+from mnif.data.batches import Rows
+from mnif.latents.table import LatentTable
+from mnif.models.io import load_component, save_component, save_index
+from mnif.models.mnif_model import MNIFModel
+from mnif.training.loop import TrainingArguments, make_accelerator, train
+from mnif.training.run_record import begin_stage, finish_stage
+from mnif.utils.args import given_flag, parse_arguments, preset_defaults, read_preset
+from mnif.utils.errors import UserError
+from mnif.utils.files import folder_written_atomically, merge_json, read_json, sha256_of_file
+from mnif.utils.pixels import picture_grid, save_picture
+from mnif.utils.process import peak_memory_megabytes
+
+PRESETS = Path(__file__).parents[1] / "presets"
+
+
+_NOT_OF_A_PRESET = {"run", "preset", "extra_latents"}
+
+
+@dataclass(kw_only=True)
+class PriorArguments(TrainingArguments):
+    """Learn the distribution of a run's latents; adds denoiser and scheduler to RUN/model."""
+
+    run: Path
+    """The run folder of `mnif fit`."""
+    preset: str | None = None
+    """Other defaults: paper (the paper's prior, exactly), edge (small enough for a board), or the path of a JSON file.
+    Flags given win over it."""
+
+    objective: Objective = "x0"
+    """Predict the clean latent, the velocity of a diffusion, or the velocity of a straight flow."""
+    weighting: Weighting = "snr-plus-one"
+    """Of errors at different noise levels: as they are; as errors of the velocity, bounded; or min-SNR."""
+    snr_limit: float = 5.0
+    """Bounds the weight of nearly clean latents; not for plain weighting."""
+    loss: ErrorSize = "mse"
+    """Mean square, or pseudo-Huber, in which outliers weigh less."""
+    sampler: Literal["solver", "ancestral"] = "solver"
+    """The scheduler that is stored: a deterministic one of few steps, or the paper's DDPM of 1000."""
+
+    denoiser: Literal["modulated", "paper"] = "modulated"
+    """Blocks scaled and shifted by the time, or the paper's network."""
+    width: int = 512
+    """Hidden units of the denoiser."""
+    depth: int = 4
+    """Residual blocks of the denoiser."""
+    dropout: float = 0.1
+    """Dropout in the blocks (modulated)."""
+    latent_noise: float = 0.0
+    """Noise added to the latents while training, in their standard deviations: makes copies of them worth less."""
+    extra_latents: list[Path] | None = None
+    """More latents to learn from: tables that `mnif encode` wrote, such as of mirrored instances (--mirror)."""
+
+    train_batch_size: int = 256
+    """Latents per step, over all processes together."""
+    max_train_steps: int = 1000
+    """Optimizer steps; given here, they win over the epochs of a preset."""
+    num_train_epochs: int | None = None
+    """Passes over the latents; takes the place of --max_train_steps."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.05
+    """Of AdamW."""
+    ema_decay: float = 0.999
+    """Largest decay of the weights' moving average, which is what is validated, kept and sampled from."""
+    validation_steps: int = 100
+    """Steps between validations."""
+    keep: Literal["best", "last"] = "best"
+    """The weights with the smallest loss on held-out latents, or those of the last step."""
+
+
+def parse_prior_arguments(arguments: list[str]) -> PriorArguments:
+    """Reads the flags over the defaults of a preset, if one is named.
+
+    Raises:
+        UserError: a flag or the preset cannot be understood.
+    """
+    named = given_flag(arguments, "preset")
+    if named is None or {"-h", "--help"} & set(arguments):
+        parsed = parse_arguments(PriorArguments, arguments, "mnif prior")
+    else:
+        settings = read_preset(named, PRESETS)["arguments"]
+        if given_flag(arguments, "max_train_steps") is not None:
+            settings.pop("num_train_epochs", None)
+        defaults = preset_defaults(PriorArguments, settings, named, "mnif prior", ["run"], _NOT_OF_A_PRESET)
+        parsed = parse_arguments(PriorArguments, arguments, "mnif prior", replace(defaults, run=tyro.MISSING))
+    _check(parsed)
+    return parsed
+
+
+def _check(arguments: PriorArguments) -> None:
+    for flag in ("width", "depth", "max_train_steps", "num_train_epochs", "train_batch_size", "validation_steps"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} {value}: must be at least 1")
+    for flag in ("latent_noise", "weight_decay"):
+        if not getattr(arguments, flag) >= 0:
+            raise UserError(f"--{flag} {getattr(arguments, flag)}: must be at least 0")
+    if not arguments.snr_limit > 0:
+        raise UserError(f"--snr_limit {arguments.snr_limit}: must be above 0")
+    if not 0 <= arguments.dropout < 1:
+        raise UserError(f"--dropout {arguments.dropout}: must be at least 0 and below 1")
+    if arguments.objective == "flow" and arguments.sampler == "ancestral":
+        raise UserError("--sampler ancestral: a flow is sampled without noise; take --objective x0 or v")
+    fits = arguments.width % GROUPS == 0 and arguments.width > GROUPS and arguments.depth % 2 == 0
+    if arguments.denoiser == "paper" and not fits:
+        raise UserError(
+            f"--width {arguments.width} --depth {arguments.depth}: the paper's denoiser needs a width that is a "
+            f"multiple of {GROUPS} and above it, and an even depth"
+        )
+
+
+def main(arguments: list[str]) -> None:
+    """Runs `mnif prior`."""
+    fit_prior(parse_prior_arguments(arguments))
+
+
+def fit_prior(arguments: PriorArguments) -> None:
+    """Trains stage two on the latent table of ``arguments.run``.
+
+    Raises:
+        UserError: the run has no finished stage one, the latents belong to another decoder, or training diverges.
+    """
+    started = time.perf_counter()
+    run = arguments.run
+    if not run.is_dir():
+        raise UserError(f"--run {run}: no such run folder; `mnif fit --output_dir {run}` makes it")
+    decoder = load_component(MNIFModel, run / "model", "decoder")
+    table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint())
+    latents = torch.cat([table.train, *_extra_latents(arguments, table)])
+    if arguments.num_train_epochs is not None:
+        per_epoch = max(len(latents) // min(arguments.train_batch_size, len(latents)), 1)
+        arguments.max_train_steps = arguments.num_train_epochs * per_epoch
+    accelerator = make_accelerator(arguments, run)
+    extra = {f"extra_latents_{i}": sha256_of_file(path) for i, path in enumerate(arguments.extra_latents or [])}
+    if begin_stage(run, "prior", arguments, {"decoder_fingerprint": table.fingerprint} | extra):
+        print(f"{run}: `mnif prior` has finished here before with these arguments; nothing to do")
+        return
+    set_seed(arguments.seed)
+    denoiser = make_denoiser(arguments, table)
+    loss = DenoisingLoss(
+        denoiser,
+        arguments.objective,
+        arguments.weighting,
+        arguments.snr_limit,
+        arguments.loss,
+        arguments.latent_noise,
+    ).to(accelerator.device)
+    held_out = table.latents[table.held_out] if table.held_out.any() else table.train
+    accelerator.print(
+        f"{len(latents)} latents to train, {int(table.held_out.sum())} held out; "
+        f"denoiser {denoiser.num_parameters():,} parameters"
+    )
+
+    def validate() -> dict[str, float]:
+        probes = {"validation_loss": held_out, "validation_loss_train": table.train[: len(held_out)]}
+        return {name: validation_loss(loss, latents.to(accelerator.device)) for name, latents in probes.items()}
+
+    optimizer = torch.optim.AdamW(
+        denoiser.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay, fused=True
+    )
+    ema = EMAModel(loss.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
+    ema.to(accelerator.device)
+    keep_best = "validation_loss" if arguments.keep == "best" else None
+    train(accelerator, arguments, loss, [optimizer], Rows(latents=latents), run, "prior", validate, ema, keep_best)
+    if accelerator.is_main_process:
+        _finish(arguments, decoder, denoiser.cpu().eval(), time.perf_counter() - started)
+    accelerator.wait_for_everyone()
+
+
+def make_denoiser(arguments: PriorArguments, table: LatentTable) -> Denoiser:
+    """The denoiser, freshly drawn, with the statistics of the table's training latents."""
+    shape: dict[str, Any] = {"latent_dim": table.latents.shape[1], "width": arguments.width, "depth": arguments.depth}
+    shape["decoder_fingerprint"] = table.fingerprint
+    if arguments.denoiser == "paper":
+        denoiser: Denoiser = PaperDenoiser(**shape)
+    else:
+        denoiser = LatentDenoiser(**shape, dropout=arguments.dropout)
+    mean, std = table.mean_and_std()
+    denoiser.latent_mean.copy_(mean)
+    denoiser.latent_std.copy_(std)
+    return denoiser
+
+
+def _extra_latents(arguments: PriorArguments, table: LatentTable) -> list[Tensor]:
+    """The training latents of the further tables.
+
+    Raises:
+        UserError: one is missing, or belongs to another decoder.
+    """
+    return [LatentTable.load(path, table.fingerprint).train for path in arguments.extra_latents or []]
+
+
+def _finish(arguments: PriorArguments, decoder: MNIFModel, denoiser: Denoiser, seconds: float) -> None:
+    """Completes the model folder to a pipeline and shows some samples."""
+    run = arguments.run
+    scheduler = sampling_scheduler(arguments.objective, ancestral=arguments.sampler == "ancestral")
+    add_prior(run / "model", MNIFPipeline(decoder, denoiser, scheduler))
+    pipeline = MNIFPipeline(decoder, denoiser, sampling_scheduler(arguments.objective))
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.from_numpy(initial_noise(arguments.seed, range(64), denoiser.config.latent_dim))
+    (images,) = pipeline(latents=noise, return_dict=False)
+    save_picture(run / "samples" / "samples.png", picture_grid([np.asarray(i) for i in images], 16, scale=2))
+    figures = {
+        "seconds": round(seconds, 1),
+        "peak_rss_mb": peak_memory_megabytes(),
+        "denoiser_parameters": denoiser.num_parameters(),
+    }
+    recorded = read_json(run / "metrics.json")
+    merge_json(run / "metrics.json", {"prior": recorded.get("prior", {}) | figures})
+    write_model_card(run)
+    finish_stage(run, "prior")
+    print(f"{run / 'model'}: denoiser and scheduler added; pictures at {run / 'samples' / 'samples.png'}")
+
+
+def add_prior(folder: Path, pipeline: MNIFPipeline) -> None:
+    """Adds denoiser, scheduler and ``model_index.json`` to a model folder that holds the decoder.
+
+    A student of an earlier denoiser goes. The index is written last, so a folder with an index is complete.
+    """
+    (folder / "model_index.json").unlink(missing_ok=True)
+    for name in ("student", "student_scheduler"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    save_component(folder, "denoiser", pipeline.denoiser)
+    with folder_written_atomically(folder / "scheduler") as temporary:
+        pipeline.scheduler.save_pretrained(temporary)
+    save_index(folder, pipeline)

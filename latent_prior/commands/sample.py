@@ -1,0 +1,221 @@
+"""`mnif sample`: draws new samples from a model folder, on one process or several."""
+
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from latent_prior.diffusion import INFERENCE_STEPS, adds_noise, scheduler_by_name
+from latent_prior.hub import model_folder
+from latent_prior.pipeline import MNIFPipeline, load_pipeline
+from latent_prior.sample_writers import FORMATS, Samples, save_interpolation, save_preview
+from latent_prior.sampling import BLOCK, Drawing
+from mnif.signals.outputs import Animation, MeshFormat, showing_by_flags
+from mnif.signals.registry import signal_of_model
+from mnif.utils.args import parse_arguments
+from mnif.utils.errors import UserError
+from mnif.utils.files import flush_everything, read_json, remove_leftovers, sha256_of_folder, write_json
+from mnif.utils.output_folders import check_output_folder
+from mnif.utils.process import command_line, peak_memory_megabytes, progress_bar
+
+_COMPONENTS = ("decoder", "denoiser", "scheduler", "student", "student_scheduler")
+
+
+_PATIENCE = timedelta(days=7)  # processes wait for the slowest of them
+
+
+@dataclass(kw_only=True)
+class SampleArguments:
+    """Draw new samples; number i depends on seed and i alone, and a stopped command continues where it was."""
+
+    model: Path
+    """The model folder, RUN/model, or a model on the hub, user/name."""
+    output_dir: Path
+    """Gets the samples, samples.json, metrics.json and preview/."""
+    num_samples: int = 64
+    """How many samples."""
+    seed: int = 0
+    """Of the noise."""
+    num_inference_steps: int = INFERENCE_STEPS
+    """Denoising steps; the student draws, if there is one, in the numbers of steps it was distilled for."""
+    resolution: list[int] | None = None
+    """Of pictures, of voxels, or the height of views; default: the training resolution."""
+    scheduler: str | None = None
+    """A diffusers scheduler by class name, such as DDIMScheduler, for the prior; default: the model's own."""
+    truncation: float = 1.0
+    """Below 1: draws latents towards their mean, for typical samples of less variety; 0 is the mean itself."""
+    format: Literal["folder", "tar", "npz"] = "folder"
+    """Files in a folder, shards for WebDataset, or one array."""
+    shard_size: int = 1024
+    """Samples in a shard, a multiple of 64 (tar, npz while it is written)."""
+    batch_size: int = 64
+    """Pictures decoded at a time; fewer need less memory, and change no byte."""
+
+    mesh: MeshFormat | None = None
+    """The format of meshes (voxels); default: glb."""
+    turntable: Animation | None = None
+    """Adds an animation of a camera that goes round (voxels, radiance)."""
+    frames: int | None = None
+    """Of the animation; default: 48."""
+    elevation: float | None = None
+    """Of the camera, in degrees above the horizon (voxels, radiance); default: 20."""
+    views: int | None = None
+    """Pictures of each object, from cameras evenly spaced on a circle (radiance); default: 8."""
+
+    grid: int = 64
+    """Samples in preview/grid.png; 0: no preview."""
+    interpolate: int | None = None
+    """Adds preview/interpolation.png and .gif: the way from each of the first samples to the next in so many steps."""
+
+
+def main(arguments: list[str]) -> None:
+    """Runs `mnif sample`."""
+    sample(parse_arguments(SampleArguments, arguments, "mnif sample"))
+
+
+def sample(arguments: SampleArguments) -> None:
+    """Writes samples to ``arguments.output_dir``.
+
+    Raises:
+        UserError: the model folder lacks a stage, a flag is out of range, or the output folder is another command's
+            or holds other samples.
+    """
+    _check(arguments)
+    check_output_folder(arguments.output_dir, "sample")
+    model = model_folder(arguments.model)
+    pipeline = load_pipeline(model)
+    if arguments.scheduler:
+        pipeline.scheduler = scheduler_by_name(arguments.scheduler, pipeline.scheduler)
+    samples = _samples(arguments, pipeline)
+    denoiser, scheduler = pipeline.drawing_with(arguments.num_inference_steps, samples.drawing.use_student)
+    if arguments.interpolate and adds_noise(scheduler):
+        raise UserError(
+            f"--interpolate: {type(scheduler).__name__} adds noise in every step; name another --scheduler, "
+            "such as DDIMScheduler"
+        )
+    asked = {
+        "model_sha256": [sha256_of_folder(model / name) for name in _COMPONENTS if (model / name).is_dir()],
+        "seed": arguments.seed,
+        "num_inference_steps": arguments.num_inference_steps,
+        "scheduler": type(scheduler).__name__,
+        "denoiser": "student" if denoiser is pipeline.student else "teacher",
+        "truncation": arguments.truncation,
+        "format": arguments.format,
+    } | asdict(samples.showing)
+    if arguments.format != "folder":
+        asked |= {"num_samples": arguments.num_samples, "shard_size": arguments.shard_size}
+    output = arguments.output_dir
+    _check_same_samples(output, asked, samples.any_there())
+
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
+    missing = [samples.missing(number) for number in samples.units()]  # as all processes find it, for none writes yet
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for folder in samples.folders():
+            remove_leftovers(folder)
+        write_json(output / "samples.json", asked)
+    state.wait_for_everyone()
+    pipeline.to(state.device)
+    pipeline.set_progress_bar_config(disable=True)
+    started = time.perf_counter()
+    todo = [number for number, count in enumerate(missing) if count]
+    unseen = _write(samples, todo[state.process_index :: state.num_processes], missing, state)
+    flush_everything()
+    unseen = sum(gather_object([unseen]))
+    if not state.is_main_process:
+        return
+    samples.finish()
+    _report(samples, sum(missing), unseen, time.perf_counter() - started)
+    if arguments.grid:
+        save_preview(samples, arguments.grid)
+    if arguments.interpolate:
+        save_interpolation(samples, arguments.interpolate)
+
+
+def _check(arguments: SampleArguments) -> None:
+    for flag in ("num_samples", "num_inference_steps", "batch_size", "shard_size", "interpolate"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            raise UserError(f"--{flag} {value}: must be at least 1")
+    if arguments.grid < 0:
+        raise UserError(f"--grid {arguments.grid}: must be at least 0")
+    if arguments.interpolate and arguments.num_samples < 2:
+        raise UserError("--interpolate: --num_samples 2 at least are needed")
+    if arguments.shard_size % BLOCK:
+        raise UserError(f"--shard_size {arguments.shard_size}: must be a multiple of {BLOCK}")
+    if not 0 <= arguments.truncation <= 1:
+        raise UserError(f"--truncation {arguments.truncation:g}: must lie between 0 and 1")
+    if arguments.seed < 0:
+        raise UserError(f"--seed {arguments.seed}: must be at least 0")
+    if arguments.format == "npz":
+        for flag in ("mesh", "turntable", "frames"):
+            if getattr(arguments, flag) is not None:
+                raise UserError(f"--{flag}: an .npz file holds one array and no files; take --format folder or tar")
+
+
+def _samples(arguments: SampleArguments, pipeline: MNIFPipeline) -> Samples:
+    """What is drawn and where it goes."""
+    signal = signal_of_model(pipeline.decoder)
+    return FORMATS[arguments.format](
+        output=arguments.output_dir,
+        count=arguments.num_samples,
+        drawing=Drawing(
+            pipeline,
+            arguments.seed,
+            arguments.num_inference_steps,
+            arguments.truncation,
+            use_student=False if arguments.scheduler else None,
+        ),
+        signal=signal,
+        showing=showing_by_flags(arguments, signal),
+        at_once=arguments.batch_size,
+        unit=BLOCK if arguments.format == "folder" else arguments.shard_size,
+    )
+
+
+def _write(samples: Samples, numbers: list[int], missing: list[int], state: PartialState) -> int:
+    """Writes units of samples; counts those of which there was nothing to show."""
+    unseen, total = 0, sum(missing[number] for number in numbers)
+    whose = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
+    with (
+        progress_bar(
+            total=total, desc=f"sampling{whose}", unit=samples.signal.unit, disable=not state.is_main_process
+        ) as bar,
+        torch.no_grad(),
+    ):
+        for number in numbers:
+            for why in samples.write(number):
+                unseen += why is not None
+                bar.update()
+    return unseen
+
+
+def _report(samples: Samples, drawn: int, unseen: int, seconds: float) -> None:
+    unit, output = samples.signal.unit, samples.output
+    if not drawn:
+        print(f"{output}: all {samples.count} {unit}s are there already")
+        return
+    rate = drawn / seconds
+    figures = {"images_per_second": rate, "seconds": round(seconds, 2), "peak_rss_mb": peak_memory_megabytes()}
+    write_json(output / "metrics.json", figures | {"command": command_line()})
+    without = f"; {unseen} of them have no surface" if unseen else ""
+    print(f"{output}: {drawn} {unit}s drawn, {rate:.0f} a second{without}")
+
+
+def _check_same_samples(output: Path, asked: dict[str, Any], some_are_there: bool) -> None:
+    """Refuses to fill up a folder whose samples came from another model, seed or setting."""
+    record = output / "samples.json"
+    before = read_json(record) if record.exists() else {}
+    if not some_are_there and before.get("format", asked["format"]) == asked["format"]:
+        return
+    for name, value in asked.items():
+        if before.get(name) != value:
+            raise UserError(
+                f"{output} holds samples drawn with {name} {before.get(name, 'unknown')!s:.24}, not {value!s:.24}; "
+                "choose another --output_dir or empty it"
+            )

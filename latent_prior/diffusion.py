@@ -1,0 +1,275 @@
+"""What the denoiser learns to predict, and the schedulers that turn its predictions into samples."""
+
+import copy
+import inspect
+from functools import cache
+from typing import Any, Literal
+
+import diffusers
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor, nn
+
+from latent_prior.denoisers import Denoiser
+from mnif.utils.errors import UserError
+
+Objective = Literal["x0", "v", "flow"]
+
+
+Weighting = Literal["plain", "snr-plus-one", "min-snr"]
+
+
+ErrorSize = Literal["mse", "pseudo-huber"]
+
+
+TRAIN_TIMESTEPS = 1000
+
+
+INFERENCE_STEPS = 8
+"""The default of sampling: samples of emoji are as near to the data with 8 steps as with 20 (docs/performance.md)."""
+
+
+_PREDICTION_TYPES: dict[Objective, str] = {"x0": "sample", "v": "v_prediction"}
+
+
+_SQUARED_COSINE = {"num_train_timesteps": TRAIN_TIMESTEPS, "beta_schedule": "squaredcos_cap_v2"}
+
+
+def sampling_scheduler(objective: Objective, ancestral: bool = False) -> SchedulerMixin:
+    """The scheduler that samples a denoiser trained with ``objective``.
+
+    ``"x0"`` and ``"v"`` are sampled by UniPC (Zhao et al., 2023) on the squared-cosine schedule (Nichol and Dhariwal,
+    2021), ``"flow"`` by Euler steps of the flow (Lipman et al., 2023).
+
+    Args:
+        objective: what the denoiser predicts.
+        ancestral: sample as the paper does: DDPM (Ho et al., 2020), whose steps add noise of the larger variance.
+
+    Raises:
+        UserError: a flow has no ancestral sampling.
+    """
+    if objective == "flow":
+        if ancestral:
+            raise UserError("--sampler ancestral: a flow is sampled without noise; take --objective x0 or v")
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_TIMESTEPS)
+    predicts = {"prediction_type": _PREDICTION_TYPES[objective]}
+    if ancestral:
+        return DDPMScheduler(
+            **_SQUARED_COSINE,
+            **predicts,
+            variance_type="fixed_large",
+            clip_sample=False,
+            timestep_spacing="trailing",
+        )
+    return UniPCMultistepScheduler(
+        **_SQUARED_COSINE, **predicts, solver_order=2, timestep_spacing="trailing", final_sigmas_type="zero"
+    )
+
+
+def student_scheduler() -> SchedulerMixin:
+    """The scheduler of distilled students, which predict the clean latent: DDIM (Song et al., 2021)."""
+    return DDIMScheduler(**_SQUARED_COSINE, prediction_type="sample", clip_sample=False, timestep_spacing="trailing")
+
+
+def objective_of(scheduler: SchedulerMixin) -> Objective:
+    """What a denoiser predicts that is sampled by ``scheduler``.
+
+    Raises:
+        UserError: it wants the noise, which no denoiser here predicts.
+    """
+    if "FlowMatch" in type(scheduler).__name__:
+        return "flow"
+    wanted = scheduler.config.get("prediction_type", "epsilon")
+    for objective, prediction_type in _PREDICTION_TYPES.items():
+        if wanted == prediction_type:
+            return objective
+    raise UserError(f"{type(scheduler).__name__} with prediction_type {wanted!r}: denoisers here do not predict that")
+
+
+def noise_levels(objective: Objective, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """Shares of the clean latent and of noise in a noisy one, at the scheduler's timesteps [B], 0 to 1000."""
+    if objective == "flow":
+        noise = timestep / TRAIN_TIMESTEPS
+        return 1 - noise, noise
+    product = _squared_cosine().to(timestep.device)[timestep.long()]
+    return product.sqrt(), (1 - product).sqrt()
+
+
+def error_size(error: Tensor, kind: ErrorSize, scale: float = 0.03) -> Tensor:
+    """The size of errors [B, D], one number each [B].
+
+    Args:
+        error: of standardised latents.
+        kind: ``"mse"``, the mean square, or ``"pseudo-huber"``, √(mean square + scale²) − scale (Song and Dhariwal,
+            2024), which grows with the error and not with its square, so that outliers weigh less.
+        scale: where pseudo-Huber turns from square to linear, in standard deviations of a latent.
+    """
+    square = error.square().mean(dim=1)
+    return square if kind == "mse" else (square + scale**2).sqrt() - scale
+
+
+class DenoisingLoss(nn.Module):
+    """The training loss of a denoiser, called on the decoder's latents.
+
+    The denoiser sees α x₀ + σ ε and predicts, by ``objective``,
+
+    - ``"x0"``: x₀, on the squared-cosine schedule;
+    - ``"v"``: the velocity α ε − σ x₀ on the same schedule (Salimans and Ho, 2022);
+    - ``"flow"``: the velocity ε − x₀ of the straight path between the two (α = 1 − σ).
+
+    With SNR = α²/σ², the error is weighted, by ``weighting``, as if it were the squared error of x₀ times
+
+    - ``"plain"``: 1 for x₀, 1/σ² for the velocities: the error of what is predicted, as it is;
+    - ``"snr-plus-one"``: min(SNR + 1, ``snr_limit``): an error of the velocity, bounded for nearly clean inputs;
+    - ``"min-snr"``: min(SNR, ``snr_limit``) (Hang et al., 2023).
+
+    Args:
+        denoiser: what learns.
+        objective: what it predicts.
+        weighting: of errors at different times.
+        snr_limit: bounds the weight of nearly clean inputs.
+        size: what is made of an error (:func:`error_size`).
+        latent_noise: standard deviation of the noise added to standardised latents while training: no two steps see
+            the same latent, so that copying one does not pay.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        objective: Objective,
+        weighting: Weighting = "snr-plus-one",
+        snr_limit: float = 5.0,
+        size: ErrorSize = "mse",
+        latent_noise: float = 0.0,
+    ):
+        super().__init__()
+        self.denoiser, self.objective, self.weighting, self.snr_limit = denoiser, objective, weighting, snr_limit
+        self.size, self.latent_noise = size, latent_noise
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """Mean loss of latents [B, D], with noise and times from torch's generator."""
+        noise = torch.randn_like(latents)
+        time = torch.rand(len(latents), device=latents.device)
+        if self.latent_noise:
+            latents = latents + self.latent_noise * self.denoiser.latent_std * torch.randn_like(latents)
+        return self.at(latents, noise, time).mean()
+
+    def at(self, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """The loss of each latent [B] for given noise [B, D] and times [B] in [0, 1)."""
+        clean = self.denoiser.standardised(latents)
+        timestep = time * TRAIN_TIMESTEPS if self.objective == "flow" else (time * TRAIN_TIMESTEPS).long()
+        alpha, sigma = noise_levels(self.objective, timestep)
+        noisy = alpha[:, None] * clean + sigma[:, None] * noise
+        if self.objective == "x0":
+            target = clean
+        elif self.objective == "v":
+            target = alpha[:, None] * noise - sigma[:, None] * clean
+        else:
+            target = noise - clean
+        error = error_size(self.denoiser(noisy, timestep) - target, self.size)
+        return self._weight(alpha, sigma) * error
+
+    def _weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """What an error of the prediction counts, [B]."""
+        if self.weighting == "plain":
+            return torch.ones_like(sigma)
+        snr = (alpha / sigma).square()
+        weight = (snr + (self.weighting == "snr-plus-one")).clamp(max=self.snr_limit)
+        return weight if self.objective == "x0" else weight * sigma.square()  # x₀'s error is σ times the velocity's
+
+
+@torch.no_grad()
+def validation_loss(loss: DenoisingLoss, latents: Tensor, repeats: int = 8) -> float:
+    """The mean loss of latents [N, D] with noise that is the same at every call, times spread evenly."""
+    generator = torch.Generator().manual_seed(0)
+    total = 0.0
+    for _ in range(repeats):
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        time = (torch.randperm(len(latents), generator=generator) + 0.5) / len(latents)
+        total += loss.at(latents, noise, time.to(latents)).mean().item()
+    return total / repeats
+
+
+@cache
+def _squared_cosine() -> Tensor:
+    return DDPMScheduler(**_SQUARED_COSINE).alphas_cumprod
+
+
+_PREDICTS = {"x0": "the clean latent", "v": "the velocity of a diffusion", "flow": "the velocity of a straight flow"}
+
+
+def predicted_by(scheduler: SchedulerMixin) -> str:
+    """What a denoiser predicts that is sampled by ``scheduler``: ``"x0"``, ``"v"`` or ``"flow"``.
+
+    Raises:
+        UserError: something that no denoiser here predicts.
+    """
+    return "flow" if scheduler.config.get("use_flow_sigmas") else objective_of(scheduler)
+
+
+def scheduler_by_name(name: str, current: SchedulerMixin) -> SchedulerMixin:
+    """A diffusers scheduler with the settings of ``current``, for the same denoiser.
+
+    Solvers of diffusions that can solve flows too (``use_flow_sigmas``) are set to do so for a flow.
+
+    Args:
+        name: the class's name, such as ``DDIMScheduler``.
+        current: the scheduler the denoiser came with.
+
+    Raises:
+        UserError: diffusers has no such scheduler, or it does not fit what the denoiser predicts.
+    """
+    kind: Any = getattr(diffusers, name, None)
+    if SchedulerMixin not in getattr(kind, "__mro__", ()) or "Inverse" in name:  # those run from samples to noise
+        raise UserError(f"--scheduler {name}: diffusers has no such scheduler; try {type(current).__name__}")
+    predicts, taken = predicted_by(current), inspect.signature(kind.__init__).parameters
+    settings = {key: value for key, value in current.config.items() if key in taken and value is not None}
+    settings |= {key: value for key, value in {"clip_sample": False}.items() if key in taken}
+    if predicts == "flow" and "use_flow_sigmas" in taken:
+        shift = current.config.get("shift", current.config.get("flow_shift", 1.0))
+        settings |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    elif (predicts == "flow") != name.startswith("FlowMatch") or not taken.keys() & {"shift", "beta_schedule"}:
+        raise UserError(f"--scheduler {name} does not fit: the denoiser predicts {_PREDICTS[predicts]}")
+    try:
+        scheduler = kind(**settings)
+        _try(scheduler)
+    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        raise UserError(
+            f"--scheduler {name} does not fit: it takes no denoiser that predicts {_PREDICTS[predicts]}"
+        ) from None
+    if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
+        raise UserError(
+            f"--scheduler {name} does not fit: it scales its samples, which the denoiser was not trained on"
+        )
+    return scheduler
+
+
+def adds_noise(scheduler: SchedulerMixin) -> bool:
+    """Whether the steps of ``scheduler`` draw noise, so that a sample needs a generator."""
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    _try(scheduler, generator)
+    return not torch.equal(before, generator.get_state())
+
+
+def takes_generator(scheduler: SchedulerMixin) -> bool:
+    """Whether a step can be given a generator."""
+    return "generator" in inspect.signature(scheduler.step).parameters
+
+
+def _try(scheduler: SchedulerMixin, generator: torch.Generator | None = None) -> None:
+    """Three steps of a copy, from one number."""
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(3)
+    options = {"generator": generator} if takes_generator(scheduler) else {}
+    sample = torch.ones(1, 1)
+    for timestep in scheduler.timesteps:
+        sample = scheduler.step(torch.zeros(1, 1), timestep, sample, **options).prev_sample
+    if sample.shape != (1, 1) or not sample.isfinite().all():
+        raise ValueError("what is stepped must keep its shape and stay finite")

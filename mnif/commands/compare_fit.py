@@ -1,0 +1,439 @@
+"""`mnif compare-fit`: the ways of learning at equal compute on one data set, and the table to choose by."""
+
+import contextlib
+import io
+import os
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnif.commands.fit import (
+    AUGMENTATIONS,
+    FitArguments,
+    fit,
+    make_decoder,
+    make_fitting,
+    make_optimizers,
+    parse_fit_arguments,
+)
+from mnif.comparison.robustness import CONDITIONS, conditions_of, robustness, seconds_per_instance
+from mnif.comparison.summary import comparison_table, curves_picture
+from mnif.data.batches import Rows, rows_of
+from mnif.data.dataset import Instances, Split
+from mnif.latents.inference import load_finder
+from mnif.models.io import load_component
+from mnif.models.mnif_model import MNIFModel
+from mnif.signals.base import GridSignal, Signal, psnr
+from mnif.signals.registry import signal_class
+from mnif.training.loop import make_accelerator, train
+from mnif.training.methods import AutoDecoding
+from mnif.training.run_record import read_curves
+from mnif.utils.errors import UserError
+from mnif.utils.files import merge_json, read_json, write_json, written_atomically
+from mnif.utils.output_folders import check_output_folder, output_folder_of
+from mnif.utils.process import command_line
+
+_BETWEEN_LOOKS = 5  # steps between two looks at the clock; the first ones are the warm-up
+
+
+_NEVER = 1_000_000_000  # steps
+
+
+def seconds_per_step(arguments: FitArguments, signal: Signal, train_data: Instances, seconds: float) -> float:
+    """Wall seconds of one optimizer step, loading included; validation and checkpoints are not.
+
+    The real training loop runs in a temporary folder until the clock has been looked at often enough.
+
+    Args:
+        arguments: of the run that is planned.
+        signal: what the data are.
+        train_data: the instances to learn from.
+        seconds: how long to measure, after the warm-up; at least five steps are measured.
+
+    Raises:
+        UserError: training diverges within these steps.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        short = replace(
+            arguments,
+            output_dir=Path(folder),
+            max_train_steps=_NEVER,
+            checkpointing_steps=_NEVER,
+            validation_steps=_BETWEEN_LOOKS,
+            resume_from_checkpoint="latest",
+            report_to=None,
+        )
+        accelerator = make_accelerator(short, short.output_dir)
+        decoder = make_decoder(short, signal)
+        fitting = make_fitting(short, decoder, signal, len(train_data), accelerator).to(accelerator.device)
+        rows, optimizers = rows_of(train_data.arrays()), make_optimizers(short, fitting)
+        latent_rows = fitting.rows if isinstance(fitting, AutoDecoding) else None
+        watch = _Watch(seconds)
+        silence = io.StringIO()  # the loop would show a bar without an end
+        with (
+            contextlib.suppress(_Enough),
+            contextlib.redirect_stdout(silence),
+            contextlib.redirect_stderr(silence),
+        ):
+            train(
+                accelerator,
+                short,
+                fitting,
+                optimizers,
+                rows,
+                short.output_dir,
+                "fit",
+                watch.look,
+                latent_rows=latent_rows,
+            )
+    return watch.seconds_per_step
+
+
+class _Enough(Exception):  # noqa: N818  # nothing has gone wrong: it is the way out of the loop
+    pass
+
+
+class _Watch:
+    """Stands in for a validation: looks at the clock, and ends the training when it has run for long enough."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.steps, self.started = seconds, 0, 0.0
+        self.seconds_per_step = 0.0
+
+    def look(self) -> dict[str, float]:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        now = time.perf_counter()
+        if not self.started:
+            self.started = now
+            return {}
+        self.steps += _BETWEEN_LOOKS
+        self.seconds_per_step = (now - self.started) / self.steps
+        if now - self.started >= self.seconds:
+            raise _Enough
+        return {}
+
+
+def control_figures(signal: Signal, train: Rows, held_out: Rows, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of the controls, named as a model's.
+
+    Args:
+        signal: what the rows are; only grids have controls, since views of two objects need not be from one camera.
+        train: the instances learned from.
+        held_out: the others.
+        results: of the runs, with the ``…_pca_…`` figures that `mnif fit` measured, if it did, and ``latent_dim``.
+
+    Returns:
+        ``pca``, a list with one object for each size of latent, and ``mean``, the mean training instance.
+    """
+    if not isinstance(signal, GridSignal):
+        return {"pca": []}
+    (first,) = train.subset(np.arange(1)).batches(1)
+    most = min(len(train), signal.observe(first).values.numel())
+    pca: dict[int, dict[str, Any]] = {}
+    for result in results:
+        figures = {name.replace("_pca_", "_"): value for name, value in result.items() if "_pca_" in name}
+        if figures:
+            components = min(result["latent_dim"], most)
+            pca[components] = {"components": components, **figures}
+    return {"pca": [pca[components] for components in sorted(pca)], "mean": _mean_figures(signal, train, held_out)}
+
+
+def _mean_figures(signal: GridSignal, train: Rows, held_out: Rows) -> dict[str, float]:
+    """Mean PSNR in dB of the mean training instance, ``psnr_train`` and ``psnr_heldout``."""
+    total: Tensor | None = None
+    for batch in train.batches(256):
+        values = signal.observe(batch).values.double().sum(dim=0)
+        total = values if total is None else total + values
+    assert total is not None
+    mean = (total / len(train)).float()
+    figures = {}
+    for name, rows in {"train": train, "heldout": held_out}.items():
+        observed = (signal.observe(batch).values for batch in rows.batches(256))
+        quality = torch.cat([psnr(mean.expand_as(values), values) for values in observed])
+        figures[f"psnr_{name}"] = quality.double().mean().item()
+    return figures
+
+
+PROGRAM = "mnif compare-fit"
+
+
+_TRAIN_SECONDS = 480.0
+
+
+_LONGEST_MEASUREMENT = 10.0  # seconds of throw-away steps
+
+
+_VALIDATIONS = 8  # of a run at least, so that its curve has a shape, unless they would take long:
+
+
+_VALIDATED = 1024  # instances a validation looks at, at most; each costs about a third of one in a step
+
+
+_BUDGETS = ("train_seconds", "max_train_steps", "num_train_epochs")
+
+
+# What is compared on, and what the process can have only once: no variant may differ in it.
+_COMMON = {*_BUDGETS, "data", "output_dir", "signal", "preset", "dry_run", "resolution", "channels", "method"}
+_COMMON |= {"held_out_fraction", "test_fraction", "held_out_views", "max_views", "near", "far", "background"}
+_COMMON |= {"mixed_precision", "resume_from_checkpoint", "report_to"}
+
+
+@dataclass(kw_only=True)
+class CompareArguments(FitArguments):
+    """Learn in several ways at equal compute and tabulate what each is worth; takes every flag of `mnif fit`.
+
+    Writes compare.json, compare.md, curves.png and one run folder for each way; the same command again continues or
+    reuses what is there. Flags a way cannot use (--random_flip without an encoder) are left out for it.
+    """
+
+    train_seconds: float | None = None
+    """Seconds of optimizer steps that each run gets on this machine; 480 unless a number of steps is given."""
+    methods: list[Literal["encoder", "auto-decoding", "meta"]] = field(
+        default_factory=lambda: ["encoder", "auto-decoding", "meta"]
+    )
+    """The ways of learning, in the order of the table; takes the place of --method."""
+    variants: list[str] = field(default_factory=list)
+    """Settings to try with each method on top of the flags given, such as cells=4 cells=1,width=64,depth=4."""
+    probes: int = 256
+    """Held-out instances that robustness is measured on, at most."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of the table.
+
+    Attributes:
+        name: of the row and of the run folder.
+        variant: as the user wrote it, or "".
+        arguments: of its `mnif fit`.
+    """
+
+    name: str
+    variant: str
+    arguments: FitArguments
+
+
+def main(arguments: list[str]) -> None:
+    """Runs `mnif compare-fit`."""
+    compare(*parse_compare_arguments(arguments))
+
+
+def compare(asked: CompareArguments, runs: list[Run]) -> None:
+    """Trains every run, measures it, and writes the comparison to ``asked.output_dir``.
+
+    Raises:
+        UserError: the data cannot be read or nothing of it is held out, a folder is another command's or holds
+            another run, or training diverges.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("several processes cannot be compared; run it without torchrun")
+    check_output_folder(asked.output_dir, "compare-fit")
+    for run in runs:
+        check_output_folder(run.arguments.output_dir, "fit")
+    data = signal_class(asked.signal).load(asked.data, asdict(asked))
+    sides = data.split(asked.held_out_fraction, asked.test_fraction)
+    train_data, held_data = (data.rows(sides == side) for side in (Split.TRAIN, Split.HELD_OUT))
+    for side, flag in ((train_data, "lower"), (held_data, "raise")):
+        if not len(side):
+            raise UserError(
+                f"--data {asked.data}: {len(train_data)} to learn from and {len(held_data)} held out; "
+                f"{flag} --held_out_fraction, both sides are needed"
+            )
+    with output_folder_of(asked.output_dir, "compare-fit"):
+        _compare(asked, runs, data, train_data, held_data)
+
+
+def _compare(
+    asked: CompareArguments, runs: list[Run], data: Instances, train_data: Instances, held_data: Instances
+) -> None:
+    results = [_result(asked, run, data, train_data, held_data) for run in runs]
+    signal = signal_class(asked.signal).of(data, asdict(asked))
+    controls = control_figures(signal, rows_of(train_data.arrays()), rows_of(held_data.arrays()), results)
+    count = {"train": len(train_data), "heldout": len(held_data), "probes": min(len(held_data), asked.probes)}
+    comparison = {
+        "command": command_line(),
+        "data": asked.data,
+        "unit": signal.unit,
+        "instances": count,
+        "train_seconds": asked.train_seconds,
+        "max_train_steps": asked.max_train_steps if asked.train_seconds is None else None,
+        "num_train_epochs": asked.num_train_epochs,
+        "seed": asked.seed,
+        "machine": {"device": _device().type, "threads": torch.get_num_threads()},
+        "conditions": {name: CONDITIONS[name] for name in conditions_of(signal)},
+        "controls": controls,
+        "runs": results,
+    }
+    write_json(asked.output_dir / "compare.json", comparison)
+    table = comparison_table(comparison)
+    with written_atomically(asked.output_dir / "compare.md") as temporary:
+        temporary.write_text(table)
+    curves = {run.name: read_curves(run.arguments.output_dir / "metrics.jsonl") for run in runs}
+    with written_atomically(asked.output_dir / "curves.png") as temporary:
+        temporary.write_bytes(curves_picture(curves, {result["name"]: result for result in results}))
+    print(f"\n{table}\n{asked.output_dir}: compare.json, compare.md and curves.png written")
+
+
+def parse_compare_arguments(arguments: list[str]) -> tuple[CompareArguments, list[Run]]:
+    """The flags in common, and the runs that methods and variants make of them.
+
+    Raises:
+        UserError: a flag or a variant cannot be understood or used.
+    """
+    if _given(arguments, "method"):
+        raise UserError("--method: give --methods, the ways of learning to compare")
+    # Presets choose a method; here all are tried, and the encoder is the one that every flag goes with.
+    asked = parse_fit_arguments([*arguments, "--method", "encoder"], PROGRAM, CompareArguments)
+    budgets = [name for name in _BUDGETS if _given(arguments, name)]
+    if len(budgets) > 1:
+        raise UserError(f"--{budgets[0]} and --{budgets[1]}: give one of them; it is what every run gets")
+    if asked.dry_run:
+        raise UserError("--dry_run: is for `mnif fit`, once for each --method")
+    if asked.train_seconds is not None and not 0 < asked.train_seconds < float("inf"):
+        raise UserError(f"--train_seconds {asked.train_seconds:g}: must be above 0")
+    if asked.probes < 1:
+        raise UserError(f"--probes {asked.probes}: must be at least 1")
+    if not budgets:
+        asked.train_seconds = _TRAIN_SECONDS
+    if "num_train_epochs" not in budgets:
+        asked.num_train_epochs = None  # a preset's
+    variants, methods = dict.fromkeys(asked.variants or [""]), dict.fromkeys(asked.methods)
+    return asked, [_run(arguments, asked, method, variant) for variant in variants for method in methods]
+
+
+def _run(arguments: list[str], asked: CompareArguments, method: str, variant: str) -> Run:
+    """Reads the flags once more, for one method and variant."""
+    own = ["--method", method] + ([] if method == "encoder" else [f"--no_{flag}" for flag in AUGMENTATIONS])
+    try:
+        parsed = parse_fit_arguments([*arguments, *own, *_flags_of(variant)], PROGRAM, CompareArguments)
+    except UserError as error:
+        raise UserError(f"--variants {variant}: {error}" if variant else str(error)) from None
+    fit_arguments = FitArguments(**{field.name: getattr(parsed, field.name) for field in fields(FitArguments)})
+    name = f"{method}-{variant}" if variant else method
+    fit_arguments.output_dir = asked.output_dir / name
+    fit_arguments.num_train_epochs = asked.num_train_epochs
+    return Run(name, variant, fit_arguments)
+
+
+def _flags_of(variant: str) -> list[str]:
+    """``cells=1,output_sine=true`` → ``--cells 1 --output_sine``."""
+    kinds, flags = {field.name: field.type for field in fields(FitArguments)}, []
+    for setting in variant.split(",") if variant else []:
+        name, equals, value = setting.partition("=")
+        if name not in kinds:
+            raise UserError(f'there is no flag --{name}; settings are written as "cells=1,width=64"')
+        if name in _COMMON:
+            raise UserError(f"--{name} must be the same for all; give it outside of --variants")
+        if not equals or not value:
+            raise UserError(f"{name} needs a value, {name}=…")
+        if kinds[name] is not bool:
+            flags += [f"--{name}={value}"]
+        elif value in ("true", "false"):
+            flags += [f"--{name}" if value == "true" else f"--no_{name}"]
+        else:
+            raise UserError(f"{name}={value}: must be true or false")
+    return flags
+
+
+def _given(arguments: list[str], name: str) -> bool:
+    """Whether a flag stands on the command line."""
+    return any(argument.partition("=")[0].replace("-", "_") == f"__{name}" for argument in arguments)
+
+
+def _result(
+    asked: CompareArguments, run: Run, data: Instances, train_data: Instances, held_data: Instances
+) -> dict[str, Any]:
+    """Trains a run, or takes it as it is, and gives everything that is known of it."""
+    print(f"== {run.name}", flush=True)
+    folder, arguments = run.arguments.output_dir, run.arguments
+    speed = _planned(asked, run, data, train_data) if asked.train_seconds is not None else None
+    _forget_peak_memory()
+    fit(arguments)
+    last = [row for row in read_curves(folder / "metrics.jsonl") if row["stage"] == "fit"][-1]
+    batch = min(arguments.train_batch_size, len(train_data)) * arguments.gradient_accumulation_steps
+    return {
+        **read_json(folder / "metrics.json"),
+        **_measured(asked, run, data, held_data),
+        "name": run.name,
+        "method": arguments.method,
+        "variant": run.variant,
+        "folder": str(folder),
+        "augmented": [flag for flag in AUGMENTATIONS if getattr(arguments, flag)],
+        "refinement_steps": arguments.refinement_steps,
+        "train_steps": last["step"],
+        "train_seconds": last["seconds"],  # validations included, unlike in seconds_per_step
+        "seconds_per_step": speed,
+        "images_per_second": batch * last["step"] / last["seconds"],
+    }
+
+
+def _planned(asked: CompareArguments, run: Run, data: Instances, train_data: Instances) -> float:
+    """Sets the run's number of steps to what fits into the seconds asked for; gives the seconds of a step.
+
+    Schedules need the number of steps beforehand. It is kept beside the run, because a second measurement would give
+    another number and so another run.
+    """
+    seconds, arguments = asked.train_seconds, run.arguments
+    assert seconds is not None
+    path, key = arguments.output_dir / "speed.json", f"{seconds:g}"
+    kept = read_json(path) if path.exists() and arguments.resume_from_checkpoint != "no" else {}
+    if key not in kept:
+        signal = signal_class(asked.signal).of(data, asdict(arguments))
+        measured = seconds_per_step(arguments, signal, train_data, min(seconds / 20, _LONGEST_MEASUREMENT))
+        kept[key] = {"seconds_per_step": measured, "max_train_steps": max(round(seconds / measured), 1)}
+        merge_json(path, kept)
+    arguments.max_train_steps = kept[key]["max_train_steps"]
+    steps_worth = min(_VALIDATED, len(data)) / 3 / min(arguments.train_batch_size, len(train_data))
+    often = max(arguments.max_train_steps // _VALIDATIONS, round(10 * steps_worth), 1)
+    arguments.validation_steps = min(arguments.validation_steps, often)
+    measured = kept[key]["seconds_per_step"]
+    print(f"{1000 * measured:.3g} ms a step: {arguments.max_train_steps} steps in {seconds:g} s", flush=True)
+    return measured
+
+
+def _measured(asked: CompareArguments, run: Run, data: Instances, held_data: Instances) -> dict[str, float]:
+    """Robustness and seconds for each new instance; taken from ``measured.json`` if they are of the same model."""
+    folder, arguments = run.arguments.output_dir, run.arguments
+    decoder = load_component(MNIFModel, folder / "model", "decoder").to(_device())
+    chosen = np.linspace(0, len(held_data) - 1, min(len(held_data), asked.probes)).round().astype(int)
+    probes = held_data.rows(chosen)
+    subject = {
+        "decoder": decoder.fingerprint(),
+        "probes": probes.fingerprint(),
+        "seed": asked.seed,
+        "refinement_steps": arguments.refinement_steps,
+        "device": _device().type,
+        "threads": torch.get_num_threads(),
+    }
+    path = folder / "measured.json"
+    if path.exists() and (stored := read_json(path))["subject"] == subject:
+        print(f"{path}: measured before; nothing to do")
+        return stored["figures"]
+    signal = signal_class(asked.signal).of(data, asdict(arguments))
+    finder = load_finder(folder / "model", signal, arguments.method)
+    finder = None if finder is None else finder.to(_device())
+    rows, steps = rows_of(probes.arrays()), arguments.refinement_steps
+    figures = {"latent_dim": decoder.config.latent_dim}
+    figures |= robustness(decoder, signal, rows, finder, steps, asked.seed)
+    figures |= seconds_per_instance(decoder, signal, rows, finder, steps)
+    write_json(path, {"subject": subject, "figures": figures})
+    return figures
+
+
+def _device() -> torch.device:
+    """Where new instances are looked for: the accelerator, if there is one."""
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
+def _forget_peak_memory() -> None:
+    """Starts the process's peak anew, so that a run's is not that of the runs before; elsewhere than Linux it is."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")

@@ -1,0 +1,200 @@
+"""`mnif decode`: shows what latents stand for."""
+
+import hashlib
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mnif.latents.table import LatentTable
+from mnif.models.io import load_component
+from mnif.models.mnif_model import MNIFModel
+from mnif.signals.outputs import Animation, MeshFormat, showing_by_flags
+from mnif.signals.registry import signal_of_model
+from mnif.utils.args import parse_arguments
+from mnif.utils.errors import UserError
+from mnif.utils.files import flush_everything, read_json, remove_leftovers, sha256_of_file, was_written, write_json
+from mnif.utils.output_folders import check_output_folder
+from mnif.utils.pixels import picture_grid, save_picture
+from mnif.utils.process import command_line, peak_memory_megabytes, progress_bar
+
+_OWN_FILES = ("grid", "grid.png", "metrics.json", "decode.json")  # names that no latent may have
+
+
+_OVERVIEW, _OVERVIEW_PIXELS = 64, 256
+
+
+_LONGEST_NAME = 160  # bytes; file systems allow 255, suffixes included
+
+
+@dataclass(kw_only=True)
+class DecodeArguments:
+    """Show what latents stand for: pictures, meshes, views; the same command again continues where it was stopped."""
+
+    model: Path
+    """The model folder, RUN/model."""
+    latents: Path
+    """A latents.safetensors of `mnif fit` or `mnif encode`."""
+    output_dir: Path
+    """Gets files named by the latents' ids, grid.png, metrics.json and decode.json."""
+    ids: list[str] | None = None
+    """Which latents."""
+    num: int | None = None
+    """How many latents, from the first on; default: 16."""
+    resolution: list[int] | None = None
+    """Of pictures, of voxels, or the height of views; default: the training resolution."""
+    mesh: MeshFormat | None = None
+    """The format of meshes (voxels); default: glb."""
+    turntable: Animation | None = None
+    """Adds an animation of a camera that goes round (voxels, radiance)."""
+    frames: int | None = None
+    """Of the animation; default: 48."""
+    elevation: float | None = None
+    """Of the camera, in degrees above the horizon (voxels, radiance); default: 20."""
+    views: int | None = None
+    """Pictures of each object, from cameras evenly spaced on a circle (radiance); default: 8."""
+
+
+def main(arguments: list[str]) -> None:
+    """Runs `mnif decode`."""
+    decode(parse_arguments(DecodeArguments, arguments, "mnif decode"))
+
+
+@torch.no_grad()
+def decode(arguments: DecodeArguments) -> None:
+    """Writes what latents stand for to ``arguments.output_dir``.
+
+    Raises:
+        UserError: model or latents cannot be read or do not belong together, a flag is out of range or does not belong
+            to the model's signal, the folder is another command's or holds something else, or no shape has a surface.
+    """
+    check_output_folder(arguments.output_dir, "decode")
+    decoder = load_component(MNIFModel, arguments.model, "decoder")
+    signal = signal_of_model(decoder)
+    showing = showing_by_flags(arguments, signal)
+    fingerprint = decoder.fingerprint()
+    table = LatentTable.load(arguments.latents, fingerprint)
+    rows = _rows(arguments, table)
+    names = safe_names(table.ids)
+    decoder.to("cuda" if torch.cuda.is_available() else "cpu")
+
+    output, started = arguments.output_dir, time.perf_counter()
+    asked = {"decoder": fingerprint, "latents": sha256_of_file(arguments.latents)} | asdict(showing)
+    files = {row: [output / file for file in showing.files(names[row])] for row in rows}
+    _check_same_decoding(output, asked, [path for paths in files.values() for path in paths])
+    for folder in {output, *(path.parent for paths in files.values() for path in paths)}:
+        remove_leftovers(folder)
+    write_json(output / "decode.json", asked)
+    missing = [row for row in rows if not all(map(was_written, files[row]))]
+    unseen: dict[str, str] = {}
+    with progress_bar(total=len(rows), initial=len(rows) - len(missing), desc="decoding", unit=signal.unit) as bar:
+        for row in missing:
+            latent = table.latents[row : row + 1].to(decoder.device)
+            why = showing.write(decoder, signal, latent, output, names[row])
+            if why:
+                unseen[table.ids[row]] = why
+            bar.update()
+    for id, why in unseen.items():
+        print(f"{id}: the {signal.unit} is {why}, it has no surface; skipped")
+    if len(unseen) == len(rows):
+        raise UserError(
+            f"{arguments.latents}: every {signal.unit} asked for is empty or full, none has a surface; "
+            "choose other --ids or train the model for longer"
+        )
+    seconds, made = time.perf_counter() - started, len(missing) - len(unseen)
+    if made:
+        rate = made / seconds
+        write_json(
+            output / "metrics.json",
+            {
+                "images_per_second": rate,
+                "seconds": round(seconds, 2),
+                "without_surface": unseen,
+                "command": command_line(),
+                "peak_rss_mb": peak_memory_megabytes(),
+            },
+        )
+        print(f"{output}: {made} latents decoded, {rate:.1f} a second")
+    else:
+        print(f"{output}: all {len(rows) - len(unseen)} are there already")
+    _save_overview(output / "grid.png", [files[row][0] for row in rows if table.ids[row] not in unseen])
+    flush_everything()
+
+
+def safe_names(ids: Iterable[str]) -> list[str]:
+    """A file name for each id: what may trouble a file system becomes "_".
+
+    Names that were too long or would be the same as another's, in small letters or capitals, end on part of the id's
+    SHA-256, so that a name depends on the ids alone and not on which of them are written.
+    """
+    ids = list(ids)
+    plain = [re.sub(r"^\.|[^\w.,+=@() -]|[. ]$", "_", id) or "_" for id in ids]
+    taken = Counter(name.casefold() for name in plain) + Counter(_OWN_FILES)
+    names = []
+    for id, name in zip(ids, plain, strict=True):
+        if taken[name.casefold()] > 1 or len(name.encode()) > _LONGEST_NAME:
+            digest = hashlib.sha256(id.encode()).hexdigest()[:8]
+            name = f"{name.encode()[:_LONGEST_NAME].decode(errors='ignore')}-{digest}"
+        names.append(name)
+    return names
+
+
+def _rows(arguments: DecodeArguments, table: LatentTable) -> list[int]:
+    """The rows of the latents asked for."""
+    if arguments.ids is None:
+        count = 16 if arguments.num is None else arguments.num
+        if count < 1:
+            raise UserError(f"--num {count}: must be at least 1")
+        rows = list(range(min(count, len(table.ids))))
+    else:
+        if arguments.num is not None:
+            raise UserError("give either --ids or --num")
+        place = {id: row for row, id in enumerate(table.ids)}
+        for id in arguments.ids:
+            if id not in place:
+                raise UserError(
+                    f"--ids {id}: not in {arguments.latents}, which begins with {', '.join(table.ids[:3])}"
+                )
+        rows = [place[id] for id in dict.fromkeys(arguments.ids)]
+    if not rows:
+        raise UserError(f"{arguments.latents}: no latents were asked for")
+    for row in rows:
+        if not table.latents[row].isfinite().all():
+            raise UserError(f"{arguments.latents}: the latent of {table.ids[row]} holds NaN or infinity")
+    return rows
+
+
+def _check_same_decoding(output: Path, asked: dict[str, Any], wanted: list[Path]) -> None:
+    """Refuses to fill up a folder whose files came from other latents or settings."""
+    record = output / "decode.json"
+    if not record.exists():
+        for path in wanted:
+            if path.exists():
+                raise UserError(f"{path} is not of `mnif decode`; choose another --output_dir")
+    elif any(output.rglob("*.png")):
+        before = read_json(record)
+        for name in sorted(before.keys() | asked.keys()):
+            if before.get(name) != asked.get(name):
+                raise UserError(
+                    f"{output} holds what was decoded with {name} {before.get(name)!s:.12}, "
+                    f"not {asked.get(name)!s:.12}; choose another --output_dir or empty it"
+                )
+
+
+def _save_overview(path: Path, pictures: list[Path]) -> None:
+    """The first pictures side by side on white, small ones enlarged and large ones reduced."""
+    shown = []
+    for picture in pictures[:_OVERVIEW]:
+        with Image.open(picture) as image:
+            image.thumbnail((_OVERVIEW_PIXELS, _OVERVIEW_PIXELS))
+            opaque = image.convert("RGBA")
+        shown.append(np.asarray(Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")))
+    scale = max(1, 64 // shown[0].shape[0])
+    save_picture(path, picture_grid(shown, columns=min(len(shown), 8), scale=scale))

@@ -1,0 +1,179 @@
+"""`mnif encode`: finds the latents of new data on frozen bases."""
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mnif.data.batches import Rows, rows_of
+from mnif.data.dataset import Instances, Split
+from mnif.latents.inference import Finder, figures_of, latents_of, load_finder
+from mnif.latents.masks import Observe, masked, read_masks, some_views
+from mnif.latents.table import LatentTable
+from mnif.models.io import load_component
+from mnif.models.mnif_model import MNIFModel
+from mnif.signals.base import Signal
+from mnif.signals.registry import signal_of_model
+from mnif.utils.args import parse_arguments
+from mnif.utils.errors import UserError
+from mnif.utils.files import sha256_of_file, sha256_of_folder, write_json
+from mnif.utils.output_folders import check_output_folder, output_folder_of
+from mnif.utils.process import command_line, peak_memory_megabytes, progress_bar
+from mnif.utils.resumable import Parts
+
+REFINEMENT_STEPS = {"fast": 0, "balanced": 60, "best": 300}
+
+
+@dataclass(kw_only=True)
+class EncodeArguments:
+    """Find the latents of new data on frozen bases; the same command again continues where it was stopped."""
+
+    model: Path
+    """The model folder, RUN/model."""
+    data: str
+    """A built-in set, a folder or a file of what the model was trained on."""
+    output_dir: Path
+    """Gets latents.safetensors and metrics.json."""
+    method: Literal["auto", "encoder", "meta", "auto-decoding"] = "auto"
+    """Where the search starts: at the encoder's answer, at the inner loop's, or at zero; auto: what the model has."""
+    preset: Literal["fast", "balanced", "best"] = "balanced"
+    """0, 60 or 300 refinement steps."""
+    refinement_steps: int | None = None
+    """Adam steps on each latent, in place of the preset's; a search from zero takes five times as many."""
+    refinement_learning_rate: float = 0.05
+    """Of the first of these steps."""
+    split: Literal["all", "train", "held_out", "test"] = "all"
+    """Which part of the data, cut as `mnif fit` does it."""
+    held_out_fraction: float = 0.1
+    """As in `mnif fit`."""
+    test_fraction: float = 0.05
+    """As in `mnif fit`."""
+    mask: Path | None = None
+    """What was seen: a picture (white is seen), or an .npy or .npz with masks; the rest is filled in by the model."""
+    mirror: bool = False
+    """Take every instance mirrored, pictures left to right and shapes along x: more latents for `mnif prior`."""
+    views: list[int] | None = None
+    """The views that were seen, by number (radiance)."""
+    batch_size: int = 256
+    """Instances at a time; changes speed and memory, not the result."""
+
+
+def main(arguments: list[str]) -> None:
+    """Runs `mnif encode`."""
+    encode(parse_arguments(EncodeArguments, arguments, "mnif encode"))
+
+
+def encode(arguments: EncodeArguments) -> None:
+    """Writes the latents of ``arguments.data`` to ``arguments.output_dir``.
+
+    Raises:
+        UserError: the model or the data cannot be read, a flag is out of range, or the folder is another command's.
+    """
+    steps = arguments.refinement_steps
+    steps = REFINEMENT_STEPS[arguments.preset] if steps is None else steps
+    if arguments.batch_size < 1:
+        raise UserError(f"--batch_size {arguments.batch_size}: must be at least 1")
+    if steps < 0:
+        raise UserError(f"--refinement_steps {steps}: must be at least 0")
+    if not 0 < arguments.refinement_learning_rate < math.inf:
+        raise UserError(f"--refinement_learning_rate {arguments.refinement_learning_rate:g}: must be above 0")
+    check_output_folder(arguments.output_dir, "encode")
+    decoder = load_component(MNIFModel, arguments.model, "decoder")
+    signal = signal_of_model(decoder)
+    finder = load_finder(arguments.model, signal, arguments.method)
+    data = signal.load_more(arguments.data)
+    if arguments.split != "all":
+        sides = data.split(arguments.held_out_fraction, arguments.test_fraction)
+        data = data.rows(sides == Split[arguments.split.upper()])
+        if not len(data):
+            raise UserError(f"--split {arguments.split}: no {signal.unit} of {arguments.data} is in it")
+    arrays = data.arrays()
+    if arguments.mirror:
+        if signal.mirror_axis is None:
+            raise UserError(f"--mirror: a {signal.unit} cannot be mirrored; leave it out")
+        arrays = {name: np.flip(array, signal.mirror_axis) for name, array in arrays.items()}
+    rows = rows_of(arrays)
+    observe = _observation(arguments, signal, data, rows)
+
+    with output_folder_of(arguments.output_dir, "encode"):
+        _find(arguments, steps, decoder, signal, finder, data, rows, observe)
+
+
+def _find(
+    arguments: EncodeArguments,
+    steps: int,
+    decoder: MNIFModel,
+    signal: Signal,
+    finder: Finder,
+    data: Instances,
+    rows: Rows,
+    observe: Observe | None,
+) -> None:
+    """Finds and writes the latents of ``rows``, those of ``data`` as they are to be seen."""
+    output, started = arguments.output_dir, time.perf_counter()
+    search = {"steps": steps, "model": sha256_of_folder(arguments.model), "data": data.fingerprint()}
+    search |= {name: str(value) for name, value in asdict(arguments).items() if name != "output_dir"}
+    search |= {"mask": sha256_of_file(arguments.mask)} if arguments.mask is not None else {}
+    parts = Parts(output / ".parts", search)
+    with progress_bar(total=len(rows), desc="finding latents", unit=signal.unit) as bar:
+        for begin in range(0, len(rows), arguments.batch_size):
+            batch = rows.subset(np.arange(begin, min(begin + arguments.batch_size, len(rows))))
+            if begin not in parts:
+                (latents,) = latents_of(
+                    decoder, signal, batch, finder, steps, arguments.refinement_learning_rate, len(batch), observe
+                )
+                parts.save(begin, latents)
+            bar.update(len(batch))
+    found = parts.all()
+    seconds = time.perf_counter() - started
+    figures = figures_of(decoder, signal, rows, found)
+    held_out = torch.zeros(len(found), dtype=torch.bool)
+    LatentTable(found, data.ids, held_out, decoder.fingerprint(), data.name).save(output / "latents.safetensors")
+    badly = _fitting_badly(figures["psnr"], data.ids)
+    write_json(
+        output / "metrics.json",
+        {name: values.double().mean().item() for name, values in figures.items()}
+        | {
+            f"{name}_per_instance": dict(zip(data.ids, (round(v, 3) for v in values.tolist()), strict=True))
+            for name, values in figures.items()
+        }
+        | {
+            "fitting_badly": badly,
+            "images_per_second": len(found) / seconds,
+            "seconds": round(seconds, 2),
+            "command": command_line(),
+            "peak_rss_mb": peak_memory_megabytes(),
+        },
+    )
+    parts.remove()
+    shown = ", ".join(f"{name} {values.double().mean():.3f}" for name, values in figures.items())
+    print(f"{output}: {len(found)} latents, {shown} on average")
+    if badly:
+        worst = ", ".join(f"{id} ({value:.1f} dB)" for id, value in list(badly.items())[:5])
+        print(f"warning: {len(badly)} of them fit much worse than the rest: {worst}")
+
+
+def _observation(arguments: EncodeArguments, signal: Signal, data: Instances, rows: Rows) -> Observe | None:
+    """How a batch is observed: whole (None), through masks, or in some views."""
+    if arguments.mask is not None and arguments.views is not None:
+        raise UserError("give either --mask or --views")
+    (first,) = rows.subset(np.arange(1)).batches(1)
+    if arguments.mask is not None:
+        shape = signal.observe(first).values.shape[1:-1]
+        return masked(signal, read_masks(arguments.mask, shape, data.ids))
+    if arguments.views is not None:
+        return some_views(signal, arguments.views, first["images"].shape[1] if "images" in first else 0)
+    return None
+
+
+def _fitting_badly(quality: Tensor, ids: list[str]) -> dict[str, float]:
+    """Instances whose PSNR lies more than three robust standard deviations below the median, the worst first."""
+    median = quality.median()
+    spread = 1.4826 * (quality - median).abs().median()
+    rows = [row for row in quality.argsort().tolist() if quality[row] < median - 3 * spread]
+    return {ids[row]: round(quality[row].item(), 3) for row in rows}

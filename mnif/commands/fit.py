@@ -1,0 +1,525 @@
+"""`mnif fit`: learns the bases and one latent per instance (stage one)."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import ModelMixin
+from torch import Tensor
+
+from mnif.data.batches import Rows, rows_of
+from mnif.data.dataset import Instances, Split
+from mnif.latents.embedding import LatentRows
+from mnif.latents.inference import figures_of, latents_of
+from mnif.latents.inner_loop import InnerLoop
+from mnif.latents.pca import pca_figures
+from mnif.latents.table import LatentTable
+from mnif.models.io import load_component, save_component
+from mnif.models.mnif_model import MNIFModel
+from mnif.signals.base import GridSignal, Observation, Signal
+from mnif.signals.radiance import RadianceField
+from mnif.signals.registry import signal_class, signal_of
+from mnif.training.checkpoints import newest_checkpoint
+from mnif.training.loop import TrainingArguments, batch_size_of, make_accelerator, train
+from mnif.training.methods import AmortisedFitting, AutoDecoding, Fitting, MetaLearning
+from mnif.training.muon import Muon
+from mnif.training.run_record import begin_stage, finish_stage
+from mnif.utils.args import given_flag, parse_arguments, preset_defaults, preset_names, read_preset
+from mnif.utils.errors import UserError
+from mnif.utils.files import merge_json
+from mnif.utils.output_folders import check_output_folder
+from mnif.utils.pixels import picture_grid, save_picture
+from mnif.utils.process import peak_memory_megabytes
+
+PRESETS = Path(__file__).parents[1] / "presets"
+
+
+AUGMENTATIONS = ("random_flip", "random_colours")
+"""Flags that change instances at random (:meth:`mnif.signals.base.Signal.augmentations`)."""
+
+
+_NOT_OF_A_PRESET = {"data", "output_dir", "signal", "preset"}
+
+
+@dataclass(kw_only=True)
+class FitArguments(TrainingArguments):
+    """Learn basis networks and latents from data; the same command again continues or reuses the run."""
+
+    data: str
+    """A built-in set (twemoji, furniture, furniture-views), a folder, a file, or hf:NAME; see docs/data.md."""
+    output_dir: Path
+    """The run folder: gets model/, latents.safetensors, metrics.jsonl, metrics.json and samples/."""
+    signal: str = "auto"
+    """What the data are: image, voxels or radiance; auto tells by the data."""
+    method: Literal["encoder", "auto-decoding", "meta"] = "encoder"
+    """How latents are found: by an encoder trained with the bases, as a learned row per instance, or by a few gradient
+    steps that the bases are trained for (CAVIA)."""
+    preset: str | None = None
+    """Other defaults: a name such as celeba-hq-s, or the path of a JSON file. Flags given win over it."""
+    dry_run: bool = False
+    """Print sizes and an estimate of GPU hours and memory, and stop."""
+
+    resolution: list[int] | None = None
+    """Pixels per axis: one number, or height and width. Pictures: 32 unless given; others: as the data are."""
+    channels: Literal[1, 3, 4] = 3
+    """Of pictures: grey, RGB, or RGBA."""
+    stride: int = 1
+    """Grids: a step looks at every stride-th pixel along each axis, with a random offset."""
+    held_out_fraction: float = 0.1
+    """Share of the designs kept out of training, to choose settings on."""
+    test_fraction: float = 0.05
+    """Share of the designs that `mnif fit` never looks at, for final figures (`mnif encode --split test`)."""
+
+    num_bases: int = 96
+    """Basis networks per layer."""
+    width: int = 24
+    """Hidden units of a field."""
+    depth: int = 2
+    """Hidden-to-hidden layers of a field."""
+    latent_dim: int = 128
+    """Numbers in a latent (direct coefficients have their own number)."""
+    cells: int = 4
+    """Cells per axis, each with a field of its own; 1 is one global field, as in the paper."""
+    overlap: float = 0.1875
+    """How far a cell's field reaches over its borders, as a fraction of its width (0 to 0.5)."""
+    omega: float = 10.0
+    """Frequency w0 of the sines."""
+    mixing: Literal["delta", "average"] = "delta"
+    """Mean network plus mixed differences, or the paper's plain weighted average."""
+    coefficient_form: Literal["layer", "shared", "direct"] = "layer"
+    """Coefficients for each layer, one vector for all layers, or the latent itself."""
+    output_sine: bool = False
+    """A sine after the last layer too, as the paper's image fields have it."""
+
+    max_train_steps: int = 5000
+    """Optimizer steps; given here, they win over the epochs of a preset."""
+    num_train_epochs: int | None = None
+    """Passes over the data; takes the place of --max_train_steps."""
+    learning_rate: float = 4e-3
+    """Peak learning rate of all but bases and latents."""
+    basis_learning_rate: float = 1.2e-2
+    """Peak learning rate of the bases."""
+    matrix_optimizer: Literal["muon", "adamw"] = "muon"
+    """Of the latent → coefficients map and the encoder's narrow matrices; all else is AdamW's."""
+    adam_beta2: float = 0.99
+    """Of Adam, for bases and networks."""
+    random_flip: bool = False
+    """Mirror half of the instances while training (encoder)."""
+    random_colours: bool = False
+    """Reorder the channels of every RGB picture while training (encoder): less learned by heart."""
+    latent_noise: float = 0.3
+    """Standard deviation of the noise added to the encoder's latents while training."""
+    encoder_width: int = 512
+    """Hidden units of the encoder."""
+    latent_learning_rate: float = 1e-2
+    """Peak learning rate of the latents (auto-decoding)."""
+    latent_regularisation: float = 1e-4
+    """Weight of the latents' mean square in the loss (auto-decoding)."""
+    inner_steps: int = 3
+    """Gradient steps of the inner loop (meta)."""
+    inner_learning_rate: float = 4000.0
+    """Multiplies the inner loop's learned rates (meta)."""
+    inner_order: Literal["first", "second"] = "second"
+    """Whether training differentiates through the inner loop (meta)."""
+    refinement_steps: int = 60
+    """Adam steps on the held-out latents alone, bases frozen (auto-decoding starts from zero and takes five times
+    as many); 0 for none."""
+
+    samples_per_ray: int = 32
+    """Depths per ray (radiance)."""
+    rays_per_step: int = 512
+    """Rays of each object in a step (radiance)."""
+    held_out_views: int = 0
+    """The last views of each object are not learned from, but measured on (radiance)."""
+    max_views: int | None = None
+    """Take the first views of each object only (radiance)."""
+    bound: float | None = None
+    """Half the edge of the cube that holds the object; default: what near and far leave (radiance)."""
+    near: float | None = None
+    """Distance from the cameras where the object may begin; default: of the data (radiance)."""
+    far: float | None = None
+    """Distance from the cameras where the object ends; default: of the data (radiance)."""
+    background: Literal["white", "black"] = "white"
+    """Behind the object, and behind transparent pixels (radiance)."""
+
+
+def parse_fit_arguments(arguments: list[str], program: str = "mnif fit", kind: type = FitArguments) -> Any:
+    """Reads the flags over the defaults of a preset: the one named, or the signal's own.
+
+    Args:
+        arguments: what follows the command.
+        program: for messages.
+        kind: the dataclass, :class:`FitArguments` or one that adds to it.
+
+    Raises:
+        UserError: a flag, the preset, or what the data are cannot be understood.
+    """
+    plain = {"data": tyro.MISSING, "output_dir": tyro.MISSING}
+    if {"-h", "--help"} & set(arguments):
+        return parse_arguments(kind, arguments, program, kind(**plain))
+    named, data, signal = (given_flag(arguments, name) for name in ("preset", "data", "signal"))
+    if named is not None:
+        preset = _preset(named)
+    elif signal not in (None, "auto"):
+        preset = _preset(signal) if signal in preset_names(PRESETS) else {"signal": signal, "arguments": {}}
+    elif data is not None:
+        preset = _preset(signal_of(data))
+    else:
+        preset = {"signal": "auto", "arguments": {}}
+    if given_flag(arguments, "max_train_steps") is not None:
+        preset["arguments"].pop("num_train_epochs", None)
+    defaults: Any = preset_defaults(kind, preset["arguments"], named, "mnif fit", plain, _NOT_OF_A_PRESET)
+    parsed = parse_arguments(kind, arguments, program, dataclasses.replace(defaults, **plain, signal=preset["signal"]))
+    parsed.signal = preset["signal"] if parsed.signal == "auto" else parsed.signal
+    _check(parsed)
+    return parsed
+
+
+def _preset(name: str) -> dict[str, Any]:
+    preset = read_preset(name, PRESETS)
+    if not isinstance(preset.get("signal"), str):
+        raise UserError(f'--preset {name}: an object with "signal", a name, and "arguments", an object, is needed')
+    return preset
+
+
+def _check(arguments: FitArguments) -> None:
+    counts = "num_bases width latent_dim cells max_train_steps train_batch_size stride inner_steps samples_per_ray"
+    for flag in (*counts.split(), "rays_per_step", "encoder_width"):
+        if getattr(arguments, flag) < 1:
+            raise UserError(f"--{flag} {getattr(arguments, flag)}: must be at least 1")
+    for flag in ("depth", "refinement_steps", "held_out_views", "latent_noise"):
+        if getattr(arguments, flag) < 0:
+            raise UserError(f"--{flag} {getattr(arguments, flag)}: must be at least 0")
+    if arguments.num_train_epochs is not None and arguments.num_train_epochs < 1:
+        raise UserError(f"--num_train_epochs {arguments.num_train_epochs}: must be at least 1")
+    if any(pixels < 1 for pixels in arguments.resolution or []):
+        raise UserError(f"--resolution {' '.join(map(str, arguments.resolution or []))}: at least 1 pixel is needed")
+    if not 0 <= arguments.overlap <= 0.5:
+        raise UserError(f"--overlap {arguments.overlap}: must lie between 0 and 0.5")
+    if not 0 <= arguments.held_out_fraction < 1:
+        raise UserError(f"--held_out_fraction {arguments.held_out_fraction}: must be at least 0 and below 1")
+    for flag in AUGMENTATIONS:
+        if getattr(arguments, flag) and arguments.method != "encoder":
+            raise UserError(f"--{flag} needs --method encoder: otherwise an instance has one latent, not several")
+
+
+SUSTAINED = 5e12  # floating-point operations a second: a quarter of an A100's float32 peak
+
+
+def estimate_lines(arguments: FitArguments, decoder: MNIFModel, signal: Signal, instances: int) -> list[str]:
+    """Sizes, work and memory of a run, as lines to print.
+
+    Work counts the fields' matrix products: a forward pass is one, its gradient two more; an inner step of second
+    order nine, of first order three. Memory counts parameters, gradients, Adam's moments, and the activations that
+    PyTorch keeps for a step on a GPU (the compiled operator for CPUs keeps none).
+    """
+    config = decoder.config
+    field = decoder.bake(decoder.coefficients(decoder.bases[0].new_zeros(1, config.latent_dim)))
+    points = points_per_step(signal, decoder)
+    passes = _passes(arguments)
+    operations = 2.0 * points * field.multiply_adds_per_point() * passes
+    operations += 6.0 * sum(bases.numel() for bases in decoder.bases) * config.cells**config.dimensions
+    batch = min(arguments.train_batch_size, instances)
+    total = operations * batch * arguments.max_train_steps
+    learned = decoder.num_parameters()
+    rows = instances * config.latent_dim if arguments.method == "auto-decoding" else 0
+    kept = points * sum(shape.outputs + shape.inputs for shape in decoder.shapes) * batch
+    if arguments.method == "meta":
+        kept *= 3 * arguments.inner_steps + 1 if arguments.inner_order == "second" else 1
+    megabytes = (16 * learned + 12 * rows + 4 * kept) / 1e6
+    return [
+        f"{instances:,} {signal.unit}s to train, {arguments.max_train_steps:,} steps of {batch}",
+        f"decoder: {learned:,} parameters; {len(field.rows)} field(s) of {field.parameters_per_field():,} parameters",
+        f"a step looks at {points:,} points of each {signal.unit}: {operations / 1e9:.3g} GFLOP each",
+        f"about {total / SUSTAINED / 3600:.2g} GPU hours at {SUSTAINED / 1e12:g} TFLOP/s sustained (a quarter of an "
+        "A100's float32 peak; an assumption, not a measurement)",
+        f"about {megabytes:,.0f} MB for parameters, optimizer and activations"
+        + (f", of which {12 * rows / 1e6:,.0f} MB latents, shared out over processes" if rows else ""),
+    ]
+
+
+def points_per_step(signal: Signal, decoder: MNIFModel) -> int:
+    """Points of one instance that a step of learning evaluates, those counted twice where cells overlap."""
+    if isinstance(signal, GridSignal):
+        grid = decoder.grid(signal.resolution, signal.stride)
+        return grid.coordinates.shape[1] * decoder.config.cells**decoder.config.dimensions
+    if isinstance(signal, RadianceField):
+        return signal.rays * signal.samples
+    return decoder.grid().coordinates.shape[1]
+
+
+def _passes(arguments: FitArguments) -> int:
+    """Forward passes that the work of a step amounts to."""
+    if arguments.method != "meta":
+        return 3
+    return 3 + arguments.inner_steps * (9 if arguments.inner_order == "second" else 3)
+
+
+DECODER_SETTINGS = (
+    "num_bases",
+    "width",
+    "depth",
+    "cells",
+    "overlap",
+    "omega",
+    "mixing",
+    "coefficient_form",
+    "output_sine",
+)
+"""The flags that the decoder is made with."""
+
+
+_PROBES = 512  # instances of each side that a validation looks at
+
+
+def main(arguments: list[str]) -> None:
+    """Runs `mnif fit`."""
+    fit(parse_fit_arguments(arguments))
+
+
+def fit(arguments: FitArguments) -> None:
+    """Trains stage one into ``arguments.output_dir``.
+
+    Raises:
+        UserError: the data cannot be read, the folder is another command's or holds another run, or training diverges.
+    """
+    started = time.perf_counter()
+    if not arguments.dry_run:
+        check_output_folder(arguments.output_dir, "fit")
+    kind = signal_class(arguments.signal)
+    data = kind.load(arguments.data, asdict(arguments))
+    signal = kind.of(data, asdict(arguments))
+    sides = data.split(arguments.held_out_fraction, arguments.test_fraction)
+    if not (sides == Split.TRAIN).any():
+        raise UserError(f"--data {arguments.data}: no {signal.unit} is left to train on; lower --held_out_fraction")
+    train_data = data.rows(sides == Split.TRAIN)
+    if arguments.num_train_epochs is not None:
+        per_epoch = max(len(train_data) // min(arguments.train_batch_size, len(train_data)), 1)
+        arguments.max_train_steps = arguments.num_train_epochs * per_epoch
+    _augmentations(arguments, signal)
+    if arguments.dry_run:
+        decoder = make_decoder(arguments, signal)
+        print("\n".join(estimate_lines(arguments, decoder, signal, len(train_data))))
+        return
+    run = arguments.output_dir
+    accelerator = make_accelerator(arguments, run)
+    if begin_stage(run, "fit", arguments, {"data_fingerprint": data.fingerprint()}):
+        print(f"{run}: `mnif fit` has finished here before with these arguments; nothing to do")
+        return
+    set_seed(arguments.seed)
+    decoder = make_decoder(arguments, signal)
+    fitting = make_fitting(arguments, decoder, signal, len(train_data), accelerator).to(accelerator.device)
+    rows = rows_of(train_data.arrays())
+    held_rows = rows_of(data.rows(sides == Split.HELD_OUT).arrays())
+    accelerator.print(
+        f"{arguments.data}: {len(rows)} {signal.unit}s to train, {len(held_rows)} held out, "
+        f"{(sides == Split.TEST).sum()} kept for a test; decoder {decoder.num_parameters():,} parameters"
+    )
+    probes = {"psnr_train": _probe(rows, fitting, accelerator)}
+    if not isinstance(fitting, AutoDecoding) and len(held_rows):
+        probes["psnr_heldout"] = _probe(held_rows, fitting, accelerator)
+
+    def validate() -> dict[str, float]:
+        return {name: _mean_psnr(fitting, probe, accelerator) for name, probe in probes.items()}
+
+    latent_rows = fitting.rows if isinstance(fitting, AutoDecoding) else None
+    optimizers = make_optimizers(arguments, fitting)
+    train(accelerator, arguments, fitting, optimizers, rows, run, "fit", validate, latent_rows=latent_rows)
+    if accelerator.is_main_process:
+        _finish(arguments, data, sides, rows, held_rows, fitting.to("cpu").eval(), time.perf_counter() - started)
+
+
+def make_decoder(arguments: FitArguments, signal: Signal) -> MNIFModel:
+    """The bases, freshly drawn."""
+    return MNIFModel(
+        channels=signal.channels,
+        dimensions=signal.dimensions,
+        resolution=signal.grid_resolution,
+        latent_dim=None if arguments.coefficient_form == "direct" else arguments.latent_dim,
+        signal=signal.name,
+        signal_settings=signal.settings(),
+        **{name: getattr(arguments, name) for name in DECODER_SETTINGS},
+    )
+
+
+def make_fitting(
+    arguments: FitArguments, decoder: MNIFModel, signal: Signal, instances: int, accelerator: Accelerator | None = None
+) -> Fitting:
+    """The way of learning that ``arguments.method`` names, for ``instances`` rows."""
+    latent_dim = decoder.config.latent_dim
+    if arguments.method == "encoder":
+        encoder = signal.encoder(latent_dim, arguments.encoder_width)
+        return AmortisedFitting(decoder, signal, encoder, arguments.latent_noise, _augmentations(arguments, signal))
+    if arguments.method == "meta":
+        inner_loop = InnerLoop(latent_dim, arguments.inner_steps, arguments.inner_learning_rate)
+        return MetaLearning(decoder, signal, inner_loop, arguments.inner_order == "second")
+    process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    latent_rows = LatentRows(
+        instances,
+        latent_dim,
+        batch_size_of(arguments, instances, processes),
+        arguments.latent_learning_rate,
+        arguments.seed,
+        process,
+        processes,
+        accelerator.device if accelerator else "cpu",
+    )
+    return AutoDecoding(decoder, signal, latent_rows, arguments.latent_regularisation)
+
+
+def _augmentations(arguments: FitArguments, signal: Signal) -> list[Callable[[Observation], Observation]]:
+    """What the flags ask for.
+
+    Raises:
+        UserError: the signal cannot be changed so.
+    """
+    known, asked = signal.augmentations(), [flag for flag in AUGMENTATIONS if getattr(arguments, flag)]
+    for flag in asked:
+        if flag not in known:
+            raise UserError(f"--{flag}: {signal.unit}s of this kind cannot be changed so; leave it out")
+    return [known[flag] for flag in asked]
+
+
+def make_optimizers(arguments: FitArguments, fitting: Fitting) -> list[torch.optim.Optimizer]:
+    """Adam with a rate for the bases and one for everything else; Muon in its place for narrow matrices."""
+    decoder = fitting.decoder
+    fields = [*decoder.shared, *decoder.means, *decoder.bases]
+    groups = [{"params": fields, "lr": arguments.basis_learning_rate}]
+    others = fitting.others()
+    if decoder.coefficient_map is not None:
+        others += decoder.coefficient_map.parameters()
+    by_muon = [parameter for parameter in others if arguments.matrix_optimizer == "muon" and _is_narrow(parameter)]
+    chosen = {id(parameter) for parameter in by_muon}
+    by_adam = [parameter for parameter in others if id(parameter) not in chosen]
+    if by_adam:
+        groups.append({"params": by_adam, "lr": arguments.learning_rate})
+    adam = torch.optim.AdamW(groups, betas=(0.9, arguments.adam_beta2), weight_decay=0.0, fused=True)
+    return [adam, Muon(by_muon, arguments.learning_rate)] if by_muon else [adam]
+
+
+def _is_narrow(parameter: Tensor) -> bool:
+    """Whether it is a matrix that Muon moves in no time; the cost is the cube of the shorter side."""
+    return parameter.ndim == 2 and min(parameter.shape) <= 256
+
+
+def _probe(rows: Rows, fitting: Fitting, accelerator: Accelerator) -> Rows:
+    """This process's share of the instances a validation looks at, evenly spread over all of them."""
+    index = torch.linspace(0, len(rows) - 1, min(len(rows), _PROBES)).long()
+    if isinstance(fitting, AutoDecoding):
+        return rows.subset(index[fitting.rows.owns(index)].numpy())
+    return rows.subset(index[accelerator.process_index :: accelerator.num_processes].numpy())
+
+
+@torch.no_grad()
+def _mean_psnr(fitting: Fitting, rows: Rows, accelerator: Accelerator) -> float:
+    """Mean PSNR in dB of instances with the latents that are found for them now, over all processes."""
+    total_and_count = torch.zeros(2, device=accelerator.device)
+    for batch in rows.batches(64, accelerator.device) if len(rows) else ():
+        latents = fitting.latents(fitting.signal.observe(batch), batch["row"])
+        values = fitting.signal.figures(fitting.decoder, latents, batch)["psnr"]
+        total_and_count += torch.stack([values.sum(), values.new_tensor(len(values))])
+    total, count = accelerator.reduce(total_and_count, "sum").tolist()
+    return total / count
+
+
+def _finish(
+    arguments: FitArguments,
+    data: Instances,
+    sides: np.ndarray,
+    train_rows: Rows,
+    held_rows: Rows,
+    fitting: Fitting,
+    seconds: float,
+) -> None:
+    """Writes model, latent table, figures and a picture of reconstructions."""
+    run, decoder, signal = arguments.output_dir, fitting.decoder, fitting.signal
+    started = time.perf_counter()
+    held, train_side = sides == Split.HELD_OUT, sides == Split.TRAIN
+    finder = save_model(arguments, fitting)
+    # Through the file and back, so that the fingerprint is that of what later commands will load.
+    decoder = load_component(MNIFModel, run / "model", "decoder")
+
+    figures: dict[str, float] = {}
+    if isinstance(fitting, AutoDecoding):
+        of_train = fitting.rows.read_all(newest_checkpoint(run / "checkpoints" / "fit"))
+    else:
+        of_train = torch.cat([*latents_of(decoder, signal, train_rows, finder, 0)])
+    of_held = refined = of_train[:0]
+    if held.any():
+        steps = arguments.refinement_steps
+        of_held = refined = torch.cat([*latents_of(decoder, signal, held_rows, finder, steps, progress=True)])
+        if finder is not None:
+            of_held = torch.cat([*latents_of(decoder, signal, held_rows, finder, 0)])
+            figures |= _means(figures_of(decoder, signal, held_rows, of_held), f"heldout_{arguments.method}")
+        figures |= _means(figures_of(decoder, signal, held_rows, refined), "heldout")
+    figures |= _means(figures_of(decoder, signal, train_rows, of_train), "train")
+    if isinstance(signal, GridSignal):
+        figures |= pca_figures(signal, train_rows, held_rows, decoder.config.latent_dim)
+
+    kept = train_side | held
+    held_out = torch.from_numpy(held[kept])
+    latents = torch.empty(len(held_out), decoder.config.latent_dim)
+    latents[~held_out], latents[held_out] = of_train, of_held
+    ids = [id for id, keep in zip(data.ids, kept.tolist(), strict=True) if keep]
+    table = LatentTable(latents, ids, held_out, decoder.fingerprint(), data.name)
+    table.save(run / "latents.safetensors")
+    shown = (held_rows, of_held, refined) if held.any() else (train_rows, of_train, of_train)
+    _save_reconstructions(run, decoder, signal, *shown)
+    field = decoder.bake(decoder.coefficients(latents[:1]))
+    merge_json(
+        run / "metrics.json",
+        figures
+        | {
+            "seconds": round(seconds + time.perf_counter() - started, 1),
+            "peak_rss_mb": peak_memory_megabytes(),
+            "decoder_parameters": decoder.num_parameters(),
+            "field_parameters": field.parameters_per_field(),
+            "fields_per_instance": decoder.config.cells**decoder.config.dimensions,
+            "multiply_adds_per_value": field.multiply_adds_per_point(),
+        },
+    )
+    finish_stage(run, "fit")
+    shown_figures = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
+    print(f"{run / 'model'}: {shown_figures}")
+
+
+def save_model(arguments: FitArguments, fitting: Fitting) -> Any:
+    """Writes decoder and whatever finds latents to the model folder; gives the latter, or None."""
+    model = arguments.output_dir / "model"
+    save_component(model, "decoder", fitting.decoder)
+    finder = getattr(fitting, "encoder", None) or getattr(fitting, "inner_loop", None)
+    if isinstance(finder, ModelMixin):
+        save_component(model, "inner_loop" if isinstance(finder, InnerLoop) else "encoder", finder)
+    return finder
+
+
+def _means(figures: dict[str, Tensor], part: str) -> dict[str, float]:
+    """Means over instances, named figure_part; what does not exist for any instance is left out."""
+    means = {f"{name}_{part}": values.double().mean().item() for name, values in figures.items()}
+    return {name: value for name, value in means.items() if math.isfinite(value)}
+
+
+@torch.no_grad()
+def _save_reconstructions(
+    run: Any, decoder: MNIFModel, signal: Signal, rows: Rows, latents: Tensor, refined: Tensor
+) -> None:
+    """Rows of originals, of what the first latents show, and of what refined ones show."""
+    pick = np.linspace(0, len(rows) - 1, min(16, len(rows))).astype(int)
+    (batch,) = rows.subset(pick).batches(len(pick))
+    pictures = [
+        signal.original_pictures(batch),
+        signal.reconstructed_pictures(decoder, latents[pick], batch),
+        signal.reconstructed_pictures(decoder, refined[pick], batch),
+    ]
+    scale = max(1, 64 // pictures[0].shape[1])
+    sheet = picture_grid(np.concatenate(pictures), columns=len(pick), scale=scale)
+    save_picture(run / "samples" / "reconstructions.png", sheet)

@@ -1,0 +1,145 @@
+"""Latents of instances while the bases stand still: found by an encoder or an inner loop, refined by Adam."""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mnif.data.batches import Rows
+from mnif.latents.inner_loop import InnerLoop
+from mnif.models.encoders import PatchEncoder, ViewsEncoder
+from mnif.models.io import load_component
+from mnif.models.mnif_model import MNIFModel
+from mnif.signals.base import Observation, Signal
+from mnif.utils.errors import UserError
+from mnif.utils.process import progress_bar
+
+Finder = PatchEncoder | ViewsEncoder | InnerLoop | nn.Module | None
+
+
+_WITHOUT_A_FINDER = 5  # a search from zero takes this many times the steps of one that starts near
+
+
+def found_latents(decoder: MNIFModel, signal: Signal, finder: Finder, observation: Observation) -> Tensor:
+    """Where a search for latents starts, [B, D]: an encoder's or an inner loop's answer, or zeros without either."""
+    if finder is None:
+        return observation.values.new_zeros(len(observation.values), decoder.config.latent_dim)
+    if isinstance(finder, InnerLoop):
+        return finder(decoder, signal, signal.part(observation, _generator(0))).detach()
+    with torch.no_grad():
+        return signal.encode(finder, observation)
+
+
+def refined_latents(
+    decoder: MNIFModel,
+    signal: Signal,
+    observation: Observation,
+    start: Tensor,
+    steps: int,
+    learning_rate: float = 0.05,
+) -> Tensor:
+    """Latents that fit better, by Adam on the latents alone.
+
+    Errors are summed over instances, all of a batch look at the same random parts, and Adam works number by number,
+    so an instance's latent does not depend on which others are in its batch.
+
+    Args:
+        decoder: the bases.
+        signal: what the observation is of.
+        observation: of B instances.
+        start: latents to start from, [B, D].
+        steps: Adam steps; the rate falls to zero as a cosine. 0 returns ``start``.
+        learning_rate: the first step's.
+
+    Returns:
+        [B, D].
+
+    Raises:
+        UserError: the latents are not finite any more.
+    """
+    if not steps:
+        return start
+    latents = start.clone().requires_grad_()
+    optimizer = torch.optim.Adam([latents], lr=learning_rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        with torch.enable_grad():
+            errors = signal.errors(decoder, latents, signal.part(observation, _generator(step)))
+            (latents.grad,) = torch.autograd.grad(errors.sum(), latents)
+        optimizer.step()
+        schedule.step()
+    if not latents.isfinite().all():
+        raise UserError("refining the latents diverged; lower --refinement_learning_rate")
+    return latents.detach()
+
+
+def latents_of(
+    decoder: MNIFModel,
+    signal: Signal,
+    rows: Rows,
+    finder: Finder,
+    refinement_steps: int,
+    refinement_learning_rate: float = 0.05,
+    batch_size: int = 256,
+    observe: Callable[[Mapping[str, Tensor]], Observation] | None = None,
+    progress: bool = False,
+) -> Iterator[Tensor]:
+    """Yields the latents of new instances on frozen bases, a batch at a time.
+
+    Args:
+        decoder: the bases.
+        signal: what the rows are.
+        rows: N instances.
+        finder: gives the latents to start from; None starts from zero and takes five times as many steps.
+        refinement_steps: of :func:`refined_latents`.
+        refinement_learning_rate: likewise.
+        batch_size: instances at a time; changes speed and memory only.
+        observe: what is known of a batch; default: everything.
+        progress: show a bar.
+    """
+    steps = refinement_steps * (1 if finder is not None else _WITHOUT_A_FINDER)
+    with progress_bar(total=len(rows), desc="finding latents", unit=signal.unit, disable=not progress) as bar:
+        for batch in rows.batches(batch_size, decoder.device):
+            observation = (observe or signal.observe)(batch)
+            start = found_latents(decoder, signal, finder, observation)
+            latents = refined_latents(decoder, signal, observation, start, steps, refinement_learning_rate)
+            yield latents
+            bar.update(len(latents))
+
+
+@torch.no_grad()
+def figures_of(
+    decoder: MNIFModel, signal: Signal, rows: Rows, latents: Tensor, batch_size: int = 64
+) -> dict[str, Tensor]:
+    """How well latents fit their rows: for each figure of the signal one number per instance, on the CPU."""
+    found: dict[str, list[Tensor]] = {}
+    for batch, some in zip(rows.batches(batch_size, decoder.device), latents.split(batch_size), strict=True):
+        for name, values in signal.figures(decoder, some.to(decoder.device), batch).items():
+            found.setdefault(name, []).append(values.cpu())
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def _generator(step: int) -> torch.Generator:
+    """Parts are drawn the same way for every batch, so the batch does not matter."""
+    return torch.Generator().manual_seed(step)
+
+
+def load_finder(folder: Path, signal: Signal, method: str = "auto") -> Finder:
+    """What finds the latents of new data: the folder's encoder or inner loop, or None for a search from zero.
+
+    Args:
+        folder: the model folder.
+        signal: the model's.
+        method: "encoder", "meta" or "auto-decoding" (None); "auto" takes what there is.
+
+    Raises:
+        UserError: the folder lacks what was asked for.
+    """
+    name = {"encoder": "encoder", "meta": "inner_loop", "auto-decoding": None}.get(method, "auto")
+    if name == "auto":
+        name = next((name for name in ("encoder", "inner_loop") if (folder / name).is_dir()), None)
+    if name is None:
+        return None
+    kind = InnerLoop if name == "inner_loop" else signal.encoder_class
+    return load_component(kind, folder, name)

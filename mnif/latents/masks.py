@@ -1,0 +1,89 @@
+"""Partial observations: what was seen of each instance, from mask files or a choice of views."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from mnif.data.arrays import npy_array, npz_arrays
+from mnif.signals.base import Observation, Signal
+from mnif.signals.radiance import RadianceField
+from mnif.utils.errors import UserError
+
+Observe = Callable[[Mapping[str, Tensor]], Observation]
+
+
+def read_masks(path: Path, shape: Sequence[int], ids: Sequence[str]) -> np.ndarray:
+    """What was seen: [N, ...] or, if one mask serves all instances, [1, ...]; bool.
+
+    Args:
+        path: a picture (white: seen), an ``.npy`` file, or an ``.npz`` file with ``masks`` and, if they are of single
+            instances in another order, ``ids``.
+        shape: of one instance's grid, without channels.
+        ids: of the instances.
+
+    Raises:
+        UserError: the file is unreadable, of another shape, lacks an instance, or leaves one with nothing observed.
+    """
+    masks, of = _stored_masks(path)
+    masks = masks[None] if masks.ndim == len(shape) else masks
+    if masks.shape[1:] != tuple(shape):
+        raise UserError(f"--mask {path}: masks are {list(masks.shape[1:])}; {list(shape)} is needed")
+    if of is not None:
+        if len(of) != len(masks):
+            raise UserError(f"--mask {path}: {len(masks)} masks with {len(of)} ids")
+        place = {id: row for row, id in enumerate(of)}
+        missing = [id for id in ids if id not in place]
+        if missing:
+            raise UserError(f"--mask {path}: no mask for {missing[0]}")
+        masks = masks[[place[id] for id in ids]]
+    elif len(masks) not in (1, len(ids)):
+        raise UserError(f"--mask {path}: {len(masks)} masks for {len(ids)} instances; give one, or as many, or ids")
+    empty = np.flatnonzero(~masks.reshape(len(masks), -1).any(axis=1))
+    if len(empty):
+        whose = ids[empty[0]] if len(masks) == len(ids) else "any instance"
+        raise UserError(f"--mask {path}: nothing is observed of {whose}")
+    return masks
+
+
+def masked(signal: Signal, masks: np.ndarray) -> Observe:
+    """Observes the part of each row that its mask shows; ``batch["row"]`` are row numbers."""
+    stored = torch.from_numpy(masks)
+
+    def observe(batch: Mapping[str, Tensor]) -> Observation:
+        observation = signal.observe(batch)
+        index = batch["row"].cpu() if len(stored) > 1 else torch.zeros(len(batch["row"]), dtype=torch.long)
+        return replace(observation, mask=stored[index].to(observation.values))
+
+    return observe
+
+
+def some_views(signal: Signal, views: Sequence[int], available: int) -> Observe:
+    """Observes some views only.
+
+    Raises:
+        UserError: the signal has no views, or not so many.
+    """
+    if not isinstance(signal, RadianceField):
+        raise UserError(f"--views: a {signal.unit} has no views; use --mask")
+    beyond = [view for view in views if not 0 <= view < available]
+    if beyond:
+        raise UserError(f"--views {beyond[0]}: each object has views 0 to {available - 1}")
+    return lambda batch: signal.observe_views(batch, list(views))
+
+
+def _stored_masks(path: Path) -> tuple[np.ndarray, list[str] | None]:
+    try:
+        if path.suffix == ".npz":
+            arrays = npz_arrays(path, "masks")
+            return arrays["masks"].astype(bool), [str(id) for id in arrays["ids"]] if "ids" in arrays else None
+        if path.suffix == ".npy":
+            return npy_array(path).astype(bool), None
+        with Image.open(path) as image:
+            return np.asarray(image.convert("L")) > 127, None
+    except (OSError, ValueError, KeyError, UnidentifiedImageError, UserError) as error:
+        raise UserError(f'--mask {path}: a picture, an .npy, or an .npz with "masks" is needed ({error})') from None

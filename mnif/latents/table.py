@@ -1,0 +1,112 @@
+"""The latent table: the latents of a data set, with the ids they stand for and the decoder they belong to."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mnif.utils.errors import UserError
+from mnif.utils.files import save_tensors, written_atomically
+
+_FORMAT = "mnif-latents/1"
+
+
+_CHUNK = 8192  # rows in float64 at a time
+
+
+@dataclass
+class LatentTable:
+    """Latents of a data set; without the decoder of ``fingerprint`` they mean nothing.
+
+    Attributes:
+        latents: [N, D] float32.
+        ids: N instance ids, in the order of the rows.
+        held_out: [N] bool, rows kept out of training.
+        fingerprint: of the decoder (:meth:`mnif.models.mnif_model.MNIFModel.fingerprint`).
+        data: what the instances came from, as the user named it.
+    """
+
+    latents: Tensor
+    ids: list[str]
+    held_out: Tensor
+    fingerprint: str
+    data: str
+
+    @property
+    def train(self) -> Tensor:
+        """The rows trained on, [N_train, D]."""
+        return self.latents[~self.held_out] if self.held_out.any() else self.latents
+
+    def mean_and_std(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each dimension over the training rows, [D] and [D]."""
+        total = square = torch.zeros(self.latents.shape[1], dtype=torch.float64)
+        for rows in self._train_chunks():
+            total = total + rows.sum(dim=0)
+        count = int((~self.held_out).sum())
+        mean = total / count
+        for rows in self._train_chunks():
+            square = square + (rows - mean).square().sum(dim=0)
+        return mean.float(), (square / count).sqrt().clamp_min(1e-6).float()
+
+    def _train_chunks(self) -> Iterator[Tensor]:
+        """The training rows in float64, a few at a time: a table may be half of what memory holds."""
+        for latents, held_out in zip(self.latents.split(_CHUNK), self.held_out.split(_CHUNK), strict=True):
+            yield latents[~held_out].double()
+
+    def save(self, path: Path) -> None:
+        """Writes the table as safetensors, atomically. Ids are UTF-8 bytes with offsets, so any number fits."""
+        text = [id.encode() for id in self.ids]
+        mean, std = self.mean_and_std()
+        tensors = {
+            "latents": self.latents.contiguous(),
+            "held_out": self.held_out.to(torch.uint8),
+            "id_bytes": torch.from_numpy(np.frombuffer(b"".join(text) or b"\0", dtype=np.uint8).copy()),
+            "id_offsets": torch.tensor([0, *(len(id) for id in text)]).cumsum(0),
+            "mean": mean,
+            "std": std,
+        }
+        with written_atomically(path) as temporary:
+            save_tensors(tensors, temporary, {"format": _FORMAT, "fingerprint": self.fingerprint, "data": self.data})
+
+    @classmethod
+    def load(cls, path: Path, fingerprint: str | None = None) -> "LatentTable":
+        """Reads a table.
+
+        Args:
+            path: the safetensors file.
+            fingerprint: of the decoder at hand; None skips the check.
+
+        Raises:
+            UserError: the file is missing, is no latent table, or belongs to another decoder.
+        """
+        if not path.is_file():
+            raise UserError(f"{path}: no latent table; `mnif fit` or `mnif encode` writes one")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise UserError(f"{path}: not a latent table (format {metadata.get('format')!r})")
+                # Copied out of the file: products round by where their numbers lie (:mod:`mnif.models.io`).
+                tensors = {
+                    key: file.get_tensor(key).clone() for key in ("latents", "held_out", "id_bytes", "id_offsets")
+                }
+        except SafetensorError as error:
+            raise UserError(f"{path}: damaged latent table ({error})") from None
+        if fingerprint is not None and metadata["fingerprint"] != fingerprint:
+            raise UserError(
+                f"{path}: these latents belong to decoder {metadata['fingerprint'][:12]}, not to the one at hand "
+                f"({fingerprint[:12]}); encode the data again with `mnif encode`"
+            )
+        text, offsets = tensors["id_bytes"].numpy().tobytes(), tensors["id_offsets"].tolist()
+        return cls(
+            latents=tensors["latents"],
+            ids=[text[a:b].decode() for a, b in pairwise(offsets)],
+            held_out=tensors["held_out"].bool(),
+            fingerprint=metadata["fingerprint"],
+            data=metadata["data"],
+        )

@@ -1,0 +1,150 @@
+"""Amortised encoders: an observation becomes its latent in one pass of matrix products."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from mnif.models.io import OwnMemory
+
+
+class Patches(nn.Module):
+    """A grid cut into patches, each of which goes through one shared two-layer network.
+
+    Args:
+        channels: values per pixel.
+        axes: pixels of each axis; padded with zeros to whole patches.
+        per_axis: patches along each axis.
+        width: hidden units per patch.
+        features: numbers each patch hands on.
+    """
+
+    def __init__(self, channels: int, axes: Sequence[int], per_axis: int, width: int, features: int):
+        super().__init__()
+        self.per_axis, self.shape = per_axis, [-(-pixels // per_axis) for pixels in axes]
+        self.padding = [0, 0]  # F.pad counts from the last axis; channels come last and are not padded
+        for pixels, size in zip(reversed(axes), reversed(self.shape), strict=True):
+            self.padding += [0, size * per_axis - pixels]
+        self.count = per_axis ** len(axes)
+        self.outputs = self.count * features
+        self.read = nn.Linear(channels * torch.Size(self.shape).numel(), width)
+        self.position = nn.Parameter(torch.zeros(self.count, width))
+        self.write = nn.Linear(width, features)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Values [B, ..., C] in [-1, 1] → [B, patches · features]."""
+        values = F.pad(values, self.padding)
+        axes = len(self.shape)
+        split = [size for axis in self.shape for size in (self.per_axis, axis)]
+        order = [0, *range(1, 2 * axes, 2), *range(2, 2 * axes + 1, 2), 2 * axes + 1]
+        patches = values.reshape(len(values), *split, -1).permute(*order).reshape(len(values), self.count, -1)
+        return self.write(F.gelu(self.read(patches) + self.position)).flatten(1)
+
+
+class PatchEncoder(OwnMemory, ModelMixin, ConfigMixin):
+    """Patches through a shared two-layer network, then all patches together through a residual one.
+
+    The latent is normalised to zero mean and unit variance over its own numbers, so that noise added to it in
+    training has a fixed meaning, and an instance's latent does not depend on its batch.
+
+    Args:
+        channels: values per pixel.
+        resolution: pixels per axis: one number, or one for each axis.
+        latent_dim: D, numbers in a latent.
+        dimensions: axes of the grid.
+        patches: patches along each axis.
+        patch_width: hidden units per patch.
+        patch_features: numbers each patch hands on.
+        width: hidden units over all patches.
+        dropout: share of the hidden units over all patches left out in training.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        channels: int = 3,
+        resolution: int | Sequence[int] = 32,
+        latent_dim: int = 128,
+        dimensions: int = 2,
+        patches: int = 4,
+        patch_width: int = 256,
+        patch_features: int = 64,
+        width: int = 512,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        axes = [resolution] * dimensions if isinstance(resolution, int) else list(resolution)
+        self.patch_network = Patches(channels, axes, patches, patch_width, patch_features)
+        self.mix_in = nn.Linear(self.patch_network.outputs, width)
+        self.mix_residual = nn.Linear(width, width)
+        self.mix_out = nn.Linear(width, latent_dim)
+        self.skip = nn.Linear(self.patch_network.outputs, latent_dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Latents [B, D], each of mean 0 and variance 1.
+
+        Args:
+            values: [B, ..., C] in [-1, 1], the whole grid.
+            mask: [B, ...], 1 for what was seen; the rest is read as 0, the middle of the range.
+        """
+        features = self.patch_network(values if mask is None else values * mask[..., None])
+        hidden = self.drop(F.gelu(self.mix_in(features)))
+        hidden = hidden + self.drop(F.gelu(self.mix_residual(hidden)))
+        return F.layer_norm(self.mix_out(hidden) + self.skip(features), (self.config.latent_dim,))
+
+
+class ViewsEncoder(OwnMemory, ModelMixin, ConfigMixin):
+    """Every posed view through :class:`Patches`, told where its camera stood; then the mean over the views.
+
+    Any number of views will do, in any order, so a subset of them can be encoded too.
+
+    Args:
+        resolution: pixels per axis of the views.
+        latent_dim: D, numbers in a latent.
+        channels: values per pixel.
+        patches: patches along each axis.
+        patch_width: hidden units per patch.
+        patch_features: numbers each patch hands on.
+        width: hidden units.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        resolution: int | Sequence[int] = 64,
+        latent_dim: int = 128,
+        channels: int = 3,
+        patches: int = 4,
+        patch_width: int = 256,
+        patch_features: int = 32,
+        width: int = 512,
+    ):
+        super().__init__()
+        axes = [resolution] * 2 if isinstance(resolution, int) else list(resolution)
+        self.patch_network = Patches(channels, axes, patches, patch_width, patch_features)
+        self.view_in = nn.Linear(self.patch_network.outputs + 12, width)
+        self.view_residual = nn.Linear(width, width)
+        self.mix_residual = nn.Linear(width, width)
+        self.mix_out = nn.Linear(width, latent_dim)
+
+    def forward(self, values: Tensor, poses: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Latents [B, D], each of mean 0 and variance 1.
+
+        Args:
+            values: [B, V, H, W, C] in [-1, 1].
+            poses: [B, V, 4, 4] camera-to-world.
+            mask: [B, V, H, W], 1 for what was seen; a view of which nothing was seen does not count.
+        """
+        seen = values if mask is None else values * mask[..., None]
+        features = self.patch_network(seen.flatten(0, 1))
+        cameras = poses[:, :, :3].flatten(2).flatten(0, 1)
+        hidden = F.gelu(self.view_in(torch.cat([features, cameras], dim=1)))
+        hidden = hidden + F.gelu(self.view_residual(hidden))
+        hidden = hidden.view(*values.shape[:2], -1)
+        weight = torch.ones_like(hidden[..., :1]) if mask is None else mask.flatten(2).amax(dim=2)[..., None]
+        mean = (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1)
+        return F.layer_norm(self.mix_out(mean + F.gelu(self.mix_residual(mean))), (self.config.latent_dim,))

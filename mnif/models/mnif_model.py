@@ -1,0 +1,193 @@
+"""The model of stage one: shared basis networks, and the way from a latent to one light field per cell.
+
+latent z [B, D] → coefficients α [B, cells, layers, M] → bake: one matrix product per layer, α @ bases → a field per
+cell → blended values on a grid. You et al., *Generative Neural Fields by Mixtures of Neural Implicit Functions*
+(NeurIPS 2023), section 3; the cells and the delta form are this project's.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from mnif.models.cell_grid import CellGrid, cell_grid, route_points
+from mnif.models.io import OwnMemory
+from mnif.models.siren import BakedField, layer_shapes, siren_rows
+
+
+class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
+    """Mixtures of neural implicit functions.
+
+    Two forms of mixing:
+
+    - ``"delta"``: W = W_mean + Σ_m α_m B_m; the first layer is one for all fields and is not mixed.
+    - ``"average"``: W = Σ_m α_m B_m for every layer, the paper's form with ``cells=1``. The coefficients start near
+      1/sqrt(M), not 1/M: averaging M independent networks at 1/M would shrink the weights by sqrt(M) and leave the
+      field dead at the start.
+
+    Three ways from a latent to coefficients:
+
+    - ``"layer"``: a linear map gives every layer of every cell coefficients of its own.
+    - ``"shared"``: the layers of a cell share one vector of coefficients.
+    - ``"direct"``: there is no map; the latent is the coefficients, D = cells^d · mixed layers · M.
+
+    Args:
+        channels: values per point (3 for colours).
+        dimensions: d, coordinates per point (2 for images).
+        resolution: pixels per axis of the training data, the default of decoding; one number, or one for each axis.
+        num_bases: M, basis networks per layer.
+        width: hidden units of a field.
+        depth: hidden-to-hidden layers; a field has ``depth + 2`` linear layers.
+        latent_dim: D, numbers in a latent; with ``"direct"`` it is worked out and must be None.
+        cells: cells per axis; 1 is one global field.
+        overlap: how far a cell's field reaches over its borders, as a fraction of its width, 0 to 0.5.
+        omega: w0 of the sines.
+        mixing: ``"delta"`` or ``"average"``.
+        coefficient_form: ``"layer"``, ``"shared"`` or ``"direct"``.
+        output_sine: a sine follows the last layer too, as the paper's image fields have it.
+        signal: what the fields show, by its name in :mod:`mnif.signals.registry`.
+        signal_settings: of the signal; default: pictures of this resolution and these channels.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        channels: int = 3,
+        dimensions: int = 2,
+        resolution: int | Sequence[int] = 32,
+        num_bases: int = 96,
+        width: int = 24,
+        depth: int = 2,
+        latent_dim: int | None = 128,
+        cells: int = 4,
+        overlap: float = 0.1875,
+        omega: float = 10.0,
+        mixing: str = "delta",
+        coefficient_form: str = "layer",
+        output_sine: bool = False,
+        signal: str = "image",
+        signal_settings: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        if signal_settings is None:
+            self.register_to_config(signal_settings={"resolution": resolution, "channels": channels})
+        if mixing not in ("delta", "average"):
+            raise ValueError(f'mixing "{mixing}": choose "delta" or "average"')
+        if coefficient_form not in ("layer", "shared", "direct"):
+            raise ValueError(f'coefficient_form "{coefficient_form}": choose "layer", "shared" or "direct"')
+        if not 0 <= overlap <= 0.5:
+            raise ValueError(f"overlap {overlap}: must lie between 0 and 0.5")
+        shapes = layer_shapes(dimensions, channels, width, depth)
+        last = len(shapes) - 1
+
+        def rows(index: int, count: int) -> nn.Parameter:
+            sine = index < last or output_sine
+            return nn.Parameter(siren_rows(shapes[index], count, omega, first=index == 0, sine=sine))
+
+        delta = mixing == "delta"
+        self.shapes = shapes
+        self.shared = nn.ParameterList([rows(0, 1)] if delta else [])
+        self.mixed_layers = list(range(len(self.shared), len(shapes)))
+        self.means = nn.ParameterList([rows(index, 1) for index in self.mixed_layers] if delta else [])
+        self.bases = nn.ParameterList([rows(index, num_bases) for index in self.mixed_layers])
+        vectors = cells**dimensions * (1 if coefficient_form == "shared" else len(self.mixed_layers))
+        if coefficient_form == "direct":
+            if latent_dim not in (None, vectors * num_bases):
+                raise ValueError(f"latent_dim {latent_dim}: direct coefficients make it {vectors * num_bases}")
+            self.register_to_config(latent_dim=vectors * num_bases)
+            self.coefficient_map: nn.Linear | None = None
+        elif latent_dim is None:
+            raise ValueError("latent_dim: a number is needed unless coefficients are direct")
+        else:
+            self.coefficient_map = nn.Linear(latent_dim, vectors * num_bases)
+            # The map starts small, so that all fields start as one well-scaled network and training spreads them.
+            nn.init.normal_(self.coefficient_map.weight, std=0.1 / math.sqrt(latent_dim))
+            nn.init.constant_(self.coefficient_map.bias, 0.0 if delta else 1.0)
+
+    def coefficients(self, latents: Tensor) -> Tensor:
+        """Latents [B, D] → mixture coefficients [B, cells, layers, M], scaled by 1/sqrt(M)."""
+        config = self.config
+        mapped = latents if self.coefficient_map is None else self.coefficient_map(latents)
+        if self.coefficient_map is None and config.mixing == "average":
+            mapped = mapped + 1  # zero latents then mean the average of all bases, as the map's bias has it elsewhere
+        mapped = mapped.view(len(latents), config.cells**config.dimensions, -1, config.num_bases)
+        return mapped.expand(-1, -1, len(self.bases), -1) / math.sqrt(config.num_bases)
+
+    def bake(self, coefficients: Tensor) -> BakedField:
+        """Mixes the bases into plain networks, one matrix product per layer.
+
+        Args:
+            coefficients: [B, cells, layers, M].
+
+        Returns:
+            B · cells fields, instance-major.
+        """
+        flat = coefficients.reshape(-1, *coefficients.shape[2:])
+        rows = [row.expand(len(flat), -1) for row in self.shared]
+        for index, bases in enumerate(self.bases):
+            if self.means:
+                rows.append(torch.addmm(self.means[index], flat[:, index], bases))
+            else:
+                rows.append(flat[:, index] @ bases)
+        return BakedField(self.shapes, torch.cat(rows, dim=1), self.config.output_sine)
+
+    def grid(
+        self,
+        resolution: int | Sequence[int] | None = None,
+        stride: int = 1,
+        phase: tuple[int, ...] | None = None,
+    ) -> CellGrid:
+        """The pixels of a grid (default: the training resolution), or every ``stride``-th, for :meth:`decode_on`."""
+        config = self.config
+        resolution = config.resolution if resolution is None else resolution
+        resolution = resolution if isinstance(resolution, int) else tuple(resolution)
+        dimensions = config.dimensions
+        return cell_grid(resolution, config.cells, config.overlap, dimensions, self.device, self.dtype, stride, phase)
+
+    def decode_coefficients(self, coefficients: Tensor, grid: CellGrid) -> Tensor:
+        """Values on a grid from coefficients [B, cells, layers, M]: [B, resolution, ..., channels]."""
+        values = self.bake(coefficients)(grid.coordinates)
+        return grid.blend(values.view(len(coefficients), -1, *values.shape[1:]))
+
+    def values_at(self, coefficients: Tensor, coordinates: Tensor) -> Tensor:
+        """Values at any points of the domain.
+
+        Args:
+            coefficients: [B, cells, layers, M].
+            coordinates: [B, points, d] or [1, points, d], in [-1, 1] across the whole domain.
+
+        Returns:
+            [B, points, channels].
+        """
+        field, config = self.bake(coefficients), self.config
+        if config.cells == 1:
+            return field(coordinates)
+        routes = route_points(coordinates.expand(len(coefficients), -1, -1), config.cells, config.overlap)
+        return routes.gather(field(routes.coordinates))
+
+    def decode_on(self, latents: Tensor, grid: CellGrid) -> Tensor:
+        """The values of the latents' fields [B, D] on a grid: [B, resolution, ..., channels], about [-1, 1]."""
+        return self.decode_coefficients(self.coefficients(latents), grid)
+
+    def forward(self, latents: Tensor, resolution: int | Sequence[int] | None = None) -> Tensor:
+        """Decodes latents [B, D] at any resolution: values [B, resolution, ..., channels] in about [-1, 1]."""
+        return self.decode_on(latents, self.grid(resolution))
+
+    def fingerprint(self) -> str:
+        """The SHA-256 of configuration, bases and coefficient map: what a latent's meaning depends on."""
+        digest = hashlib.sha256()
+        settings = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        digest.update(json.dumps(settings, sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,112 @@
+"""Coordinate networks without state: how their parameters start, and how a batch of them is evaluated.
+
+A field is a SIREN (Sitzmann et al., 2020): sin(W x + b) after every layer but the last. The frequency w0 of
+sin(w0 (W x + b)) is folded into W and b, so evaluation has one multiplication less per unit and exported graphs
+hold plain matrix products and sines. The parameters of one layer are one row: the weight [in, out] flattened, then
+the bias [out]; a set of networks is a matrix of such rows, which makes mixing them one matrix product.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from mnif.models.field_op import field_errors, field_values
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Fan-in and fan-out of one linear layer of a field."""
+
+    inputs: int
+    outputs: int
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in one row of this layer's parameters."""
+        return (self.inputs + 1) * self.outputs
+
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Splits rows [batch, parameters] into weights [batch, inputs, outputs] and biases [batch, 1, outputs]."""
+        weights = rows[:, : self.inputs * self.outputs].reshape(-1, self.inputs, self.outputs)
+        return weights, rows[:, None, self.inputs * self.outputs :]
+
+
+def layer_shapes(inputs: int, outputs: int, width: int, depth: int) -> list[LayerShape]:
+    """The ``depth + 2`` linear layers of a field: inputs → width, ``depth`` times width → width, width → outputs."""
+    sizes = [inputs, *[width] * (depth + 1), outputs]
+    return [LayerShape(a, b) for a, b in pairwise(sizes)]
+
+
+def siren_rows(shape: LayerShape, count: int, omega: float, first: bool, sine: bool) -> Tensor:
+    """``count`` independent initial parameter rows of one layer, with the frequency folded in.
+
+    Args:
+        shape: the layer.
+        count: how many rows.
+        omega: w0 of the sines.
+        first: the layer reads coordinates: weights U(±1/in), else U(±sqrt(6/in)/w0) (SIREN, section 3.2).
+        sine: a sine follows, so weight and bias are multiplied by w0.
+
+    Returns:
+        [count, parameters].
+    """
+    bound = 1 / shape.inputs if first else math.sqrt(6 / shape.inputs) / omega
+    weights = torch.empty(count, shape.inputs * shape.outputs).uniform_(-bound, bound)
+    biases = torch.empty(count, shape.outputs).uniform_(-1, 1) / math.sqrt(shape.inputs)
+    return torch.cat([weights, biases], dim=1) * (omega if sine else 1.0)
+
+
+@dataclass(frozen=True)
+class BakedField:
+    """Plain networks, one per instance and cell, that no longer know of bases.
+
+    Attributes:
+        shapes: the linear layers.
+        rows: [fields, parameters], a field's layers one after the other, each weight [in, out] then bias [out].
+        output_sine: a sine follows the last layer too (the paper's image and voxel fields).
+    """
+
+    shapes: list[LayerShape]
+    rows: Tensor
+    output_sine: bool = False
+
+    def __call__(self, coordinates: Tensor) -> Tensor:
+        """The fields' values.
+
+        Args:
+            coordinates: [sets, points, d]; field i is asked at set i modulo ``sets``, so one set serves all fields
+                and one set per cell serves all instances.
+
+        Returns:
+            [fields, points, channels], within about [-1, 1] for colours and occupancies.
+        """
+        return field_values(coordinates, self.rows, self._sizes(), self.output_sine)
+
+    def errors(self, coordinates: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        """Weighted squared error of every field, [fields]; faster than squaring the difference of its values.
+
+        Args:
+            coordinates: as for a call.
+            targets: [fields, points, channels].
+            weights: [sets, points], what a point's mean over the channels counts; again set i modulo ``sets``.
+        """
+        return field_errors(coordinates, self.rows, targets, weights, self._sizes(), self.output_sine)
+
+    def _sizes(self) -> list[int]:
+        return [self.shapes[0].inputs, *(shape.outputs for shape in self.shapes)]
+
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        """Every layer's weights [fields, in, out] and biases [fields, 1, out]."""
+        parts = self.rows.split([shape.parameters for shape in self.shapes], dim=1)
+        return [shape.split(part) for shape, part in zip(self.shapes, parts, strict=True)]
+
+    def parameters_per_field(self) -> int:
+        """Numbers one field holds."""
+        return self.rows.shape[1]
+
+    def multiply_adds_per_point(self) -> int:
+        """Multiplications (each with an addition) that one value of one field costs, sines not counted."""
+        return sum(shape.inputs * shape.outputs for shape in self.shapes)

@@ -1,0 +1,267 @@
+"""Radiance fields: density and colour in space, observed as posed pictures (NeRF; Mildenhall et al., ECCV 2020)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mnif.data.dataset import Instances
+from mnif.data.views import ViewData, load_views
+from mnif.models.encoders import ViewsEncoder
+from mnif.models.mnif_model import MNIFModel
+from mnif.signals.base import Observation, Signal, psnr
+from mnif.signals.image import height_and_width
+from mnif.signals.volume_rendering import box_intersection, camera_rays, composite, stratified_depths, turntable_poses
+from mnif.utils.errors import UserError
+
+_RAYS_AT_ONCE = 1 << 15
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """Whole pictures: poses [B, V, 4, 4], intrinsics [B, 4], and their height and width."""
+
+    poses: Tensor
+    intrinsics: Tensor
+    height: int
+    width: int
+
+    def rays(self) -> tuple[Tensor, Tensor]:
+        """Origins and directions, [B, V, H, W, 3]."""
+        return camera_rays(
+            self.poses, self.intrinsics[:, None].expand(-1, self.poses.shape[1], -1), self.height, self.width
+        )
+
+
+@dataclass(frozen=True)
+class Rays:
+    """Single rays: origins and directions [B, rays, 3], and where in their intervals the depths lie, [rays, S]."""
+
+    origins: Tensor
+    directions: Tensor
+    jitter: Tensor | None = None
+
+
+class RadianceField(Signal):
+    """Density and colour in the cube [-bound, bound]³, seen by pinhole cameras.
+
+    A field gives four numbers per point: three colours (no activation, [-1, 1]) and one that a softplus turns into
+    density. Depths are stratified between where a ray enters and leaves the cube.
+
+    Args:
+        resolution: pixels per axis of the views, one number or height and width.
+        bound: half the edge of the cube that holds the object, in world units.
+        near, far: depths nothing lies outside of, in world units.
+        background: ``"white"`` or ``"black"``.
+        samples: depths per ray.
+        rays: rays of each instance in one step of learning.
+        held_out_views: the last views of each instance are never learned from, but measured on.
+        camera_distance: of the turntable, in world units.
+        intrinsics: of the turntable: fx, fy, cx, cy in pixels.
+    """
+
+    name = "radiance"
+    unit = "object"
+    encoder_class = ViewsEncoder
+    dimensions = 3
+    channels = 4
+
+    def __init__(
+        self,
+        resolution: int | list[int],
+        bound: float = 1.0,
+        near: float = 0.0,
+        far: float = 10.0,
+        background: str = "white",
+        samples: int = 32,
+        rays: int = 512,
+        held_out_views: int = 0,
+        camera_distance: float = 2.5,
+        intrinsics: list[float] | None = None,
+    ):
+        self.resolution, self.bound, self.near, self.far = resolution, bound, near, far
+        self.background, self.samples, self.rays = background, samples, rays
+        self.held_out_views, self.camera_distance = held_out_views, camera_distance
+        height, width = self.size
+        self.intrinsics = intrinsics or [float(width), float(width), width / 2, height / 2]
+
+    @classmethod
+    def load(cls, source: str, options: Mapping[str, Any]) -> Instances:
+        """Reads posed views (:func:`mnif.data.views.load_views`); takes ``resolution``, ``near``, ``far``,
+        ``max_views`` and ``background``."""
+        resolution = height_and_width(options["resolution"]) if options["resolution"] else None
+        names = ("near", "far", "max_views", "background")
+        return load_views(source, resolution, **{name: options[name] for name in names})
+
+    @classmethod
+    def of(cls, data: ViewData, options: Mapping[str, Any]) -> "RadianceField":
+        """Takes ``bound``, ``samples_per_ray``, ``rays_per_step`` and ``held_out_views``.
+
+        Unless ``bound`` is given, the cube is as large as near and far allow around the centre of the cameras.
+        """
+        views, height, width = data.images.shape[1:4]
+        if not 0 <= options["held_out_views"] < views:
+            raise UserError(f"--held_out_views {options['held_out_views']}: each object has {views} views")
+        if options["bound"] is not None and not options["bound"] > 0:
+            raise UserError(f"--bound {options['bound']:g}: must be above 0")
+        distance = float(np.median(np.linalg.norm(np.asarray(data.poses[:, :, :3, 3]), axis=-1)))
+        return cls(
+            resolution=height if height == width else [height, width],
+            bound=options["bound"] or max(data.far - distance, distance - data.near) / 3**0.5,
+            near=data.near,
+            far=data.far,
+            background=data.background,
+            samples=options["samples_per_ray"],
+            rays=options["rays_per_step"],
+            held_out_views=options["held_out_views"],
+            camera_distance=distance,
+            intrinsics=[float(n) for n in np.asarray(data.intrinsics[0])],
+        )
+
+    def load_more(self, source: str) -> Instances:
+        """Views of the model's size, depths and background."""
+        background: Any = self.background
+        data = load_views(source, self.size, self.near, self.far, None, background)
+        views = data.images.shape[1]
+        if views <= self.held_out_views:
+            kept = f"the model keeps {self.held_out_views} of each object for measuring"
+            raise UserError(f"--data {source}: each object has {views} views; {kept}")
+        return data
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a view."""
+        both = [self.resolution] * 2 if isinstance(self.resolution, int) else self.resolution
+        return both[0], both[1]
+
+    @property
+    def grid_resolution(self) -> int:
+        """Of the volume of colours and densities."""
+        return 32
+
+    def settings(self) -> dict[str, Any]:
+        """Everything the constructor takes."""
+        names = ("resolution", "bound", "near", "far", "background", "samples", "rays", "held_out_views")
+        return {name: getattr(self, name) for name in (*names, "camera_distance", "intrinsics")}
+
+    def observe(self, batch: Mapping[str, Tensor]) -> Observation:
+        """All views but the held-out ones: ``images`` [B, V, H, W, 3] uint8, ``poses``, ``intrinsics``."""
+        return self.observe_views(batch, slice(0, batch["images"].shape[1] - self.held_out_views))
+
+    def novel_views(self, batch: Mapping[str, Tensor]) -> Observation:
+        """The held-out views."""
+        views = batch["images"].shape[1]
+        return self.observe_views(batch, slice(views - self.held_out_views, views))
+
+    def observe_views(self, batch: Mapping[str, Tensor], views: slice | list[int]) -> Observation:
+        """Some of the views, by number."""
+        values = batch["images"][:, views].float() / 127.5 - 1
+        cameras = Cameras(batch["poses"][:, views].float(), batch["intrinsics"].float(), *values.shape[2:4])
+        return Observation(values, cameras)
+
+    def part(self, observation: Observation, generator: torch.Generator | None = None) -> Observation:
+        """Random rays of random views, the same of every instance, with random depths."""
+        cameras, values = observation.query, observation.values
+        flat = values.flatten(1, 3)
+        chosen = torch.randint(flat.shape[1], (self.rays,), generator=generator).to(flat.device)
+        jitter = torch.rand(self.rays, self.samples, generator=generator).to(flat.device)
+        views, pixels = chosen // (cameras.height * cameras.width), chosen % (cameras.height * cameras.width)
+        origins, directions = _rays_of(cameras, views, pixels)
+        mask = None if observation.mask is None else observation.mask.flatten(1)[:, chosen]
+        return Observation(flat[:, chosen], Rays(origins, directions, jitter), mask)
+
+    def predict(self, decoder: MNIFModel, coefficients: Tensor, observation: Observation) -> Tensor:
+        """Rendered colours [B, ..., 3], of rays or of whole pictures."""
+        query = observation.query
+        if isinstance(query, Rays):
+            return self.render(decoder, coefficients, query)
+        return self.render_views(decoder, coefficients, query)
+
+    def render_views(self, decoder: MNIFModel, coefficients: Tensor, cameras: Cameras) -> Tensor:
+        """Whole pictures [B, V, H, W, 3], some rays at a time."""
+        origins, directions = cameras.rays()
+        shape = origins.shape
+        pieces = max(_RAYS_AT_ONCE // len(origins), 1)
+        parts = zip(
+            origins.flatten(1, 3).split(pieces, dim=1), directions.flatten(1, 3).split(pieces, dim=1), strict=True
+        )
+        colours = [self.render(decoder, coefficients, Rays(*part)) for part in parts]
+        return torch.cat(colours, dim=1).view(shape)
+
+    def render(self, decoder: MNIFModel, coefficients: Tensor, rays: Rays) -> Tensor:
+        """The colours of rays, [B, rays, 3]."""
+        near, far = box_intersection(rays.origins, rays.directions, self.bound)
+        near, far = near.clamp(self.near, self.far), far.clamp(self.near, self.far)
+        depths = stratified_depths(near, far, self.samples, tuple(near.shape), rays.jitter)
+        points = rays.origins[..., None, :] + rays.directions[..., None, :] * depths[..., None]
+        values = decoder.values_at(coefficients, (points / self.bound).flatten(1, 2)).view(*depths.shape, 4)
+        # Scaled so that a field of zeros is a thin fog: light reaches every sample when learning starts.
+        density = F.softplus(10 * values[..., 3] - 3) * (2 / self.bound)
+        background = 1.0 if self.background == "white" else -1.0
+        colour, _, _ = composite(values[..., :3], density, depths, far, background)
+        return colour
+
+    def encoder(self, latent_dim: int, width: int) -> nn.Module:
+        """A network over patches of the views, averaged over the views."""
+        return ViewsEncoder(self.resolution, latent_dim, width=width)
+
+    def encode(self, encoder: nn.Module, observation: Observation) -> Tensor:
+        """Latents [B, D] from whole views."""
+        return encoder(observation.values, observation.query.poses, observation.mask)
+
+    def figures(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """PSNR of up to four of the views learned from, and of all that were held out."""
+        observed = batch["images"].shape[1] - self.held_out_views
+        chosen = sorted({round(i) for i in np.linspace(0, observed - 1, min(4, observed))})
+        views = {"psnr": self.observe_views(batch, chosen)}
+        if self.held_out_views:
+            views["psnr_novel_views"] = self.novel_views(batch)
+        coefficients = decoder.coefficients(latents)
+        return {
+            name: psnr(self.render_views(decoder, coefficients, observation.query), observation.values)
+            for name, observation in views.items()
+        }
+
+    def turntable(
+        self, decoder: MNIFModel, latents: Tensor, frames: int, elevation: float = 20.0, resolution: int | None = None
+    ) -> np.ndarray:
+        """Pictures, ``resolution`` high, from cameras on a circle around the object: [B, frames, H, W, 3] uint8."""
+        height, width = self.size
+        scale = (resolution or height) / height
+        height, width = round(height * scale), round(width * scale)
+        poses = turntable_poses(frames, self.camera_distance, elevation).to(latents.device)
+        intrinsics = torch.tensor(self.intrinsics, device=latents.device) * scale
+        cameras = Cameras(poses.expand(len(latents), -1, -1, -1), intrinsics.expand(len(latents), -1), height, width)
+        colours = self.render_views(decoder, decoder.coefficients(latents), cameras)
+        return _to_uint8(colours)
+
+    def pictures(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
+        """One view of each object."""
+        return self.turntable(decoder, latents, frames=8)[:, 1]
+
+    def original_pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray:
+        """The last view of each object, which is a held-out one if there are any."""
+        return batch["images"][:, -1].cpu().numpy()
+
+    def reconstructed_pictures(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> np.ndarray:
+        """The last view of each object, rendered."""
+        cameras = self.observe_views(batch, slice(-1, None)).query
+        return _to_uint8(self.render_views(decoder, decoder.coefficients(latents), cameras)[:, 0])
+
+
+def _to_uint8(colours: Tensor) -> np.ndarray:
+    return (colours.clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu().numpy()
+
+
+def _rays_of(cameras: Cameras, views: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Origins and directions [B, n, 3] of chosen pixels, without working out all the others."""
+    intrinsics = cameras.intrinsics[:, None].expand(-1, len(views), -1).clone()
+    # A picture of one pixel whose principal point is moved, so that its centre is the pixel meant.
+    intrinsics[..., 2] -= (pixels % cameras.width).to(intrinsics)
+    intrinsics[..., 3] -= (pixels // cameras.width).to(intrinsics)
+    origins, directions = camera_rays(cameras.poses[:, views], intrinsics, 1, 1)
+    return origins[:, :, 0, 0], directions[:, :, 0, 0]

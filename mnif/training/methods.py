@@ -1,0 +1,127 @@
+"""The three ways of learning bases: what each minimises in a step of training."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mnif.latents.embedding import LatentRows
+from mnif.latents.inner_loop import InnerLoop
+from mnif.models.mnif_model import MNIFModel
+from mnif.signals.base import Observation, Signal
+
+
+class Fitting(nn.Module):
+    """A way of learning: called on a batch of rows, gives the loss.
+
+    Args:
+        decoder: the bases.
+        signal: what the data are.
+    """
+
+    def __init__(self, decoder: MNIFModel, signal: Signal):
+        super().__init__()
+        self.decoder, self.signal = decoder, signal
+
+    @abstractmethod
+    def latents(self, observation: Observation, row: Tensor) -> Tensor:
+        """The latents [B, D] of a batch as they are found now, without noise; ``row`` [B] are row numbers."""
+
+    def others(self) -> list[nn.Parameter]:
+        """What is learned besides the decoder."""
+        own = {id(parameter) for parameter in self.decoder.parameters()}
+        return [parameter for parameter in self.parameters() if id(parameter) not in own]
+
+
+class AmortisedFitting(Fitting):
+    """An encoder names the latent, the decoder draws it; both learn from the squared error.
+
+    Args:
+        decoder: the bases.
+        signal: what the data are.
+        encoder: of the signal (:meth:`mnif.signals.base.Signal.encoder`).
+        latent_noise: standard deviation of the noise added to latents while training. It keeps neighbouring latents
+            drawing similar instances, which the prior needs.
+        augmentations: random changes to make before learning (:meth:`mnif.signals.base.Signal.augmentations`).
+    """
+
+    def __init__(
+        self,
+        decoder: MNIFModel,
+        signal: Signal,
+        encoder: nn.Module,
+        latent_noise: float,
+        augmentations: Sequence[Callable[[Observation], Observation]] = (),
+    ):
+        super().__init__(decoder, signal)
+        self.encoder, self.latent_noise, self.augmentations = encoder, latent_noise, augmentations
+
+    def forward(self, row: Tensor, **batch: Tensor) -> Tensor:
+        """Mean squared error of a batch."""
+        observation = self.signal.observe(batch)
+        for augmentation in self.augmentations:
+            observation = augmentation(observation)
+        latents = self.latents(observation, row)
+        latents = latents + self.latent_noise * torch.randn_like(latents)
+        return self.signal.errors(self.decoder, latents, self.signal.part(observation)).mean()
+
+    def latents(self, observation: Observation, row: Tensor) -> Tensor:
+        """The encoder's."""
+        return self.signal.encode(self.encoder, observation)
+
+
+class AutoDecoding(Fitting):
+    """Every instance owns a row of latents that learns together with the bases (DeepSDF; Park et al., CVPR 2019).
+
+    Args:
+        decoder: the bases.
+        signal: what the data are.
+        rows: this process's latents.
+        latent_regularisation: weight of the latents' mean square in the loss.
+    """
+
+    def __init__(self, decoder: MNIFModel, signal: Signal, rows: LatentRows, latent_regularisation: float):
+        super().__init__(decoder, signal)
+        self.rows, self.latent_regularisation = rows, latent_regularisation
+
+    def forward(self, row: Tensor, **batch: Tensor) -> Tensor:
+        """Mean squared error of a batch, and the latents' regularisation."""
+        latents = self.rows.take(row)
+        part = self.signal.part(self.signal.observe(batch))
+        error = self.signal.errors(self.decoder, latents, part).mean()
+        return error + self.latent_regularisation * latents.square().mean()
+
+    def latents(self, observation: Observation, row: Tensor) -> Tensor:
+        """The rows as they are."""
+        return self.rows.read(row)
+
+
+class MetaLearning(Fitting):
+    """Bases from which a few gradient steps on the latent reach any instance (CAVIA; the paper's stage one).
+
+    Args:
+        decoder: the bases.
+        signal: what the data are.
+        inner_loop: the steps; its rates learn together with the bases.
+        second_order: differentiate through the steps. First order is faster and reaches less.
+        start_noise: the latents start at N(0, start_noise²) in training; they start at 0 afterwards.
+    """
+
+    def __init__(
+        self, decoder: MNIFModel, signal: Signal, inner_loop: InnerLoop, second_order: bool, start_noise: float = 1e-4
+    ):
+        super().__init__(decoder, signal)
+        self.inner_loop, self.second_order, self.start_noise = inner_loop, second_order, start_noise
+
+    @torch.compiler.disable  # torch.compile makes graphs that cannot be differentiated twice
+    def forward(self, row: Tensor, **batch: Tensor) -> Tensor:
+        """Mean squared error of a batch after the inner loop."""
+        part = self.signal.part(self.signal.observe(batch))
+        start = self.start_noise * torch.randn(len(row), self.decoder.config.latent_dim, device=row.device)
+        latents = self.inner_loop(self.decoder, self.signal, part, start, self.second_order)
+        return self.signal.errors(self.decoder, latents, part).mean()
+
+    def latents(self, observation: Observation, row: Tensor) -> Tensor:
+        """After the inner loop, on one random part of what is known."""
+        return self.inner_loop(self.decoder, self.signal, self.signal.part(observation))

@@ -1,0 +1,204 @@
+"""Surfaces of voxel grids: triangles by marching cubes, files of them, and shaded pictures.
+
+Arrays are indexed [x, y, z], y is up, and the grid fills the cube [-1, 1]³: the centre of voxel r of R lies at
+(2r + 1)/R - 1 of its axis. A mesh is its vertices [V, 3] float32 and its faces [F, 3] int64, wound anticlockwise as
+seen from outside.
+"""
+
+import math
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+
+from mnif.utils.errors import UserError
+from mnif.utils.files import written_atomically
+
+MESH_SUFFIXES = (".glb", ".obj", ".ply", ".stl")
+
+
+_OVERSAMPLING = 2  # pixels per axis of the drawing that are averaged into one of the picture
+
+
+_PIXELS_AT_ONCE = 1 << 18  # of all triangles' bounding boxes; bounds the memory of a drawing
+
+
+_GREY, _AMBIENT = 0.85, 0.35  # of the object, and the share of light that comes from everywhere
+
+
+_LIGHT = np.array([-0.4, 0.7, 0.7]) / np.linalg.norm([-0.4, 0.7, 0.7])  # right, up, towards the camera
+
+
+def mesh_from_values(values: np.ndarray, level: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """The closed surface around the voxels above ``level``.
+
+    A volume that reaches the border of the grid is closed there by a wall on the face of the cube [-1, 1]³.
+
+    Args:
+        values: [R, R, R], larger inside; between voxels the surface is where their linear interpolation is ``level``.
+            Of occupancies 0 and 1, take the level 0.5.
+        level: the value on the surface.
+
+    Returns:
+        Vertices [V, 3] float32 in [-1, 1] and faces [F, 3] int64, closed and of positive volume.
+
+    Raises:
+        UserError: the values are no cube or not finite, all or none of them are above the level, or scikit-image is
+            missing.
+    """
+    values = np.asarray(values)
+    if values.ndim != 3 or len(set(values.shape)) != 1 or not values.size:
+        raise UserError(f"mesh: values {list(values.shape)}; [R, R, R] is needed")
+    if not np.isfinite(values).all():
+        raise UserError("mesh: the values hold NaN or infinity; look at the model they come from")
+    values = (values - level).astype(np.float32)
+    inside = values > 0
+    if inside.all() or not inside.any():
+        raise UserError(f"mesh: {'all' if inside.any() else 'none'} of the values are above {level}; no surface there")
+    return _closed_surface(values)
+
+
+def _closed_surface(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The surface at 0 of finite float32 [R, R, R] of which some are positive; all may be."""
+    _need("scikit-image", "skimage")
+    from skimage.measure import marching_cubes
+
+    rim = np.pad(values, 1, mode="edge")
+    padded = -np.abs(rim)  # the mirror of an inside value: the surface lies half-way to it, on the cube's face
+    padded[1:-1, 1:-1, 1:-1] = rim[1:-1, 1:-1, 1:-1]
+    # Lorensen's tables and not Lewiner's: those, as implemented, leave holes in binary volumes where faces of voxels
+    # meet in a checkerboard (measured on scikit-image 0.26: 10 of 40 random ones).
+    vertices, faces, _, _ = marching_cubes(padded, 0.0, method="lorensen", gradient_direction="ascent")
+    vertices = np.clip((2 * vertices - 1) / len(values) - 1, -1, 1)  # index 0 of the padded grid is voxel -1
+    return vertices.astype(np.float32), faces.astype(np.int64)
+
+
+def save_mesh(path: Path, vertices: np.ndarray, faces: np.ndarray) -> None:
+    """Writes a mesh atomically, in the format its suffix names: .glb, .obj, .ply or .stl.
+
+    Args:
+        path: the file.
+        vertices: [V, 3].
+        faces: [F, 3], indices of vertices.
+
+    Raises:
+        UserError: another suffix, or trimesh is missing.
+    """
+    if path.suffix.lower() not in MESH_SUFFIXES:
+        raise UserError(f"{path}: a mesh is written as one of {', '.join(MESH_SUFFIXES)}")
+    _need("trimesh", "trimesh")
+    import trimesh
+
+    mesh = trimesh.Trimesh(vertices, faces, process=False)  # processing would reorder what the caller gave
+    with written_atomically(path, flush=False) as temporary:  # whose name has no suffix to tell the format
+        mesh.export(temporary, file_type=path.suffix.lower().removeprefix("."))
+
+
+def _need(package: str, module: str) -> None:
+    if find_spec(module) is None:
+        raise UserError(f'meshes: the package "{package}" is missing; run: pip install "mnif-diffusion[voxels]"')
+
+
+def mesh_preview(
+    vertices: np.ndarray, faces: np.ndarray, size: int = 128, azimuth: float = 35.0, elevation: float = 25.0
+) -> np.ndarray:
+    """A shaded picture of a mesh: grey, matt and lit from the upper left, on white, without perspective.
+
+    The whole cube [-1, 1]³ just fits, whatever the mesh, so pictures beside each other have one scale.
+
+    Args:
+        vertices: [V, 3] in [-1, 1]; what lies outside the picture is cut off.
+        faces: [F, 3]; both sides of a face are drawn, so an open mesh may be seen from within.
+        size: pixels per side.
+        azimuth: degrees from +z towards +x where the camera stands.
+        elevation: degrees above the plane y = 0 where it stands.
+
+    Returns:
+        uint8 [size, size, 3].
+
+    Raises:
+        UserError: a size below 1.
+    """
+    if size < 1:
+        raise UserError(f"preview of size {size}: at least 1 pixel is needed")
+    axes = _camera_axes(azimuth, elevation)
+    pixels = size * _OVERSAMPLING
+    in_camera = np.asarray(vertices, dtype=np.float64) @ axes.T
+    extent = np.abs(axes[:2]).sum(axis=1).max()  # of the cube's projection
+    in_camera[:, :2] = (in_camera[:, :2] * [1, -1] / extent + 1) * pixels / 2  # rows count downwards
+    corners = in_camera[faces]
+    sheet = np.ones(pixels * pixels)
+    nearest = _nearest_faces(corners, pixels)
+    drawn = nearest >= 0
+    sheet[drawn] = _shades(np.asarray(vertices, dtype=np.float64)[faces] @ axes.T)[nearest[drawn]]
+    sheet = sheet.reshape(size, _OVERSAMPLING, size, _OVERSAMPLING).mean(axis=(1, 3))
+    return np.repeat((sheet * 255).round().astype(np.uint8)[..., None], 3, axis=2)
+
+
+def occupancy_preview(
+    occupancy: np.ndarray, size: int = 128, azimuth: float = 35.0, elevation: float = 25.0
+) -> np.ndarray:
+    """A shaded picture of the occupied voxels of [R, R, R] bool; white if there are none.
+
+    The other arguments and what is returned are those of :func:`mesh_preview`.
+
+    Raises:
+        UserError: a size below 1, or scikit-image is missing.
+    """
+    occupancy = np.asarray(occupancy, dtype=bool)
+    if not occupancy.any():
+        return mesh_preview(np.empty((0, 3)), np.empty((0, 3), dtype=np.int64), size, azimuth, elevation)
+    return mesh_preview(*_closed_surface(np.where(occupancy, np.float32(1), np.float32(-1))), size, azimuth, elevation)
+
+
+def _camera_axes(azimuth: float, elevation: float) -> np.ndarray:
+    """Rows right, up and towards the camera, [3, 3]; as :func:`mnif.signals.volume_rendering.turntable_poses`."""
+    sin, cos = math.sin(math.radians(azimuth)), math.cos(math.radians(azimuth))
+    rise, reach = math.sin(math.radians(elevation)), math.cos(math.radians(elevation))
+    return np.array([[cos, 0, -sin], [-rise * sin, reach, -rise * cos], [reach * sin, rise, reach * cos]])
+
+
+def _shades(corners: np.ndarray) -> np.ndarray:
+    """Brightness [F] in [0, 1] of flat matt triangles [F, 3, 3] in camera axes, turned to face the camera."""
+    normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-30
+    normals *= np.where(normals[:, 2:] < 0, -1, 1)
+    return _GREY * (_AMBIENT + (1 - _AMBIENT) * np.clip(normals @ _LIGHT, 0, 1))
+
+
+def _nearest_faces(corners: np.ndarray, pixels: int) -> np.ndarray:
+    """The index of the face seen at each pixel centre, [pixels²] int64, -1 for none: a z-buffer without a loop.
+
+    Args:
+        corners: [F, 3, 3], column and row in pixels and nearness.
+        pixels: per side.
+    """
+    depth = np.full(pixels * pixels, -np.inf)
+    face = np.full(pixels * pixels, -1, dtype=np.int64)
+    low = np.clip(np.ceil(corners[:, :, :2].min(axis=1) - 0.5), 0, pixels).astype(np.int64)
+    high = np.clip(np.floor(corners[:, :, :2].max(axis=1) - 0.5), -1, pixels - 1).astype(np.int64)
+    spans = np.maximum(high - low + 1, 0)  # columns and rows of pixel centres in each bounding box
+    areas = spans.prod(axis=1)
+    edges = corners[:, 1:, :2] - corners[:, :1, :2]
+    twice_area = edges[:, 0, 0] * edges[:, 1, 1] - edges[:, 0, 1] * edges[:, 1, 0]
+    seen = np.flatnonzero((areas > 0) & (np.abs(twice_area) > 1e-12))
+    batch = np.cumsum(areas[seen]) // _PIXELS_AT_ONCE
+    for batch_seen in np.split(seen, np.flatnonzero(np.diff(batch)) + 1):
+        owner = np.repeat(batch_seen, areas[batch_seen])
+        place = np.arange(len(owner)) - np.repeat(np.cumsum(areas[batch_seen]) - areas[batch_seen], areas[batch_seen])
+        column, row = low[owner, 0] + place % spans[owner, 0], low[owner, 1] + place // spans[owner, 0]
+        x, y = column + 0.5 - corners[owner, 0, 0], row + 0.5 - corners[owner, 0, 1]
+        second = (x * edges[owner, 1, 1] - y * edges[owner, 1, 0]) / twice_area[owner]  # barycentric coordinates
+        third = (y * edges[owner, 0, 0] - x * edges[owner, 0, 1]) / twice_area[owner]
+        covered = (second >= -1e-9) & (third >= -1e-9) & (second + third <= 1 + 1e-9)  # no cracks between neighbours
+        owner, pixel = owner[covered], (row * pixels + column)[covered]
+        nearness = corners[owner, :, 2]
+        nearness = (
+            nearness[:, 0]
+            + second[covered] * (nearness[:, 1] - nearness[:, 0])
+            + third[covered] * (nearness[:, 2] - nearness[:, 0])
+        )
+        np.maximum.at(depth, pixel, nearness)
+        front = nearness == depth[pixel]
+        face[pixel[front]] = owner[front]
+    return face

@@ -1,0 +1,36 @@
+"""What can only be tested on a CUDA device; skips with a reason elsewhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mnif.cli import main
+from mnif.models.mnif_model import MNIFModel
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+
+def test_decoder_on_a_gpu_equals_the_cpu(decoder: MNIFModel) -> None:
+    torch.nn.init.normal_(decoder.coefficient_map.weight, std=0.5)
+    latents = torch.randn(3, 12)
+    points = torch.rand(3, 40, 2) * 2 - 1
+    with torch.no_grad():
+        expected = decoder(latents), decoder.values_at(decoder.coefficients(latents), points)
+        decoder.cuda()
+        latents, points = latents.cuda(), points.cuda()
+        found = decoder(latents), decoder.values_at(decoder.coefficients(latents), points)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["encoder", "auto-decoding", "meta"])
+def test_every_way_of_learning_runs_on_a_gpu(method: str, picture_folder: Path, tmp_path: Path) -> None:
+    size = ["--resolution", "16", "--num_bases", "4", "--width", "8", "--latent_dim", "8", "--train_batch_size", "8"]
+    command = ["fit", "--data", str(picture_folder), "--output_dir", f"{tmp_path}/run", "--method", method, *size]
+    assert main([*command, "--max_train_steps", "5", "--refinement_steps", "2"]) == 0
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["psnr_train"] > 0

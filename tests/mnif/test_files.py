@@ -1,0 +1,121 @@
+import errno
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from latent_prior.pipeline import MNIFPipeline
+from mnif.utils.files import folder_written_atomically, written_atomically
+from mnif.utils.resumable import Parts
+
+
+def test_file_stays_old_when_the_disk_fills(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_text("old")
+
+    def fill() -> None:
+        with written_atomically(path) as temporary:
+            temporary.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        fill()
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["weights"]
+
+
+def test_folder_is_old_or_new_and_never_half(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "a").write_text("old")
+
+    def interrupted() -> None:
+        with folder_written_atomically(path) as temporary:
+            (temporary / "a").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert (path / "a").read_text() == "old"
+    with folder_written_atomically(path) as temporary:
+        (temporary / "b").write_text("new")
+    assert [entry.name for entry in path.iterdir()] == ["b"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("left", ["tmp", "old"])
+def test_what_a_killed_process_left_of_a_folder_goes_with_the_next(tmp_path: Path, left: str) -> None:
+    (tmp_path / "model").mkdir()
+    others = [".model.notes.tmp", ".model.v2.ab3d_f9h.tmp", "model.ab3d_f9h.tmp"]
+    for name in (*others, f".model.ab3d_f9h.{left}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text("old")
+    (tmp_path / ".model.12.tmp").write_text("half a file")
+    with folder_written_atomically(tmp_path / "model") as temporary:
+        (temporary / "a").write_text("new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["model", *others])
+    assert (tmp_path / "model/a").read_text() == "new"
+
+
+def test_a_folder_whose_place_was_never_taken_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the two renames, or stopped there by Ctrl-C, where names cannot be exchanged at once."""
+    monkeypatch.setattr("mnif.utils.files._exchanged", lambda one, other: False)
+    path = tmp_path / "model"
+    (tmp_path / ".model.ab3d_f9h.old").mkdir()
+    (tmp_path / ".model.ab3d_f9h.old/a").write_text("old")
+    rename = Path.rename
+
+    def stopped(source: Path, target: Path) -> Path:
+        if source.suffix == ".tmp":
+            raise KeyboardInterrupt
+        return rename(source, target)
+
+    monkeypatch.setattr(Path, "rename", stopped)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), folder_written_atomically(path) as temporary:
+            (temporary / "a").write_text("new")
+        assert (path / "a").read_text() == "old"
+        assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_parts_of_another_search_go_and_nothing_else_does(tmp_path: Path) -> None:
+    parts = Parts(tmp_path / "pairs", {"seed": 0})
+    parts.save(0, torch.zeros(2, 3))
+    (tmp_path / "pairs/notes.txt").write_text("mine")
+    (tmp_path / "pairs/mine.safetensors").write_text("mine")
+    assert 0 in Parts(tmp_path / "pairs", {"seed": 0})
+    parts = Parts(tmp_path / "pairs", {"seed": 1})
+    assert 0 not in parts
+    parts.save(0, torch.ones(2, 3))
+    assert torch.equal(parts.all(), torch.ones(2, 3))
+    parts.remove()
+    assert sorted(path.name for path in (tmp_path / "pairs").iterdir()) == ["mine.safetensors", "notes.txt"]
+
+
+def test_model_survives_a_disk_that_fills_during_a_save(pipeline: MNIFPipeline, tmp_path: Path) -> None:
+    """A limit on file sizes stands for the full disk: the write of the weights fails half-way."""
+    pipeline.save_pretrained(tmp_path)
+    program = (
+        "import resource, sys; from pathlib import Path; import torch; "
+        "from mnif import cli; from mnif.models.io import save_component; "
+        "from mnif.models.mnif_model import MNIFModel\n"
+        "def save(_):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "    save_component(Path(sys.argv[1]), 'decoder', MNIFModel())\n"
+        "cli.COMMANDS['save'] = ('__main__:save', '')\n"
+        "sys.exit(cli.main(['save']))"
+    )
+    before = (tmp_path / "decoder/diffusion_pytorch_model.safetensors").read_bytes()
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"mnif save: {tmp_path}/decoder: ")
+    assert done.stderr.count("\n") == 1
+    assert (tmp_path / "decoder/diffusion_pytorch_model.safetensors").read_bytes() == before
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [
+        "decoder",
+        "denoiser",
+        "model_index.json",
+        "scheduler",
+    ]
