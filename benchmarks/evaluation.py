@@ -18,7 +18,7 @@ from PIL import Image
 
 from evals.features.extractor import extract_features, extractor_by_name
 from evals.features.resize import bicubic_antialias
-from evals.image_sources import sample_pictures
+from evals.image_sources import sample_images
 from evals.metrics.frechet import frechet_distance, moments_of
 from evals.metrics.precision_recall import overlap
 from evals.shards import computed_in_shards
@@ -70,7 +70,7 @@ def precision_and_recall(largest: int, dimension: int = 64) -> None:
 
 
 def overlapped(folder: Path) -> None:
-    samples, extractor = sample_pictures(str(folder)), extractor_by_name("lite0")
+    samples, extractor = sample_images(str(folder)), extractor_by_name("lite0")
 
     def features(images: np.ndarray) -> np.ndarray:
         return extract_features(images, extractor, bicubic_antialias, progress=False)

@@ -17,12 +17,12 @@ import tyro
 from torch import Tensor
 
 from evals.timing import settled_seconds
-from mnif.latents.embedding import LatentRows
+from mnif.latents.embedding import LatentEmbedding
 from mnif.latents.inner_loop import InnerLoop
 from mnif.models.field_op import plain_field_values
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.image import Image
-from mnif.training.methods import AutoDecoding, MetaLearning
+from mnif.training.methods import AutoDecoderMethod, MetaMethod
 
 
 @dataclass
@@ -130,7 +130,7 @@ def meta_learning(name: str, bases: int, depth: int, width: int, latent_dim: int
 
     def prepare() -> tuple[Callable[[], object], Callable[[], object]]:
         signal = Image(resolution, 3)
-        fitting = MetaLearning(model, signal, InnerLoop(latent_dim, steps, 1 / 32), second_order=True)
+        fitting = MetaMethod(model, signal, InnerLoop(latent_dim, steps, 1 / 32), second_order=True)
         optimizer = torch.optim.AdamW(fitting.parameters(), lr=1e-4, fused=True)
         images = torch.randint(0, 256, (batch, resolution, resolution, 3), dtype=torch.uint8)
         row = torch.arange(batch)
@@ -163,8 +163,8 @@ def auto_decoding(name: str, bases: int, depth: int, width: int, latent_dim: int
     model = paper_model(bases, depth, width, latent_dim, resolution)
 
     def prepare() -> tuple[Callable[[], object], Callable[[], object]]:
-        rows = LatentRows(4096, latent_dim, batch, 1e-2, seed=0)
-        fitting = AutoDecoding(model, Image(resolution, 3), rows, 1e-4)
+        rows = LatentEmbedding(4096, latent_dim, batch, 1e-2, seed=0)
+        fitting = AutoDecoderMethod(model, Image(resolution, 3), rows, 1e-4)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         images = torch.randint(0, 256, (batch, resolution, resolution, 3), dtype=torch.uint8)
         row = torch.arange(batch)
@@ -226,7 +226,7 @@ def baked(name: str, batch: int) -> Work:
         sizes = [model.shapes[0].inputs, *(shape.outputs for shape in model.shapes)]
         return (
             torch.no_grad()(lambda: field(coordinates)),
-            torch.no_grad()(lambda: plain_field_values(coordinates, field.rows, sizes, True)),
+            torch.no_grad()(lambda: plain_field_values(coordinates, field.params, sizes, True)),
         )
 
     return Work(name, batch, 2.0 * multiply_adds(model) * 64**2 * batch, prepare)

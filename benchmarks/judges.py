@@ -12,15 +12,15 @@ import numpy as np
 import torch
 
 from evals.baselines import gaussian_latents
-from evals.features.extractor import Bench, PictureSource, extractor_by_name
-from evals.image_sets import novelty_figures, reference_of
-from evals.image_sources import data_pictures, latent_pictures
-from evals.loaded_run import sides_of
+from evals.features.extractor import FeatureCache, IndexedImages, extractor_by_name
+from evals.image_sets import novelty_metrics, reference_of
+from evals.image_sources import data_images, latent_images
+from evals.loaded_run import splits_of
 from evals.metrics.frechet import frechet_distance, moments_of
-from evals.metrics.neighbours import memorisation_figures
+from evals.metrics.neighbours import memorisation_metrics
 from evals.metrics.shapes import surfaces_of_grids
 from evals.protocol import PRESETS
-from evals.voxel_sets import comparison_figures, novelty_of, real_shapes
+from evals.voxel_sets import comparison_metrics, novelty_of, real_shapes
 from mnif.data.dataset import Split
 from mnif.data.images import load_images
 from mnif.data.voxels import load_voxels
@@ -47,11 +47,11 @@ class Judge(Interface):
 
 def judge_of(run: Path) -> Judge:
     """What fits the signal of a run folder of `mnif fit`."""
-    asked = read_json(run / "run.json")["fit"]["arguments"]
+    arguments = read_json(run / "run.json")["fit"]["arguments"]
     decoder = load_component(MNIFModel, run / "model", "decoder")
     table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint())
     kind = PictureJudge if decoder.config.signal == "image" else ShapeJudge
-    return kind(decoder, table, asked["data"])
+    return kind(decoder, table, arguments["data"])
 
 
 @dataclass
@@ -67,21 +67,21 @@ class PictureJudge:
         size = self.decoder.config.resolution
         self.data = load_images(self.source, size if isinstance(size, int) else tuple(size))
         extractor = extractor_by_name("lite0", None, torch.device("cpu"))
-        self.bench = Bench(PRESETS["offline"], extractor, Processes(), Path("runs/judged"))
-        self.real = self.bench.features(data_pictures(self.data), "real pictures", keep=True)
-        self.sides = sides_of(self.table, self.data)
-        self.reference = reference_of(self.data, self.sides, "half")
+        self.bench = FeatureCache(PRESETS["offline"], extractor, Processes(), Path("runs/judged"))
+        self.real = self.bench.features(data_images(self.data), "real pictures", keep=True)
+        self.splits = splits_of(self.table, self.data)
+        self.reference = reference_of(self.data, self.splits, "half")
         self.moments = moments_of(self.real[self.reference.rows])
 
     def of_latents(self, latents: np.ndarray) -> dict[str, float]:
         name = hashlib.sha256(latents.tobytes()).hexdigest()
-        pictures = latent_pictures(self.decoder, latents, f"{self.decoder.fingerprint()} {name}", quantise=True)
-        return self.of_pictures(pictures) | memorisation_figures(latents, self.table)
+        pictures = latent_images(self.decoder, latents, f"{self.decoder.fingerprint()} {name}", quantise=True)
+        return self.of_pictures(pictures) | memorisation_metrics(latents, self.table)
 
-    def of_pictures(self, pictures: PictureSource) -> dict[str, float]:
+    def of_pictures(self, pictures: IndexedImages) -> dict[str, float]:
         features = self.bench.features(pictures, "samples")
-        parts = (self.real[self.sides == side] for side in (Split.HELD_OUT, Split.TRAIN))
-        return self._frechet(features) | novelty_figures(features, *parts)[0]
+        parts = (self.real[self.splits == split] for split in (Split.HELD_OUT, Split.TRAIN))
+        return self._frechet(features) | novelty_metrics(features, *parts)[0]
 
     def controls(self, count: int) -> dict[str, dict[str, float]]:
         held_out = self.table.latents[self.table.held_out].numpy()[:count]
@@ -106,17 +106,17 @@ class ShapeJudge:
 
     def __post_init__(self) -> None:
         self.data = load_voxels(self.source)
-        self.sides = sides_of(self.table, self.data)
-        self.real = real_shapes(self.data, self.sides)
+        self.splits = splits_of(self.table, self.data)
+        self.real = real_shapes(self.data, self.splits)
 
     @torch.no_grad()
     def of_latents(self, latents: np.ndarray) -> dict[str, float]:
         some = torch.from_numpy(latents[: len(self.real.reference)])
         grids = (grid for part in some.split(32) for grid in self.decoder(part)[..., 0].numpy())
         shapes = surfaces_of_grids(grids, [f"sample {row}" for row in range(len(some))], level=0.0)
-        found = comparison_figures({"": shapes.points}, self.real, "chamfer")
-        novelty = novelty_of(shapes.points, self.data, self.sides).figures
-        return found | novelty | memorisation_figures(latents, self.table)
+        found = comparison_metrics({"": shapes.points}, self.real, "chamfer")
+        novelty = novelty_of(shapes.points, self.data, self.splits).metrics
+        return found | novelty | memorisation_metrics(latents, self.table)
 
     def controls(self, count: int) -> dict[str, dict[str, float]]:
         gaussian = self.of_latents(gaussian_latents(self.table, count, seed=0))

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 import tyro
 
-from mnif.data.batches import Rows, ShuffledBatches
-from mnif.latents.embedding import LatentRows
+from mnif.data.batches import ArrayDataset, ShuffledBatches
+from mnif.latents.embedding import LatentEmbedding
 from mnif.latents.table import LatentTable
 
 FEW = 10_000
@@ -48,8 +48,8 @@ def main(arguments: Arguments) -> None:
     print(f"{rows:,} rows of {latent_dim}, batches of {arguments.batch}, {torch.get_num_threads()} threads")
     before = resident()
     with timed("create latents and optimizer state"):
-        many = LatentRows(rows, latent_dim, arguments.batch, 1e-2, seed=0)
-    few = LatentRows(FEW, latent_dim, arguments.batch, 1e-2, seed=0)
+        many = LatentEmbedding(rows, latent_dim, arguments.batch, 1e-2, seed=0)
+    few = LatentEmbedding(FEW, latent_dim, arguments.batch, 1e-2, seed=0)
     state = sum(tensor.nbytes for tensor in (many.latents, many.mean, many.square, many.steps))
     print(f"  {'latents and optimizer state':44} {state / 1e9:9.2f} GB")
     steps(arguments, {f"step, {FEW:,} rows": few, f"step, {rows:,} rows": many})
@@ -60,7 +60,7 @@ def main(arguments: Arguments) -> None:
     print(f"  {'peak memory':44} {peak() / 1e9:9.2f} GB")
 
 
-def steps(arguments: Arguments, sizes: dict[str, LatentRows]) -> None:
+def steps(arguments: Arguments, sizes: dict[str, LatentEmbedding]) -> None:
     """Times take, gradient and update on batches as training draws them."""
     rounds = arguments.rounds + 20
     orders = {
@@ -81,7 +81,7 @@ def steps(arguments: Arguments, sizes: dict[str, LatentRows]) -> None:
     print(f"  {'ratio':44} {many / few:9.2f}")
 
 
-def checkpoints_and_table(rows: LatentRows, folder: Path) -> None:
+def checkpoints_and_table(rows: LatentEmbedding, folder: Path) -> None:
     """Times a checkpoint's share and the final table, there and back."""
     with timed("save a checkpoint's share"):
         rows.save(folder)
@@ -106,7 +106,7 @@ def checkpoints_and_table(rows: LatentRows, folder: Path) -> None:
 
 def shuffling(arguments: Arguments) -> None:
     """Times the order of an epoch, and drawing batches from it."""
-    rows = Rows(row=torch.arange(arguments.rows))
+    rows = ArrayDataset(row=torch.arange(arguments.rows))
     order = iter(ShuffledBatches(arguments.rows, arguments.batch, 0, 0, arguments.rows))
     with timed("shuffle an epoch"):
         next(order)

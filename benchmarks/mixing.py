@@ -25,7 +25,7 @@ def main() -> None:
     coefficients = model.coefficients(torch.randn(BATCH, 1024))
     field = model.bake(coefficients)
     mixed = broadcast_mixing(model, coefficients)
-    rows = field.rows.split([shape.parameters for shape in field.shapes], dim=1)
+    rows = field.params.split([shape.parameters for shape in field.shapes], dim=1)
     difference = max((a - b).abs().max().item() for a, b in zip(rows, mixed, strict=True))
 
     times: dict[str, list[float]] = {"one matrix product per layer": [], "broadcast": []}

@@ -25,7 +25,7 @@ from latent_prior.commands.distill import DistillArguments, distill
 from latent_prior.commands.prior import fit_prior, parse_prior_arguments
 from latent_prior.distillation import energy_distance
 from latent_prior.pipeline import load_pipeline
-from latent_prior.sampling import Drawing
+from latent_prior.sampling import ExactSampler
 from mnif.utils.args import parse_arguments
 from mnif.utils.files import read_json, write_json
 
@@ -74,8 +74,8 @@ def main(arguments: Arguments) -> None:
         return
     judge = judge_of(arguments.run)
     if not lines_of(results):
-        for name, figures in judge.controls(arguments.num_samples).items():
-            record(results, {"variant": "controls", "seed": 0, "drawn": name, "figures": figures})
+        for name, metrics in judge.controls(arguments.num_samples).items():
+            record(results, {"variant": "controls", "seed": 0, "drawn": name, "figures": metrics})
     for variant in arguments.variants:
         for seed in arguments.seeds:
             trial(arguments, judge, variant, seed, results)
@@ -101,14 +101,14 @@ def trial(arguments: Arguments, judge: Judge, variant: str, seed: int, results: 
         pipeline = load_pipeline(run / "model")
         pipeline.set_progress_bar_config(disable=True)
         started = time.perf_counter()
-        latents = Drawing(pipeline, seed, steps, use_student=use_student).samples(arguments.num_samples)
-        figures = {"seconds_of_drawing": time.perf_counter() - started} | judge.of_latents(latents.numpy())
+        latents = ExactSampler(pipeline, seed, steps, use_student=use_student).samples(arguments.num_samples)
+        metrics = {"seconds_of_drawing": time.perf_counter() - started} | judge.of_latents(latents.numpy())
         standardised = (pipeline.denoiser.standardised(some) for some in (latents, judge.table.train[::2]))
-        figures["energy_distance"] = energy_distance(*standardised)
+        metrics["energy_distance"] = energy_distance(*standardised)
         stage = read_json(run / "metrics.json")
         for name in ("prior", "distill"):
-            figures |= {f"{name}_{key}": value for key, value in stage.get(name, {}).items()}
-        record(results, {"variant": variant, "seed": seed, "drawn": drawn, "figures": figures})
+            metrics |= {f"{name}_{key}": value for key, value in stage.get(name, {}).items()}
+        record(results, {"variant": variant, "seed": seed, "drawn": drawn, "figures": metrics})
 
 
 def slug(text: str) -> str:
@@ -122,10 +122,10 @@ def copied(source: Path, run: Path, stages: list[str]) -> None:
     run.mkdir(parents=True)
     shutil.copytree(source / "model", run / "model", ignore=shutil.ignore_patterns("student*"))
     shutil.copy(source / "latents.safetensors", run)
-    recorded, figures = read_json(source / "run.json"), read_json(source / "metrics.json")
+    recorded, metrics = read_json(source / "run.json"), read_json(source / "metrics.json")
     write_json(run / "run.json", {stage: recorded[stage] for stage in stages})
     left_out = {"prior", "distill"} - set(stages)
-    write_json(run / "metrics.json", {key: figures[key] for key in figures.keys() - left_out})
+    write_json(run / "metrics.json", {key: metrics[key] for key in metrics.keys() - left_out})
 
 
 def record(results: Path, line: dict[str, Any]) -> None:
@@ -150,12 +150,12 @@ def table(results: Path) -> str:
     groups: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     for line in lines_of(results):
         groups[line["variant"], line["drawn"]].append(line["figures"])
-    columns = [name for name in SHOWN if any(name in figures for (figures, *_) in groups.values())]
+    columns = [name for name in SHOWN if any(name in metrics for (metrics, *_) in groups.values())]
     rows = [f"| variant | drawn by | seeds | {' | '.join(columns)} |", "|---" * (len(columns) + 3) + "|"]
     for (variant, drawn), found in groups.items():
         cells = []
         for name in columns:
-            values = [figures[name] for figures in found if name in figures]
+            values = [metrics[name] for metrics in found if name in metrics]
             spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.4g}{spread}" if values else "")
         rows.append(f"| {variant} | {drawn} | {len(found)} | {' | '.join(cells)} |")
@@ -170,12 +170,12 @@ def plot(results: Path, path: Path) -> None:
             student = line["drawn"].split(" ")[1] + "-step student" if line["drawn"].startswith("student") else ""
             name = line["drawn"] if line["variant"] == "controls" else student or line["variant"]
             groups[name].append(line["figures"])
-    distance = next(name for name in SHOWN if all(name in figures for (figures, *_) in groups.values()))
+    distance = next(name for name in SHOWN if all(name in metrics for (metrics, *_) in groups.values()))
     figure, axes = pyplot.subplots(figsize=(9.5, 5), layout="constrained")
     axes.axhline(groups.pop("real")[0][distance], color="grey", linestyle="--", label="real against real")
     axes.axvline(0.9, color="grey", linestyle=":", label="further left: copies")
     places = {
-        name: tuple(statistics.mean(figures[key] for figures in found) for key in ("nn_ratio_latents", distance))
+        name: tuple(statistics.mean(metrics[key] for metrics in found) for key in ("nn_ratio_latents", distance))
         for name, found in groups.items()
     }
     for number, (name, (x, y)) in enumerate(sorted(places.items(), key=lambda item: item[1]), start=1):

@@ -38,8 +38,8 @@ class Arguments:
 def main(arguments: Arguments) -> None:
     ours = load_pipeline(arguments.model)
     latent_dim = ours.decoder.config.latent_dim
-    asked = json.loads((PRESETS / "paper.json").read_text())["arguments"]
-    paper = PaperDenoiser(latent_dim=latent_dim, width=asked["width"], depth=asked["depth"])
+    flags = json.loads((PRESETS / "paper.json").read_text())["arguments"]
+    paper = PaperDenoiser(latent_dim=latent_dim, width=flags["width"], depth=flags["depth"])
     paper.register_to_config(decoder_fingerprint=ours.decoder.fingerprint())
     theirs = MNIFPipeline(ours.decoder, paper, sampling_scheduler("x0", ancestral=True))
     noise = torch.randn(1, latent_dim, generator=torch.Generator().manual_seed(0))

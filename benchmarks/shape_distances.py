@@ -12,7 +12,7 @@ import time
 import numpy as np
 import torch
 
-from evals.metrics.shapes import POINTS, distance_matrix, earth_movers_distance, set_figures, surfaces_of_grids
+from evals.metrics.shapes import POINTS, distance_matrix, earth_movers_distance, set_metrics, surfaces_of_grids
 from mnif.data.voxels import load_voxels
 
 PART = 24  # shapes of each kind of which every distance is measured
@@ -45,10 +45,10 @@ def main() -> None:
     among = [timed(part, exact="minima") for part in (a, b)]
     print(f"  the same among {count} shapes             {sum(seconds for seconds, _ in among) / 2:9.1f} s")
     print(f"  least of rows alone                  {timed(a, b, exact='row minima')[0]:9.1f} s")
-    figures = set_figures(to_real, *(matrix for _, matrix in among))
+    metrics = set_metrics(to_real, *(matrix for _, matrix in among))
     print(
         "  "
-        + ", ".join(f"{name} {figures[name]:.3g} ± {figures[f'{name}_std']:.2g}" for name in ("mmd", "cov", "nna"))
+        + ", ".join(f"{name} {metrics[name]:.3g} ± {metrics[f'{name}_std']:.2g}" for name in ("mmd", "cov", "nna"))
     )
     for size in (256, 512):
         started = time.perf_counter()

@@ -26,7 +26,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 from judges import PictureJudge, judge_of
 
-from evals.features.extractor import PictureSource
+from evals.features.extractor import IndexedImages
 from latent_prior.pipeline import load_pipeline
 from latent_prior.sampling import initial_noise
 from mnif.data.dataset import Split
@@ -93,7 +93,7 @@ def train(arguments: Arguments, budget: float, parameters: int) -> None:
     judge = judge_of(arguments.run)
     assert isinstance(judge, PictureJudge)
     flip = read_json(arguments.run / "run.json")["fit"]["arguments"].get("random_flip") == "True"
-    images = torch.from_numpy(judge.data.images[judge.sides == Split.TRAIN]).permute(0, 3, 1, 2)
+    images = torch.from_numpy(judge.data.images[judge.splits == Split.TRAIN]).permute(0, 3, 1, 2)
     unet = unet_of(images.shape[2], parameters)
     noising = DDPMScheduler(**SCHEDULE)
     optimizer = torch.optim.AdamW(unet.parameters(), lr=arguments.learning_rate)
@@ -120,8 +120,8 @@ def train(arguments: Arguments, budget: float, parameters: int) -> None:
     ema.copy_to(unet.parameters())
     with folder_written_atomically(arguments.output_dir / "unet") as temporary:
         unet.save_pretrained(temporary)
-        figures = {"cpu_seconds": used, "steps": steps, "pictures": len(images), "parameters": unet.num_parameters()}
-        write_json(temporary / "training.json", figures)
+        metrics = {"cpu_seconds": used, "steps": steps, "pictures": len(images), "parameters": unet.num_parameters()}
+        write_json(temporary / "training.json", metrics)
     print(f"U-Net: {unet.num_parameters():,} parameters, {steps} steps in {used:.0f} processor seconds")
 
 
@@ -183,7 +183,7 @@ def measure(
 ) -> dict[str, float | dict]:
     """Times, peak memory of sampling, and distance of the samples."""
     draw, parameters = prepare()
-    figures: dict[str, float | dict] = {"parameters": parameters}
+    metrics: dict[str, float | dict] = {"parameters": parameters}
     for count in (1, 64):
         draw(range(count))
         seconds = []
@@ -191,17 +191,17 @@ def measure(
             started = time.perf_counter()
             draw(range(count))
             seconds.append(time.perf_counter() - started)
-        figures[f"milliseconds_{count}"] = 1e3 * statistics.median(seconds)
-    figures["peak_rss_mb"] = peak_memory_megabytes()  # before the evaluation needs some
+        metrics[f"milliseconds_{count}"] = 1e3 * statistics.median(seconds)
+    metrics["peak_rss_mb"] = peak_memory_megabytes()  # before the evaluation needs some
     begins = progress_bar(range(0, arguments.num_samples, 64), desc="sampling", unit="batch")
     drawn = [draw(range(begin, min(begin + 64, arguments.num_samples))) for begin in begins]
     samples = np.ascontiguousarray((np.concatenate(drawn) * 255).round().astype(np.uint8))
-    source = PictureSource(
+    source = IndexedImages(
         len(samples), samples.shape[1:3], sha256(samples).hexdigest(), lambda rows: samples[rows.start : rows.stop]
     )
     judge = judge_of(arguments.run)
     assert isinstance(judge, PictureJudge)
-    return figures | judge.of_pictures(source)
+    return metrics | judge.of_pictures(source)
 
 
 def parameters_of(*modules: torch.nn.Module) -> int:

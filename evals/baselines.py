@@ -2,19 +2,19 @@
 
 import numpy as np
 
-from evals.features.extractor import Bench
+from evals.features.extractor import FeatureCache
 from latent_prior.pipeline import MNIFPipeline
-from latent_prior.sampling import BLOCK, Drawing
+from latent_prior.sampling import BLOCK, ExactSampler
 from mnif.latents.table import LatentTable
 
 
-def prior_latents(bench: Bench, pipeline: MNIFPipeline, seed: int, steps: int, fingerprint: str) -> np.ndarray:
+def prior_latents(bench: FeatureCache, pipeline: MNIFPipeline, seed: int, steps: int, fingerprint: str) -> np.ndarray:
     """The latents of as many samples of ``seed`` as the protocol asks for, [N, D] float32, memory-mapped.
 
     Sample i is the one of `mnif sample`, whichever process draws it; a shard of rows is a block of samples.
     """
     pipeline.set_progress_bar_config(disable=True)
-    drawing, width = Drawing(pipeline, seed, steps), pipeline.decoder.config.latent_dim
+    drawing, width = ExactSampler(pipeline, seed, steps), pipeline.decoder.config.latent_dim
 
     def drawn(rows: range) -> np.ndarray:
         return drawing.block(rows.start // BLOCK)[: len(rows)].cpu().numpy()

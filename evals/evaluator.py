@@ -42,7 +42,7 @@ class Measurement:
     """
 
     inputs: dict[str, str]
-    figures: Callable[[Processes], dict[str, Any]]
+    metrics: Callable[[Processes], dict[str, Any]]
 
 
 def room_of(signal: str, what: str) -> ModuleType:

@@ -42,7 +42,7 @@ class Reference:
     count: int | None
 
 
-def reference_of(data: ImageData, sides: np.ndarray, part: str) -> Reference:
+def reference_of(data: ImageData, splits: np.ndarray, part: str) -> Reference:
     """The part of the data that a protocol compares with.
 
     "half": half of the designs; the other half is the floor, and samples are no more than it has, so that both
@@ -51,7 +51,7 @@ def reference_of(data: ImageData, sides: np.ndarray, part: str) -> Reference:
     Raises:
         UserError: the data are too few.
     """
-    chosen = sides == Split.TRAIN if part == "train" else np.full(len(data), True)
+    chosen = splits == Split.TRAIN if part == "train" else np.full(len(data), True)
     half = data.held_out(0.5)
     first, second = np.flatnonzero(chosen & half), np.flatnonzero(chosen & ~half)
     if min(len(first), len(second)) < GROUPS:
@@ -64,7 +64,7 @@ def reference_of(data: ImageData, sides: np.ndarray, part: str) -> Reference:
     return Reference(np.flatnonzero(chosen), second, first, None)
 
 
-def set_figures(
+def set_metrics(
     features: Mapping[str, np.ndarray],
     real: np.ndarray,
     reference: Reference,
@@ -90,36 +90,36 @@ def set_figures(
     """
     drawn = {name: rows[: reference.count] for name, rows in features.items()}
     floor = {"_floor": real[reference.floor[: len(drawn[""]) if reference.count is not None else None]]}
-    figures = _figures(drawn, real[reference.rows], extractor, protocol)
-    figures |= _figures(floor, real[reference.floor_rows], extractor, protocol)
+    metrics = _metrics(drawn, real[reference.rows], extractor, protocol)
+    metrics |= _metrics(floor, real[reference.floor_rows], extractor, protocol)
     samples, others = drawn[""], real[reference.rows]
-    figures |= _infinity(GroupedFeatures(samples), moments_of(others), extractor)
+    metrics |= _infinity(GroupedFeatures(samples), moments_of(others), extractor)
     mean, spread = kernel_distance_of_subsets(samples, others)
-    return figures | {f"{extractor.kernel}_subset_mean": mean, f"{extractor.kernel}_subset_std": spread}
+    return metrics | {f"{extractor.kernel}_subset_mean": mean, f"{extractor.kernel}_subset_std": spread}
 
 
-def frechet_figures(features: Mapping[str, np.ndarray], reference: Moments, extractor: Extractor) -> dict[str, float]:
+def frechet_metrics(features: Mapping[str, np.ndarray], reference: Moments, extractor: Extractor) -> dict[str, float]:
     """The Fréchet distances of sets of drawn pictures from statistics alone, with their spreads.
 
     Args:
-        features: as for :func:`set_figures`.
+        features: as for :func:`set_metrics`.
         reference: the statistics.
         extractor: names the figures.
 
     Raises:
         UserError: too few samples, other features than the statistics have, or features that are not finite.
     """
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for ending, rows in features.items():
         grouped, name = GroupedFeatures(rows), f"{extractor.frechet}{ending}"
-        figures[name] = frechet_distance(grouped.moments(), reference)
-        figures[f"{name}_std"] = frechet_spread(grouped, reference)
+        metrics[name] = frechet_distance(grouped.moments(), reference)
+        metrics[f"{name}_std"] = frechet_spread(grouped, reference)
         if ending == "":
-            figures |= _infinity(grouped, reference, extractor)
-    return figures
+            metrics |= _infinity(grouped, reference, extractor)
+    return metrics
 
 
-def novelty_figures(
+def novelty_metrics(
     samples: np.ndarray, held_out: np.ndarray, train: np.ndarray
 ) -> tuple[dict[str, float], np.ndarray]:
     """``nn_ratio`` with its spread, if anything was held out, and the nearest training picture of every sample [N].
@@ -139,15 +139,15 @@ def novelty_figures(
     }, nearest
 
 
-def _figures(
+def _metrics(
     sets: Mapping[str, np.ndarray], real: np.ndarray, extractor: Extractor, protocol: Protocol
 ) -> dict[str, float]:
     moments, real_reach, k = moments_of(real), reach(real, protocol.neighbours), protocol.neighbours
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name, rows in sets.items():
         grouped = GroupedFeatures(rows)
         distance, spread = kernel_distance_with_spread(rows, real)
-        figures |= {
+        metrics |= {
             f"{extractor.frechet}{name}": frechet_distance(grouped.moments(), moments),
             f"{extractor.frechet}{name}_std": frechet_spread(grouped, moments),
             f"{extractor.kernel}{name}": distance,
@@ -156,9 +156,9 @@ def _figures(
         shares = overlap(rows, real, k, real_reach)
         for figure in ("precision", "recall", "density", "coverage"):
             values = getattr(shares, figure)
-            figures[f"{figure}_{extractor.suffix}{name}"] = float(values.mean())
-            figures[f"{figure}_{extractor.suffix}{name}_std"] = standard_error(values)
-    return figures
+            metrics[f"{figure}_{extractor.suffix}{name}"] = float(values.mean())
+            metrics[f"{figure}_{extractor.suffix}{name}_std"] = standard_error(values)
+    return metrics
 
 
 def _infinity(samples: GroupedFeatures, reference: Moments, extractor: Extractor) -> dict[str, float]:

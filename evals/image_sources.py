@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evals.features.extractor import PictureSource
+from evals.features.extractor import IndexedImages
 from export.device import runtime
 from export.device.bundle import BundleError
 from export.device.runtime import Sampler, load_bundle
-from mnif.data.images import ImageData, array_source, load_images, opened, picture_files, picture_size
+from mnif.data.images import ImageData, array_source, image_files, image_size, load_images, open_image
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_file
-from mnif.utils.pixels import to_pixels
+from mnif.utils.pixels import to_uint8
 
 _BESIDE_SAMPLES = (".json", ".jsonl", ".safetensors", ".md", ".html", ".log")  # what commands write there themselves
 
@@ -23,29 +23,29 @@ _BESIDE_SAMPLES = (".json", ".jsonl", ".safetensors", ".md", ".html", ".log")  #
 _DECODED_AT_ONCE = 64
 
 
-def data_pictures(data: ImageData) -> PictureSource:
+def data_images(data: ImageData) -> IndexedImages:
     """The pictures of a data set."""
     height, width = data.images.shape[1:3]
     images = data.images
-    return PictureSource(
+    return IndexedImages(
         len(data), (height, width), data.fingerprint(), lambda rows: np.asarray(images[rows.start : rows.stop])
     )
 
 
-def sample_pictures(source: str) -> PictureSource:
+def sample_images(source: str) -> IndexedImages:
     """The pictures in a folder, ``.npz`` or ``.npy`` file, in the order of their names.
 
     Raises:
         UserError: there are fewer than two, something else is among them, they differ in size or are not RGB.
     """
     path = Path(source)
-    found = _folder_pictures(path) if path.is_dir() else _file_pictures(path)
+    found = _folder_images(path) if path.is_dir() else _file_images(path)
     if found.count < 2:
         raise UserError(f"--samples {source}: {found.count} picture; at least 2 are needed")
     return found
 
 
-def latent_pictures(decoder: MNIFModel, latents: np.ndarray, fingerprint: str, quantise: bool) -> PictureSource:
+def latent_images(decoder: MNIFModel, latents: np.ndarray, fingerprint: str, quantise: bool) -> IndexedImages:
     """What a decoder draws of latents [N, D] float32.
 
     Args:
@@ -62,10 +62,10 @@ def latent_pictures(decoder: MNIFModel, latents: np.ndarray, fingerprint: str, q
             wanted = torch.from_numpy(np.array(latents[rows.start : rows.stop])).to(decoder.device)
             return np.concatenate([_pixels(decoder(batch), quantise) for batch in wanted.split(_DECODED_AT_ONCE)])
 
-    return PictureSource(len(latents), (height, width), f"{fingerprint} quantised {quantise}", read)
+    return IndexedImages(len(latents), (height, width), f"{fingerprint} quantised {quantise}", read)
 
 
-def bundle_pictures(folder: Path, count: int, seed: int) -> PictureSource:
+def bundle_images(folder: Path, count: int, seed: int) -> IndexedImages:
     """Samples 0 to ``count`` - 1 of ``seed`` from an exported bundle, drawn by ONNX Runtime.
 
     Raises:
@@ -74,7 +74,7 @@ def bundle_pictures(folder: Path, count: int, seed: int) -> PictureSource:
 
     def read(rows: range) -> np.ndarray:
         try:
-            return runtime.to_pixels(sampler(len(rows), seed, rows.start, _DECODED_AT_ONCE))
+            return runtime.to_uint8(sampler(len(rows), seed, rows.start, _DECODED_AT_ONCE))
         except BundleError as error:
             raise UserError(str(error)) from None
 
@@ -86,11 +86,11 @@ def bundle_pictures(folder: Path, count: int, seed: int) -> PictureSource:
     if len(shape) != 4 or shape[3] != 3:
         raise UserError(f"--bundle {folder}: draws samples of shape {list(shape[1:])}; RGB pictures are needed")
     fingerprint = f"{sha256_of_file(folder / 'manifest.json')} seed {seed}"
-    return PictureSource(count, (shape[1], shape[2]), fingerprint, read)
+    return IndexedImages(count, (shape[1], shape[2]), fingerprint, read)
 
 
-def _folder_pictures(folder: Path) -> PictureSource:
-    files = picture_files(folder)
+def _folder_images(folder: Path) -> IndexedImages:
+    files = image_files(folder)
     strangers = [
         path.name
         for path in sorted(folder.iterdir())
@@ -101,7 +101,7 @@ def _folder_pictures(folder: Path) -> PictureSource:
             raise UserError(f"{folder / name}: no picture; move it away from the samples")
     digest, sizes = hashlib.sha256(), Counter[tuple[int, int]]()
     for name, path in files.items():
-        with opened(path) as image:
+        with open_image(path) as image:
             sizes[image.height, image.width] += 1
             if image.mode not in ("RGB", "P") or "transparency" in image.info:
                 raise UserError(f"{path}: a picture of mode {image.mode}; RGB without transparency is needed")
@@ -117,26 +117,26 @@ def _folder_pictures(folder: Path) -> PictureSource:
     def read(rows: range) -> np.ndarray:
         images = []
         for path in paths[rows.start : rows.stop]:
-            with opened(path) as image:
+            with open_image(path) as image:
                 images.append(np.asarray(image.convert("RGB")))
         return np.stack(images)
 
-    return PictureSource(len(paths), size, digest.hexdigest(), read)
+    return IndexedImages(len(paths), size, digest.hexdigest(), read)
 
 
-def _file_pictures(path: Path) -> PictureSource:
-    size = picture_size(str(path))
+def _file_images(path: Path) -> IndexedImages:
+    size = image_size(str(path))
     images = array_source(path).array
     if images is not None and images.shape[3:] != (3,):
         raise UserError(f"{path}: pictures {list(images.shape[1:])}; RGB is needed, [N, H, W, 3]")
-    return data_pictures(load_images(str(path), size))
+    return data_images(load_images(str(path), size))
 
 
 def _pixels(values: torch.Tensor, quantise: bool) -> np.ndarray:
-    return to_pixels(values) if quantise else (values.clamp(-1, 1) * 127.5 + 127.5).cpu().numpy()
+    return to_uint8(values) if quantise else (values.clamp(-1, 1) * 127.5 + 127.5).cpu().numpy()
 
 
-def shown(source: PictureSource, rows: np.ndarray) -> np.ndarray:
+def shown(source: IndexedImages, rows: np.ndarray) -> np.ndarray:
     """A few pictures by number, to look at: uint8."""
     images = np.concatenate([source.read(range(row, row + 1)) for row in rows.tolist()])
     return images if images.dtype == np.uint8 else images.round().astype(np.uint8)

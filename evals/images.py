@@ -10,20 +10,20 @@ import torch
 
 from evals.baselines import gaussian_latents, prior_latents
 from evals.evaluator import Measurement
-from evals.features.extractor import Bench, Extractor, PictureSource, extractor_by_name, stated
-from evals.image_sets import Reference, frechet_figures, novelty_figures, reference_of, set_figures
-from evals.image_sources import bundle_pictures, data_pictures, latent_pictures, sample_pictures, shown
-from evals.loaded_run import is_of, latent_table_of, sides_of
+from evals.features.extractor import Extractor, FeatureCache, IndexedImages, extractor_by_name, stated
+from evals.image_sets import Reference, frechet_metrics, novelty_metrics, reference_of, set_metrics
+from evals.image_sources import bundle_images, data_images, latent_images, sample_images, shown
+from evals.loaded_run import is_of, latent_table_of, splits_of
 from evals.metrics.frechet import frechet_distance_from_features, is_statistics, load_moments, moments_of, save_moments
-from evals.metrics.neighbours import memorisation_figures
+from evals.metrics.neighbours import memorisation_metrics
 from evals.metrics.reconstruction import SSIM_WINDOW, border_step_ratio, psnr_per_image, ssim_per_image
 from evals.metrics.uncertainty import GROUPS, GroupedFeatures, frechet_spread, spread_over_halves, standard_error
 from evals.protocol import EvalArguments, protocol_of
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
-from mnif.data.batches import rows_of
+from mnif.data.batches import array_dataset
 from mnif.data.dataset import Split
 from mnif.data.images import ImageData, load_images
-from mnif.latents.inference import Finder, latents_of, load_finder
+from mnif.latents.inference import LatentInit, infer_latents, load_latent_init
 from mnif.latents.inner_loop import InnerLoop
 from mnif.latents.pca import fit_pca
 from mnif.latents.table import LatentTable
@@ -31,7 +31,7 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.signals.registry import signal_of_model
 from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_file, sha256_of_folder
-from mnif.utils.pixels import picture_grid, save_picture
+from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import Processes
 
 SHOWN = 24
@@ -59,19 +59,19 @@ class Reconstructions:
 
     def __init__(
         self,
-        bench: Bench,
+        bench: FeatureCache,
         decoder: MNIFModel,
-        finder: Finder,
+        latent_init: LatentInit,
         reference: ImageData,
-        sides: np.ndarray,
+        splits: np.ndarray,
         table: LatentTable | None,
-        asked: EvalArguments,
+        arguments: EvalArguments,
         fingerprint: str,
     ):
-        self.bench, self.decoder, self.finder, self.reference = bench, decoder, finder, reference
-        self.sides, self.table, self.asked, self.fingerprint = sides, table, asked, fingerprint
+        self.bench, self.decoder, self.latent_init, self.reference = bench, decoder, latent_init, reference
+        self.splits, self.table, self.arguments, self.fingerprint = splits, table, arguments, fingerprint
 
-    def figures(self, real: np.ndarray) -> dict[str, float]:
+    def metrics(self, real: np.ndarray) -> dict[str, float]:
         """PSNR, SSIM and distance of every side's reconstructions and of its controls, and border steps.
 
         Args:
@@ -84,11 +84,11 @@ class Reconstructions:
         """
         components, controls = self._controls()
         found: dict[str, float] = {"pca_components": components}
-        for part, side in (("train", Split.TRAIN), ("heldout", Split.HELD_OUT), ("test", Split.TEST)):
-            rows = np.flatnonzero(self.sides == side)
+        for part, split in (("train", Split.TRAIN), ("heldout", Split.HELD_OUT), ("test", Split.TEST)):
+            rows = np.flatnonzero(self.splits == split)
             if not len(rows):
                 continue
-            latents = self._latents(rows, side)
+            latents = self._latents(rows, split)
             picked = evenly(len(rows), self.bench.protocol.num_samples)
             found |= self._quality(rows, self._drawn(latents), part)
             found |= self._distance(rows[picked], self._drawn(latents[picked]), part, real)
@@ -98,8 +98,8 @@ class Reconstructions:
                     found |= self._distance(
                         rows[picked], self._control(name, control, rows[picked]), f"pca_{part}", real
                     )
-            if side != Split.TRAIN and self.finder is not None:
-                at_once = "inner_loop" if isinstance(self.finder, InnerLoop) else "encoder"
+            if split != Split.TRAIN and self.latent_init is not None:
+                at_once = "inner_loop" if isinstance(self.latent_init, InnerLoop) else "encoder"
                 found |= self._quality(rows, self._drawn(self._searched(rows, 0)), f"{part}_{at_once}")
             if self.bench.processes.is_main:
                 found |= self._borders(rows, self._drawn(latents), part)
@@ -107,7 +107,7 @@ class Reconstructions:
 
     def _controls(self) -> tuple[int, dict[str, Callable[[np.ndarray], np.ndarray]]]:
         """How many components PCA has, and what it and the mean picture make of pictures on [0, 1]."""
-        train = np.flatnonzero(self.sides == Split.TRAIN)
+        train = np.flatnonzero(self.splits == Split.TRAIN)
         numbers = self.reference.images[0].size
         some = self.reference.images[train[evenly(len(train), max(_PCA_NUMBERS // numbers, 1))]] / np.float32(255)
         # PCA cannot have more components than there are pictures or numbers in one.
@@ -115,7 +115,7 @@ class Reconstructions:
         pca, mean = fit_pca(some, components), some.mean(axis=0, dtype=np.float64).astype(np.float32)
         return components, {"pca": pca.reconstruct, "mean": lambda images: np.broadcast_to(mean, images.shape)}
 
-    def _control(self, name: str, control: Callable[[np.ndarray], np.ndarray], rows: np.ndarray) -> PictureSource:
+    def _control(self, name: str, control: Callable[[np.ndarray], np.ndarray], rows: np.ndarray) -> IndexedImages:
         images, quantise = self.reference.images, self.bench.protocol.quantise
 
         def read(some: range) -> np.ndarray:
@@ -123,22 +123,22 @@ class Reconstructions:
             return values.round().astype(np.uint8) if quantise else values
 
         height, width = images.shape[1:3]
-        key = f"{self.fingerprint} {name} {quantise} {_hash_of(rows)} {_hash_of(self.sides)}"
-        return PictureSource(len(rows), (height, width), key, read)
+        key = f"{self.fingerprint} {name} {quantise} {_hash_of(rows)} {_hash_of(self.splits)}"
+        return IndexedImages(len(rows), (height, width), key, read)
 
-    def _latents(self, rows: np.ndarray, side: Split) -> np.ndarray:
-        if side == Split.TRAIN and self.finder is not None:
+    def _latents(self, rows: np.ndarray, split: Split) -> np.ndarray:
+        if split == Split.TRAIN and self.latent_init is not None:
             return self._searched(rows, 0)
-        if side == Split.TRAIN and self.table is not None:
+        if split == Split.TRAIN and self.table is not None:
             return self.table.train.numpy()
-        return self._searched(rows, self.asked.refinement_steps)
+        return self._searched(rows, self.arguments.refinement_steps)
 
     def _searched(self, rows: np.ndarray, steps: int) -> np.ndarray:
         """Latents of some of the pictures, [n, D]."""
         signal, images = signal_of_model(self.decoder), self.reference.images
 
         def compute(batch: np.ndarray) -> np.ndarray:
-            found = latents_of(self.decoder, signal, rows_of({"images": batch}), self.finder, steps)
+            found = infer_latents(self.decoder, signal, array_dataset({"images": batch}), self.latent_init, steps)
             return torch.cat([*found]).cpu().numpy()
 
         def load(some: range) -> np.ndarray:
@@ -147,11 +147,11 @@ class Reconstructions:
         key, width = [self.fingerprint, "latents", _hash_of(rows), steps], self.decoder.config.latent_dim
         return self.bench.rows(key, len(rows), width, load, compute, "finding latents")
 
-    def _drawn(self, latents: np.ndarray) -> PictureSource:
+    def _drawn(self, latents: np.ndarray) -> IndexedImages:
         fingerprint = f"{self.fingerprint} {_hash_of(latents)}"
-        return latent_pictures(self.decoder, latents, fingerprint, self.bench.protocol.quantise)
+        return latent_images(self.decoder, latents, fingerprint, self.bench.protocol.quantise)
 
-    def _quality(self, rows: np.ndarray, drawn: PictureSource, ending: str) -> dict[str, float]:
+    def _quality(self, rows: np.ndarray, drawn: IndexedImages, ending: str) -> dict[str, float]:
         """PSNR and SSIM of reconstructions, and the standard errors of these means."""
         images = self.reference.images
 
@@ -170,7 +170,7 @@ class Reconstructions:
             found |= {f"{name}_{ending}": float(column.mean()), f"{name}_{ending}_std": standard_error(column)}
         return found
 
-    def _distance(self, rows: np.ndarray, drawn: PictureSource, ending: str, real: np.ndarray) -> dict[str, float]:
+    def _distance(self, rows: np.ndarray, drawn: IndexedImages, ending: str, real: np.ndarray) -> dict[str, float]:
         """The Fréchet distance of reconstructions from their originals."""
         features = self.bench.features(drawn, f"reconstructions, {ending}")
         if not self.bench.processes.is_main or len(rows) < 2:
@@ -181,12 +181,12 @@ class Reconstructions:
             found[f"{name}_std"] = frechet_spread(GroupedFeatures(features), moments_of(originals))
         return found
 
-    def _borders(self, rows: np.ndarray, drawn: PictureSource, part: str) -> dict[str, float]:
+    def _borders(self, rows: np.ndarray, drawn: IndexedImages, part: str) -> dict[str, float]:
         """Steps across the borders of cells; and a picture of originals above reconstructions."""
         images, cells = self.reference.images, self.decoder.config.cells
         pick = evenly(len(rows), SHOWN)
         both = np.concatenate([images[rows[pick]], shown(drawn, pick)])
-        save_picture(self.asked.output_dir / f"reconstructions_{part}.png", picture_grid(both, columns=len(pick)))
+        save_image(self.arguments.output_dir / f"reconstructions_{part}.png", image_grid(both, columns=len(pick)))
         if cells == 1 or any(pixels % cells for pixels in drawn.size):
             return {}
         count = min(len(rows), _BORDERS)
@@ -209,13 +209,13 @@ def _hash_of(array: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
 
 
-def of_model(asked: EvalArguments) -> Measurement:
+def of_model(arguments: EvalArguments) -> Measurement:
     """Reconstructions and samples of a model of RGB pictures.
 
     Raises:
         UserError: the model lacks a stage or draws other pictures, or the reference or the extractor cannot be had.
     """
-    model = asked.model
+    model = arguments.model
     assert model is not None
     pipeline = load_pipeline(model)
     decoder = pipeline.decoder
@@ -223,68 +223,68 @@ def of_model(asked: EvalArguments) -> Measurement:
     if signal.channels != 3:
         raise UserError(f"{model}: a model of pictures with {signal.channels} channel(s); `mnif eval` measures RGB")
     size = decoder.config.resolution
-    room = _Room(asked, (size, size) if isinstance(size, int) else (size[0], size[1]))
+    room = _Room(arguments, (size, size) if isinstance(size, int) else (size[0], size[1]))
     measured = sha256_of_folder(model)
 
-    def figures(processes: Processes) -> dict[str, Any]:
+    def metrics(processes: Processes) -> dict[str, Any]:
         bench = room.bench(processes)
         pipeline.to(processes.device)
         table, quantise = latent_table_of(model, decoder), bench.protocol.quantise
-        latents = prior_latents(bench, pipeline, asked.seed, asked.num_inference_steps, measured)
-        name = f"{measured} {asked.seed} {asked.num_inference_steps}"
-        samples = latent_pictures(decoder, latents, name, quantise)
+        latents = prior_latents(bench, pipeline, arguments.seed, arguments.num_inference_steps, measured)
+        name = f"{measured} {arguments.seed} {arguments.num_inference_steps}"
+        samples = latent_images(decoder, latents, name, quantise)
         features = {"": bench.features(samples, "samples")}
         if table is not None:
-            drawn = gaussian_latents(table, len(latents), asked.seed)
-            pictures = latent_pictures(decoder, drawn, f"{measured} {asked.seed} Gaussian", quantise)
+            drawn = gaussian_latents(table, len(latents), arguments.seed)
+            pictures = latent_images(decoder, drawn, f"{measured} {arguments.seed} Gaussian", quantise)
             features["_gaussian"] = bench.features(pictures, "Gaussian latents")
-        found: dict[str, Any] = {"model": _facts(pipeline, asked)}
-        sides = room.sides()
-        if room.data is not None and sides is not None:
+        found: dict[str, Any] = {"model": _facts(pipeline, arguments)}
+        splits = room.splits()
+        if room.data is not None and splits is not None:
             known = table if table is not None and is_of(table, room.data) else None
-            sides = sides if known is None else sides_of(known, room.data)
-            finder = load_finder(model, signal)
-            finder = None if finder is None else finder.to(processes.device)
+            splits = splits if known is None else splits_of(known, room.data)
+            latent_init = load_latent_init(model, signal)
+            latent_init = None if latent_init is None else latent_init.to(processes.device)
             fingerprint = f"{measured} {room.fingerprint}"
-            found |= Reconstructions(bench, decoder, finder, room.data, sides, known, asked, fingerprint).figures(
-                room.real_features(bench)
-            )
+            found |= Reconstructions(
+                bench, decoder, latent_init, room.data, splits, known, arguments, fingerprint
+            ).metrics(room.real_features(bench))
         if processes.is_main and table is not None and table.held_out.any():
-            found |= memorisation_figures(latents, table)
-        return found | room.compared(bench, features, samples, sides)
+            found |= memorisation_metrics(latents, table)
+        return found | room.compared(bench, features, samples, splits)
 
-    return Measurement(room.inputs(measured), figures)
+    return Measurement(room.inputs(measured), metrics)
 
 
-def of_samples(asked: EvalArguments) -> Measurement:
+def of_samples(arguments: EvalArguments) -> Measurement:
     """A folder or file of pictures of one size.
 
     Raises:
         UserError: the samples are not such, or the reference or the extractor cannot be had.
     """
-    assert asked.samples is not None
-    return _of_pictures(asked, sample_pictures(asked.samples))
+    assert arguments.samples is not None
+    return _of_pictures(arguments, sample_images(arguments.samples))
 
 
-def of_bundle(asked: EvalArguments) -> Measurement:
+def of_bundle(arguments: EvalArguments) -> Measurement:
     """What an exported bundle draws.
 
     Raises:
         UserError: it cannot be used, or the reference or the extractor cannot be had.
     """
-    assert asked.bundle is not None
-    return _of_pictures(asked, bundle_pictures(asked.bundle, protocol_of(asked).num_samples, asked.seed))
+    assert arguments.bundle is not None
+    return _of_pictures(arguments, bundle_images(arguments.bundle, protocol_of(arguments).num_samples, arguments.seed))
 
 
-def _of_pictures(asked: EvalArguments, pictures: PictureSource) -> Measurement:
-    room = _Room(asked, pictures.size)
+def _of_pictures(arguments: EvalArguments, pictures: IndexedImages) -> Measurement:
+    room = _Room(arguments, pictures.size)
 
-    def figures(processes: Processes) -> dict[str, Any]:
+    def metrics(processes: Processes) -> dict[str, Any]:
         bench = room.bench(processes)
         samples = pictures.first(bench.protocol.num_samples)
-        return room.compared(bench, {"": bench.features(samples, "samples")}, samples, room.sides())
+        return room.compared(bench, {"": bench.features(samples, "samples")}, samples, room.splits())
 
-    return Measurement(room.inputs(pictures.fingerprint), figures)
+    return Measurement(room.inputs(pictures.fingerprint), metrics)
 
 
 class _Room:
@@ -298,101 +298,101 @@ class _Room:
         UserError: the reference or the extractor cannot be had.
     """
 
-    def __init__(self, asked: EvalArguments, size: tuple[int, int]) -> None:
-        self.asked, self.protocol = asked, protocol_of(asked)
+    def __init__(self, arguments: EvalArguments, size: tuple[int, int]) -> None:
+        self.arguments, self.protocol = arguments, protocol_of(arguments)
         if self.protocol.num_samples < GROUPS:
             raise UserError(f"--num_samples {self.protocol.num_samples}: at least {GROUPS} pictures are needed")
-        of_statistics = is_statistics(Path(asked.reference))
-        self.data = None if of_statistics else load_images(asked.reference, size)
+        of_statistics = is_statistics(Path(arguments.reference))
+        self.data = None if of_statistics else load_images(arguments.reference, size)
         processes = Processes()
         if processes.is_main:  # who may download
             self._extractor(processes)
         processes.wait()
         self.extractor = self._extractor(processes)
         self.stated = stated(self.protocol, self.extractor, size)
-        self.statistics = load_moments(Path(asked.reference), self.stated) if of_statistics else None
+        self.statistics = load_moments(Path(arguments.reference), self.stated) if of_statistics else None
 
     def _extractor(self, processes: Processes) -> Extractor:
         protocol = self.protocol
         return extractor_by_name(
-            protocol.extractor, self.asked.inception_weights, processes.device, grey=protocol.grey
+            protocol.extractor, self.arguments.inception_weights, processes.device, grey=protocol.grey
         )
 
     @property
     def fingerprint(self) -> str:
         """Of the reference."""
-        return sha256_of_file(Path(self.asked.reference)) if self.data is None else self.data.fingerprint()
+        return sha256_of_file(Path(self.arguments.reference)) if self.data is None else self.data.fingerprint()
 
     def inputs(self, measured: str) -> dict[str, str]:
         """What the figures depend on."""
         return {"measured": measured, "reference_fingerprint": self.fingerprint}
 
-    def bench(self, processes: Processes) -> Bench:
+    def bench(self, processes: Processes) -> FeatureCache:
         """Where features are made."""
-        return Bench(self.protocol, self.extractor, processes, self.asked.output_dir / ".parts")
+        return FeatureCache(self.protocol, self.extractor, processes, self.arguments.output_dir / ".parts")
 
-    def sides(self) -> np.ndarray | None:
+    def splits(self) -> np.ndarray | None:
         """The sides of the reference as the flags cut them."""
         if self.data is None:
             return None
-        return self.data.split(self.asked.held_out_fraction, self.asked.test_fraction)
+        return self.data.split(self.arguments.held_out_fraction, self.arguments.test_fraction)
 
-    def real_features(self, bench: Bench) -> np.ndarray:
+    def real_features(self, bench: FeatureCache) -> np.ndarray:
         """Of all of the reference, kept for the next evaluation."""
         assert self.data is not None
-        return bench.features(data_pictures(self.data), "real pictures", keep=True)
+        return bench.features(data_images(self.data), "real pictures", keep=True)
 
     def compared(
-        self, bench: Bench, features: dict[str, np.ndarray], samples: PictureSource, sides: np.ndarray | None
+        self, bench: FeatureCache, features: dict[str, np.ndarray], samples: IndexedImages, splits: np.ndarray | None
     ) -> dict[str, Any]:
         """The figures of sets of drawn pictures, with their protocol; every process calls it."""
         protocol: dict[str, Any] = self.stated | {
-            "preset": self.asked.preset,
+            "preset": self.arguments.preset,
             "quantised": self.protocol.quantise,
-            "reference": self.asked.reference,
-            "seed": self.asked.seed,
+            "reference": self.arguments.reference,
+            "seed": self.arguments.seed,
         }
         if self.statistics is not None:
-            found: dict[str, Any] = frechet_figures(features, self.statistics, self.extractor)
+            found: dict[str, Any] = frechet_metrics(features, self.statistics, self.extractor)
             protocol |= {"samples": len(features[""]), "reference_images": self.statistics.count}
         else:
             assert self.data is not None
-            assert sides is not None
+            assert splits is not None
             real = self.real_features(bench)
             if not bench.processes.is_main:
                 return {}
-            reference = reference_of(self.data, sides, self.protocol.part)
-            found = set_figures(features, real, reference, self.extractor, self.protocol)
-            found |= self._novelty(features[""], real, samples, sides)
-            protocol |= self._counts(reference, sides, len(features[""]))
-            if self.asked.save_statistics is not None:
-                more = {"reference": self.asked.reference, "part": self.protocol.part}
+            reference = reference_of(self.data, splits, self.protocol.part)
+            found = set_metrics(features, real, reference, self.extractor, self.protocol)
+            found |= self._novelty(features[""], real, samples, splits)
+            protocol |= self._counts(reference, splits, len(features[""]))
+            if self.arguments.save_statistics is not None:
+                more = {"reference": self.arguments.reference, "part": self.protocol.part}
                 moments = moments_of(real[reference.rows])
-                save_moments(self.asked.save_statistics, moments, self.stated | more)
+                save_moments(self.arguments.save_statistics, moments, self.stated | more)
         return found | {"protocol": protocol, "warnings": self._warnings(protocol)}
 
     def _novelty(
-        self, features: np.ndarray, real: np.ndarray, samples: PictureSource, sides: np.ndarray
+        self, features: np.ndarray, real: np.ndarray, samples: IndexedImages, splits: np.ndarray
     ) -> dict[str, float]:
         """How near samples lie to training pictures, and a picture of some above the nearest of these."""
         assert self.data is not None
-        train = np.flatnonzero(sides == Split.TRAIN)
+        train = np.flatnonzero(splits == Split.TRAIN)
         if not len(train):
             return {}
-        figures, nearest = novelty_figures(features, real[sides == Split.HELD_OUT], real[train])
+        metrics, nearest = novelty_metrics(features, real[splits == Split.HELD_OUT], real[train])
         first = np.arange(min(SHOWN, len(features)))
         pairs = np.concatenate([shown(samples, first), self.data.images[train[nearest[first]]]])
-        save_picture(self.asked.output_dir / "nearest.png", picture_grid(pairs, columns=len(first)))
-        return figures
+        save_image(self.arguments.output_dir / "nearest.png", image_grid(pairs, columns=len(first)))
+        return metrics
 
-    def _counts(self, reference: Reference, sides: np.ndarray, samples: int) -> dict[str, Any]:
+    def _counts(self, reference: Reference, splits: np.ndarray, samples: int) -> dict[str, Any]:
         return {
             "reference_part": self.protocol.part,
             "neighbours": self.protocol.neighbours,
             "samples": min(samples, reference.count or samples),
             "reference_images": len(reference.rows),
             "floor_images": min(samples, reference.count) if reference.count else len(reference.floor),
-            "held_out_images": int((sides == Split.HELD_OUT).sum()),
+            "held_out_images": int((splits == Split.HELD_OUT).sum()),
         }
 
     def _warnings(self, protocol: dict[str, Any]) -> list[str]:
@@ -405,7 +405,7 @@ class _Room:
         ]
 
 
-def _facts(pipeline: MNIFPipeline, asked: EvalArguments) -> dict[str, Any]:
+def _facts(pipeline: MNIFPipeline, arguments: EvalArguments) -> dict[str, Any]:
     """What quality is paid with."""
     decoder: MNIFModel = pipeline.decoder
     field = decoder.bake(decoder.coefficients(decoder.bases[0].new_zeros(1, decoder.config.latent_dim)))
@@ -415,5 +415,5 @@ def _facts(pipeline: MNIFPipeline, asked: EvalArguments) -> dict[str, Any]:
         "decoder_parameters": decoder.num_parameters(),
         "denoiser_parameters": pipeline.denoiser.num_parameters(),
         "multiply_adds_per_value": field.multiply_adds_per_point(),
-        "num_inference_steps": asked.num_inference_steps,
+        "num_inference_steps": arguments.num_inference_steps,
     }

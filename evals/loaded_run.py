@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
-from latent_prior.sampling import BLOCK, Drawing
-from mnif.data.batches import Rows, rows_of
-from mnif.data.dataset import Instances, Split
-from mnif.latents.inference import Finder, latents_of, load_finder
+from latent_prior.sampling import BLOCK, ExactSampler
+from mnif.data.batches import ArrayDataset, array_dataset
+from mnif.data.dataset import Dataset, Split
+from mnif.latents.inference import LatentInit, infer_latents, load_latent_init
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
@@ -20,19 +20,19 @@ from mnif.signals.registry import signal_of_model
 from mnif.utils.process import progress_bar
 
 
-def is_of(table: LatentTable, reference: Instances) -> bool:
+def is_of(table: LatentTable, reference: Dataset) -> bool:
     """Whether the table's instances are the reference's, in order, some perhaps kept out of it for a test."""
     known = set(table.ids)
     return table.ids == [id for id in reference.ids if id in known]
 
 
-def sides_of(table: LatentTable, reference: Instances) -> np.ndarray:
+def splits_of(table: LatentTable, reference: Dataset) -> np.ndarray:
     """Sides [N] of :class:`mnif.data.dataset.Split` as `mnif fit` cut them; it never looked at what is not in its
     table."""
-    sides = np.full(len(reference), Split.TEST, dtype=np.int8)
+    splits = np.full(len(reference), Split.TEST, dtype=np.int8)
     known = set(table.ids)
-    sides[[id in known for id in reference.ids]] = np.where(table.held_out.numpy(), Split.HELD_OUT, Split.TRAIN)
-    return sides
+    splits[[id in known for id in reference.ids]] = np.where(table.held_out.numpy(), Split.HELD_OUT, Split.TRAIN)
+    return splits
 
 
 def latent_table_of(model: Path, decoder: MNIFModel) -> LatentTable | None:
@@ -42,7 +42,7 @@ def latent_table_of(model: Path, decoder: MNIFModel) -> LatentTable | None:
 
 
 @dataclass(frozen=True)
-class Stages:
+class LoadedRun:
     """What a model folder and its run hold.
 
     Attributes:
@@ -55,41 +55,43 @@ class Stages:
 
     decoder: MNIFModel
     signal: Signal
-    finder: Finder
+    latent_init: LatentInit
     table: LatentTable | None
     pipeline: MNIFPipeline | None
 
     def to(self, device: torch.device) -> None:
         """Moves all networks."""
-        for network in (self.decoder, self.finder, self.pipeline):
+        for network in (self.decoder, self.latent_init, self.pipeline):
             if network is not None:
                 network.to(device)
 
-    def sides(self, data: Instances, held_out_fraction: float, test_fraction: float) -> np.ndarray:
+    def splits(self, data: Dataset, held_out_fraction: float, test_fraction: float) -> np.ndarray:
         """The sides [N] of :class:`mnif.data.dataset.Split` as `mnif fit` cut them, or by the flags if no table
         tells."""
         table = self.known(data)
-        return data.split(held_out_fraction, test_fraction) if table is None else sides_of(table, data)
+        return data.split(held_out_fraction, test_fraction) if table is None else splits_of(table, data)
 
-    def known(self, data: Instances) -> LatentTable | None:
+    def known(self, data: Dataset) -> LatentTable | None:
         """The table, if its instances are those of ``data``."""
         return self.table if self.table is not None and is_of(self.table, data) else None
 
-    def latents(self, data: Instances, sides: np.ndarray, side: Split, refinement_steps: int) -> tuple[Rows, Tensor]:
+    def latents(
+        self, data: Dataset, splits: np.ndarray, split: Split, refinement_steps: int
+    ) -> tuple[ArrayDataset, Tensor]:
         """The instances of one side and their latents [n, D].
 
         Training latents are the encoder's or inner loop's, or the table's without either; others are refined.
         """
-        rows = rows_of(data.arrays()).subset(np.flatnonzero(sides == side))
+        rows = array_dataset(data.arrays()).subset(np.flatnonzero(splits == split))
         table = self.known(data)
-        if side == Split.TRAIN and self.finder is None and table is not None:
+        if split == Split.TRAIN and self.latent_init is None and table is not None:
             return rows, table.train
-        steps = 0 if side == Split.TRAIN and self.finder is not None else refinement_steps
-        found = latents_of(self.decoder, self.signal, rows, self.finder, steps, batch_size=64, progress=True)
+        steps = 0 if split == Split.TRAIN and self.latent_init is not None else refinement_steps
+        found = infer_latents(self.decoder, self.signal, rows, self.latent_init, steps, batch_size=64, progress=True)
         return rows, torch.cat([*found])
 
 
-def load_stages(model: Path) -> Stages:
+def load_run(model: Path) -> LoadedRun:
     """Reads a model folder with what `mnif fit` left beside it.
 
     Raises:
@@ -99,12 +101,12 @@ def load_stages(model: Path) -> Stages:
     signal = signal_of_model(decoder)
     pipeline = load_pipeline(model) if (model / "denoiser").is_dir() else None
     table = latent_table_of(model, decoder)
-    return Stages(decoder, signal, load_finder(model, signal), table, pipeline)
+    return LoadedRun(decoder, signal, load_latent_init(model, signal), table, pipeline)
 
 
 def drawn_latents(pipeline: MNIFPipeline, count: int, seed: int, steps: int) -> Tensor:
     """The latents of samples 0 to ``count`` of ``seed`` as `mnif sample` draws them, [count, D]."""
     pipeline.set_progress_bar_config(disable=True)
-    drawing = Drawing(pipeline, seed, steps)
+    drawing = ExactSampler(pipeline, seed, steps)
     blocks = progress_bar(range(-(-count // BLOCK)), desc="sampling", unit="block")
     return torch.cat([drawing.block(number) for number in blocks])[:count]

@@ -66,11 +66,11 @@ class TableRow:
 def table_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[TableRow]:
     """The rows of a table of evaluations, each the content of a ``metrics.json``."""
     rows = []
-    for name in _figures(evaluations):
-        rows.append(TableRow(_label(name), [_cell(figures, name) for figures in evaluations]))
+    for name in _metrics(evaluations):
+        rows.append(TableRow(_label(name), [_cell(metrics, name) for metrics in evaluations]))
         for label, control in _controls(name):
-            if any(control in figures for figures in evaluations):
-                rows.append(TableRow(label, [_cell(figures, control) for figures in evaluations], control=True))
+            if any(control in metrics for metrics in evaluations):
+                rows.append(TableRow(label, [_cell(metrics, control) for metrics in evaluations], control=True))
     return rows
 
 
@@ -88,24 +88,24 @@ def protocol_line(protocol: Mapping[str, Any]) -> str:
     return "Protocol: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in protocol.items()) + "."
 
 
-def evaluation_markdown(figures: Mapping[str, Any], name: str) -> str:
+def evaluation_markdown(metrics: Mapping[str, Any], name: str) -> str:
     """One evaluation: its table, protocol, warnings and command."""
-    parts = [markdown_table(["figure", name], table_rows([figures]))]
-    parts += [f"**{warning}**\n" for warning in figures.get("warnings", [])]
-    if "protocol" in figures:
-        parts.append(protocol_line(figures["protocol"]) + "\n")
-    parts.append(f"`{figures['command']}`\n")
+    parts = [markdown_table(["figure", name], table_rows([metrics]))]
+    parts += [f"**{warning}**\n" for warning in metrics.get("warnings", [])]
+    if "protocol" in metrics:
+        parts.append(protocol_line(metrics["protocol"]) + "\n")
+    parts.append(f"`{metrics['command']}`\n")
     return "\n".join(parts)
 
 
-def _figures(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+def _metrics(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     """The names of all figures that get a row of their own."""
     names = dict.fromkeys(
-        name for figures in evaluations for name, value in figures.items() if isinstance(value, float)
+        name for metrics in evaluations for name, value in metrics.items() if isinstance(value, float)
     )
     controls = {control for name in names for _, control in _controls(name)}
-    sides = [name for name in names if name not in controls and name not in _ELSEWHERE]
-    shown = [name for name in sides if not name.endswith(_DETAILS)]
+    splits = [name for name in names if name not in controls and name not in _ELSEWHERE]
+    shown = [name for name in splits if not name.endswith(_DETAILS)]
     return sorted(shown, key=lambda name: next((i for i, word in enumerate(_ORDER) if name.startswith(word)), 99))
 
 
@@ -123,11 +123,11 @@ def _label(name: str) -> str:
     return _LABELS.get(name, name) + arrow
 
 
-def _cell(figures: Mapping[str, Any], name: str) -> str:
-    if name not in figures:
+def _cell(metrics: Mapping[str, Any], name: str) -> str:
+    if name not in metrics:
         return "–"
-    spread = figures.get(f"{name}_std")
-    return f"{figures[name]:.4g}" + (f" ± {spread:.1g}" if spread is not None else "")
+    spread = metrics.get(f"{name}_std")
+    return f"{metrics[name]:.4g}" + (f" ± {spread:.1g}" if spread is not None else "")
 
 
 LABELS = {
@@ -156,8 +156,8 @@ def comparison_plot(evaluations: Mapping[str, Mapping[str, Any]]) -> bytes | Non
     Args:
         evaluations: name → content of ``metrics.json``.
     """
-    qualities = [name for name in _QUALITIES if any(name in figures for figures in evaluations.values())]
-    of_models = {name: figures for name, figures in evaluations.items() if "model" in figures}
+    qualities = [name for name in _QUALITIES if any(name in metrics for metrics in evaluations.values())]
+    of_models = {name: metrics for name, metrics in evaluations.items() if "model" in metrics}
     if not of_models or not qualities:
         return None
     figure = Figure(figsize=(4.2 * len(COSTS), 3.4 * len(qualities)), dpi=110, layout="constrained")
@@ -165,11 +165,11 @@ def comparison_plot(evaluations: Mapping[str, Mapping[str, Any]]) -> bytes | Non
     grid = figure.subplots(len(qualities), len(COSTS), squeeze=False)
     for quality, panels in zip(qualities, grid, strict=True):
         for (cost, label), axes in zip(COSTS.items(), panels, strict=True):
-            for name, figures in of_models.items():
-                if quality in figures and cost in figures["model"]:
-                    spread = figures.get(f"{quality}_std", 0.0)
-                    axes.errorbar(figures["model"][cost], figures[quality], spread, fmt="o", capsize=3, label=name)
-            floors = [figures[f"{quality}_floor"] for figures in of_models.values() if f"{quality}_floor" in figures]
+            for name, metrics in of_models.items():
+                if quality in metrics and cost in metrics["model"]:
+                    spread = metrics.get(f"{quality}_std", 0.0)
+                    axes.errorbar(metrics["model"][cost], metrics[quality], spread, fmt="o", capsize=3, label=name)
+            floors = [metrics[f"{quality}_floor"] for metrics in of_models.values() if f"{quality}_floor" in metrics]
             if floors:
                 axes.axhline(min(floors), color="grey", linestyle=":", linewidth=1, label="real against real")
             axes.set(xlabel=label, ylabel=quality)

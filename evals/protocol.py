@@ -95,17 +95,17 @@ PRESETS = {
 """``paper`` is You et al., NeurIPS 2023: pytorch-fid on unrounded pictures, against the training set, with k = 3."""
 
 
-def protocol_of(asked: EvalArguments) -> Protocol:
+def protocol_of(arguments: EvalArguments) -> Protocol:
     """The preset with what the flags change in it.
 
     Raises:
         UserError: a number is out of range.
     """
-    protocol = PRESETS[asked.preset]
+    protocol = PRESETS[arguments.preset]
     for flag, least in (("num_samples", 2), ("neighbours", 1)):
-        value = getattr(asked, flag)
+        value = getattr(arguments, flag)
         if value is not None and value < least:
             raise UserError(f"--{flag} {value}: at least {least} {'are' if least > 1 else 'is'} needed")
         if value is not None:
             protocol = replace(protocol, **{flag: value})
-    return replace(protocol, extractor=asked.extractor or protocol.extractor)
+    return replace(protocol, extractor=arguments.extractor or protocol.extractor)

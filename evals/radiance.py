@@ -10,13 +10,13 @@ import torch
 
 from evals.baselines import gaussian_latents
 from evals.evaluator import Measurement
-from evals.features.extractor import Bench, PictureSource, extractor_by_name, stated
-from evals.image_sets import novelty_figures
-from evals.image_sources import sample_pictures
-from evals.loaded_run import Stages, drawn_latents, load_stages
+from evals.features.extractor import FeatureCache, IndexedImages, extractor_by_name, stated
+from evals.image_sets import novelty_metrics
+from evals.image_sources import sample_images
+from evals.loaded_run import LoadedRun, drawn_latents, load_run
 from evals.metrics.frechet import Moments, frechet_distance, moments_of
-from evals.metrics.neighbours import memorisation_figures
-from evals.metrics.reconstruction import SSIM_WINDOW, joined, mean_figures, psnr_per_image, ssim_per_image
+from evals.metrics.neighbours import memorisation_metrics
+from evals.metrics.reconstruction import SSIM_WINDOW, joined, mean_metrics, psnr_per_image, ssim_per_image
 from evals.metrics.uncertainty import GROUPS, GroupedFeatures, frechet_spread
 from evals.protocol import EvalArguments, protocol_of
 from mnif.data.dataset import Split
@@ -24,7 +24,7 @@ from mnif.data.views import ViewData, load_views
 from mnif.signals.radiance import RadianceField
 from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_folder
-from mnif.utils.pixels import picture_grid, save_picture
+from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import Processes, progress_bar
 
 _OBJECTS = 64  # of a side, evenly spread; what rendering costs
@@ -45,13 +45,13 @@ class ViewReconstructions:
         pictures: folder for originals above renderings.
     """
 
-    stages: Stages
+    run: LoadedRun
     data: ViewData
-    sides: np.ndarray
+    splits: np.ndarray
     refinement_steps: int
     pictures: Path
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """PSNR in dB and SSIM on [0, 1] of every side that has objects, means over objects with standard errors.
 
         ``psnr_novel_views_…`` is of the views that the model's ``held_out_views`` keep back from fitting and encoding,
@@ -59,16 +59,16 @@ class ViewReconstructions:
         nearest instead; ``…_mean_…`` the mean training object from that camera, if all objects have the same cameras.
         """
         found: dict[str, float] = {}
-        for part, side in (("train", Split.TRAIN), ("heldout", Split.HELD_OUT), ("test", Split.TEST)):
-            if (self.sides == side).any():
-                found |= self._side(part, side)
+        for part, split in (("train", Split.TRAIN), ("heldout", Split.HELD_OUT), ("test", Split.TEST)):
+            if (self.splits == split).any():
+                found |= self._side(part, split)
         return found
 
-    def _side(self, part: str, side: Split) -> dict[str, float]:
-        chosen = np.flatnonzero(self.sides == side)
-        _, latents = self.stages.latents(self.data, self.sides, side, self.refinement_steps)
+    def _side(self, part: str, split: Split) -> dict[str, float]:
+        chosen = np.flatnonzero(self.splits == split)
+        _, latents = self.run.latents(self.data, self.splits, split, self.refinement_steps)
         picked = np.unique(np.linspace(0, len(chosen) - 1, min(_OBJECTS, len(chosen))).round().astype(int))
-        signal = self.stages.signal
+        signal = self.run.signal
         assert isinstance(signal, RadianceField)
         count = self.data.images.shape[1]
         given = count - signal.held_out_views
@@ -82,7 +82,7 @@ class ViewReconstructions:
             row = chosen[place]
             for which, numbers in views.items():
                 truth = self.data.images[row, numbers] / 255
-                drawn = rendered(self.stages, latents[place : place + 1], self.data, row, numbers) / 255
+                drawn = rendered(self.run, latents[place : place + 1], self.data, row, numbers) / 255
                 ways = {"": drawn}
                 if which:
                     ways["nearest_"] = self.data.images[row, self._nearest(row, numbers, given)] / 255
@@ -91,16 +91,16 @@ class ViewReconstructions:
                     ways["mean_"] = means[numbers]
                 for way, pictures in ways.items():
                     scores.setdefault(which + way, []).append(_scores(pictures, truth))
-        self._save_picture(part, shown)
+        self._save_image(part, shown)
         found: dict[str, float] = {}
         for name, parts in scores.items():
-            found |= mean_figures(joined(parts), f"{name}{part}")
+            found |= mean_metrics(joined(parts), f"{name}{part}")
         return found
 
     def _mean_views(self) -> np.ndarray | None:
         """[V, H, W, 3] in [0, 1] over training objects, or None if their cameras differ."""
         poses = np.asarray(self.data.poses)
-        train = np.flatnonzero(self.sides == Split.TRAIN)
+        train = np.flatnonzero(self.splits == Split.TRAIN)
         if not len(train) or np.abs(poses - poses[:1]).max() > 1e-4:
             return None
         total = np.zeros(self.data.images.shape[1:])
@@ -113,19 +113,19 @@ class ViewReconstructions:
         cameras = self.data.poses[row, :, :3, 3]
         return np.linalg.norm(cameras[views, None] - cameras[None, :given], axis=-1).argmin(axis=1)
 
-    def _save_picture(self, part: str, shown: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    def _save_image(self, part: str, shown: list[tuple[np.ndarray, np.ndarray]]) -> None:
         if not shown:
             return
         some = [shown[row] for row in np.linspace(0, len(shown) - 1, min(_SHOWN, len(shown))).round().astype(int)]
         sheet = np.concatenate([np.stack([pair[0] for pair in some]), np.stack([pair[1] for pair in some])])
         pixels = (sheet * 255).round().astype(np.uint8)
-        save_picture(self.pictures / f"novel_views_{part}.png", picture_grid(pixels, columns=len(some)))
+        save_image(self.pictures / f"novel_views_{part}.png", image_grid(pixels, columns=len(some)))
 
 
 @torch.no_grad()
-def rendered(stages: Stages, latent: torch.Tensor, data: ViewData, row: int, views: np.ndarray) -> np.ndarray:
+def rendered(run: LoadedRun, latent: torch.Tensor, data: ViewData, row: int, views: np.ndarray) -> np.ndarray:
     """What a latent [1, D] shows to some of the cameras of an object: [views, H, W, 3] uint8."""
-    signal, decoder = stages.signal, stages.decoder
+    signal, decoder = run.signal, run.decoder
     assert isinstance(signal, RadianceField)
     batch = {name: torch.from_numpy(np.array(array[row : row + 1])) for name, array in data.arrays().items()}
     batch = {name: tensor.to(decoder.device) for name, tensor in batch.items()}
@@ -145,55 +145,55 @@ def _scores(pictures: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
 _VIEWS = 8  # of each object, evenly spread; more of the same object tell little
 
 
-def of_model(asked: EvalArguments) -> Measurement:
+def of_model(arguments: EvalArguments) -> Measurement:
     """Held-out views of a model of radiance fields, and its samples if it has a prior.
 
     Raises:
         UserError: the model, the reference or the extractor cannot be had.
     """
-    assert asked.model is not None
-    stages = load_stages(asked.model)
-    data = stages.signal.load_more(asked.reference)
+    assert arguments.model is not None
+    run = load_run(arguments.model)
+    data = run.signal.load_like(arguments.reference)
     assert isinstance(data, ViewData)
-    measured = sha256_of_folder(asked.model)
+    measured = sha256_of_folder(arguments.model)
 
-    def figures(processes: Processes) -> dict[str, Any]:
-        stages.to(processes.device)
-        sides = stages.sides(data, asked.held_out_fraction, asked.test_fraction)
+    def metrics(processes: Processes) -> dict[str, Any]:
+        run.to(processes.device)
+        splits = run.splits(data, arguments.held_out_fraction, arguments.test_fraction)
         found: dict[str, Any] = {}
-        if stages.pipeline is not None:
-            room = _Room(asked, data, processes)
-            count = room.count(asked.num_samples)
-            latents = drawn_latents(stages.pipeline, count, asked.seed, asked.num_inference_steps)
-            found |= room.compared(_drawn_sets(stages, latents, asked.seed), stages, sides, measured)
+        if run.pipeline is not None:
+            room = _Room(arguments, data, processes)
+            count = room.count(arguments.num_samples)
+            latents = drawn_latents(run.pipeline, count, arguments.seed, arguments.num_inference_steps)
+            found |= room.compared(_drawn_sets(run, latents, arguments.seed), run, splits, measured)
             found["protocol"] = room.protocol()
-            if stages.table is not None and stages.table.held_out.any():
-                found |= memorisation_figures(latents.cpu().numpy(), stages.table)
+            if run.table is not None and run.table.held_out.any():
+                found |= memorisation_metrics(latents.cpu().numpy(), run.table)
         if not processes.is_main:
             return {}
-        found |= ViewReconstructions(stages, data, sides, asked.refinement_steps, asked.output_dir).figures()
-        return found | {"protocol": found.get("protocol", {}) | _protocol(asked, data, sides)}
+        found |= ViewReconstructions(run, data, splits, arguments.refinement_steps, arguments.output_dir).metrics()
+        return found | {"protocol": found.get("protocol", {}) | _protocol(arguments, data, splits)}
 
-    return Measurement(_inputs(data, measured), figures)
+    return Measurement(_inputs(data, measured), metrics)
 
 
-def of_samples(asked: EvalArguments) -> Measurement:
+def of_samples(arguments: EvalArguments) -> Measurement:
     """Pictures of drawn objects, whatever cameras they are from.
 
     Raises:
         UserError: the samples are not pictures of one size, or the reference or the extractor cannot be had.
     """
-    assert asked.samples is not None
-    pictures = sample_pictures(asked.samples)
-    data = load_views(asked.reference, pictures.size)
+    assert arguments.samples is not None
+    pictures = sample_images(arguments.samples)
+    data = load_views(arguments.reference, pictures.size)
 
-    def figures(processes: Processes) -> dict[str, Any]:
-        room = _Room(asked, data, processes)
+    def metrics(processes: Processes) -> dict[str, Any]:
+        room = _Room(arguments, data, processes)
         features = room.bench.features(pictures.first(room.count(None) * len(room.views)), "samples")
-        sides = data.split(asked.held_out_fraction, asked.test_fraction)
-        return room.distances({"": features}) | {"protocol": room.protocol() | _protocol(asked, data, sides)}
+        splits = data.split(arguments.held_out_fraction, arguments.test_fraction)
+        return room.distances({"": features}) | {"protocol": room.protocol() | _protocol(arguments, data, splits)}
 
-    return Measurement(_inputs(data, pictures.fingerprint), figures)
+    return Measurement(_inputs(data, pictures.fingerprint), metrics)
 
 
 class _Room:
@@ -203,11 +203,11 @@ class _Room:
         UserError: there are too few objects, or the extractor cannot be had.
     """
 
-    def __init__(self, asked: EvalArguments, data: ViewData, processes: Processes) -> None:
-        protocol = protocol_of(asked)
-        extractor = extractor_by_name(protocol.extractor, asked.inception_weights, processes.device)
-        self.asked, self.data = asked, data
-        self.bench = Bench(protocol, extractor, processes, asked.output_dir / ".parts")
+    def __init__(self, arguments: EvalArguments, data: ViewData, processes: Processes) -> None:
+        protocol = protocol_of(arguments)
+        extractor = extractor_by_name(protocol.extractor, arguments.inception_weights, processes.device)
+        self.arguments, self.data = arguments, data
+        self.bench = FeatureCache(protocol, extractor, processes, arguments.output_dir / ".parts")
         count = data.images.shape[1]
         self.views = np.unique(np.linspace(0, count - 1, min(_VIEWS, count)).round().astype(int))
         half = data.held_out(0.5)
@@ -221,23 +221,23 @@ class _Room:
         return min(wanted or len(self.floor), len(self.floor))
 
     def compared(
-        self, sets: dict[str, torch.Tensor], stages: Stages, sides: np.ndarray, measured: str
+        self, sets: dict[str, torch.Tensor], run: LoadedRun, splits: np.ndarray, measured: str
     ) -> dict[str, Any]:
         """Distances of rendered latents, how near samples lie to training objects, and a picture of both."""
-        rendering = {name: self._rendered(stages, latents, f"{measured} {name}") for name, latents in sets.items()}
+        rendering = {name: self._rendered(run, latents, f"{measured} {name}") for name, latents in sets.items()}
         features = {name: self.bench.features(source, f"views{name}") for name, source in rendering.items()}
         found = self.distances(features)
         if not self.bench.processes.is_main:
             return found
-        real, train = self._by_object(self._real()), np.flatnonzero(sides == Split.TRAIN)
+        real, train = self._by_object(self._real()), np.flatnonzero(splits == Split.TRAIN)
         if len(train):
-            held_out = real[sides == Split.HELD_OUT]
-            novelty, nearest = novelty_figures(self._by_object(features[""]), held_out, real[train])
+            held_out = real[splits == Split.HELD_OUT]
+            novelty, nearest = novelty_metrics(self._by_object(features[""]), held_out, real[train])
             found |= novelty
             first = range(min(_SHOWN, len(sets[""])))
             above = [rendering[""].read(range(row * len(self.views), row * len(self.views) + 1))[0] for row in first]
             below = [self.data.images[train[nearest[row]], self.views[0]] for row in first]
-            save_picture(self.asked.output_dir / "nearest.png", picture_grid([*above, *below], columns=len(above)))
+            save_image(self.arguments.output_dir / "nearest.png", image_grid([*above, *below], columns=len(above)))
         return found
 
     def distances(self, features: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -280,24 +280,24 @@ class _Room:
 
         height, width = images.shape[2:4]
         key = f"{self.data.fingerprint()} views {views.tolist()}"
-        source = PictureSource(len(self.data) * len(views), (height, width), key, read)
+        source = IndexedImages(len(self.data) * len(views), (height, width), key, read)
         return self.bench.features(source, "real views", keep=True)
 
-    def _rendered(self, stages: Stages, latents: torch.Tensor, name: str) -> PictureSource:
+    def _rendered(self, run: LoadedRun, latents: torch.Tensor, name: str) -> IndexedImages:
         """What latents show to the cameras of the floor's objects, one after the other."""
         views, data, floor = self.views, self.data, self.floor
 
         def read(rows: range) -> np.ndarray:
             pictures = []
             for number in range(rows.start // len(views), -(-rows.stop // len(views))):
-                asked = [row % len(views) for row in rows if row // len(views) == number]
-                pictures.append(rendered(stages, latents[number : number + 1], data, floor[number], views[asked]))
+                arguments = [row % len(views) for row in rows if row // len(views) == number]
+                pictures.append(rendered(run, latents[number : number + 1], data, floor[number], views[arguments]))
             return np.concatenate(pictures)
 
         height, width = data.images.shape[2:4]
         digest = hashlib.sha256(np.ascontiguousarray(latents.cpu().numpy()).tobytes()).hexdigest()
         key = f"{name} {digest} {data.fingerprint()} {views.tolist()}"
-        return PictureSource(len(latents) * len(views), (height, width), key, read)
+        return IndexedImages(len(latents) * len(views), (height, width), key, read)
 
     def _mean_view_features(self) -> np.ndarray | None:
         """Of the mean of the floor's objects from each camera, one picture a camera; None if the cameras differ."""
@@ -325,26 +325,26 @@ class _Room:
         return frechet_spread(GroupedFeatures(whole.transpose(0, 2, 1, 3).reshape(-1, rows.shape[1])), reference)
 
 
-def _drawn_sets(stages: Stages, latents: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
+def _drawn_sets(run: LoadedRun, latents: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
     """Latents of samples and of their controls: a Gaussian's, and those of training objects."""
     sets = {"": latents}
-    if stages.table is not None:
-        sets["_gaussian"] = torch.from_numpy(gaussian_latents(stages.table, len(latents), seed))
-        sets["_reconstructed"] = stages.table.train[: len(latents)]
+    if run.table is not None:
+        sets["_gaussian"] = torch.from_numpy(gaussian_latents(run.table, len(latents), seed))
+        sets["_reconstructed"] = run.table.train[: len(latents)]
     return sets
 
 
-def _protocol(asked: EvalArguments, data: ViewData, sides: np.ndarray) -> dict[str, Any]:
+def _protocol(arguments: EvalArguments, data: ViewData, splits: np.ndarray) -> dict[str, Any]:
     """All that another number must share to be comparable."""
     height, width = data.images.shape[2:4]
     return {
-        "reference": asked.reference,
+        "reference": arguments.reference,
         "resolution": f"{height}×{width}",
         "psnr": "of pictures in [0, 1], mean over views, then over objects",
-        "seed": asked.seed,
-        "train_objects": int((sides == Split.TRAIN).sum()),
-        "held_out_objects": int((sides == Split.HELD_OUT).sum()),
-        "test_objects": int((sides == Split.TEST).sum()),
+        "seed": arguments.seed,
+        "train_objects": int((splits == Split.TRAIN).sum()),
+        "held_out_objects": int((splits == Split.HELD_OUT).sum()),
+        "test_objects": int((splits == Split.TEST).sum()),
     }
 
 

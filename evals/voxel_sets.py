@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evals.metrics.shapes import Metric, distance_matrix, set_figures, surfaces_of_grids
+from evals.metrics.shapes import Metric, distance_matrix, set_metrics, surfaces_of_grids
 from evals.metrics.uncertainty import spread_over_halves
 from mnif.data.dataset import Split
 from mnif.data.voxels import VoxelData
@@ -43,13 +43,13 @@ class RealShapes:
     left_out: int
 
 
-def real_shapes(data: VoxelData, sides: np.ndarray) -> RealShapes:
+def real_shapes(data: VoxelData, splits: np.ndarray) -> RealShapes:
     """Reference and floor, whole designs on either side, in random order.
 
     Raises:
         UserError: there are too few shapes.
     """
-    unseen, part = sides != Split.TRAIN, "unseen"
+    unseen, part = splits != Split.TRAIN, "unseen"
     if unseen.sum() < LEAST:
         unseen, part = data.held_out(0.5), "half"
     order = np.random.default_rng(0).permutation(len(data))
@@ -61,7 +61,7 @@ def real_shapes(data: VoxelData, sides: np.ndarray) -> RealShapes:
     return RealShapes(kept, stand_ins, part, len(here) + len(there) - len(kept) - len(stand_ins))
 
 
-def comparison_figures(
+def comparison_metrics(
     drawn: Mapping[str, np.ndarray], real: RealShapes, metric: Metric, points: int | None = None
 ) -> dict[str, float]:
     """MMD, COV and 1-NNA of each drawn set, and of the floor, with their standard errors.
@@ -84,7 +84,7 @@ def comparison_figures(
         some, title = shapes[:count, :points], f"{metric}{ending}"
         to_real = distance_matrix(some, reference, metric, "minima", title)
         among_drawn = distance_matrix(some, metric=metric, exact="minima", title=title)
-        for name, value in set_figures(to_real, among_drawn, among_real).items():
+        for name, value in set_metrics(to_real, among_drawn, among_real).items():
             figure, _, spread = name.partition("_")
             if np.isfinite(value):
                 found[f"{figure}_{metric}{ending}" + (f"_{spread}" if spread else "")] = value
@@ -108,17 +108,17 @@ class Novelty:
         nearest: the row of the nearest training shape for each drawn one, [S].
     """
 
-    figures: dict[str, float]
+    metrics: dict[str, float]
     nearest: np.ndarray
 
 
-def novelty_of(drawn: np.ndarray, data: VoxelData, sides: np.ndarray) -> Novelty:
+def novelty_of(drawn: np.ndarray, data: VoxelData, splits: np.ndarray) -> Novelty:
     """Compares drawn shapes [S, P, 3] with all training shapes; those without a surface do not count.
 
     Raises:
         UserError: there are no training shapes.
     """
-    train, held_out = np.flatnonzero(sides == Split.TRAIN), np.flatnonzero(sides == Split.HELD_OUT)
+    train, held_out = np.flatnonzero(splits == Split.TRAIN), np.flatnonzero(splits == Split.HELD_OUT)
     if not len(train):
         raise UserError(f"--reference {data.name}: no shape of it was trained on; lower --held_out_fraction")
     copies = _points(data, train[:: -(-len(train) // len(drawn))], "copy of ")
@@ -126,16 +126,16 @@ def novelty_of(drawn: np.ndarray, data: VoxelData, sides: np.ndarray) -> Novelty
     found, nearest = _nearest(np.concatenate([*queries.values()]), data, train)
     ends = np.cumsum([len(points) for points in queries.values()])
     samples, unseen, again = (part[np.isfinite(part)] for part in np.split(found, ends[:-1]))
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     if len(unseen) and len(samples):
         unit = float(np.median(unseen))
-        figures = {
+        metrics = {
             "nn_ratio": float(np.median(samples)) / unit,
             "nn_ratio_std": spread_over_halves(samples, lambda some: float(np.median(some))) / unit,
             "nn_ratio_copies": float(np.median(again)) / unit,
             "copied_share": float((samples < np.quantile(unseen, _COPIED_QUANTILE)).mean()),
         }
-    return Novelty(figures, nearest[: len(drawn)])
+    return Novelty(metrics, nearest[: len(drawn)])
 
 
 def _nearest(queries: np.ndarray, data: VoxelData, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -14,21 +14,21 @@ from torch import Tensor
 
 from evals.baselines import gaussian_latents
 from evals.evaluator import Measurement
-from evals.loaded_run import Stages, drawn_latents, load_stages
-from evals.metrics.neighbours import memorisation_figures
-from evals.metrics.reconstruction import PROTOCOL, joined, mean_figures, occupancy_scores
+from evals.loaded_run import LoadedRun, drawn_latents, load_run
+from evals.metrics.neighbours import memorisation_metrics
+from evals.metrics.reconstruction import PROTOCOL, joined, mean_metrics, occupancy_scores
 from evals.metrics.shapes import POINTS, SHOWN, Surfaces, chamfer_distance, surfaces_of_grids
 from evals.protocol import EvalArguments
-from evals.voxel_sets import LEAST, RealShapes, comparison_figures, novelty_of, real_shapes, set_size
+from evals.voxel_sets import LEAST, RealShapes, comparison_metrics, novelty_of, real_shapes, set_size
 from evals.voxel_sources import shape_files
-from mnif.data.batches import Rows
+from mnif.data.batches import ArrayDataset
 from mnif.data.dataset import Split
 from mnif.data.voxels import VoxelData, load_voxels
 from mnif.latents.pca import PCA, fit_pca
 from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_folder
 from mnif.utils.meshes import mesh_preview, occupancy_preview
-from mnif.utils.pixels import picture_grid, save_picture
+from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import Processes
 
 PIXELS = 96  # of a picture of a shape
@@ -68,14 +68,14 @@ class ShapeReconstructions:
         pictures: folder for originals above reconstructions.
     """
 
-    stages: Stages
+    run: LoadedRun
     data: VoxelData
-    sides: np.ndarray
+    splits: np.ndarray
     pca: PCA
     refinement_steps: int
     pictures: Path
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Of every side that has shapes: ``psnr``, ``iou``, ``accuracy`` and ``chamfer``, means with standard errors.
 
         Each for the model, for PCA (``iou_pca_heldout``) and for the mean shape; ``chamfer_floor_…`` is that of other
@@ -83,24 +83,24 @@ class ShapeReconstructions:
         empty or full, which the mean chamfer distance leaves out.
         """
         found: dict[str, float] = {"pca_components": len(self.pca.components)}
-        for part, side in (("train", Split.TRAIN), ("heldout", Split.HELD_OUT), ("test", Split.TEST)):
-            chosen = np.flatnonzero(self.sides == side)
+        for part, split in (("train", Split.TRAIN), ("heldout", Split.HELD_OUT), ("test", Split.TEST)):
+            chosen = np.flatnonzero(self.splits == split)
             if len(chosen):
-                rows, latents = self.stages.latents(self.data, self.sides, side, self.refinement_steps)
+                rows, latents = self.run.latents(self.data, self.splits, split, self.refinement_steps)
                 found |= self._side(part, chosen, rows, latents.cpu())
         return found
 
-    def _side(self, part: str, chosen: np.ndarray, rows: Rows, latents: Tensor) -> dict[str, float]:
+    def _side(self, part: str, chosen: np.ndarray, rows: ArrayDataset, latents: Tensor) -> dict[str, float]:
         picked = np.unique(np.linspace(0, len(chosen) - 1, min(_SURFACES, len(chosen))).round().astype(int))
         ids = [self.data.ids[row] for row in chosen[picked]]
         grids = self.data.occupancy(chosen[picked]).astype(np.float32)
         originals = surfaces_of_grids(grids, ids, level=0.5).points
         again = surfaces_of_grids(grids, [f"{id} again" for id in ids], level=0.5).points
-        found = mean_figures({"chamfer": _pairwise(again, originals)}, f"floor_{part}")
+        found = mean_metrics({"chamfer": _pairwise(again, originals)}, f"floor_{part}")
         for name, draw in {"": self._decoded, "pca_": self._projected, "mean_": self._mean}.items():
             pairs = self._batches(rows, latents)
             scores = joined([occupancy_scores(draw(some, targets), targets) for some, targets in pairs])
-            found |= mean_figures(scores, f"{name}{part}")
+            found |= mean_metrics(scores, f"{name}{part}")
             drawn = np.concatenate(
                 [
                     draw(some, targets)[..., 0].numpy()
@@ -110,19 +110,19 @@ class ShapeReconstructions:
             surfaces = surfaces_of_grids(drawn, [f"{name}reconstruction of {id}" for id in ids], level=0.0)
             found[f"no_surface_{name}{part}"] = surfaces.empty + surfaces.full
             if len(distances := _pairwise(surfaces.points, originals)):
-                found |= mean_figures({"chamfer": distances}, f"{name}{part}")
+                found |= mean_metrics({"chamfer": distances}, f"{name}{part}")
             if not name:
-                self._save_picture(part, grids > 0.5, drawn > 0)
+                self._save_image(part, grids > 0.5, drawn > 0)
         return found
 
-    def _batches(self, rows: Rows, latents: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, rows: ArrayDataset, latents: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Latents and what they should draw."""
         for batch, some in zip(rows.batches(_BATCH), latents.split(_BATCH), strict=True):
-            yield some, self.stages.signal.observe(batch).values
+            yield some, self.run.signal.observe(batch).values
 
     @torch.no_grad()
     def _decoded(self, latents: Tensor, originals: Tensor) -> Tensor:
-        decoder = self.stages.decoder
+        decoder = self.run.decoder
         return decoder(latents.to(decoder.device)).cpu()
 
     def _projected(self, latents: Tensor, originals: Tensor) -> Tensor:
@@ -131,10 +131,10 @@ class ShapeReconstructions:
     def _mean(self, latents: Tensor, originals: Tensor) -> Tensor:
         return torch.from_numpy(self.pca.mean).view(originals.shape[1:]).expand_as(originals)
 
-    def _save_picture(self, part: str, originals: np.ndarray, drawn: np.ndarray) -> None:
+    def _save_image(self, part: str, originals: np.ndarray, drawn: np.ndarray) -> None:
         some = np.linspace(0, len(originals) - 1, min(SHOWN, len(originals))).round().astype(int)
         views = [occupancy_preview(shape, PIXELS) for shape in (*originals[some], *drawn[some])]
-        save_picture(self.pictures / f"reconstructions_{part}.png", picture_grid(views, columns=len(some)))
+        save_image(self.pictures / f"reconstructions_{part}.png", image_grid(views, columns=len(some)))
 
 
 def _pairwise(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -143,82 +143,82 @@ def _pairwise(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.array([chamfer_distance(first, second) for first, second in zip(a[both], b[both], strict=True)])
 
 
-def of_model(asked: EvalArguments) -> Measurement:
+def of_model(arguments: EvalArguments) -> Measurement:
     """Reconstructions of a model of voxels, and its samples if it has a prior.
 
     Raises:
         UserError: the model or the reference cannot be read, or too few samples are asked for.
     """
-    assert asked.model is not None
-    _check_count(asked)
-    stages = load_stages(asked.model)
-    data = stages.signal.load_more(asked.reference)
+    assert arguments.model is not None
+    _check_count(arguments)
+    run = load_run(arguments.model)
+    data = run.signal.load_like(arguments.reference)
     assert isinstance(data, VoxelData)
 
-    def figures(processes: Processes) -> dict[str, Any]:
+    def metrics(processes: Processes) -> dict[str, Any]:
         if not processes.is_main:
             return {}
-        stages.to(processes.device)
-        sides = stages.sides(data, asked.held_out_fraction, asked.test_fraction)
-        train = np.flatnonzero(sides == Split.TRAIN)
+        run.to(processes.device)
+        splits = run.splits(data, arguments.held_out_fraction, arguments.test_fraction)
+        train = np.flatnonzero(splits == Split.TRAIN)
         if not len(train):
-            raise UserError(f"--reference {asked.reference}: none of it was trained on; lower --held_out_fraction")
-        pca = pca_of_shapes(data, train, stages.decoder.config.latent_dim)
-        steps, output = asked.refinement_steps, asked.output_dir
-        found: dict[str, Any] = ShapeReconstructions(stages, data, sides, pca, steps, output).figures()
+            raise UserError(f"--reference {arguments.reference}: none of it was trained on; lower --held_out_fraction")
+        pca = pca_of_shapes(data, train, run.decoder.config.latent_dim)
+        steps, output = arguments.refinement_steps, arguments.output_dir
+        found: dict[str, Any] = ShapeReconstructions(run, data, splits, pca, steps, output).metrics()
         found["warnings"] = [
             f"{found[name]} reconstructions of {part} shapes have no surface; chamfer_{part} leaves them out"
             for part in ("train", "heldout", "test")
             if found.get(name := f"no_surface_{part}")
         ]
-        if stages.pipeline is None:
-            return found | {"protocol": _protocol(asked, data, sides)}
-        real = real_shapes(data, sides)
-        count = min(asked.num_samples or len(real.reference), len(real.reference))
-        latents = drawn_latents(stages.pipeline, count, asked.seed, asked.num_inference_steps)
-        drawn = {"": _surfaces(stages, latents, "sample"), "_pca": _gaussian_pca(pca, data, train, count, asked.seed)}
-        if stages.table is not None:
-            gaussian = torch.from_numpy(gaussian_latents(stages.table, count, asked.seed))
-            drawn["_gaussian"] = _surfaces(stages, gaussian, "Gaussian latent")
-            if stages.table.held_out.any():
-                found |= memorisation_figures(latents.cpu().numpy(), stages.table)
-        compared = _compared(asked, drawn, real, data, sides)
+        if run.pipeline is None:
+            return found | {"protocol": _protocol(arguments, data, splits)}
+        real = real_shapes(data, splits)
+        count = min(arguments.num_samples or len(real.reference), len(real.reference))
+        latents = drawn_latents(run.pipeline, count, arguments.seed, arguments.num_inference_steps)
+        drawn = {"": _surfaces(run, latents, "sample"), "_pca": _gaussian_pca(pca, data, train, count, arguments.seed)}
+        if run.table is not None:
+            gaussian = torch.from_numpy(gaussian_latents(run.table, count, arguments.seed))
+            drawn["_gaussian"] = _surfaces(run, gaussian, "Gaussian latent")
+            if run.table.held_out.any():
+                found |= memorisation_metrics(latents.cpu().numpy(), run.table)
+        compared = _compared(arguments, drawn, real, data, splits)
         return found | compared | {"warnings": found["warnings"] + compared["warnings"]}
 
-    return Measurement(_inputs(data, sha256_of_folder(asked.model)), figures)
+    return Measurement(_inputs(data, sha256_of_folder(arguments.model)), metrics)
 
 
-def of_samples(asked: EvalArguments) -> Measurement:
+def of_samples(arguments: EvalArguments) -> Measurement:
     """Drawn shapes from files (:mod:`evals.voxel_sources`).
 
     Raises:
         UserError: the samples are not such, too few are asked for, or the reference cannot be read.
     """
-    assert asked.samples is not None
-    _check_count(asked)
-    files = shape_files(asked.samples)
-    data = load_voxels(asked.reference)
+    assert arguments.samples is not None
+    _check_count(arguments)
+    files = shape_files(arguments.samples)
+    data = load_voxels(arguments.reference)
 
-    def figures(processes: Processes) -> dict[str, Any]:
+    def metrics(processes: Processes) -> dict[str, Any]:
         if not processes.is_main:
             return {}
-        sides = data.split(asked.held_out_fraction, asked.test_fraction)
-        real = real_shapes(data, sides)
-        surfaces = files.surfaces(min(asked.num_samples or len(real.reference), len(real.reference)))
-        return _compared(asked, {"": surfaces}, real, data, sides)
+        splits = data.split(arguments.held_out_fraction, arguments.test_fraction)
+        real = real_shapes(data, splits)
+        surfaces = files.surfaces(min(arguments.num_samples or len(real.reference), len(real.reference)))
+        return _compared(arguments, {"": surfaces}, real, data, splits)
 
-    return Measurement(_inputs(data, files.fingerprint()), figures)
+    return Measurement(_inputs(data, files.fingerprint()), metrics)
 
 
-def _check_count(asked: EvalArguments) -> None:
-    if asked.num_samples is not None and asked.num_samples < LEAST:
-        raise UserError(f"--num_samples {asked.num_samples}: at least {LEAST} shapes are needed")
-    if asked.emd_points < 0:
-        raise UserError(f"--emd_points {asked.emd_points}: at least 0 is needed")
+def _check_count(arguments: EvalArguments) -> None:
+    if arguments.num_samples is not None and arguments.num_samples < LEAST:
+        raise UserError(f"--num_samples {arguments.num_samples}: at least {LEAST} shapes are needed")
+    if arguments.emd_points < 0:
+        raise UserError(f"--emd_points {arguments.emd_points}: at least 0 is needed")
 
 
 def _compared(
-    asked: EvalArguments, drawn: Mapping[str, Surfaces], real: RealShapes, data: VoxelData, sides: np.ndarray
+    arguments: EvalArguments, drawn: Mapping[str, Surfaces], real: RealShapes, data: VoxelData, splits: np.ndarray
 ) -> dict[str, Any]:
     """The figures of sets of drawn shapes with their protocol, and a picture of some above the nearest real ones."""
     samples = drawn[""]
@@ -228,29 +228,29 @@ def _compared(
     found: dict[str, Any] = {}
     for ending, surfaces in drawn.items():
         found |= {f"empty_shapes{ending}": surfaces.empty, f"full_shapes{ending}": surfaces.full}
-    found |= comparison_figures(points, real, "chamfer")
-    if asked.emd_points:
-        found |= comparison_figures(points, real, "emd", min(asked.emd_points, POINTS))
-    if (sides == Split.TRAIN).any():
-        novelty = novelty_of(samples.points, data, sides)
-        found |= novelty.figures
+    found |= comparison_metrics(points, real, "chamfer")
+    if arguments.emd_points:
+        found |= comparison_metrics(points, real, "emd", min(arguments.emd_points, POINTS))
+    if (splits == Split.TRAIN).any():
+        novelty = novelty_of(samples.points, data, splits)
+        found |= novelty.metrics
         nearest = data.occupancy(novelty.nearest[:SHOWN])
         nearest[~samples.present[:SHOWN]] = False  # what has no surface has no neighbour
         below = [occupancy_preview(shape, PIXELS) for shape in nearest]
         above = [mesh_preview(*mesh, PIXELS) for mesh in samples.meshes]
-        save_picture(asked.output_dir / "nearest.png", picture_grid([*above, *below], columns=len(above)))
-    protocol = _protocol(asked, data, sides) | {
+        save_image(arguments.output_dir / "nearest.png", image_grid([*above, *below], columns=len(above)))
+    protocol = _protocol(arguments, data, splits) | {
         "reference_part": real.part,
         "shapes_of_each_set": set_size(points, real),
         "real_shapes_without_surface": real.left_out,
-        "emd_points": min(asked.emd_points, POINTS),
+        "emd_points": min(arguments.emd_points, POINTS),
     }
     return found | {"protocol": protocol, "warnings": _warnings(samples, set_size(points, real))}
 
 
-def _surfaces(stages: Stages, latents: Tensor, name: str) -> Surfaces:
+def _surfaces(run: LoadedRun, latents: Tensor, name: str) -> Surfaces:
     """Of what latents draw."""
-    decoder = stages.decoder
+    decoder = run.decoder
 
     @torch.no_grad()
     def grids(some: Tensor) -> np.ndarray:
@@ -271,18 +271,18 @@ def _gaussian_pca(pca: PCA, data: VoxelData, train: np.ndarray, count: int, seed
     return surfaces_of_grids(grids, [f"PCA {row}" for row in range(count)], level=0.0)
 
 
-def _protocol(asked: EvalArguments, data: VoxelData, sides: np.ndarray) -> dict[str, Any]:
+def _protocol(arguments: EvalArguments, data: VoxelData, splits: np.ndarray) -> dict[str, Any]:
     """All that another number must share to be comparable."""
     return {
-        "reference": asked.reference,
+        "reference": arguments.reference,
         "resolution": f"{data.resolution}³",
         "surface": f"marching cubes at one half, {POINTS} points by area, coordinates of the grid in [-1, 1]",
         "chamfer": "sum of the two mean squared distances",
         "occupancy": PROTOCOL,
-        "seed": asked.seed,
-        "train_shapes": int((sides == Split.TRAIN).sum()),
-        "held_out_shapes": int((sides == Split.HELD_OUT).sum()),
-        "test_shapes": int((sides == Split.TEST).sum()),
+        "seed": arguments.seed,
+        "train_shapes": int((splits == Split.TRAIN).sum()),
+        "held_out_shapes": int((splits == Split.HELD_OUT).sum()),
+        "test_shapes": int((splits == Split.TEST).sum()),
     }
 
 

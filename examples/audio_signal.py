@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnif.cli import main
-from mnif.data.dataset import Instances
+from mnif.data.dataset import Dataset
 from mnif.data.images import files_by_name
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import GridSignal, Observation
@@ -30,7 +30,7 @@ _LENGTH = 2048  # samples of a clip unless --resolution says otherwise
 
 
 @dataclass(frozen=True)
-class AudioData(Instances):
+class AudioData(Dataset):
     """Clips of one length and rate.
 
     Attributes:
@@ -98,7 +98,7 @@ class Audio(GridSignal):
     """
 
     name = "audio"
-    unit = "clip"
+    noun = "clip"
     dimensions = 1
 
     def __init__(self, resolution: int, channels: int = 1, stride: int = 1, rate: int = 16000):
@@ -114,11 +114,11 @@ class Audio(GridSignal):
         return load_audio(source, length)
 
     @classmethod
-    def of(cls, data: AudioData, options: Mapping[str, Any]) -> "Audio":
+    def from_data(cls, data: AudioData, options: Mapping[str, Any]) -> "Audio":
         """Takes ``stride``."""
         return cls(data.samples.shape[1], stride=options["stride"], rate=data.rate)
 
-    def load_more(self, source: str) -> AudioData:
+    def load_like(self, source: str) -> AudioData:
         """Clips of the model's length and rate."""
         assert isinstance(self.resolution, int)
         data = load_audio(source, self.resolution)
@@ -138,7 +138,7 @@ class Audio(GridSignal):
         """The waveforms."""
         return _waveforms(decoder(latents))
 
-    def original_pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray:
+    def original_images(self, batch: Mapping[str, Tensor]) -> np.ndarray:
         """The originals' waveforms."""
         return _waveforms(self.observe(batch).values)
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from export.device.bundle import ENGINES, UNFINISHED
-from export.graphs.fields import Resolution, baked_cases, decoder_case, padded
-from export.graphs.radiance import baked_radiance_cases, radiance_cases
-from export.graphs.sampler import browser_cases, for_decoder, sampler_case
-from export.graphs.specs import GraphCase
-from latent_prior.denoisers import LatentDenoiser
+from export.graphs.fields import Resolution, baked_specs, decoder_spec, padded
+from export.graphs.radiance import baked_radiance_specs, radiance_specs
+from export.graphs.sampler import browser_specs, for_decoder, sampler_spec
+from export.graphs.specs import GraphSpec
+from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
 from mnif.latents.table import LatentTable
@@ -33,7 +33,7 @@ _BATCH = 256
 
 
 @dataclass(frozen=True)
-class Instances:
+class Dataset:
     """Latents, and what the manifest says of each that is baked.
 
     Attributes:
@@ -46,7 +46,7 @@ class Instances:
 
 
 @torch.no_grad()
-def sampled(pipeline: MNIFPipeline, count: int, num_inference_steps: int, seed: int, least: int) -> Instances:
+def sampled(pipeline: MNIFPipeline, count: int, num_inference_steps: int, seed: int, least: int) -> Dataset:
     """Samples 0 to ``count`` - 1 of ``seed``, the same that `mnif sample` draws, and latents of ``least`` samples."""
     total = max(count, least)
     parts: list[Tensor] = []
@@ -58,10 +58,10 @@ def sampled(pipeline: MNIFPipeline, count: int, num_inference_steps: int, seed: 
             output_type="latent",
             return_dict=False,
         )
-    return Instances(torch.cat(parts), [{"seed": seed, "sample": index} for index in range(count)])
+    return Dataset(torch.cat(parts), [{"seed": seed, "sample": index} for index in range(count)])
 
 
-def of_table(decoder: MNIFModel, path: Path, count: int, ids: Sequence[str] | None, least: int) -> Instances:
+def of_table(decoder: MNIFModel, path: Path, count: int, ids: Sequence[str] | None, least: int) -> Dataset:
     """Rows of a latent table: those of ``ids``, or the first ``count``; and latents of ``least`` rows if there are.
 
     Raises:
@@ -77,7 +77,7 @@ def of_table(decoder: MNIFModel, path: Path, count: int, ids: Sequence[str] | No
                 raise UserError(f"--ids {id}: not in {path}, which begins with {', '.join(table.ids[:3])}")
         rows = [place[id] for id in ids]
     further = [row for row in range(len(table.ids)) if row not in set(rows)][: max(least - len(rows), 0)]
-    return Instances(table.latents[rows + further], [{"id": table.ids[row]} for row in rows])
+    return Dataset(table.latents[rows + further], [{"id": table.ids[row]} for row in rows])
 
 
 def noise_alone(decoder: MNIFModel, count: int, seed: int) -> Tensor:
@@ -116,7 +116,7 @@ class Selection:
     pad_channels: bool = False
     browser: bool = False
 
-    def cases(self) -> Iterator[GraphCase]:
+    def specs(self) -> Iterator[GraphSpec]:
         """Decoder, samplers, what radiance fields have besides, and the baked instances.
 
         Raises:
@@ -125,20 +125,20 @@ class Selection:
         decoder = padded(self.decoder) if self.pad_channels else self.decoder
         signal, instances = signal_of_model(decoder), self._instances()
         shown = instances.latents[:_REFERENCES]
-        yield decoder_case(decoder, shown, self.resolution)
+        yield decoder_spec(decoder, shown, self.resolution)
         if self.pipeline is not None:
             resolution = None if isinstance(signal, RadianceField) else self.resolution
             for count in self.steps:
-                yield sampler_case(self._drawing(decoder, count), count, resolution, self.seed)
+                yield sampler_spec(self._drawing(decoder, count), count, resolution, self.seed)
             if self.browser:
                 count = self.steps[-1]
-                yield from browser_cases(self._drawing(decoder, count), count, self.resolution, self.seed)
+                yield from browser_specs(self._drawing(decoder, count), count, self.resolution, self.seed)
         if isinstance(signal, RadianceField):
-            yield from radiance_cases(decoder, signal, shown, self.seed)
+            yield from radiance_specs(decoder, signal, shown, self.seed)
         latents, labels = instances.latents[: len(instances.labels)], instances.labels
-        yield from baked_cases(decoder, latents, labels, self.resolution)
+        yield from baked_specs(decoder, latents, labels, self.resolution)
         if isinstance(signal, RadianceField):
-            yield from baked_radiance_cases(decoder, signal, latents, labels, self.seed)
+            yield from baked_radiance_specs(decoder, signal, latents, labels, self.seed)
 
     def _drawing(self, decoder: MNIFModel, steps: int) -> MNIFPipeline:
         """What draws in ``steps``: the student where it was distilled for them, as in the pipeline itself."""
@@ -147,7 +147,7 @@ class Selection:
         student = self.pipeline.student
         if student is not None and steps in student.config.distilled_steps:
             denoiser, scheduler = student, self.pipeline.student_scheduler
-        if not isinstance(denoiser, LatentDenoiser):
+        if not isinstance(denoiser, ResMLPDenoiser):
             raise UserError(
                 f"{type(denoiser).__name__} cannot be exported; `mnif distill` makes a student that can, for "
                 "--num_inference_steps 1, 2 or 4"
@@ -156,13 +156,13 @@ class Selection:
         drawing.set_progress_bar_config(disable=True)
         return drawing
 
-    def _instances(self) -> Instances:
+    def _instances(self) -> Dataset:
         """What is baked, with as many further latents as references need."""
         if self.table is not None:
             return of_table(self.decoder, self.table, self.num_baked, self.ids, _REFERENCES)
         if self.pipeline is not None:
             return sampled(self.pipeline, self.num_baked, self.steps[-1], self.seed, _REFERENCES)
-        return Instances(noise_alone(self.decoder, _REFERENCES, self.seed), [])
+        return Dataset(noise_alone(self.decoder, _REFERENCES, self.seed), [])
 
 
 COMMANDS = ("build", "sample", "verify", "bench")

@@ -11,7 +11,7 @@ from export.bundle import Selection
 from export.device.bundle import SCHEMA
 from export.graphs.builder import IR_VERSION, OPSET
 from export.graphs.fields import CHANNELS
-from export.graphs.specs import Variant
+from export.graphs.specs import GraphVariant
 from mnif import __version__
 from mnif.signals.radiance import RadianceField
 from mnif.signals.registry import signal_of_model
@@ -59,11 +59,11 @@ def manifest_of(selection: Selection) -> dict[str, Any]:
     }
 
 
-def graph_entry(variant: Variant) -> dict[str, Any]:
+def graph_entry(variant: GraphVariant) -> dict[str, Any]:
     """What the manifest says of one graph."""
-    case = variant.case
+    spec = variant.spec
     return {
-        "kind": case.kind,
+        "kind": spec.kind,
         "precision": variant.precision,
         "storage": variant.storage,
         "file": f"onnx/{variant.name}.onnx",
@@ -72,12 +72,12 @@ def graph_entry(variant: Variant) -> dict[str, Any]:
         "inputs": [_tensor_entry(tensor) for tensor in variant.model.graph.input],
         "outputs": [_tensor_entry(tensor) for tensor in variant.model.graph.output],
         "profile": {
-            source: {size: list(shape) for size, shape in shapes.items()} for source, shapes in case.profile.items()
+            source: {size: list(shape) for size, shape in shapes.items()} for source, shapes in spec.profile.items()
         },
-        "steps": case.steps,
-        "instance": case.instance,
+        "steps": spec.steps,
+        "instance": spec.instance,
         "half": variant.half,
-        "reference": None if case.reference is None else case.reference.prefix,
+        "reference": None if spec.reference is None else spec.reference.prefix,
         "psnr": None if variant.psnr is None else round(variant.psnr, 2),
         "tolerance": variant.tolerance,
     }

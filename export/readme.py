@@ -69,7 +69,7 @@ def _values(manifest: dict[str, Any]) -> str:
 
 
 def _gate(manifest: dict[str, Any]) -> str:
-    reports = [figures["tensorrt_rtx"] for figures in manifest["measured"].values() if figures["tensorrt_rtx"]]
+    reports = [metrics["tensorrt_rtx"] for metrics in manifest["measured"].values() if metrics["tensorrt_rtx"]]
     if not reports:
         return "The compile gate was not run: TensorRT-RTX was absent or switched off at export."
     version, targets = reports[0]["version"], ", ".join(reports[0]["compute_capabilities"])

@@ -67,7 +67,7 @@ class Denoiser(OwnMemory, ModelMixin, ConfigMixin):
         return standardised * self.latent_std + self.latent_mean
 
 
-class LatentDenoiser(Denoiser):
+class ResMLPDenoiser(Denoiser):
     """A residual network whose blocks are scaled and shifted by the time; small, and exportable.
 
     Args:
@@ -181,7 +181,7 @@ class PaperDenoiser(Denoiser):
         return self.write(F.silu(self.norm(hidden)))
 
 
-KINDS: tuple[type[Denoiser], ...] = (LatentDenoiser, PaperDenoiser)
+KINDS: tuple[type[Denoiser], ...] = (ResMLPDenoiser, PaperDenoiser)
 
 
 def load_denoiser(folder: Path, name: str = "denoiser") -> Denoiser:
@@ -195,7 +195,7 @@ def load_denoiser(folder: Path, name: str = "denoiser") -> Denoiser:
         UserError: the folder or the component is missing or damaged, or of a kind that is not known here.
     """
     config = folder / name / "config.json"
-    named = read_json(config).get("_class_name") if config.is_file() else LatentDenoiser.__name__
+    named = read_json(config).get("_class_name") if config.is_file() else ResMLPDenoiser.__name__
     kinds = {kind.__name__: kind for kind in KINDS}
     if named not in kinds:
         raise UserError(f"{config}: a {named} is no denoiser; {' or '.join(kinds)} is needed")

@@ -25,7 +25,7 @@ Objective = Literal["x0", "v", "flow"]
 Weighting = Literal["plain", "snr-plus-one", "min-snr"]
 
 
-ErrorSize = Literal["mse", "pseudo-huber"]
+LossType = Literal["mse", "pseudo-huber"]
 
 
 TRAIN_TIMESTEPS = 1000
@@ -101,7 +101,7 @@ def noise_levels(objective: Objective, timestep: Tensor) -> tuple[Tensor, Tensor
     return product.sqrt(), (1 - product).sqrt()
 
 
-def error_size(error: Tensor, kind: ErrorSize, scale: float = 0.03) -> Tensor:
+def penalty(error: Tensor, kind: LossType, scale: float = 0.03) -> Tensor:
     """The size of errors [B, D], one number each [B].
 
     Args:
@@ -134,7 +134,7 @@ class DenoisingLoss(nn.Module):
         objective: what it predicts.
         weighting: of errors at different times.
         snr_limit: bounds the weight of nearly clean inputs.
-        size: what is made of an error (:func:`error_size`).
+        size: what is made of an error (:func:`penalty`).
         latent_noise: standard deviation of the noise added to standardised latents while training: no two steps see
             the same latent, so that copying one does not pay.
     """
@@ -145,7 +145,7 @@ class DenoisingLoss(nn.Module):
         objective: Objective,
         weighting: Weighting = "snr-plus-one",
         snr_limit: float = 5.0,
-        size: ErrorSize = "mse",
+        size: LossType = "mse",
         latent_noise: float = 0.0,
     ):
         super().__init__()
@@ -172,7 +172,7 @@ class DenoisingLoss(nn.Module):
             target = alpha[:, None] * noise - sigma[:, None] * clean
         else:
             target = noise - clean
-        error = error_size(self.denoiser(noisy, timestep) - target, self.size)
+        error = penalty(self.denoiser(noisy, timestep) - target, self.size)
         return self._weight(alpha, sigma) * error
 
     def _weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:

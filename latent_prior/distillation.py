@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from latent_prior.denoisers import Denoiser
 from latent_prior.diffusion import (
-    ErrorSize,
+    LossType,
     Objective,
-    error_size,
     noise_levels,
     objective_of,
+    penalty,
     sampling_scheduler,
     student_scheduler,
 )
@@ -194,7 +194,7 @@ class DistillationLoss(nn.Module):
     timesteps: Tensor
     shares: Tensor
 
-    def __init__(self, student: Denoiser, timesteps: Tensor, size: ErrorSize = "mse"):
+    def __init__(self, student: Denoiser, timesteps: Tensor, size: LossType = "mse"):
         super().__init__()
         self.student, self.size = student, size
         shares = torch.ones(len(timesteps))
@@ -208,7 +208,7 @@ class DistillationLoss(nn.Module):
         row = torch.arange(len(states), device=states.device)
         place = torch.multinomial(self.shares, len(states), replacement=True)
         guess = self.student(states[row, place], self.timesteps[place])
-        return error_size(guess - samples[row, place], self.size).mean()
+        return penalty(guess - samples[row, place], self.size).mean()
 
     @torch.no_grad()
     def errors(self, states: Tensor, samples: Tensor) -> dict[str, float]:

@@ -92,7 +92,7 @@ def model_card(run: Path) -> ModelCard:
     table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint())
     licence, words = _LICENCES.get(table.data, (None, None))
     evaluated = run / "eval" / "metrics.json"
-    figures = [f"- {name}: {value}" for name, value in _figures(metrics)]
+    values = [f"- {name}: {value}" for name, value in _metrics(metrics)]
     return ModelCard.from_template(
         ModelCardData(
             license=licence,
@@ -110,18 +110,18 @@ def model_card(run: Path) -> ModelCard:
         held_out=int(table.held_out.sum()),
         fingerprint=record.get("fit", {}).get("inputs", {}).get("data_fingerprint", "unknown"),
         commands="\n".join(record[stage]["command"] for stage in _STAGES if stage in record),
-        figures="\n".join(figures),
+        values="\n".join(values),
         evaluation=_evaluation(read_json(evaluated)) if evaluated.exists() else "Samples have not been measured yet.",
         licence=words
         or f"None is stated: the licence of the data, {table.data}, tells what may be done with samples.",
     )
 
 
-def _figures(recorded: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _metrics(recorded: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     """Numbers by name, those within others' as outer.inner; ``psnr`` in dB, times in seconds, memory in MB."""
     for name, value in sorted(recorded.items()):
         if isinstance(value, dict):
-            yield from _figures(value, f"{prefix}{name}.")
+            yield from _metrics(value, f"{prefix}{name}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield f"`{prefix}{name}`", f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
@@ -130,7 +130,7 @@ def _evaluation(recorded: dict[str, Any]) -> str:
     """What `mnif eval` measured, beside its protocol and the command."""
     protocol = ", ".join(f"{name} {value}" for name, value in sorted(recorded.get("protocol", {}).items()))
     measured = {name: value for name, value in recorded.items() if name not in ("protocol", "inputs")}
-    lines = [f"- {name}: {value}" for name, value in _figures(measured)]
+    lines = [f"- {name}: {value}" for name, value in _metrics(measured)]
     head = f"Measured by `{recorded['command']}`" + (f" ({protocol})" if protocol else "") + ":"
     return "\n".join([head, "", *lines])
 

@@ -20,7 +20,7 @@ from latent_prior.diffusion import INFERENCE_STEPS, predicted_by, takes_generato
 from latent_prior.hub import downloaded, upload
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.outputs import check_form, in_form
+from mnif.signals.outputs import check_output_type, postprocess
 from mnif.signals.registry import signal_of_model
 from mnif.utils.errors import UserError
 
@@ -32,7 +32,7 @@ class MNIFPipelineOutput(BaseOutput):
     """What the pipeline returns.
 
     Attributes:
-        images: in the form asked for, see :func:`mnif.signals.outputs.in_form`.
+        images: in the form asked for, see :func:`mnif.signals.outputs.postprocess`.
     """
 
     images: list[Any] | np.ndarray | Tensor
@@ -105,7 +105,7 @@ class MNIFPipeline(DiffusionPipeline):
                 typical samples, as StyleGAN's truncation does (Karras et al., 2019, appendix B). 1 leaves them as
                 they are; 0 gives the mean.
             output_type: ``"pil"``, ``"np"``, ``"pt"`` or ``"latent"``; of shapes and objects also ``"volume"`` and
-                ``"views"``, of shapes ``"mesh"`` (:func:`mnif.signals.outputs.in_form`).
+                ``"views"``, of shapes ``"mesh"`` (:func:`mnif.signals.outputs.postprocess`).
             views: of each object, for ``"views"``.
             use_student: whether the student draws; default: if there is one that was distilled for this number of
                 steps.
@@ -118,12 +118,12 @@ class MNIFPipeline(DiffusionPipeline):
             ValueError: an argument is out of range.
             UserError: the scheduler does not fit what the denoiser predicts.
         """
-        check_form(signal_of_model(self.decoder), output_type)
+        check_output_type(signal_of_model(self.decoder), output_type)
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps {num_inference_steps}: at least 1 step is needed")
         if not 0 <= truncation <= 1:
             raise ValueError(f"truncation {truncation}: must lie between 0 and 1")
-        denoiser, scheduler = self.drawing_with(num_inference_steps, use_student)
+        denoiser, scheduler = self.select_denoiser(num_inference_steps, use_student)
         if latents is None:
             shape = (batch_size, self.decoder.config.latent_dim)
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=denoiser.dtype)
@@ -136,11 +136,11 @@ class MNIFPipeline(DiffusionPipeline):
             latents = step(denoiser(latents, timestep), timestep, latents).prev_sample
         latents = denoiser.to_latents(truncation * latents)  # whose mean is 0 before they are the decoder's
 
-        images = in_form(self.decoder, latents, output_type, resolution, views)
+        images = postprocess(self.decoder, latents, output_type, resolution, views)
         self.maybe_free_model_hooks()
         return MNIFPipelineOutput(images=images) if return_dict else (images,)
 
-    def drawing_with(self, steps: int, use_student: bool | None = None) -> tuple[Denoiser, SchedulerMixin]:
+    def select_denoiser(self, steps: int, use_student: bool | None = None) -> tuple[Denoiser, SchedulerMixin]:
         """The denoiser that draws in ``steps`` steps, and its scheduler; arguments and errors are those of a call."""
         if use_student and self.student is None:
             raise ValueError("use_student: there is none; `mnif distill` makes one")

@@ -17,13 +17,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latent_prior.sampling import BLOCK, Drawing, initial_noise, slerp
+from latent_prior.sampling import BLOCK, ExactSampler, initial_noise, slerp
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Signal
-from mnif.signals.outputs import Objects, Pictures, Shapes, Showing, grid_values, pictures_of, whole
+from mnif.signals.outputs import (
+    ImageWriter,
+    MeshWriter,
+    OutputWriter,
+    ViewWriter,
+    decode_grid,
+    decode_images,
+    scalar_or_list,
+)
 from mnif.signals.radiance import RadianceField
 from mnif.utils.files import temporary_folder, was_written, written_atomically
-from mnif.utils.pixels import picture_grid, save_animation, save_picture, to_pixels
+from mnif.utils.pixels import image_grid, save_animation, save_image, to_uint8
 
 
 @dataclass(frozen=True)
@@ -42,9 +50,9 @@ class Samples(ABC):
 
     output: Path
     count: int
-    drawing: Drawing
+    drawing: ExactSampler
     signal: Signal
-    showing: Showing
+    writer: OutputWriter
     at_once: int
     unit: int = BLOCK
 
@@ -93,7 +101,7 @@ class FolderOfSamples(Samples):
 
     def files(self, sample: int) -> list[str]:
         """Of one sample, below the folder."""
-        return self.showing.files(f"{sample:06d}")
+        return self.writer.files(f"{sample:06d}")
 
     def _lacks(self, sample: int) -> bool:
         return not all(was_written(self.output / file) for file in self.files(sample))
@@ -114,17 +122,17 @@ class FolderOfSamples(Samples):
 
     def _write_files(self, folder: Path, samples: list[int], latents: Tensor, first: int) -> Iterator[str | None]:
         """Writes the files of ``samples``, whose latents are those from ``first`` on."""
-        if isinstance(self.showing, Pictures):
-            rows, resolution = [sample - first for sample in samples], whole(self.showing.resolution)
-            parts = pictures_of(self.decoder, latents, resolution, self.at_once, rows)
-            pictures = (picture for part in parts for picture in to_pixels(part))
+        if isinstance(self.writer, ImageWriter):
+            rows, resolution = [sample - first for sample in samples], scalar_or_list(self.writer.resolution)
+            parts = decode_images(self.decoder, latents, resolution, self.at_once, rows)
+            pictures = (picture for part in parts for picture in to_uint8(part))
             for sample, picture in zip(samples, pictures, strict=True):
-                save_picture(folder / f"{sample:06d}.png", picture[..., 0] if picture.shape[-1] == 1 else picture)
+                save_image(folder / f"{sample:06d}.png", picture[..., 0] if picture.shape[-1] == 1 else picture)
                 yield None
             return
         for sample in samples:
             latent = latents[sample - first : sample - first + 1]
-            yield self.showing.write(self.decoder, self.signal, latent, folder, f"{sample:06d}")
+            yield self.writer.write(self.decoder, self.signal, latent, folder, f"{sample:06d}")
 
 
 class TarShards(FolderOfSamples):
@@ -203,17 +211,19 @@ class NpzOfSamples(Samples):
 
     def _arrays(self, latents: Tensor, count: int) -> np.ndarray:
         """What the first ``count`` of a block are shown by."""
-        if isinstance(self.showing, Pictures):
-            parts = pictures_of(self.decoder, latents, whole(self.showing.resolution), self.at_once, range(count))
-            return np.concatenate([to_pixels(part) for part in parts])
+        if isinstance(self.writer, ImageWriter):
+            parts = decode_images(
+                self.decoder, latents, scalar_or_list(self.writer.resolution), self.at_once, range(count)
+            )
+            return np.concatenate([to_uint8(part) for part in parts])
         each = latents[:count].split(1)
-        if isinstance(self.showing, Shapes):
-            resolution = whole(self.showing.resolution)
-            values = (grid_values(self.decoder, latent, resolution)[..., 0] for latent in each)
+        if isinstance(self.writer, MeshWriter):
+            resolution = scalar_or_list(self.writer.resolution)
+            values = (decode_grid(self.decoder, latent, resolution)[..., 0] for latent in each)
             return np.concatenate([(cube > 0).cpu().numpy() for cube in values])
-        if isinstance(self.showing, Objects) and isinstance(self.signal, RadianceField):
-            height = self.showing.resolution[0] if self.showing.resolution else None
-            camera = (self.showing.views, self.showing.elevation, height)
+        if isinstance(self.writer, ViewWriter) and isinstance(self.signal, RadianceField):
+            height = self.writer.resolution[0] if self.writer.resolution else None
+            camera = (self.writer.views, self.writer.elevation, height)
             return np.concatenate([self.signal.turntable(self.decoder, latent, *camera) for latent in each])
         return np.concatenate([self.signal.pictures(self.decoder, latent) for latent in each])
 
@@ -253,8 +263,8 @@ def save_preview(samples: Samples, count: int) -> None:
     count = min(count, samples.count)
     latents = samples.drawing.samples(count)
     pictures = np.concatenate([samples.signal.pictures(samples.decoder, latent) for latent in latents.split(64)])
-    sheet = picture_grid(pictures, columns=min(count, 8), scale=_scale(pictures))
-    save_picture(samples.output / "preview" / "grid.png", sheet)
+    sheet = image_grid(pictures, columns=min(count, 8), scale=_scale(pictures))
+    save_image(samples.output / "preview" / "grid.png", sheet)
 
 
 @torch.no_grad()
@@ -272,7 +282,7 @@ def save_interpolation(samples: Samples, steps: int) -> None:
         ways.append(samples.signal.pictures(samples.decoder, latents))
     pictures = np.concatenate(ways)
     folder, scale = samples.output / "preview", _scale(pictures)
-    save_picture(folder / "interpolation.png", picture_grid(pictures, columns=steps + 1, scale=scale))
+    save_image(folder / "interpolation.png", image_grid(pictures, columns=steps + 1, scale=scale))
     frames = np.concatenate([ways[0], *(way[1:] for way in ways[1:])])  # an end is the next beginning
     save_animation(folder / "interpolation.gif", frames.repeat(scale, axis=1).repeat(scale, axis=2))
 

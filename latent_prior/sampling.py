@@ -57,7 +57,7 @@ BLOCK = 64
 
 
 @dataclass(frozen=True)
-class Drawing:
+class ExactSampler:
     """Draws the samples of one seed.
 
     Args:

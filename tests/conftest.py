@@ -14,7 +14,7 @@ from diffusers import SchedulerMixin
 from PIL import Image
 
 from export.commands.export import ExportArguments, export_bundle
-from latent_prior.denoisers import LatentDenoiser
+from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
 from mnif.cli import main
@@ -42,7 +42,7 @@ def pipeline(decoder: MNIFModel) -> MNIFPipeline:
 def small_pipeline(decoder: MNIFModel) -> MNIFPipeline:
     """A pipeline whose denoiser is random but bounded, so that unrolled steps stay in range."""
     torch.manual_seed(1)
-    denoiser = LatentDenoiser(latent_dim=12, width=16, depth=2, decoder_fingerprint=decoder.fingerprint())
+    denoiser = ResMLPDenoiser(latent_dim=12, width=16, depth=2, decoder_fingerprint=decoder.fingerprint())
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     denoiser.latent_mean.normal_()

@@ -18,7 +18,7 @@ import tyro
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from latent_prior.denoisers import Denoiser, LatentDenoiser, PaperDenoiser
+from latent_prior.denoisers import Denoiser, PaperDenoiser, ResMLPDenoiser
 from latent_prior.diffusion import DenoisingLoss, validation_loss
 from mnif.latents.table import LatentTable
 
@@ -35,7 +35,7 @@ class TokenDenoiser(Denoiser):
     def __init__(self, latent_dim: int, tokens: int, width: int, depth: int, dropout: float = 0.1):
         super().__init__(latent_dim)
         self.tokens = tokens
-        self.time = LatentDenoiser(latent_dim, width=8, depth=0)  # for its embedding of the time alone
+        self.time = ResMLPDenoiser(latent_dim, width=8, depth=0)  # for its embedding of the time alone
         self.read = nn.Linear(latent_dim // tokens, width)
         self.places = nn.Parameter(0.02 * torch.randn(tokens, width))
         self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(2 * depth))
@@ -68,9 +68,9 @@ class TokenDenoiser(Denoiser):
 
 
 CANDIDATES: dict[str, Callable[[int], Denoiser]] = {
-    "modulated 512 x 4 (default)": lambda d: LatentDenoiser(d, 512, 4, dropout=0.1),
-    "modulated 256 x 3 (edge)": lambda d: LatentDenoiser(d, 256, 3, dropout=0.1),
-    "modulated 768 x 4": lambda d: LatentDenoiser(d, 768, 4, dropout=0.1),
+    "modulated 512 x 4 (default)": lambda d: ResMLPDenoiser(d, 512, 4, dropout=0.1),
+    "modulated 256 x 3 (edge)": lambda d: ResMLPDenoiser(d, 256, 3, dropout=0.1),
+    "modulated 768 x 4": lambda d: ResMLPDenoiser(d, 768, 4, dropout=0.1),
     "paper's 512 x 8": lambda d: PaperDenoiser(d, 512, 8),
     "paper's 1024 x 4": lambda d: PaperDenoiser(d, 1024, 4),
     "tokens: 16 of width 128, 4 layers": lambda d: TokenDenoiser(d, 16, 128, 4),

@@ -23,16 +23,16 @@ from torch.nn.utils import clip_grad_norm_
 from variants import VARIANTS, Variant
 
 from evals.metrics.reconstruction import border_step_ratio
-from mnif.commands.fit import DECODER_SETTINGS, make_fitting, make_optimizers, parse_fit_arguments
-from mnif.data.batches import Rows, ShuffledBatches, rows_of
+from mnif.commands.fit import DECODER_SETTINGS, make_method, make_optimizers, parse_fit_arguments
+from mnif.data.batches import ArrayDataset, ShuffledBatches, array_dataset
 from mnif.data.dataset import Split
-from mnif.latents.inference import figures_of, latents_of
+from mnif.latents.inference import evaluate_latents, infer_latents
 from mnif.models.cell_grid import CellGrid
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import GridSignal, Observation, Signal
 from mnif.signals.image import Image
 from mnif.signals.registry import signal_class
-from mnif.training.methods import Fitting
+from mnif.training.methods import LearningMethod
 from mnif.utils.process import progress_bar
 
 from muon import Muon  # isort: skip
@@ -86,9 +86,11 @@ def trial(variant: Variant, setting: dict[str, Any]) -> dict[str, float]:
     fit = replace(fit, **variant.arguments)
     kind = signal_class(fit.signal)
     data = kind.load(fit.data, asdict(fit))
-    signal = kind.of(data, asdict(fit))
-    sides = data.split(fit.held_out_fraction, fit.test_fraction)
-    train_rows, held_rows = (rows_of(data.rows(sides == side).arrays()) for side in (Split.TRAIN, Split.HELD_OUT))
+    signal = kind.from_data(data, asdict(fit))
+    splits = data.split(fit.held_out_fraction, fit.test_fraction)
+    train_rows, held_rows = (
+        array_dataset(data.rows(splits == split).arrays()) for split in (Split.TRAIN, Split.HELD_OUT)
+    )
 
     torch.manual_seed(fit.seed)
     decoder = variant.decoder(
@@ -101,7 +103,7 @@ def trial(variant: Variant, setting: dict[str, Any]) -> dict[str, float]:
         **{name: getattr(fit, name) for name in DECODER_SETTINGS},
     )
     variant.prepare(decoder)
-    fitting = make_fitting(fit, decoder, signal, len(train_rows))
+    method = make_method(fit, decoder, signal, len(train_rows))
     if variant.augment is not None:
         mirrored, augment = signal.augmented, variant.augment
         signal.augmented = lambda observation: _with_values(mirrored(observation), augment)
@@ -110,27 +112,27 @@ def trial(variant: Variant, setting: dict[str, Any]) -> dict[str, float]:
     if variant.errors == "even":
         signal.errors = lambda *of: _even_errors(signal, *of)
     if variant.border_weight:
-        fitting.register_forward_hook(_BorderLoss(decoder, variant.border_weight))
+        method.register_forward_hook(_BorderLoss(decoder, variant.border_weight))
     started = time.process_time()
-    _train(fit, variant, fitting, train_rows)
+    _train(fit, variant, method, train_rows)
     seconds = time.process_time() - started
-    fitting.eval()
-    return {"cpu_seconds": round(seconds, 1)} | _measured(fit, fitting, train_rows, held_rows)
+    method.eval()
+    return {"cpu_seconds": round(seconds, 1)} | _measured(fit, method, train_rows, held_rows)
 
 
 def _with_values(observation: Observation, change: Callable[[Tensor], Tensor]) -> Observation:
     return replace(observation, values=change(observation.values))
 
 
-def _train(fit: Any, variant: Variant, fitting: Fitting, rows: Rows) -> None:
+def _train(fit: Any, variant: Variant, method: LearningMethod, rows: ArrayDataset) -> None:
     """The product's loop without checkpoints: same batches, clipping and schedule."""
-    optimizers = [*_muon(variant, fitting), *make_optimizers(fit, fitting)]
+    optimizers = [*_muon(variant, method), *make_optimizers(fit, method)]
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    parameters = list(fitting.parameters())
+    parameters = list(method.parameters())
     batches = ShuffledBatches(len(rows), fit.train_batch_size, fit.seed, 0, fit.max_train_steps)
     for step, batch in enumerate(progress_bar(batches, desc="trial", unit="step")):
         torch.manual_seed(fit.seed * 1_000_003 + step)
-        loss = fitting(**rows.__getitems__(batch))
+        loss = method(**rows.__getitems__(batch))
         loss.backward()
         clip_grad_norm_(parameters, fit.max_grad_norm)
         factor = _cosine(step, fit.lr_warmup_steps, fit.max_train_steps)
@@ -148,9 +150,9 @@ def _cosine(step: int, warmup: int, steps: int) -> float:
     return 0.5 * (1 + torch.cos(torch.tensor((step - warmup) / max(steps - warmup, 1) * torch.pi)).item())
 
 
-def _muon(variant: Variant, fitting: Fitting) -> list[torch.optim.Optimizer]:
+def _muon(variant: Variant, method: LearningMethod) -> list[torch.optim.Optimizer]:
     """Muon for what the variant names; Adam skips it, since it no longer is a parameter with a gradient of its own."""
-    decoder = fitting.decoder
+    decoder = method.decoder
     taken: list[torch.optim.Optimizer] = []
     if "bases" in variant.muon:
         layers = [
@@ -158,7 +160,7 @@ def _muon(variant: Variant, fitting: Fitting) -> list[torch.optim.Optimizer]:
         ]
         hidden = [(bases, shape) for bases, shape in layers if shape.inputs == shape.outputs]
         taken.append(Muon(hidden, variant.muon["bases"]))
-    matrices = [parameter for parameter in fitting.others() if parameter.ndim == 2]
+    matrices = [parameter for parameter in method.others() if parameter.ndim == 2]
     chosen = {"map": [], "encoder": matrices, "narrow": [matrix for matrix in matrices if min(matrix.shape) <= 256]}
     for name in chosen.keys() & variant.muon.keys():
         both = [*chosen[name], decoder.coefficient_map.weight]
@@ -188,9 +190,9 @@ class _BorderLoss:
 def _even_errors(signal: GridSignal, decoder: MNIFModel, latents: Tensor, part: Observation) -> Tensor:
     """The error of every field at its own points, all of which count alike where there is a pixel, [B]."""
     grid = decoder.grid(signal.resolution, *part.query)
-    weights = (grid.shares > 0).float() / (grid.shares > 0).sum()
+    weights = (grid.weights > 0).float() / (grid.weights > 0).sum()
     field = decoder.bake(decoder.coefficients(latents))
-    errors = field.errors(grid.coordinates, grid.apart(part.values).flatten(0, 1), weights)
+    errors = field.errors(grid.coordinates, grid.gather_points(part.values).flatten(0, 1), weights)
     return errors.view(len(latents), -1).sum(dim=1)
 
 
@@ -215,23 +217,23 @@ def _neighbours_differ(grid: CellGrid, values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _measured(fit: Any, fitting: Fitting, train_rows: Rows, held_rows: Rows) -> dict[str, float]:
-    decoder, signal = fitting.decoder, fitting.signal
-    finder = getattr(fitting, "encoder", None) or getattr(fitting, "inner_loop", None)
+def _measured(fit: Any, method: LearningMethod, train_rows: ArrayDataset, held_rows: ArrayDataset) -> dict[str, float]:
+    decoder, signal = method.decoder, method.signal
+    latent_init = getattr(method, "encoder", None) or getattr(method, "inner_loop", None)
     some = train_rows.subset(torch.linspace(0, len(train_rows) - 1, min(len(train_rows), 512)).long().numpy())
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     refined = Tensor()
     for part, rows, steps in (("train", some, 0), ("heldout_found", held_rows, 0), ("heldout", held_rows, 60)):
-        refined = torch.cat([*latents_of(decoder, signal, rows, finder, steps, batch_size=64)])
-        for name, values in figures_of(decoder, signal, rows, refined).items():
-            figures[f"{name}_{part}"] = round(values.mean().item(), 3)
+        refined = torch.cat([*infer_latents(decoder, signal, rows, latent_init, steps, batch_size=64)])
+        for name, values in evaluate_latents(decoder, signal, rows, refined).items():
+            metrics[f"{name}_{part}"] = round(values.mean().item(), 3)
     cells = decoder.config.cells
     if isinstance(signal, Image) and cells > 1:
         (batch,) = held_rows.batches(len(held_rows))
         shown = torch.cat([decoder(latents) for latents in refined.split(64)])
-        figures["border"] = round(border_step_ratio(shown.numpy(), signal.observe(batch).values.numpy(), cells), 3)
-    figures["multiply_adds_per_value"] = decoder.bake(decoder.coefficients(refined[:1])).multiply_adds_per_point()
-    return figures
+        metrics["border"] = round(border_step_ratio(shown.numpy(), signal.observe(batch).values.numpy(), cells), 3)
+    metrics["multiply_adds_per_value"] = decoder.bake(decoder.coefficients(refined[:1])).multiply_adds_per_point()
+    return metrics
 
 
 def table(results: Path) -> str:

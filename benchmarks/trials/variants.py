@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mnif.models.cell_grid import CellGrid
 from mnif.models.mnif_model import MNIFModel
-from mnif.models.siren import BakedField, LayerShape, siren_rows
+from mnif.models.siren import BakedField, LayerShape, siren_params
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class MixedFirstLayer(MNIFModel):
     def __init__(self, **settings: Any):
         super().__init__(**settings)
         config, shape = self.config, self.shapes[0]
-        first = siren_rows(shape, 1 + config.num_bases, config.omega, first=True, sine=True)
+        first = siren_params(shape, 1 + config.num_bases, config.omega, first=True, sine=True)
         self.shared = nn.ParameterList()
         self.mixed_layers = list(range(len(self.shapes)))
         self.means = nn.ParameterList([nn.Parameter(first[:1]), *self.means])
@@ -84,7 +84,7 @@ class Finer(MNIFModel):
 
     def decode_coefficients(self, coefficients: Tensor, grid: CellGrid) -> Tensor:
         field = self.bake(coefficients)
-        hidden = grid.coordinates.repeat(len(field.rows) // len(grid.coordinates), 1, 1)
+        hidden = grid.coordinates.repeat(len(field.params) // len(grid.coordinates), 1, 1)
         for index, (weight, bias) in enumerate(field.layers()):
             hidden = torch.baddbmm(bias, hidden, weight)
             if index < len(self.shapes) - 1:
@@ -129,7 +129,7 @@ class InterpolatedCoefficients(MNIFModel):
         nn.init.zeros_(self.coefficient_map.bias)
         first = LayerShape(2, config.width)
         omega = config.omega * config.cells / 2  # coordinates of the whole domain
-        self.shared = nn.ParameterList([nn.Parameter(siren_rows(first, 1, omega, first=True, sine=True))])
+        self.shared = nn.ParameterList([nn.Parameter(siren_params(first, 1, omega, first=True, sine=True))])
 
     def coefficients(self, latents: Tensor) -> Tensor:
         mapped = self.coefficient_map(latents).view(len(latents), self.knots**2, -1, self.config.num_bases)

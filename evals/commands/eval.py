@@ -18,7 +18,7 @@ from evals.protocol import EvalArguments, protocol_of
 from mnif import __version__
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.registry import signal_of, signal_of_model
+from mnif.signals.registry import detect_signal, signal_of_model
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError
 from mnif.utils.files import read_json, write_json, written_atomically
@@ -40,15 +40,15 @@ class Evaluation:
 
     name: str
     folder: Path
-    figures: dict[str, Any]
+    metrics: dict[str, Any]
 
 
-def to_evaluate(asked: EvalArguments) -> list[EvalArguments]:
+def to_evaluate(flags: EvalArguments) -> list[EvalArguments]:
     """The evaluations that ``--reference`` asks for, one of each path, into folders of their own."""
-    names = _names(asked.compared)
+    names = _names(flags.compared)
     return [
-        replace(asked, compared=[], output_dir=asked.output_dir / name, **_subject(path))
-        for path, name in zip(asked.compared, names, strict=True)
+        replace(flags, compared=[], output_dir=flags.output_dir / name, **_subject(path))
+        for path, name in zip(flags.compared, names, strict=True)
     ]
 
 
@@ -67,20 +67,20 @@ def compare(paths: Sequence[Path], output: Path) -> None:
         for name, folder in zip(_names(paths), map(_folder_of, paths), strict=True)
     ]
     protocol = _common_protocol(evaluations)
-    figures = [evaluation.figures for evaluation in evaluations]
-    table = markdown_table(["figure", *(evaluation.name for evaluation in evaluations)], table_rows(figures))
+    metrics = [evaluation.metrics for evaluation in evaluations]
+    table = markdown_table(["figure", *(evaluation.name for evaluation in evaluations)], table_rows(metrics))
     content = {
         "command": command_line(),
         "protocol": protocol,
         "evaluations": [
-            {"name": evaluation.name, "folder": str(evaluation.folder), "figures": evaluation.figures}
+            {"name": evaluation.name, "folder": str(evaluation.folder), "figures": evaluation.metrics}
             for evaluation in evaluations
         ],
     }
     write_json(output / "comparison.json", content)
     with written_atomically(output / "comparison.md") as temporary:
         temporary.write_text(f"{table}\n{protocol_line(protocol)}\n\n`{command_line()}`\n")
-    plot = comparison_plot({evaluation.name: evaluation.figures for evaluation in evaluations})
+    plot = comparison_plot({evaluation.name: evaluation.metrics for evaluation in evaluations})
     if plot is not None:
         with written_atomically(output / "comparison.png") as temporary:
             temporary.write_bytes(plot)
@@ -120,9 +120,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
 def _common_protocol(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     """What all were measured under; numbers of different protocols do not belong in one table."""
     first, *others = evaluations
-    protocol = first.figures.get("protocol", {})
+    protocol = first.metrics.get("protocol", {})
     for other in others:
-        theirs = other.figures.get("protocol", {})
+        theirs = other.metrics.get("protocol", {})
         for name in sorted((protocol.keys() | theirs.keys()) - _MAY_DIFFER):
             if protocol.get(name) != theirs.get(name):
                 raise UserError(
@@ -137,22 +137,22 @@ _SUBJECTS = ("model", "samples", "bundle")
 
 def main(arguments: list[str]) -> None:
     """Runs `mnif eval`."""
-    asked = parse_arguments(EvalArguments, arguments, "mnif eval")
-    if not asked.compared:
-        evaluate(asked)
+    flags = parse_arguments(EvalArguments, arguments, "mnif eval")
+    if not flags.compared:
+        evaluate(flags)
         return
-    if any(getattr(asked, flag) is not None for flag in _SUBJECTS):
+    if any(getattr(flags, flag) is not None for flag in _SUBJECTS):
         raise UserError("give either folders to compare, or one of --model, --samples and --bundle")
-    several = to_evaluate(asked) if asked.reference else []
-    for one in (asked, *several):
+    several = to_evaluate(flags) if flags.reference else []
+    for one in (flags, *several):
         check_output_folder(one.output_dir, "eval")
-    paths = [one.output_dir for one in several] or asked.compared
+    paths = [one.output_dir for one in several] or flags.compared
     is_main = Processes().is_main
-    with output_folder_of(asked.output_dir, "eval") if is_main else nullcontext():
+    with output_folder_of(flags.output_dir, "eval") if is_main else nullcontext():
         for one in several:
             evaluate(one)
         if is_main:
-            compare(paths, asked.output_dir)
+            compare(paths, flags.output_dir)
 
 
 def evaluate(arguments: EvalArguments) -> None:
@@ -176,31 +176,31 @@ def evaluate(arguments: EvalArguments) -> None:
             print(f"{path}: measured here before with these inputs; nothing to do")
         return
     if not processes.is_main:
-        measurement.figures(processes)
+        measurement.metrics(processes)
         return
     with output_folder_of(arguments.output_dir, "eval"):
-        figures = measurement.figures(processes) | {
+        metrics = measurement.metrics(processes) | {
             "inputs": inputs,
             "seconds": round(time.perf_counter() - started, 1),
             "peak_rss_mb": peak_memory_megabytes(),
             "command": command_line(),
         }
         with written_atomically(path.with_suffix(".md")) as temporary:
-            temporary.write_text(evaluation_markdown(figures, "this model" if arguments.model else "these samples"))
-        write_json(path, figures)  # last, for it says that all is there
+            temporary.write_text(evaluation_markdown(metrics, "this model" if arguments.model else "these samples"))
+        write_json(path, metrics)  # last, for it says that all is there
         shutil.rmtree(arguments.output_dir / ".parts", ignore_errors=True)
-    _print(figures)
+    _print(metrics)
     print(path)
 
 
-def _print(figures: dict[str, Any]) -> None:
-    for name, value in figures.items():
+def _print(metrics: dict[str, Any]) -> None:
+    for name, value in metrics.items():
         if isinstance(value, float) and not name.endswith("_std"):
-            spread = figures.get(f"{name}_std")
+            spread = metrics.get(f"{name}_std")
             print(f"  {name:32} {value:10.4g}" + (f" ± {spread:.2g}" if spread is not None else ""))
-    for warning in figures.get("warnings", []):
+    for warning in metrics.get("warnings", []):
         print(f"warning: {warning}")
-    if verdict := copying_verdict(figures):
+    if verdict := copying_verdict(metrics):
         print(f"  this prior {verdict}")
 
 
@@ -215,7 +215,7 @@ def _measurement(arguments: EvalArguments) -> Measurement:
         return images.of_bundle(arguments)
     if arguments.samples is not None:
         of_pictures = is_statistics(Path(arguments.reference))
-        signal = "image" if of_pictures else signal_of(arguments.reference)
+        signal = "image" if of_pictures else detect_signal(arguments.reference)
         return room_of(signal, f"--reference {arguments.reference}").of_samples(arguments)
     assert arguments.model is not None
     decoder = load_component(MNIFModel, arguments.model, "decoder")

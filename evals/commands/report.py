@@ -20,11 +20,11 @@ from export.device.bundle import BundleError, BundleFolder
 from latent_prior.diffusion import INFERENCE_STEPS
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from latent_prior.sampling import initial_noise
-from mnif.training.run_record import read_curves
+from mnif.training.run_record import read_metrics_log
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError
 from mnif.utils.files import read_json, written_atomically
-from mnif.utils.pixels import picture_grid
+from mnif.utils.pixels import image_grid
 from mnif.utils.process import command_line
 
 RESOLUTIONS = (32, 64, 256)
@@ -73,7 +73,7 @@ def report(arguments: ReportArguments) -> None:
     bundle = arguments.bundle or run / "bundle"
     manifest = _manifest_of(bundle) if (bundle / "manifest.json").exists() else None
     evaluation = arguments.eval_dir or run / "eval"
-    figures = read_json(evaluation / "metrics.json") if (evaluation / "metrics.json").exists() else {}
+    metrics = read_json(evaluation / "metrics.json") if (evaluation / "metrics.json").exists() else {}
     compared = arguments.comparison_dir or run / "comparison"
     comparison = read_json(compared / "comparison.json") if (compared / "comparison.json").exists() else {}
     samples = arguments.samples or run / "pictures"
@@ -82,15 +82,15 @@ def report(arguments: ReportArguments) -> None:
     page = environment.get_template("report.html.jinja").render(
         title=run.resolve().name,
         fit=read_json(run / "metrics.json"),
-        figures=figures,
-        rows=table_rows([figures]),
-        protocol=protocol_line(figures.get("protocol", {})),
-        verdict=copying_verdict(figures),
+        metrics=metrics,
+        rows=table_rows([metrics]),
+        protocol=protocol_line(metrics.get("protocol", {})),
+        verdict=copying_verdict(metrics),
         comparison=comparison,
         compared_rows=table_rows([one["figures"] for one in comparison.get("evaluations", [])]),
-        pictures=_drawn_pictures(pipeline, arguments.seed, steps)
-        | _stored_pictures(evaluation, ("reconstructions_train", "reconstructions_heldout", "nearest"))
-        | _stored_pictures(compared, ("comparison",)),
+        pictures=_drawn_images(pipeline, arguments.seed, steps)
+        | _stored_images(evaluation, ("reconstructions_train", "reconstructions_heldout", "nearest"))
+        | _stored_images(compared, ("comparison",)),
         plots=_plots(run / "metrics.jsonl"),
         latencies=measured_latencies(pipeline, bundle if manifest else None, _steps_of(manifest, steps)),
         sizes=_sizes(run / "model", bundle),
@@ -119,7 +119,7 @@ def _steps_of(manifest: dict[str, Any] | None, steps: int) -> int:
     return max(manifest["sampling"]["num_inference_steps"]) if manifest else steps
 
 
-def _drawn_pictures(pipeline: MNIFPipeline, seed: int, steps: int) -> dict[str, str]:
+def _drawn_images(pipeline: MNIFPipeline, seed: int, steps: int) -> dict[str, str]:
     """Samples, the same sample at several resolutions, and a walk between samples, as data URIs."""
     pipeline.set_progress_bar_config(disable=True)
 
@@ -130,11 +130,11 @@ def _drawn_pictures(pipeline: MNIFPipeline, seed: int, steps: int) -> dict[str, 
         return np.stack([np.asarray(image) for image in images])
 
     noise = initial_noise(seed, range(96), pipeline.decoder.config.latent_dim)
-    pictures = {"samples": _data_uri(picture_grid(draw(noise), columns=16))}
+    pictures = {"samples": _data_uri(image_grid(draw(noise), columns=16))}
     for resolution in RESOLUTIONS:
-        pictures[f"at_{resolution}"] = _data_uri(picture_grid(draw(noise[:4], resolution), columns=4))
+        pictures[f"at_{resolution}"] = _data_uri(image_grid(draw(noise[:4], resolution), columns=4))
     walk = np.concatenate([_between(noise[i], noise[i + 1], 8) for i in range(4)])
-    pictures["interpolation"] = _data_uri(picture_grid(draw(walk), columns=8))
+    pictures["interpolation"] = _data_uri(image_grid(draw(walk), columns=8))
     return pictures
 
 
@@ -145,13 +145,13 @@ def _between(a: np.ndarray, b: np.ndarray, count: int) -> np.ndarray:
     return ((np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)).astype(np.float32)
 
 
-def _stored_pictures(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
+def _stored_images(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
     found = {name: folder / f"{name}.png" for name in names if (folder / f"{name}.png").exists()}
     return {name: _png_uri(path.read_bytes()) for name, path in found.items()}
 
 
 def _plots(path: Path) -> dict[str, str]:
-    rows = read_curves(path) if path.exists() else []
+    rows = read_metrics_log(path) if path.exists() else []
     plots = {
         "fit_loss": curve_plot(rows, "fit", ["loss"], "mean squared error", logarithmic=True),
         "fit_psnr": curve_plot(rows, "fit", ["psnr_train", "psnr_heldout"], "PSNR of the encoder, dB"),

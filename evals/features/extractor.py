@@ -121,7 +121,7 @@ def extract_features(
 
 
 @dataclass(frozen=True)
-class PictureSource:
+class IndexedImages:
     """Pictures of one size, read when they are asked for.
 
     Attributes:
@@ -136,9 +136,9 @@ class PictureSource:
     fingerprint: str
     read: Callable[[range], np.ndarray]
 
-    def first(self, count: int) -> "PictureSource":
+    def first(self, count: int) -> "IndexedImages":
         """Only the first ``count`` of them."""
-        return PictureSource(min(count, self.count), self.size, self.fingerprint, self.read)
+        return IndexedImages(min(count, self.count), self.size, self.fingerprint, self.read)
 
 
 T = TypeVar("T")
@@ -150,7 +150,7 @@ def stated(protocol: Protocol, extractor: Extractor, size: tuple[int, int]) -> d
 
 
 @dataclass(frozen=True)
-class Bench:
+class FeatureCache:
     """What every set of pictures goes through.
 
     Attributes:
@@ -165,7 +165,7 @@ class Bench:
     processes: Processes
     scratch: Path
 
-    def features(self, pictures: PictureSource, description: str, keep: bool = False) -> np.ndarray:
+    def features(self, pictures: IndexedImages, description: str, keep: bool = False) -> np.ndarray:
         """Features of pictures, memory-mapped: [count, D] float32.
 
         Args:

@@ -111,7 +111,7 @@ COPYING_BELOW = 0.9
 EXPECTED_SHARE = 0.05  # of samples that do not copy, by the definition of copied_share
 
 
-def memorisation_figures(samples: np.ndarray, table: LatentTable) -> dict[str, float]:
+def memorisation_metrics(samples: np.ndarray, table: LatentTable) -> dict[str, float]:
     """How near sampled latents [N, D] lie to training latents, by the measure of held-out ones, with standard errors.
 
     All are standardised per dimension, as the prior sees them.
@@ -129,17 +129,17 @@ def memorisation_figures(samples: np.ndarray, table: LatentTable) -> dict[str, f
     }
 
 
-def copying_verdict(figures: dict[str, Any]) -> str | None:
+def copying_verdict(metrics: dict[str, Any]) -> str | None:
     """What the memorisation figures say, in words; None if they are missing.
 
     In pictures the decoder's blur keeps even a copy away from its original, so the smaller of the two ratios counts.
     """
-    ratios = [figures[name] for name in ("nn_ratio", "nn_ratio_latents") if name in figures]
+    ratios = [metrics[name] for name in ("nn_ratio", "nn_ratio_latents") if name in metrics]
     if not ratios:
         return None
     if min(ratios) < COPYING_BELOW:
         return "copies: its samples lie nearer to training pictures than unseen pictures do"
-    share = figures.get("copied_share_latents", 0.0)
+    share = metrics.get("copied_share_latents", 0.0)
     if share > 2 * EXPECTED_SHARE:
         return f"copies at times: {share:.0%} of its samples are nearer to a training picture than 95 % of unseen ones"
     return (

@@ -138,7 +138,7 @@ def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def mean_figures(scores: dict[str, np.ndarray], ending: str) -> dict[str, float]:
+def mean_metrics(scores: dict[str, np.ndarray], ending: str) -> dict[str, float]:
     """``NAME_ending`` and its standard error ``NAME_ending_std`` for each score."""
     found: dict[str, float] = {}
     for name, numbers in scores.items():

@@ -276,7 +276,7 @@ def _nodes() -> np.ndarray:
     return np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
 
 
-def matching_distances(to_real: np.ndarray) -> np.ndarray:
+def minimum_matching_distances(to_real: np.ndarray) -> np.ndarray:
     """The distance of each real shape to the nearest drawn one, [R]; their mean is MMD.
 
     Args:
@@ -290,7 +290,7 @@ def covered(to_real: np.ndarray) -> np.ndarray:
     """Which real shapes are the nearest one of some drawn shape, [R] bool; their share is COV.
 
     Args:
-        to_real: as in :func:`matching_distances`. A drawn shape without a surface covers nothing.
+        to_real: as in :func:`minimum_matching_distances`. A drawn shape without a surface covers nothing.
     """
     _check(to_real)
     found = np.zeros(to_real.shape[1], dtype=bool)
@@ -298,11 +298,11 @@ def covered(to_real: np.ndarray) -> np.ndarray:
     return found
 
 
-def told_apart(to_real: np.ndarray, among_drawn: np.ndarray, among_real: np.ndarray) -> np.ndarray:
+def one_nn_accuracy(to_real: np.ndarray, among_drawn: np.ndarray, among_real: np.ndarray) -> np.ndarray:
     """Which shapes' nearest neighbours are of their own kind, [S + R] bool, drawn ones first; their share is 1-NNA.
 
     Args:
-        to_real: [S, R], as in :func:`matching_distances`.
+        to_real: [S, R], as in :func:`minimum_matching_distances`.
         among_drawn: [S, S] distances; the diagonal is not looked at.
         among_real: [R, R] likewise.
 
@@ -328,17 +328,17 @@ def told_apart(to_real: np.ndarray, among_drawn: np.ndarray, among_real: np.ndar
     return (own < other) | (np.isinf(own) & np.isinf(other))
 
 
-def set_figures(to_real: np.ndarray, among_drawn: np.ndarray, among_real: np.ndarray) -> dict[str, float]:
+def set_metrics(to_real: np.ndarray, among_drawn: np.ndarray, among_real: np.ndarray) -> dict[str, float]:
     """``mmd``, ``cov`` and ``nna`` with their standard errors ``mmd_std`` …, from three matrices of distances.
 
     Args:
-        to_real, among_drawn, among_real: as in :func:`told_apart`; entries that are not the least of their row or
+        to_real, among_drawn, among_real: as in :func:`one_nn_accuracy`; entries that are not the least of their row or
             column may be any lower bound that exceeds these.
     """
     scores = {
-        "mmd": matching_distances(to_real),
+        "mmd": minimum_matching_distances(to_real),
         "cov": covered(to_real),
-        "nna": told_apart(to_real, among_drawn, among_real),
+        "nna": one_nn_accuracy(to_real, among_drawn, among_real),
     }
     means = {name: float(values.mean()) for name, values in scores.items()}
     with np.errstate(invalid="ignore"):  # infinite distances have no spread

@@ -13,7 +13,7 @@ from export.device.bundle import manifest_digest
 from export.graphs.precision import PARTS, Precision, Storage
 from export.graphs.rtx_check import CompileReport, compile_with_rtx, rtx_is_installed
 from export.graphs.sampler import BROWSER_KINDS
-from export.graphs.specs import Variant, variants
+from export.graphs.specs import GraphVariant, variants
 from export.manifest import graph_entry, manifest_of
 from export.readme import bundle_readme
 from export.triton import write_model_repository
@@ -73,7 +73,7 @@ class ExportArguments:
     """Compile every graph with TensorRT-RTX, which needs no GPU: a compile gate, not a Jetson build. auto: where it is
     installed. Of the baked graphs the first alone is compiled."""
 
-    def forms(self, kind: str) -> tuple[Sequence[Precision], Storage | None]:
+    def precisions_for(self, kind: str) -> tuple[Sequence[Precision], Storage | None]:
         """Precisions and storage of a kind of graphs, None for what is multiplied.
 
         A browser computes in float32, so its graphs have that alone.
@@ -194,22 +194,22 @@ def export_bundle(
         manifest = manifest_of(selection) | {"inputs": inputs or {}}
         reference: dict[str, Any] = {}
         unmeasured = 0
-        for case in selection.cases():
-            for variant in variants(case, *options.forms(case.kind)):
+        for spec in selection.specs():
+            for variant in variants(spec, *options.precisions_for(spec.kind)):
                 path = folder / "onnx" / f"{variant.name}.onnx"
                 onnx.save_model(variant.model, path)
-                gated = compiles and (case.instance is None or case.name.startswith("baked_0000"))
-                report = compile_with_rtx(path, case.profile) if gated else None
+                gated = compiles and (spec.instance is None or spec.name.startswith("baked_0000"))
+                report = compile_with_rtx(path, spec.profile) if gated else None
                 manifest["precision"][variant.precision] = PARTS[variant.precision]
                 manifest["graphs"][variant.name] = graph_entry(variant)
                 manifest["measured"][variant.name] = {"tensorrt_rtx": None if report is None else asdict(report)}
-                if case.reference is None:
+                if spec.reference is None:
                     unmeasured += 1
                 else:
                     print(_line(variant, report))
-            if case.reference is not None:
-                arrays = case.reference.inputs | case.reference.outputs
-                reference |= {f"{case.reference.prefix}.{name}": array for name, array in arrays.items()}
+            if spec.reference is not None:
+                arrays = spec.reference.inputs | spec.reference.outputs
+                reference |= {f"{spec.reference.prefix}.{name}": array for name, array in arrays.items()}
         if unmeasured:
             print(f"{unmeasured} further baked graphs: the same nodes with other weights, all of them finite")
         np.savez_compressed(folder / "reference.npz", **reference)
@@ -243,7 +243,7 @@ def _check_output(output: Path) -> None:
         raise UserError(f"{output} holds something other than a bundle; choose another --output_dir")
 
 
-def _line(variant: Variant, report: CompileReport | None) -> str:
+def _line(variant: GraphVariant, report: CompileReport | None) -> str:
     gate = (
         "TensorRT-RTX compile gate not run"
         if report is None

@@ -82,7 +82,7 @@ def blended(values: np.ndarray, axes: Sequence[AxisCells]) -> np.ndarray:
     return values
 
 
-def to_pixels(values: np.ndarray) -> np.ndarray:
+def to_uint8(values: np.ndarray) -> np.ndarray:
     """Values in about [-1, 1] → uint8 of the same shape, clipped and rounded."""
     return np.round(np.clip(values, -1, 1) * 127.5 + 127.5).astype(np.uint8)
 

@@ -12,7 +12,7 @@ import numpy as np
 from .backends import BACKENDS
 from .bundle import BundleError, write_whole
 from .cli import Parser, run_command
-from .runtime import Bundle, Camera, Sampler, load_bundle, to_pixels, write_png
+from .runtime import Bundle, Camera, Sampler, load_bundle, to_uint8, write_png
 
 _OF_OTHER_COMMANDS = ("run", "compare", "manifest", "samples", "decode", "comparison", "metrics")  # their JSON files
 
@@ -60,5 +60,5 @@ def _shown(bundle: Bundle, drawn: np.ndarray, precision: str | None) -> np.ndarr
     """Pictures uint8; of voxels the values as they are; of radiance fields one view each."""
     if bundle.manifest["radiance"] is not None:
         camera = Camera(bundle, precision)
-        return np.stack([to_pixels(camera(coefficients[None], azimuth=30.0)) for coefficients in drawn])
-    return to_pixels(drawn) if bundle.manifest["grid"]["dimensions"] == 2 else drawn
+        return np.stack([to_uint8(camera(coefficients[None], azimuth=30.0)) for coefficients in drawn])
+    return to_uint8(drawn) if bundle.manifest["grid"]["dimensions"] == 2 else drawn

@@ -63,7 +63,7 @@ class TensorRTGraph:
             raise BundleError(f"TensorRT {self.version} refuses the plan: {reason}")
         self._stream = cuda.stream()
         self._start, self._end = cuda.event(), cuda.event()
-        self._lanes: dict[int, _Lane] = {}
+        self._lanes: dict[int, _ProfileContext] = {}
         self.device_milliseconds = 0.0
 
     def __call__(self, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -82,11 +82,13 @@ class TensorRTGraph:
         self.device_milliseconds = self._cuda.milliseconds(self._start, self._end)
         return [lane.output(name) for name in self._outputs]
 
-    def _lane(self, shapes: Shapes) -> _Lane:
+    def _lane(self, shapes: Shapes) -> _ProfileContext:
         """The lane of the tightest profile that takes the shapes, ready for them."""
         index = self._profile(shapes)
         if index not in self._lanes:
-            self._lanes[index] = _Lane(self._engine, self._cuda, index, self._inputs, self._outputs, self._stream)
+            self._lanes[index] = _ProfileContext(
+                self._engine, self._cuda, index, self._inputs, self._outputs, self._stream
+            )
         lane = self._lanes[index]
         if lane.shapes != shapes:
             lane.set_shapes(shapes, self._stream)
@@ -111,7 +113,7 @@ class TensorRTGraph:
         return min(candidates)[1]
 
 
-class _Lane:
+class _ProfileContext:
     """One profile: a context, its buffers, and the work for its present shapes."""
 
     def __init__(

@@ -107,7 +107,7 @@ def _verify(options: Any) -> int:
     skipped = len(options.graphs or graphs) - len(names)
     print(
         f"{len(checks) - failed} of {len(checks)} checks passed, {skipped} graphs have no reference of their own; "
-        f"worst: {worst.graph} in {worst.backend}, {_figures(worst)}"
+        f"worst: {worst.graph} in {worst.backend}, {_metrics(worst)}"
     )
     return 1 if failed else 0
 
@@ -164,10 +164,10 @@ def _array(reference: dict[str, np.ndarray], prefix: str, name: str) -> np.ndarr
 
 
 def _line(check: Check) -> str:
-    return f"{'ok  ' if check.passed else 'FAIL'} {check.graph:24} {check.backend:15} {_figures(check)}"
+    return f"{'ok  ' if check.passed else 'FAIL'} {check.graph:24} {check.backend:15} {_metrics(check)}"
 
 
-def _figures(check: Check) -> str:
+def _metrics(check: Check) -> str:
     return (
         f"max abs {check.max_abs:.1e} (at most {check.limit_abs:.1e}), "
         f"PSNR {check.psnr:.1f} dB (at least {check.limit_psnr:.1f})"

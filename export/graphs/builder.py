@@ -18,7 +18,7 @@ IR_VERSION = 8
 Shape = Sequence[int | str]
 
 
-class Nodes:
+class GraphBuilder:
     """The nodes and initialisers of a graph in the making; every method returns the name of the tensor it makes."""
 
     def __init__(self) -> None:

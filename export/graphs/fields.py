@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from export.graphs.builder import Nodes
-from export.graphs.specs import _SIZES, REFERENCED_BAKED, GraphCase, Profile, _axes, profile_of, reference_of
+from export.graphs.builder import GraphBuilder
+from export.graphs.specs import _SIZES, REFERENCED_BAKED, GraphSpec, Profile, _axes, profile_of, reference_of
 from mnif.models.cell_grid import CellGrid, axis_cells
 from mnif.models.mnif_model import MNIFModel
 from mnif.models.siren import BakedField, LayerShape
@@ -95,9 +95,9 @@ def baked_graph(field: BakedField) -> onnx.ModelProto:
         field: one instance's networks, one per cell. Each is asked at coordinates of its own cell, [-1, 1] across it
             (:func:`mnif.models.cell_grid.cell_grid`; rows shared by all cells are to be repeated).
     """
-    nodes = Nodes()
+    nodes = GraphBuilder()
     values = evaluated(nodes, "coordinates", baked_layers(nodes, field), field.output_sine)
-    cells, dimensions, channels = len(field.rows), field.shapes[0].inputs, field.shapes[-1].outputs
+    cells, dimensions, channels = len(field.params), field.shapes[0].inputs, field.shapes[-1].outputs
     return nodes.model(
         "baked",
         {"coordinates": [cells, "points", dimensions]},
@@ -111,7 +111,7 @@ def decoder_graph(decoder: MNIFModel, resolution: Resolution) -> onnx.ModelProto
     Raises:
         UserError: the resolution is below 1.
     """
-    nodes = Nodes()
+    nodes = GraphBuilder()
     values = _decoded(nodes, decoder, "coefficients", resolution)
     return nodes.model(
         "decoder",
@@ -130,7 +130,7 @@ def cells_of(decoder: MNIFModel) -> int:
     return decoder.config.cells**decoder.config.dimensions
 
 
-def baked_layers(nodes: Nodes, field: BakedField) -> Layers:
+def baked_layers(nodes: GraphBuilder, field: BakedField) -> Layers:
     """A baked field's layers as constants: weights [cells, in, out] and biases [cells, 1, out]."""
     return {
         index: (nodes.constant(f"layer_{index}.weight", weight), nodes.constant(f"layer_{index}.bias", bias))
@@ -138,7 +138,7 @@ def baked_layers(nodes: Nodes, field: BakedField) -> Layers:
     }
 
 
-def mixed_layers(nodes: Nodes, decoder: MNIFModel, coefficients: str) -> Layers:
+def mixed_layers(nodes: GraphBuilder, decoder: MNIFModel, coefficients: str) -> Layers:
     """The layers that coefficients mix: weights [batch, cells, in, out] and biases [batch, cells, 1, out]."""
     by_cell = nodes.reshape(coefficients, (-1, len(decoder.bases), decoder.config.num_bases), "coefficients_by_cell")
     layers = {}
@@ -161,7 +161,7 @@ def mixed_layers(nodes: Nodes, decoder: MNIFModel, coefficients: str) -> Layers:
     return layers
 
 
-def all_layers(nodes: Nodes, decoder: MNIFModel, coefficients: str) -> Layers:
+def all_layers(nodes: GraphBuilder, decoder: MNIFModel, coefficients: str) -> Layers:
     """All layers of a field: those that coefficients mix, and before them the shared ones, [in, out] and [1, out]."""
     layers = mixed_layers(nodes, decoder, coefficients)
     for index, (shape, row) in enumerate(zip(decoder.shapes, decoder.shared, strict=False)):
@@ -170,7 +170,7 @@ def all_layers(nodes: Nodes, decoder: MNIFModel, coefficients: str) -> Layers:
     return layers
 
 
-def evaluated(nodes: Nodes, hidden: str, layers: Layers, output_sine: bool) -> str:
+def evaluated(nodes: GraphBuilder, hidden: str, layers: Layers, output_sine: bool) -> str:
     """Runs what ``hidden`` [..., points, features] names through layers; all but the network's last end on a sine."""
     last = max(layers)
     for index, (weight, bias) in sorted(layers.items()):
@@ -187,7 +187,7 @@ def _grid_shape(decoder: MNIFModel, resolution: Resolution) -> list[int | str]:
     return ["batch", *sizes, decoder.config.channels]
 
 
-def _decoded(nodes: Nodes, decoder: MNIFModel, coefficients: str, resolution: Resolution) -> str:
+def _decoded(nodes: GraphBuilder, decoder: MNIFModel, coefficients: str, resolution: Resolution) -> str:
     """Mixes the bases, evaluates the fields on the grid and blends: tensors are [batch, cells, points, features]."""
     grid = decoder.grid(resolution)
     if len(grid.coordinates[0]) * len(grid.coordinates) * decoder.config.width <= _MOST_SINES:
@@ -207,7 +207,7 @@ def _shared_part(decoder: MNIFModel, grid: CellGrid) -> Tensor:
     return hidden
 
 
-def _blended(nodes: Nodes, decoder: MNIFModel, grid: CellGrid, values: str) -> str:
+def _blended(nodes: GraphBuilder, decoder: MNIFModel, grid: CellGrid, values: str) -> str:
     """[batch, cells, points, channels] → [batch, resolution, ..., channels], as :meth:`CellGrid.blend` does it."""
     dimensions, count, channels = decoder.config.dimensions, decoder.config.cells, decoder.config.channels
     if count > 1:
@@ -243,7 +243,7 @@ _BAKED_AT_ONCE = 64
 
 
 @torch.no_grad()
-def decoder_case(decoder: MNIFModel, latents: Tensor, resolution: Resolution) -> GraphCase:
+def decoder_spec(decoder: MNIFModel, latents: Tensor, resolution: Resolution) -> GraphSpec:
     """Coefficients → values on a grid; ``latents`` [n, D] make the reference."""
     exact_decoder, model = copy.deepcopy(decoder).double(), decoder_graph(decoder, resolution)
     coefficients = decoder.coefficients(latents[: _reference_count(model)])
@@ -253,13 +253,13 @@ def decoder_case(decoder: MNIFModel, latents: Tensor, resolution: Resolution) ->
         {"values": exact_decoder.decode_coefficients(coefficients.double(), exact_decoder.grid(resolution))},
         {"values": decoder.decode_coefficients(coefficients, decoder.grid(resolution))},
     )
-    return GraphCase("decoder", "decoder", model, batch_profile(model), reference)
+    return GraphSpec("decoder", "decoder", model, batch_profile(model), reference)
 
 
 @torch.no_grad()
-def baked_cases(
+def baked_specs(
     decoder: MNIFModel, latents: Tensor, labels: Sequence[dict[str, Any]], resolution: Resolution
-) -> Iterator[GraphCase]:
+) -> Iterator[GraphSpec]:
     """Coordinates → values for each of ``latents`` [n, D]; the first :data:`REFERENCED_BAKED` have references."""
     cells = decoder.config.cells**decoder.config.dimensions
     coordinates = decoder.grid(resolution).coordinates.expand(cells, -1, -1)
@@ -277,7 +277,7 @@ def baked_cases(
                 {"values": exact[index](coordinates.double())},
                 {"values": baked(coordinates)},
             )
-        yield GraphCase(name, "baked", baked_graph(baked), profile, reference, instance=label)
+        yield GraphSpec(name, "baked", baked_graph(baked), profile, reference, instance=label)
 
 
 def _baked(decoder: MNIFModel, latents: Tensor) -> Iterator[BakedField]:
@@ -285,7 +285,7 @@ def _baked(decoder: MNIFModel, latents: Tensor) -> Iterator[BakedField]:
     for begin in range(0, len(latents), _BAKED_AT_ONCE):
         some = latents[begin : begin + _BAKED_AT_ONCE]
         fields = decoder.bake(decoder.coefficients(some))
-        for rows in fields.rows.chunk(len(some)):
+        for rows in fields.params.chunk(len(some)):
             yield BakedField(fields.shapes, rows, fields.output_sine)
 
 

@@ -6,7 +6,7 @@ depths in the middles of their intervals.
 
 A point in space is on no grid, so which cells answer for it is worked out in the graph. Sorting points by cell needs
 shapes that depend on values, which engines do not have; every cell is asked at every point instead, and the answers
-are added with the weights of :func:`mnif.models.cell_grid.route_points`, most of them zero. That costs cells³ times
+are added with the weights of :func:`mnif.models.cell_grid.assign_points`, most of them zero. That costs cells³ times
 the work of one cell, at fixed shapes; the usual radiance field has one cell and pays nothing.
 """
 
@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from export.graphs.builder import Nodes, Shape
+from export.graphs.builder import GraphBuilder, Shape
 from export.graphs.fields import all_layers, baked_layers, coefficient_shape, evaluated
-from export.graphs.specs import REFERENCED_BAKED, GraphCase, Profile, profile_of, reference_of
+from export.graphs.specs import REFERENCED_BAKED, GraphSpec, Profile, profile_of, reference_of
 from mnif.models.mnif_model import MNIFModel
 from mnif.models.siren import BakedField
 from mnif.signals.radiance import Cameras, RadianceField, Rays
@@ -42,7 +42,7 @@ def points_graph(decoder: MNIFModel, signal: RadianceField, field: BakedField | 
         signal: its signal.
         field: one instance's networks: no ``coefficients`` then, and no axis ``batch``.
     """
-    nodes = Nodes()
+    nodes = GraphBuilder()
     values = _values(nodes, decoder, signal, field, _with_batch(nodes, "points", field))
     colours, density = _colours_and_density(nodes, signal, values)
     if field is not None:
@@ -62,7 +62,7 @@ def rays_graph(decoder: MNIFModel, signal: RadianceField, field: BakedField | No
         signal: its signal.
         field: one instance's networks: no ``coefficients`` then, and no axis ``batch``.
     """
-    nodes = Nodes()
+    nodes = GraphBuilder()
     origins, directions = (_with_batch(nodes, name, field) for name in ("origins", "directions"))
     near, length = _interval(nodes, signal, origins, directions)
     middles = (np.arange(signal.samples, dtype=np.float32) + np.float32(0.5)) / np.float32(signal.samples)
@@ -94,12 +94,14 @@ def _batched(field: BakedField | None, shape: list[int | str]) -> list[int | str
     return shape if field is not None else ["batch", *shape]
 
 
-def _with_batch(nodes: Nodes, source: str, field: BakedField | None) -> str:
+def _with_batch(nodes: GraphBuilder, source: str, field: BakedField | None) -> str:
     """An input as [batch, n, 3]."""
     return source if field is None else nodes.unsqueeze(source, [0], f"{source}/batch")
 
 
-def _values(nodes: Nodes, decoder: MNIFModel, signal: RadianceField, field: BakedField | None, points: str) -> str:
+def _values(
+    nodes: GraphBuilder, decoder: MNIFModel, signal: RadianceField, field: BakedField | None, points: str
+) -> str:
     """What the fields say at points [batch, n, 3] of the world: [batch, n, 4]."""
     layers = all_layers(nodes, decoder, "coefficients") if field is None else baked_layers(nodes, field)
     inside = nodes.add("Mul", [points, nodes.number(1 / signal.bound)], "field/points")
@@ -115,7 +117,7 @@ def _values(nodes: Nodes, decoder: MNIFModel, signal: RadianceField, field: Bake
     return nodes.reduce_sum(nodes.add("Mul", [answers, shares], "field/shared"), 1, "field/values", keep=False)
 
 
-def _shares(nodes: Nodes, decoder: MNIFModel, points: str, cells: torch.Tensor) -> str:
+def _shares(nodes: GraphBuilder, decoder: MNIFModel, points: str, cells: torch.Tensor) -> str:
     """Each cell's share of the value at points [batch, n, 3]: [batch, cells, n, 1], summing to 1 over the cells.
 
     On one axis, a ramp runs up at each border; a cell's share is its own ramp minus that of the next one.
@@ -145,7 +147,7 @@ def _shares(nodes: Nodes, decoder: MNIFModel, points: str, cells: torch.Tensor) 
     return share
 
 
-def _colours_and_density(nodes: Nodes, signal: RadianceField, values: str) -> tuple[str, str]:
+def _colours_and_density(nodes: GraphBuilder, signal: RadianceField, values: str) -> tuple[str, str]:
     """Values [..., 4] → colours [..., 3], and density [..., 1] per unit of length in the world."""
     colours, raw = nodes.split(values, (3, 1), ["colours_of_points", "density/raw"])
     raised = nodes.add("Mul", [raw, nodes.number(10.0)], "density/raised")
@@ -153,7 +155,7 @@ def _colours_and_density(nodes: Nodes, signal: RadianceField, values: str) -> tu
     return colours, nodes.add("Mul", [soft, nodes.number(2 / signal.bound)], "density/of_points")
 
 
-def _interval(nodes: Nodes, signal: RadianceField, origins: str, directions: str) -> tuple[str, str]:
+def _interval(nodes: GraphBuilder, signal: RadianceField, origins: str, directions: str) -> tuple[str, str]:
     """Where rays enter the cube, and how far they are inside, both [batch, rays, 1].
 
     As :func:`mnif.signals.volume_rendering.box_intersection` has it, clipped to the signal's near and far.
@@ -182,7 +184,7 @@ def _interval(nodes: Nodes, signal: RadianceField, origins: str, directions: str
     return near, nodes.add("Sub", [far, near], "box/length")
 
 
-def _composited(nodes: Nodes, signal: RadianceField, colours: str, density: str, length: str) -> str:
+def _composited(nodes: GraphBuilder, signal: RadianceField, colours: str, density: str, length: str) -> str:
     """Colours [batch, rays, samples, 3] and density [batch, rays, samples] → the light of rays [batch, rays, 3].
 
     :func:`mnif.signals.volume_rendering.composite`; what lies before a sample is summed by a product with a triangle
@@ -221,7 +223,7 @@ _LIMITS = {"rays": (1e-5, 2e-4), "points": (1e-4, 4e-3)}
 
 
 @torch.no_grad()
-def radiance_cases(decoder: MNIFModel, signal: RadianceField, latents: Tensor, seed: int) -> Iterator[GraphCase]:
+def radiance_specs(decoder: MNIFModel, signal: RadianceField, latents: Tensor, seed: int) -> Iterator[GraphSpec]:
     """*rays* and *points* of any instance; ``latents`` [n, D] make the references."""
     coefficients = decoder.coefficients(latents[:_REFERENCES])
     for kind, model in (("rays", rays_graph(decoder, signal)), ("points", points_graph(decoder, signal))):
@@ -229,13 +231,13 @@ def radiance_cases(decoder: MNIFModel, signal: RadianceField, latents: Tensor, s
         inputs = {"coefficients": coefficients.numpy()} | {name: place.numpy() for name, place in places.items()}
         exact, single = _answers(kind, decoder, signal, coefficients, places)
         reference = reference_of(kind, inputs, exact, single, _LIMITS[kind])
-        yield GraphCase(kind, kind, model, _profile(decoder, signal, kind, model), reference)
+        yield GraphSpec(kind, kind, model, _profile(decoder, signal, kind, model), reference)
 
 
 @torch.no_grad()
-def baked_radiance_cases(
+def baked_radiance_specs(
     decoder: MNIFModel, signal: RadianceField, latents: Tensor, labels: Sequence[dict[str, Any]], seed: int
-) -> Iterator[GraphCase]:
+) -> Iterator[GraphSpec]:
     """*rays* and *points* of each of ``latents`` [n, D], without a batch; the first few have references."""
     for index, (latent, label) in enumerate(zip(latents, labels, strict=True)):
         coefficients = decoder.coefficients(latent[None])
@@ -251,7 +253,7 @@ def baked_radiance_cases(
                 inputs = {source: place[0].numpy() for source, place in places.items()}
                 reference = reference_of(name, inputs, exact, single, _LIMITS[kind])
             profile = _profile(decoder, signal, kind, model)
-            yield GraphCase(name, kind, model, profile, reference, instance=label)
+            yield GraphSpec(name, kind, model, profile, reference, instance=label)
 
 
 def _places(kind: str, signal: RadianceField, count: int, seed: int) -> dict[str, Tensor]:

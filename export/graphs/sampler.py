@@ -18,7 +18,7 @@ import torch
 from diffusers import SchedulerMixin
 from torch import Tensor
 
-from export.graphs.builder import Nodes
+from export.graphs.builder import GraphBuilder
 from export.graphs.fields import (
     Resolution,
     _decoded,
@@ -31,8 +31,8 @@ from export.graphs.fields import (
     coefficient_shape,
     evaluated,
 )
-from export.graphs.specs import GraphCase, profile_of, reference_of
-from latent_prior.denoisers import LatentDenoiser, ResidualBlock
+from export.graphs.specs import GraphSpec, profile_of, reference_of
+from latent_prior.denoisers import ResidualBlock, ResMLPDenoiser
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
 from mnif.models.mnif_model import MNIFModel
@@ -61,7 +61,7 @@ _NOTHING = 1e-9  # what rounding leaves of a weight that is zero
 
 
 @dataclass(frozen=True)
-class LinearSteps:
+class LinearSchedulerTable:
     """Denoising as x[i+1] = Σ sample_weights[i, k] · x[i-k] + Σ prediction_weights[i, k] · m[i-k].
 
     Attributes:
@@ -90,7 +90,7 @@ class LinearSteps:
         ]
 
 
-def linear_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> LinearSteps:
+def linear_scheduler_table(scheduler: SchedulerMixin, num_inference_steps: int) -> LinearSchedulerTable:
     """Reads off a scheduler's weights; the scheduler itself and torch's random state stay as they are.
 
     Args:
@@ -128,7 +128,7 @@ def linear_steps(scheduler: SchedulerMixin, num_inference_steps: int) -> LinearS
             )
         for (kind, lag), weight in zip(used, solution, strict=True):
             weights[kind, step, lag] = weight if abs(weight) > _NOTHING else 0.0
-    return LinearSteps(
+    return LinearSchedulerTable(
         timesteps=scheduler.timesteps.double().numpy(),
         sample_weights=weights[0],
         prediction_weights=weights[1],
@@ -147,19 +147,21 @@ def _trajectory(scheduler: SchedulerMixin) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(samples), predictions
 
 
-def sampler_graph(pipeline: MNIFPipeline, steps: LinearSteps, resolution: Resolution | None) -> onnx.ModelProto:
+def sampler_graph(
+    pipeline: MNIFPipeline, steps: LinearSchedulerTable, resolution: Resolution | None
+) -> onnx.ModelProto:
     """``noise`` [batch, latent_dim] → ``values`` [batch, *resolution, channels], batch dynamic.
 
     Args:
         pipeline: decoder and denoiser.
-        steps: its scheduler's (:func:`export.graphs.sampler.linear_steps`).
+        steps: its scheduler's (:func:`export.graphs.sampler.linear_scheduler_table`).
         resolution: pixels per axis; None ends the graph at ``coefficients`` [batch, cells, layers, bases].
 
     Raises:
         UserError: the resolution is below 1.
     """
     decoder, denoiser = pipeline.decoder, pipeline.denoiser
-    nodes = Nodes()
+    nodes = GraphBuilder()
     samples = ["noise"]
     predictions: list[str] = []
     for step, timestep in enumerate(steps.timesteps):
@@ -180,7 +182,7 @@ def sampler_graph(pipeline: MNIFPipeline, steps: LinearSteps, resolution: Resolu
     return nodes.model("sampler", {"noise": ["batch", decoder.config.latent_dim]}, results)
 
 
-def _coefficients(nodes: Nodes, decoder: MNIFModel, latents: str) -> str:
+def _coefficients(nodes: GraphBuilder, decoder: MNIFModel, latents: str) -> str:
     """Latents [batch, latent_dim] → coefficients [batch, cells · layers · bases], as the model has them."""
     config, scale = decoder.config, decoder.config.num_bases**-0.5
     if decoder.coefficient_map is None:
@@ -202,7 +204,7 @@ def _coefficients(nodes: Nodes, decoder: MNIFModel, latents: str) -> str:
 
 
 @torch.no_grad()
-def _denoised(nodes: Nodes, denoiser: LatentDenoiser, sample: str, timestep: float, name: str) -> str:
+def _denoised(nodes: GraphBuilder, denoiser: ResMLPDenoiser, sample: str, timestep: float, name: str) -> str:
     """One evaluation of the denoiser, [batch, latent_dim] → [batch, latent_dim]."""
     weights = dict(denoiser.named_parameters())
 
@@ -226,7 +228,7 @@ def _denoised(nodes: Nodes, denoiser: LatentDenoiser, sample: str, timestep: flo
     return nodes.linear(hidden, stored("write.weight"), stored("write.bias"), f"{name}/write")
 
 
-def _normalised(nodes: Nodes, hidden: str, norm: torch.nn.RMSNorm, name: str) -> str:
+def _normalised(nodes: GraphBuilder, hidden: str, norm: torch.nn.RMSNorm, name: str) -> str:
     """x / sqrt(mean(x²) + eps) over the last axis, without the gain."""
     square = nodes.add("Mul", [hidden, hidden], f"{name}/square")
     mean = nodes.add("ReduceMean", [square], f"{name}/mean", axes=[-1], keepdims=1)
@@ -236,27 +238,27 @@ def _normalised(nodes: Nodes, hidden: str, norm: torch.nn.RMSNorm, name: str) ->
 
 
 @torch.no_grad()
-def for_decoder(denoiser: LatentDenoiser, decoder: MNIFModel) -> LatentDenoiser:
+def for_decoder(denoiser: ResMLPDenoiser, decoder: MNIFModel) -> ResMLPDenoiser:
     """The same denoiser for a padded decoder, whose fingerprint is another; itself for its own decoder."""
     fingerprint = decoder.fingerprint()
     if denoiser.config.decoder_fingerprint == fingerprint:
         return denoiser
     settings = {key: value for key, value in denoiser.config.items() if not key.startswith("_")}
-    moved = LatentDenoiser(**settings | {"decoder_fingerprint": fingerprint}).eval()
+    moved = ResMLPDenoiser(**settings | {"decoder_fingerprint": fingerprint}).eval()
     moved.load_state_dict(denoiser.state_dict())
     return moved
 
 
 @torch.no_grad()
-def sampler_case(
+def sampler_spec(
     pipeline: MNIFPipeline, num_inference_steps: int, resolution: Resolution | None, seed: int
-) -> GraphCase:
+) -> GraphSpec:
     """Noise → values on a grid, or coefficients where ``resolution`` is None.
 
     Raises:
         UserError: the scheduler cannot be exported with so many steps.
     """
-    decoder, steps = pipeline.decoder, linear_steps(pipeline.scheduler, num_inference_steps)
+    decoder, steps = pipeline.decoder, linear_scheduler_table(pipeline.scheduler, num_inference_steps)
     model = sampler_graph(pipeline, steps, resolution)
     noise = initial_noise(seed, range(_reference_count(model)), decoder.config.latent_dim)
     start = torch.from_numpy(noise)
@@ -273,10 +275,10 @@ def sampler_case(
     # Each of the unrolled steps hands its rounding on to the next.
     name, limits = f"sampler_{num_inference_steps}", (1e-4, 2e-3)
     reference = reference_of(name, {"noise": noise}, {output: exact}, {output: single}, limits)
-    return GraphCase(name, "sampler", model, batch_profile(model), reference, steps=len(steps.timesteps))
+    return GraphSpec(name, "sampler", model, batch_profile(model), reference, steps=len(steps.timesteps))
 
 
-def _denoised_exactly(pipeline: MNIFPipeline, steps: LinearSteps, noise: Tensor) -> Tensor:
+def _denoised_exactly(pipeline: MNIFPipeline, steps: LinearSchedulerTable, noise: Tensor) -> Tensor:
     """Latents from noise [n, D] float64, in float64."""
     denoiser = copy.deepcopy(pipeline.denoiser).double()
     samples, predictions = [noise], []
@@ -299,21 +301,21 @@ _REFERENCE_POINTS = 256  # of each cell
 
 
 @torch.no_grad()
-def browser_cases(
+def browser_specs(
     pipeline: MNIFPipeline, num_inference_steps: int, resolution: Resolution, seed: int
-) -> Iterator[GraphCase]:
+) -> Iterator[GraphSpec]:
     """*prior* and *field* with fixed inputs and exact answers.
 
     Raises:
         UserError: the scheduler cannot be exported with so many steps.
     """
-    yield replace(sampler_case(pipeline, num_inference_steps, None, seed), name="prior", kind="prior")
+    yield replace(sampler_spec(pipeline, num_inference_steps, None, seed), name="prior", kind="prior")
     noise = initial_noise(seed, range(_REFERENCES), pipeline.decoder.config.latent_dim)
     coefficients = pipeline.decoder.coefficients(pipeline.denoiser.to_latents(torch.from_numpy(noise)))
-    yield _field_case(pipeline.decoder, coefficients, resolution, seed)
+    yield _field_spec(pipeline.decoder, coefficients, resolution, seed)
 
 
-def _field_case(decoder: MNIFModel, coefficients: Tensor, resolution: Resolution, seed: int) -> GraphCase:
+def _field_spec(decoder: MNIFModel, coefficients: Tensor, resolution: Resolution, seed: int) -> GraphSpec:
     """*field*, asked at places all over the cells."""
     shape = (cells_of(decoder), _REFERENCE_POINTS, decoder.config.dimensions)
     places = torch.from_numpy(np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32))
@@ -330,7 +332,7 @@ def _field_case(decoder: MNIFModel, coefficients: Tensor, resolution: Resolution
         size: {"batch": batch, "points": coordinates[size][1]}
         for size, batch in (("minimum", 1), ("optimum", 1), ("maximum", _LARGEST_BATCH))
     }
-    return GraphCase("field", "field", model, profile_of(model, **sizes), reference)
+    return GraphSpec("field", "field", model, profile_of(model, **sizes), reference)
 
 
 def field_graph(decoder: MNIFModel) -> onnx.ModelProto:
@@ -339,7 +341,7 @@ def field_graph(decoder: MNIFModel) -> onnx.ModelProto:
     They are [batch, cells, layers, bases], [cells, points, dimensions] in each cell's own [-1, 1], and
     [batch, cells, points, channels].
     """
-    nodes = Nodes()
+    nodes = GraphBuilder()
     points = nodes.unsqueeze("coordinates", [0], "coordinates_of_all")
     layers = all_layers(nodes, decoder, "coefficients")
     values = evaluated(nodes, points, layers, decoder.config.output_sine)

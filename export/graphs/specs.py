@@ -69,7 +69,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class GraphCase:
+class GraphSpec:
     """One graph in float32 and what it must answer.
 
     Attributes:
@@ -123,7 +123,7 @@ _FINEST = 100.0  # dB; no backend is asked for more
 
 
 @dataclass(frozen=True)
-class Variant:
+class GraphVariant:
     """One file of a bundle.
 
     Attributes:
@@ -139,7 +139,7 @@ class Variant:
     """
 
     name: str
-    case: GraphCase
+    spec: GraphSpec
     precision: Precision
     storage: Storage
     model: onnx.ModelProto
@@ -149,7 +149,9 @@ class Variant:
     tolerance: dict[str, float] | None = None
 
 
-def variants(case: GraphCase, precisions: Sequence[Precision], storage: Storage | None = None) -> Iterator[Variant]:
+def variants(
+    spec: GraphSpec, precisions: Sequence[Precision], storage: Storage | None = None
+) -> Iterator[GraphVariant]:
     """One graph in several precisions, with its large matrices in ``storage``; None stores what is multiplied.
 
     With a reference, each is checked and measured. Without one (further baked graphs, which differ from the first in
@@ -159,17 +161,17 @@ def variants(case: GraphCase, precisions: Sequence[Precision], storage: Storage 
         UserError: a graph misses its tolerance, or holds what is not a number.
     """
     for precision in precisions:
-        name = case.name if precision == "fp32" else f"{case.name}_{precision}"
+        name = spec.name if precision == "fp32" else f"{spec.name}_{precision}"
         kept = storage or ("fp32" if precision == "fp32" else "fp16")
-        model = variant(case.model, precision, kept)
+        model = variant(spec.model, precision, kept)
         half = hidden_products(model) if precision == "mixed" else []
-        if case.reference is None:
+        if spec.reference is None:
             _check_finite(name, model)
-            yield Variant(name, case, precision, kept, model, half)
+            yield GraphVariant(name, spec, precision, kept, model, half)
             continue
         onnx.checker.check_model(model, full_check=True)
-        measured = _measured(name, model, case.reference, precision, kept)
-        yield Variant(name, case, precision, kept, model, half, *measured)
+        measured = _measured(name, model, spec.reference, precision, kept)
+        yield GraphVariant(name, spec, precision, kept, model, half, *measured)
 
 
 def run(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -10,13 +10,13 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from latent_prior.denoisers import LatentDenoiser
-from latent_prior.diffusion import TRAIN_TIMESTEPS, ErrorSize, objective_of, sampling_scheduler, student_scheduler
+from latent_prior.denoisers import ResMLPDenoiser
+from latent_prior.diffusion import TRAIN_TIMESTEPS, LossType, objective_of, sampling_scheduler, student_scheduler
 from latent_prior.distillation import DistillationLoss, energy_distance, student_timesteps, teacher_pairs
 from latent_prior.hub import write_model_card
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from latent_prior.sampling import draw
-from mnif.data.batches import Rows
+from mnif.data.batches import ArrayDataset
 from mnif.latents.table import LatentTable
 from mnif.models.io import save_component, save_index
 from mnif.training.loop import TrainingArguments, make_accelerator, train
@@ -51,7 +51,7 @@ class DistillArguments(TrainingArguments):
     """Residual blocks of the student."""
     dropout: float = 0.0
     """Dropout in the blocks, if there are too few pairs."""
-    loss: ErrorSize = "mse"
+    loss: LossType = "mse"
     """Mean square, or pseudo-Huber, in which outliers weigh less."""
     train_batch_size: int = 256
     """Pairs per step, over all processes together."""
@@ -102,7 +102,7 @@ def distill(arguments: DistillArguments) -> None:
     )
     drawn = time.perf_counter() - started
     set_seed(arguments.seed)
-    student = LatentDenoiser(
+    student = ResMLPDenoiser(
         latent_dim=pairs.states.shape[2],
         width=arguments.width,
         depth=arguments.depth,
@@ -129,7 +129,7 @@ def distill(arguments: DistillArguments) -> None:
     )
     ema = EMAModel(loss.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
-    rows = Rows(states=pairs.states[held_out:], samples=pairs.samples[held_out:])
+    rows = ArrayDataset(states=pairs.states[held_out:], samples=pairs.samples[held_out:])
     train(accelerator, arguments, loss, [optimizer], rows, run, "distill", validate, ema, "validation_loss")
     if accelerator.is_main_process:
         seconds = {"seconds_of_pairs": round(drawn, 1), "seconds": round(time.perf_counter() - started, 1)}
@@ -157,7 +157,7 @@ def _check(arguments: DistillArguments) -> None:
 def _finish(
     arguments: DistillArguments,
     pipeline: MNIFPipeline,
-    student: LatentDenoiser,
+    student: ResMLPDenoiser,
     table: LatentTable,
     seconds: dict[str, float],
 ) -> None:
@@ -166,12 +166,12 @@ def _finish(
     add_student(run / "model", pipeline, student)
     teacher = MNIFPipeline(pipeline.decoder, pipeline.denoiser.cpu(), pipeline.scheduler)
     distances = energy_distances(arguments, teacher, student, table)
-    figures = seconds | {
+    metrics = seconds | {
         "peak_rss_mb": peak_memory_megabytes(),
         "student_parameters": student.num_parameters(),
         "energy_distance": distances,
     }
-    merge_json(run / "metrics.json", {"distill": figures})
+    merge_json(run / "metrics.json", {"distill": metrics})
     write_model_card(run)
     finish_stage(run, "distill")
     print("energy distance of samples from the training latents, standardised:")
@@ -180,7 +180,7 @@ def _finish(
     print(f"{run / 'model'}: student and student_scheduler added")
 
 
-def add_student(folder: Path, pipeline: MNIFPipeline, student: LatentDenoiser) -> None:
+def add_student(folder: Path, pipeline: MNIFPipeline, student: ResMLPDenoiser) -> None:
     """Adds student and scheduler to a model folder that holds the teacher; the index is written last."""
     save_component(folder, "student", student)
     scheduler = student_scheduler()
@@ -190,7 +190,7 @@ def add_student(folder: Path, pipeline: MNIFPipeline, student: LatentDenoiser) -
 
 
 def energy_distances(
-    arguments: DistillArguments, teacher: MNIFPipeline, student: LatentDenoiser, table: LatentTable
+    arguments: DistillArguments, teacher: MNIFPipeline, student: ResMLPDenoiser, table: LatentTable
 ) -> dict[str, float]:
     """Distances from the training latents: of both models by number of steps, and of two controls.
 

@@ -13,12 +13,12 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from latent_prior.denoisers import GROUPS, Denoiser, LatentDenoiser, PaperDenoiser
-from latent_prior.diffusion import DenoisingLoss, ErrorSize, Objective, Weighting, sampling_scheduler, validation_loss
+from latent_prior.denoisers import GROUPS, Denoiser, PaperDenoiser, ResMLPDenoiser
+from latent_prior.diffusion import DenoisingLoss, LossType, Objective, Weighting, sampling_scheduler, validation_loss
 from latent_prior.hub import write_model_card
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
-from mnif.data.batches import Rows
+from mnif.data.batches import ArrayDataset
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component, save_component, save_index
 from mnif.models.mnif_model import MNIFModel
@@ -27,7 +27,7 @@ from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import given_flag, parse_arguments, preset_defaults, read_preset
 from mnif.utils.errors import UserError
 from mnif.utils.files import folder_written_atomically, merge_json, read_json, sha256_of_file
-from mnif.utils.pixels import picture_grid, save_picture
+from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import peak_memory_megabytes
 
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -52,7 +52,7 @@ class PriorArguments(TrainingArguments):
     """Of errors at different noise levels: as they are; as errors of the velocity, bounded; or min-SNR."""
     snr_limit: float = 5.0
     """Bounds the weight of nearly clean latents; not for plain weighting."""
-    loss: ErrorSize = "mse"
+    loss: LossType = "mse"
     """Mean square, or pseudo-Huber, in which outliers weigh less."""
     sampler: Literal["solver", "ancestral"] = "solver"
     """The scheduler that is stored: a deterministic one of few steps, or the paper's DDPM of 1000."""
@@ -181,7 +181,18 @@ def fit_prior(arguments: PriorArguments) -> None:
     ema = EMAModel(loss.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
     keep_best = "validation_loss" if arguments.keep == "best" else None
-    train(accelerator, arguments, loss, [optimizer], Rows(latents=latents), run, "prior", validate, ema, keep_best)
+    train(
+        accelerator,
+        arguments,
+        loss,
+        [optimizer],
+        ArrayDataset(latents=latents),
+        run,
+        "prior",
+        validate,
+        ema,
+        keep_best,
+    )
     if accelerator.is_main_process:
         _finish(arguments, decoder, denoiser.cpu().eval(), time.perf_counter() - started)
     accelerator.wait_for_everyone()
@@ -194,7 +205,7 @@ def make_denoiser(arguments: PriorArguments, table: LatentTable) -> Denoiser:
     if arguments.denoiser == "paper":
         denoiser: Denoiser = PaperDenoiser(**shape)
     else:
-        denoiser = LatentDenoiser(**shape, dropout=arguments.dropout)
+        denoiser = ResMLPDenoiser(**shape, dropout=arguments.dropout)
     mean, std = table.mean_and_std()
     denoiser.latent_mean.copy_(mean)
     denoiser.latent_std.copy_(std)
@@ -219,14 +230,14 @@ def _finish(arguments: PriorArguments, decoder: MNIFModel, denoiser: Denoiser, s
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.from_numpy(initial_noise(arguments.seed, range(64), denoiser.config.latent_dim))
     (images,) = pipeline(latents=noise, return_dict=False)
-    save_picture(run / "samples" / "samples.png", picture_grid([np.asarray(i) for i in images], 16, scale=2))
-    figures = {
+    save_image(run / "samples" / "samples.png", image_grid([np.asarray(i) for i in images], 16, scale=2))
+    metrics = {
         "seconds": round(seconds, 1),
         "peak_rss_mb": peak_memory_megabytes(),
         "denoiser_parameters": denoiser.num_parameters(),
     }
     recorded = read_json(run / "metrics.json")
-    merge_json(run / "metrics.json", {"prior": recorded.get("prior", {}) | figures})
+    merge_json(run / "metrics.json", {"prior": recorded.get("prior", {}) | metrics})
     write_model_card(run)
     finish_stage(run, "prior")
     print(f"{run / 'model'}: denoiser and scheduler added; pictures at {run / 'samples' / 'samples.png'}")

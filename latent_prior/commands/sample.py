@@ -14,8 +14,8 @@ from latent_prior.diffusion import INFERENCE_STEPS, adds_noise, scheduler_by_nam
 from latent_prior.hub import model_folder
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from latent_prior.sample_writers import FORMATS, Samples, save_interpolation, save_preview
-from latent_prior.sampling import BLOCK, Drawing
-from mnif.signals.outputs import Animation, MeshFormat, showing_by_flags
+from latent_prior.sampling import BLOCK, ExactSampler
+from mnif.signals.outputs import Animation, MeshFormat, writer_from_flags
 from mnif.signals.registry import signal_of_model
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError
@@ -92,13 +92,13 @@ def sample(arguments: SampleArguments) -> None:
     if arguments.scheduler:
         pipeline.scheduler = scheduler_by_name(arguments.scheduler, pipeline.scheduler)
     samples = _samples(arguments, pipeline)
-    denoiser, scheduler = pipeline.drawing_with(arguments.num_inference_steps, samples.drawing.use_student)
+    denoiser, scheduler = pipeline.select_denoiser(arguments.num_inference_steps, samples.drawing.use_student)
     if arguments.interpolate and adds_noise(scheduler):
         raise UserError(
             f"--interpolate: {type(scheduler).__name__} adds noise in every step; name another --scheduler, "
             "such as DDIMScheduler"
         )
-    asked = {
+    requested = {
         "model_sha256": [sha256_of_folder(model / name) for name in _COMPONENTS if (model / name).is_dir()],
         "seed": arguments.seed,
         "num_inference_steps": arguments.num_inference_steps,
@@ -106,11 +106,11 @@ def sample(arguments: SampleArguments) -> None:
         "denoiser": "student" if denoiser is pipeline.student else "teacher",
         "truncation": arguments.truncation,
         "format": arguments.format,
-    } | asdict(samples.showing)
+    } | asdict(samples.writer)
     if arguments.format != "folder":
-        asked |= {"num_samples": arguments.num_samples, "shard_size": arguments.shard_size}
+        requested |= {"num_samples": arguments.num_samples, "shard_size": arguments.shard_size}
     output = arguments.output_dir
-    _check_same_samples(output, asked, samples.any_there())
+    _check_same_samples(output, requested, samples.any_there())
 
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
     missing = [samples.missing(number) for number in samples.units()]  # as all processes find it, for none writes yet
@@ -118,7 +118,7 @@ def sample(arguments: SampleArguments) -> None:
     if state.is_main_process:
         for folder in samples.folders():
             remove_leftovers(folder)
-        write_json(output / "samples.json", asked)
+        write_json(output / "samples.json", requested)
     state.wait_for_everyone()
     pipeline.to(state.device)
     pipeline.set_progress_bar_config(disable=True)
@@ -164,7 +164,7 @@ def _samples(arguments: SampleArguments, pipeline: MNIFPipeline) -> Samples:
     return FORMATS[arguments.format](
         output=arguments.output_dir,
         count=arguments.num_samples,
-        drawing=Drawing(
+        drawing=ExactSampler(
             pipeline,
             arguments.seed,
             arguments.num_inference_steps,
@@ -172,7 +172,7 @@ def _samples(arguments: SampleArguments, pipeline: MNIFPipeline) -> Samples:
             use_student=False if arguments.scheduler else None,
         ),
         signal=signal,
-        showing=showing_by_flags(arguments, signal),
+        writer=writer_from_flags(arguments, signal),
         at_once=arguments.batch_size,
         unit=BLOCK if arguments.format == "folder" else arguments.shard_size,
     )
@@ -184,7 +184,7 @@ def _write(samples: Samples, numbers: list[int], missing: list[int], state: Part
     whose = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
     with (
         progress_bar(
-            total=total, desc=f"sampling{whose}", unit=samples.signal.unit, disable=not state.is_main_process
+            total=total, desc=f"sampling{whose}", unit=samples.signal.noun, disable=not state.is_main_process
         ) as bar,
         torch.no_grad(),
     ):
@@ -196,24 +196,24 @@ def _write(samples: Samples, numbers: list[int], missing: list[int], state: Part
 
 
 def _report(samples: Samples, drawn: int, unseen: int, seconds: float) -> None:
-    unit, output = samples.signal.unit, samples.output
+    unit, output = samples.signal.noun, samples.output
     if not drawn:
         print(f"{output}: all {samples.count} {unit}s are there already")
         return
     rate = drawn / seconds
-    figures = {"images_per_second": rate, "seconds": round(seconds, 2), "peak_rss_mb": peak_memory_megabytes()}
-    write_json(output / "metrics.json", figures | {"command": command_line()})
+    metrics = {"images_per_second": rate, "seconds": round(seconds, 2), "peak_rss_mb": peak_memory_megabytes()}
+    write_json(output / "metrics.json", metrics | {"command": command_line()})
     without = f"; {unseen} of them have no surface" if unseen else ""
     print(f"{output}: {drawn} {unit}s drawn, {rate:.0f} a second{without}")
 
 
-def _check_same_samples(output: Path, asked: dict[str, Any], some_are_there: bool) -> None:
+def _check_same_samples(output: Path, requested: dict[str, Any], some_are_there: bool) -> None:
     """Refuses to fill up a folder whose samples came from another model, seed or setting."""
     record = output / "samples.json"
     before = read_json(record) if record.exists() else {}
-    if not some_are_there and before.get("format", asked["format"]) == asked["format"]:
+    if not some_are_there and before.get("format", requested["format"]) == requested["format"]:
         return
-    for name, value in asked.items():
+    for name, value in requested.items():
         if before.get(name) != value:
             raise UserError(
                 f"{output} holds samples drawn with {name} {before.get(name, 'unknown')!s:.24}, not {value!s:.24}; "

@@ -18,22 +18,22 @@ from mnif.commands.fit import (
     FitArguments,
     fit,
     make_decoder,
-    make_fitting,
+    make_method,
     make_optimizers,
     parse_fit_arguments,
 )
 from mnif.comparison.robustness import CONDITIONS, conditions_of, robustness, seconds_per_instance
-from mnif.comparison.summary import comparison_table, curves_picture
-from mnif.data.batches import Rows, rows_of
-from mnif.data.dataset import Instances, Split
-from mnif.latents.inference import load_finder
+from mnif.comparison.summary import comparison_table, curves_image
+from mnif.data.batches import ArrayDataset, array_dataset
+from mnif.data.dataset import Dataset, Split
+from mnif.latents.inference import load_latent_init
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import GridSignal, Signal, psnr
 from mnif.signals.registry import signal_class
 from mnif.training.loop import make_accelerator, train
-from mnif.training.methods import AutoDecoding
-from mnif.training.run_record import read_curves
+from mnif.training.methods import AutoDecoderMethod
+from mnif.training.run_record import read_metrics_log
 from mnif.utils.errors import UserError
 from mnif.utils.files import merge_json, read_json, write_json, written_atomically
 from mnif.utils.output_folders import check_output_folder, output_folder_of
@@ -45,7 +45,7 @@ _BETWEEN_LOOKS = 5  # steps between two looks at the clock; the first ones are t
 _NEVER = 1_000_000_000  # steps
 
 
-def seconds_per_step(arguments: FitArguments, signal: Signal, train_data: Instances, seconds: float) -> float:
+def seconds_per_step(arguments: FitArguments, signal: Signal, train_data: Dataset, seconds: float) -> float:
     """Wall seconds of one optimizer step, loading included; validation and checkpoints are not.
 
     The real training loop runs in a temporary folder until the clock has been looked at often enough.
@@ -71,9 +71,9 @@ def seconds_per_step(arguments: FitArguments, signal: Signal, train_data: Instan
         )
         accelerator = make_accelerator(short, short.output_dir)
         decoder = make_decoder(short, signal)
-        fitting = make_fitting(short, decoder, signal, len(train_data), accelerator).to(accelerator.device)
-        rows, optimizers = rows_of(train_data.arrays()), make_optimizers(short, fitting)
-        latent_rows = fitting.rows if isinstance(fitting, AutoDecoding) else None
+        method = make_method(short, decoder, signal, len(train_data), accelerator).to(accelerator.device)
+        rows, optimizers = array_dataset(train_data.arrays()), make_optimizers(short, method)
+        latent_rows = method.rows if isinstance(method, AutoDecoderMethod) else None
         watch = _Watch(seconds)
         silence = io.StringIO()  # the loop would show a bar without an end
         with (
@@ -84,7 +84,7 @@ def seconds_per_step(arguments: FitArguments, signal: Signal, train_data: Instan
             train(
                 accelerator,
                 short,
-                fitting,
+                method,
                 optimizers,
                 rows,
                 short.output_dir,
@@ -120,7 +120,9 @@ class _Watch:
         return {}
 
 
-def control_figures(signal: Signal, train: Rows, held_out: Rows, results: list[dict[str, Any]]) -> dict[str, Any]:
+def baseline_metrics(
+    signal: Signal, train: ArrayDataset, held_out: ArrayDataset, results: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The figures of the controls, named as a model's.
 
     Args:
@@ -138,14 +140,14 @@ def control_figures(signal: Signal, train: Rows, held_out: Rows, results: list[d
     most = min(len(train), signal.observe(first).values.numel())
     pca: dict[int, dict[str, Any]] = {}
     for result in results:
-        figures = {name.replace("_pca_", "_"): value for name, value in result.items() if "_pca_" in name}
-        if figures:
+        metrics = {name.replace("_pca_", "_"): value for name, value in result.items() if "_pca_" in name}
+        if metrics:
             components = min(result["latent_dim"], most)
-            pca[components] = {"components": components, **figures}
-    return {"pca": [pca[components] for components in sorted(pca)], "mean": _mean_figures(signal, train, held_out)}
+            pca[components] = {"components": components, **metrics}
+    return {"pca": [pca[components] for components in sorted(pca)], "mean": _mean_metrics(signal, train, held_out)}
 
 
-def _mean_figures(signal: GridSignal, train: Rows, held_out: Rows) -> dict[str, float]:
+def _mean_metrics(signal: GridSignal, train: ArrayDataset, held_out: ArrayDataset) -> dict[str, float]:
     """Mean PSNR in dB of the mean training instance, ``psnr_train`` and ``psnr_heldout``."""
     total: Tensor | None = None
     for batch in train.batches(256):
@@ -153,12 +155,12 @@ def _mean_figures(signal: GridSignal, train: Rows, held_out: Rows) -> dict[str, 
         total = values if total is None else total + values
     assert total is not None
     mean = (total / len(train)).float()
-    figures = {}
+    metrics = {}
     for name, rows in {"train": train, "heldout": held_out}.items():
         observed = (signal.observe(batch).values for batch in rows.batches(256))
         quality = torch.cat([psnr(mean.expand_as(values), values) for values in observed])
-        figures[f"psnr_{name}"] = quality.double().mean().item()
-    return figures
+        metrics[f"psnr_{name}"] = quality.double().mean().item()
+    return metrics
 
 
 PROGRAM = "mnif compare-fit"
@@ -225,7 +227,7 @@ def main(arguments: list[str]) -> None:
     compare(*parse_compare_arguments(arguments))
 
 
-def compare(asked: CompareArguments, runs: list[Run]) -> None:
+def compare(flags: CompareArguments, runs: list[Run]) -> None:
     """Trains every run, measures it, and writes the comparison to ``asked.output_dir``.
 
     Raises:
@@ -234,51 +236,49 @@ def compare(asked: CompareArguments, runs: list[Run]) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("several processes cannot be compared; run it without torchrun")
-    check_output_folder(asked.output_dir, "compare-fit")
+    check_output_folder(flags.output_dir, "compare-fit")
     for run in runs:
         check_output_folder(run.arguments.output_dir, "fit")
-    data = signal_class(asked.signal).load(asked.data, asdict(asked))
-    sides = data.split(asked.held_out_fraction, asked.test_fraction)
-    train_data, held_data = (data.rows(sides == side) for side in (Split.TRAIN, Split.HELD_OUT))
-    for side, flag in ((train_data, "lower"), (held_data, "raise")):
-        if not len(side):
+    data = signal_class(flags.signal).load(flags.data, asdict(flags))
+    splits = data.split(flags.held_out_fraction, flags.test_fraction)
+    train_data, held_data = (data.rows(splits == split) for split in (Split.TRAIN, Split.HELD_OUT))
+    for split, flag in ((train_data, "lower"), (held_data, "raise")):
+        if not len(split):
             raise UserError(
-                f"--data {asked.data}: {len(train_data)} to learn from and {len(held_data)} held out; "
+                f"--data {flags.data}: {len(train_data)} to learn from and {len(held_data)} held out; "
                 f"{flag} --held_out_fraction, both sides are needed"
             )
-    with output_folder_of(asked.output_dir, "compare-fit"):
-        _compare(asked, runs, data, train_data, held_data)
+    with output_folder_of(flags.output_dir, "compare-fit"):
+        _compare(flags, runs, data, train_data, held_data)
 
 
-def _compare(
-    asked: CompareArguments, runs: list[Run], data: Instances, train_data: Instances, held_data: Instances
-) -> None:
-    results = [_result(asked, run, data, train_data, held_data) for run in runs]
-    signal = signal_class(asked.signal).of(data, asdict(asked))
-    controls = control_figures(signal, rows_of(train_data.arrays()), rows_of(held_data.arrays()), results)
-    count = {"train": len(train_data), "heldout": len(held_data), "probes": min(len(held_data), asked.probes)}
+def _compare(flags: CompareArguments, runs: list[Run], data: Dataset, train_data: Dataset, held_data: Dataset) -> None:
+    results = [_result(flags, run, data, train_data, held_data) for run in runs]
+    signal = signal_class(flags.signal).from_data(data, asdict(flags))
+    controls = baseline_metrics(signal, array_dataset(train_data.arrays()), array_dataset(held_data.arrays()), results)
+    count = {"train": len(train_data), "heldout": len(held_data), "probes": min(len(held_data), flags.probes)}
     comparison = {
         "command": command_line(),
-        "data": asked.data,
-        "unit": signal.unit,
+        "data": flags.data,
+        "unit": signal.noun,
         "instances": count,
-        "train_seconds": asked.train_seconds,
-        "max_train_steps": asked.max_train_steps if asked.train_seconds is None else None,
-        "num_train_epochs": asked.num_train_epochs,
-        "seed": asked.seed,
+        "train_seconds": flags.train_seconds,
+        "max_train_steps": flags.max_train_steps if flags.train_seconds is None else None,
+        "num_train_epochs": flags.num_train_epochs,
+        "seed": flags.seed,
         "machine": {"device": _device().type, "threads": torch.get_num_threads()},
         "conditions": {name: CONDITIONS[name] for name in conditions_of(signal)},
         "controls": controls,
         "runs": results,
     }
-    write_json(asked.output_dir / "compare.json", comparison)
+    write_json(flags.output_dir / "compare.json", comparison)
     table = comparison_table(comparison)
-    with written_atomically(asked.output_dir / "compare.md") as temporary:
+    with written_atomically(flags.output_dir / "compare.md") as temporary:
         temporary.write_text(table)
-    curves = {run.name: read_curves(run.arguments.output_dir / "metrics.jsonl") for run in runs}
-    with written_atomically(asked.output_dir / "curves.png") as temporary:
-        temporary.write_bytes(curves_picture(curves, {result["name"]: result for result in results}))
-    print(f"\n{table}\n{asked.output_dir}: compare.json, compare.md and curves.png written")
+    curves = {run.name: read_metrics_log(run.arguments.output_dir / "metrics.jsonl") for run in runs}
+    with written_atomically(flags.output_dir / "curves.png") as temporary:
+        temporary.write_bytes(curves_image(curves, {result["name"]: result for result in results}))
+    print(f"\n{table}\n{flags.output_dir}: compare.json, compare.md and curves.png written")
 
 
 def parse_compare_arguments(arguments: list[str]) -> tuple[CompareArguments, list[Run]]:
@@ -290,25 +290,25 @@ def parse_compare_arguments(arguments: list[str]) -> tuple[CompareArguments, lis
     if _given(arguments, "method"):
         raise UserError("--method: give --methods, the ways of learning to compare")
     # Presets choose a method; here all are tried, and the encoder is the one that every flag goes with.
-    asked = parse_fit_arguments([*arguments, "--method", "encoder"], PROGRAM, CompareArguments)
+    flags = parse_fit_arguments([*arguments, "--method", "encoder"], PROGRAM, CompareArguments)
     budgets = [name for name in _BUDGETS if _given(arguments, name)]
     if len(budgets) > 1:
         raise UserError(f"--{budgets[0]} and --{budgets[1]}: give one of them; it is what every run gets")
-    if asked.dry_run:
+    if flags.dry_run:
         raise UserError("--dry_run: is for `mnif fit`, once for each --method")
-    if asked.train_seconds is not None and not 0 < asked.train_seconds < float("inf"):
-        raise UserError(f"--train_seconds {asked.train_seconds:g}: must be above 0")
-    if asked.probes < 1:
-        raise UserError(f"--probes {asked.probes}: must be at least 1")
+    if flags.train_seconds is not None and not 0 < flags.train_seconds < float("inf"):
+        raise UserError(f"--train_seconds {flags.train_seconds:g}: must be above 0")
+    if flags.probes < 1:
+        raise UserError(f"--probes {flags.probes}: must be at least 1")
     if not budgets:
-        asked.train_seconds = _TRAIN_SECONDS
+        flags.train_seconds = _TRAIN_SECONDS
     if "num_train_epochs" not in budgets:
-        asked.num_train_epochs = None  # a preset's
-    variants, methods = dict.fromkeys(asked.variants or [""]), dict.fromkeys(asked.methods)
-    return asked, [_run(arguments, asked, method, variant) for variant in variants for method in methods]
+        flags.num_train_epochs = None  # a preset's
+    variants, methods = dict.fromkeys(flags.variants or [""]), dict.fromkeys(flags.methods)
+    return flags, [_run(arguments, flags, method, variant) for variant in variants for method in methods]
 
 
-def _run(arguments: list[str], asked: CompareArguments, method: str, variant: str) -> Run:
+def _run(arguments: list[str], flags: CompareArguments, method: str, variant: str) -> Run:
     """Reads the flags once more, for one method and variant."""
     own = ["--method", method] + ([] if method == "encoder" else [f"--no_{flag}" for flag in AUGMENTATIONS])
     try:
@@ -317,8 +317,8 @@ def _run(arguments: list[str], asked: CompareArguments, method: str, variant: st
         raise UserError(f"--variants {variant}: {error}" if variant else str(error)) from None
     fit_arguments = FitArguments(**{field.name: getattr(parsed, field.name) for field in fields(FitArguments)})
     name = f"{method}-{variant}" if variant else method
-    fit_arguments.output_dir = asked.output_dir / name
-    fit_arguments.num_train_epochs = asked.num_train_epochs
+    fit_arguments.output_dir = flags.output_dir / name
+    fit_arguments.num_train_epochs = flags.num_train_epochs
     return Run(name, variant, fit_arguments)
 
 
@@ -348,19 +348,19 @@ def _given(arguments: list[str], name: str) -> bool:
 
 
 def _result(
-    asked: CompareArguments, run: Run, data: Instances, train_data: Instances, held_data: Instances
+    flags: CompareArguments, run: Run, data: Dataset, train_data: Dataset, held_data: Dataset
 ) -> dict[str, Any]:
     """Trains a run, or takes it as it is, and gives everything that is known of it."""
     print(f"== {run.name}", flush=True)
     folder, arguments = run.arguments.output_dir, run.arguments
-    speed = _planned(asked, run, data, train_data) if asked.train_seconds is not None else None
+    speed = _planned(flags, run, data, train_data) if flags.train_seconds is not None else None
     _forget_peak_memory()
     fit(arguments)
-    last = [row for row in read_curves(folder / "metrics.jsonl") if row["stage"] == "fit"][-1]
+    last = [row for row in read_metrics_log(folder / "metrics.jsonl") if row["stage"] == "fit"][-1]
     batch = min(arguments.train_batch_size, len(train_data)) * arguments.gradient_accumulation_steps
     return {
         **read_json(folder / "metrics.json"),
-        **_measured(asked, run, data, held_data),
+        **_measured(flags, run, data, held_data),
         "name": run.name,
         "method": arguments.method,
         "variant": run.variant,
@@ -374,18 +374,18 @@ def _result(
     }
 
 
-def _planned(asked: CompareArguments, run: Run, data: Instances, train_data: Instances) -> float:
+def _planned(flags: CompareArguments, run: Run, data: Dataset, train_data: Dataset) -> float:
     """Sets the run's number of steps to what fits into the seconds asked for; gives the seconds of a step.
 
     Schedules need the number of steps beforehand. It is kept beside the run, because a second measurement would give
     another number and so another run.
     """
-    seconds, arguments = asked.train_seconds, run.arguments
+    seconds, arguments = flags.train_seconds, run.arguments
     assert seconds is not None
     path, key = arguments.output_dir / "speed.json", f"{seconds:g}"
     kept = read_json(path) if path.exists() and arguments.resume_from_checkpoint != "no" else {}
     if key not in kept:
-        signal = signal_class(asked.signal).of(data, asdict(arguments))
+        signal = signal_class(flags.signal).from_data(data, asdict(arguments))
         measured = seconds_per_step(arguments, signal, train_data, min(seconds / 20, _LONGEST_MEASUREMENT))
         kept[key] = {"seconds_per_step": measured, "max_train_steps": max(round(seconds / measured), 1)}
         merge_json(path, kept)
@@ -398,16 +398,16 @@ def _planned(asked: CompareArguments, run: Run, data: Instances, train_data: Ins
     return measured
 
 
-def _measured(asked: CompareArguments, run: Run, data: Instances, held_data: Instances) -> dict[str, float]:
+def _measured(flags: CompareArguments, run: Run, data: Dataset, held_data: Dataset) -> dict[str, float]:
     """Robustness and seconds for each new instance; taken from ``measured.json`` if they are of the same model."""
     folder, arguments = run.arguments.output_dir, run.arguments
     decoder = load_component(MNIFModel, folder / "model", "decoder").to(_device())
-    chosen = np.linspace(0, len(held_data) - 1, min(len(held_data), asked.probes)).round().astype(int)
+    chosen = np.linspace(0, len(held_data) - 1, min(len(held_data), flags.probes)).round().astype(int)
     probes = held_data.rows(chosen)
     subject = {
         "decoder": decoder.fingerprint(),
         "probes": probes.fingerprint(),
-        "seed": asked.seed,
+        "seed": flags.seed,
         "refinement_steps": arguments.refinement_steps,
         "device": _device().type,
         "threads": torch.get_num_threads(),
@@ -416,15 +416,15 @@ def _measured(asked: CompareArguments, run: Run, data: Instances, held_data: Ins
     if path.exists() and (stored := read_json(path))["subject"] == subject:
         print(f"{path}: measured before; nothing to do")
         return stored["figures"]
-    signal = signal_class(asked.signal).of(data, asdict(arguments))
-    finder = load_finder(folder / "model", signal, arguments.method)
-    finder = None if finder is None else finder.to(_device())
-    rows, steps = rows_of(probes.arrays()), arguments.refinement_steps
-    figures = {"latent_dim": decoder.config.latent_dim}
-    figures |= robustness(decoder, signal, rows, finder, steps, asked.seed)
-    figures |= seconds_per_instance(decoder, signal, rows, finder, steps)
-    write_json(path, {"subject": subject, "figures": figures})
-    return figures
+    signal = signal_class(flags.signal).from_data(data, asdict(arguments))
+    latent_init = load_latent_init(folder / "model", signal, arguments.method)
+    latent_init = None if latent_init is None else latent_init.to(_device())
+    rows, steps = array_dataset(probes.arrays()), arguments.refinement_steps
+    metrics = {"latent_dim": decoder.config.latent_dim}
+    metrics |= robustness(decoder, signal, rows, latent_init, steps, flags.seed)
+    metrics |= seconds_per_instance(decoder, signal, rows, latent_init, steps)
+    write_json(path, {"subject": subject, "figures": metrics})
+    return metrics
 
 
 def _device() -> torch.device:

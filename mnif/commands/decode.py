@@ -16,13 +16,13 @@ from PIL import Image
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.outputs import Animation, MeshFormat, showing_by_flags
+from mnif.signals.outputs import Animation, MeshFormat, writer_from_flags
 from mnif.signals.registry import signal_of_model
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError
 from mnif.utils.files import flush_everything, read_json, remove_leftovers, sha256_of_file, was_written, write_json
 from mnif.utils.output_folders import check_output_folder
-from mnif.utils.pixels import picture_grid, save_picture
+from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import command_line, peak_memory_megabytes, progress_bar
 
 _OWN_FILES = ("grid", "grid.png", "metrics.json", "decode.json")  # names that no latent may have
@@ -78,7 +78,7 @@ def decode(arguments: DecodeArguments) -> None:
     check_output_folder(arguments.output_dir, "decode")
     decoder = load_component(MNIFModel, arguments.model, "decoder")
     signal = signal_of_model(decoder)
-    showing = showing_by_flags(arguments, signal)
+    writer = writer_from_flags(arguments, signal)
     fingerprint = decoder.fingerprint()
     table = LatentTable.load(arguments.latents, fingerprint)
     rows = _rows(arguments, table)
@@ -86,26 +86,26 @@ def decode(arguments: DecodeArguments) -> None:
     decoder.to("cuda" if torch.cuda.is_available() else "cpu")
 
     output, started = arguments.output_dir, time.perf_counter()
-    asked = {"decoder": fingerprint, "latents": sha256_of_file(arguments.latents)} | asdict(showing)
-    files = {row: [output / file for file in showing.files(names[row])] for row in rows}
-    _check_same_decoding(output, asked, [path for paths in files.values() for path in paths])
+    requested = {"decoder": fingerprint, "latents": sha256_of_file(arguments.latents)} | asdict(writer)
+    files = {row: [output / file for file in writer.files(names[row])] for row in rows}
+    _check_same_decoding(output, requested, [path for paths in files.values() for path in paths])
     for folder in {output, *(path.parent for paths in files.values() for path in paths)}:
         remove_leftovers(folder)
-    write_json(output / "decode.json", asked)
+    write_json(output / "decode.json", requested)
     missing = [row for row in rows if not all(map(was_written, files[row]))]
     unseen: dict[str, str] = {}
-    with progress_bar(total=len(rows), initial=len(rows) - len(missing), desc="decoding", unit=signal.unit) as bar:
+    with progress_bar(total=len(rows), initial=len(rows) - len(missing), desc="decoding", unit=signal.noun) as bar:
         for row in missing:
             latent = table.latents[row : row + 1].to(decoder.device)
-            why = showing.write(decoder, signal, latent, output, names[row])
+            why = writer.write(decoder, signal, latent, output, names[row])
             if why:
                 unseen[table.ids[row]] = why
             bar.update()
     for id, why in unseen.items():
-        print(f"{id}: the {signal.unit} is {why}, it has no surface; skipped")
+        print(f"{id}: the {signal.noun} is {why}, it has no surface; skipped")
     if len(unseen) == len(rows):
         raise UserError(
-            f"{arguments.latents}: every {signal.unit} asked for is empty or full, none has a surface; "
+            f"{arguments.latents}: every {signal.noun} asked for is empty or full, none has a surface; "
             "choose other --ids or train the model for longer"
         )
     seconds, made = time.perf_counter() - started, len(missing) - len(unseen)
@@ -171,7 +171,7 @@ def _rows(arguments: DecodeArguments, table: LatentTable) -> list[int]:
     return rows
 
 
-def _check_same_decoding(output: Path, asked: dict[str, Any], wanted: list[Path]) -> None:
+def _check_same_decoding(output: Path, requested: dict[str, Any], wanted: list[Path]) -> None:
     """Refuses to fill up a folder whose files came from other latents or settings."""
     record = output / "decode.json"
     if not record.exists():
@@ -180,11 +180,11 @@ def _check_same_decoding(output: Path, asked: dict[str, Any], wanted: list[Path]
                 raise UserError(f"{path} is not of `mnif decode`; choose another --output_dir")
     elif any(output.rglob("*.png")):
         before = read_json(record)
-        for name in sorted(before.keys() | asked.keys()):
-            if before.get(name) != asked.get(name):
+        for name in sorted(before.keys() | requested.keys()):
+            if before.get(name) != requested.get(name):
                 raise UserError(
                     f"{output} holds what was decoded with {name} {before.get(name)!s:.12}, "
-                    f"not {asked.get(name)!s:.12}; choose another --output_dir or empty it"
+                    f"not {requested.get(name)!s:.12}; choose another --output_dir or empty it"
                 )
 
 
@@ -197,4 +197,4 @@ def _save_overview(path: Path, pictures: list[Path]) -> None:
             opaque = image.convert("RGBA")
         shown.append(np.asarray(Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")))
     scale = max(1, 64 // shown[0].shape[0])
-    save_picture(path, picture_grid(shown, columns=min(len(shown), 8), scale=scale))
+    save_image(path, image_grid(shown, columns=min(len(shown), 8), scale=scale))

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnif.data.batches import Rows, rows_of
-from mnif.data.dataset import Instances, Split
-from mnif.latents.inference import Finder, figures_of, latents_of, load_finder
+from mnif.data.batches import ArrayDataset, array_dataset
+from mnif.data.dataset import Dataset, Split
+from mnif.latents.inference import LatentInit, evaluate_latents, infer_latents, load_latent_init
 from mnif.latents.masks import Observe, masked, read_masks, some_views
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component
@@ -85,23 +85,23 @@ def encode(arguments: EncodeArguments) -> None:
     check_output_folder(arguments.output_dir, "encode")
     decoder = load_component(MNIFModel, arguments.model, "decoder")
     signal = signal_of_model(decoder)
-    finder = load_finder(arguments.model, signal, arguments.method)
-    data = signal.load_more(arguments.data)
+    latent_init = load_latent_init(arguments.model, signal, arguments.method)
+    data = signal.load_like(arguments.data)
     if arguments.split != "all":
-        sides = data.split(arguments.held_out_fraction, arguments.test_fraction)
-        data = data.rows(sides == Split[arguments.split.upper()])
+        splits = data.split(arguments.held_out_fraction, arguments.test_fraction)
+        data = data.rows(splits == Split[arguments.split.upper()])
         if not len(data):
-            raise UserError(f"--split {arguments.split}: no {signal.unit} of {arguments.data} is in it")
+            raise UserError(f"--split {arguments.split}: no {signal.noun} of {arguments.data} is in it")
     arrays = data.arrays()
     if arguments.mirror:
         if signal.mirror_axis is None:
-            raise UserError(f"--mirror: a {signal.unit} cannot be mirrored; leave it out")
+            raise UserError(f"--mirror: a {signal.noun} cannot be mirrored; leave it out")
         arrays = {name: np.flip(array, signal.mirror_axis) for name, array in arrays.items()}
-    rows = rows_of(arrays)
+    rows = array_dataset(arrays)
     observe = _observation(arguments, signal, data, rows)
 
     with output_folder_of(arguments.output_dir, "encode"):
-        _find(arguments, steps, decoder, signal, finder, data, rows, observe)
+        _find(arguments, steps, decoder, signal, latent_init, data, rows, observe)
 
 
 def _find(
@@ -109,9 +109,9 @@ def _find(
     steps: int,
     decoder: MNIFModel,
     signal: Signal,
-    finder: Finder,
-    data: Instances,
-    rows: Rows,
+    latent_init: LatentInit,
+    data: Dataset,
+    rows: ArrayDataset,
     observe: Observe | None,
 ) -> None:
     """Finds and writes the latents of ``rows``, those of ``data`` as they are to be seen."""
@@ -120,27 +120,27 @@ def _find(
     search |= {name: str(value) for name, value in asdict(arguments).items() if name != "output_dir"}
     search |= {"mask": sha256_of_file(arguments.mask)} if arguments.mask is not None else {}
     parts = Parts(output / ".parts", search)
-    with progress_bar(total=len(rows), desc="finding latents", unit=signal.unit) as bar:
+    with progress_bar(total=len(rows), desc="finding latents", unit=signal.noun) as bar:
         for begin in range(0, len(rows), arguments.batch_size):
             batch = rows.subset(np.arange(begin, min(begin + arguments.batch_size, len(rows))))
             if begin not in parts:
-                (latents,) = latents_of(
-                    decoder, signal, batch, finder, steps, arguments.refinement_learning_rate, len(batch), observe
+                (latents,) = infer_latents(
+                    decoder, signal, batch, latent_init, steps, arguments.refinement_learning_rate, len(batch), observe
                 )
                 parts.save(begin, latents)
             bar.update(len(batch))
     found = parts.all()
     seconds = time.perf_counter() - started
-    figures = figures_of(decoder, signal, rows, found)
+    metrics = evaluate_latents(decoder, signal, rows, found)
     held_out = torch.zeros(len(found), dtype=torch.bool)
     LatentTable(found, data.ids, held_out, decoder.fingerprint(), data.name).save(output / "latents.safetensors")
-    badly = _fitting_badly(figures["psnr"], data.ids)
+    badly = _instances_that_fit_badly(metrics["psnr"], data.ids)
     write_json(
         output / "metrics.json",
-        {name: values.double().mean().item() for name, values in figures.items()}
+        {name: values.double().mean().item() for name, values in metrics.items()}
         | {
             f"{name}_per_instance": dict(zip(data.ids, (round(v, 3) for v in values.tolist()), strict=True))
-            for name, values in figures.items()
+            for name, values in metrics.items()
         }
         | {
             "fitting_badly": badly,
@@ -151,14 +151,14 @@ def _find(
         },
     )
     parts.remove()
-    shown = ", ".join(f"{name} {values.double().mean():.3f}" for name, values in figures.items())
+    shown = ", ".join(f"{name} {values.double().mean():.3f}" for name, values in metrics.items())
     print(f"{output}: {len(found)} latents, {shown} on average")
     if badly:
         worst = ", ".join(f"{id} ({value:.1f} dB)" for id, value in list(badly.items())[:5])
         print(f"warning: {len(badly)} of them fit much worse than the rest: {worst}")
 
 
-def _observation(arguments: EncodeArguments, signal: Signal, data: Instances, rows: Rows) -> Observe | None:
+def _observation(arguments: EncodeArguments, signal: Signal, data: Dataset, rows: ArrayDataset) -> Observe | None:
     """How a batch is observed: whole (None), through masks, or in some views."""
     if arguments.mask is not None and arguments.views is not None:
         raise UserError("give either --mask or --views")
@@ -171,7 +171,7 @@ def _observation(arguments: EncodeArguments, signal: Signal, data: Instances, ro
     return None
 
 
-def _fitting_badly(quality: Tensor, ids: list[str]) -> dict[str, float]:
+def _instances_that_fit_badly(quality: Tensor, ids: list[str]) -> dict[str, float]:
     """Instances whose PSNR lies more than three robust standard deviations below the median, the worst first."""
     median = quality.median()
     spread = 1.4826 * (quality - median).abs().median()

@@ -16,28 +16,28 @@ from accelerate.utils import set_seed
 from diffusers import ModelMixin
 from torch import Tensor
 
-from mnif.data.batches import Rows, rows_of
-from mnif.data.dataset import Instances, Split
-from mnif.latents.embedding import LatentRows
-from mnif.latents.inference import figures_of, latents_of
+from mnif.data.batches import ArrayDataset, array_dataset
+from mnif.data.dataset import Dataset, Split
+from mnif.latents.embedding import LatentEmbedding
+from mnif.latents.inference import evaluate_latents, infer_latents
 from mnif.latents.inner_loop import InnerLoop
-from mnif.latents.pca import pca_figures
+from mnif.latents.pca import pca_metrics
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component, save_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import GridSignal, Observation, Signal
 from mnif.signals.radiance import RadianceField
-from mnif.signals.registry import signal_class, signal_of
+from mnif.signals.registry import detect_signal, signal_class
 from mnif.training.checkpoints import newest_checkpoint
 from mnif.training.loop import TrainingArguments, batch_size_of, make_accelerator, train
-from mnif.training.methods import AmortisedFitting, AutoDecoding, Fitting, MetaLearning
+from mnif.training.methods import AutoDecoderMethod, EncoderMethod, LearningMethod, MetaMethod
 from mnif.training.muon import Muon
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import given_flag, parse_arguments, preset_defaults, preset_names, read_preset
 from mnif.utils.errors import UserError
 from mnif.utils.files import merge_json
 from mnif.utils.output_folders import check_output_folder
-from mnif.utils.pixels import picture_grid, save_picture
+from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import peak_memory_megabytes
 
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -172,7 +172,7 @@ def parse_fit_arguments(arguments: list[str], program: str = "mnif fit", kind: t
     elif signal not in (None, "auto"):
         preset = _preset(signal) if signal in preset_names(PRESETS) else {"signal": signal, "arguments": {}}
     elif data is not None:
-        preset = _preset(signal_of(data))
+        preset = _preset(detect_signal(data))
     else:
         preset = {"signal": "auto", "arguments": {}}
     if given_flag(arguments, "max_train_steps") is not None:
@@ -215,7 +215,7 @@ def _check(arguments: FitArguments) -> None:
 SUSTAINED = 5e12  # floating-point operations a second: a quarter of an A100's float32 peak
 
 
-def estimate_lines(arguments: FitArguments, decoder: MNIFModel, signal: Signal, instances: int) -> list[str]:
+def dry_run_report(arguments: FitArguments, decoder: MNIFModel, signal: Signal, instances: int) -> list[str]:
     """Sizes, work and memory of a run, as lines to print.
 
     Work counts the fields' matrix products: a forward pass is one, its gradient two more; an inner step of second
@@ -237,9 +237,10 @@ def estimate_lines(arguments: FitArguments, decoder: MNIFModel, signal: Signal, 
         kept *= 3 * arguments.inner_steps + 1 if arguments.inner_order == "second" else 1
     megabytes = (16 * learned + 12 * rows + 4 * kept) / 1e6
     return [
-        f"{instances:,} {signal.unit}s to train, {arguments.max_train_steps:,} steps of {batch}",
-        f"decoder: {learned:,} parameters; {len(field.rows)} field(s) of {field.parameters_per_field():,} parameters",
-        f"a step looks at {points:,} points of each {signal.unit}: {operations / 1e9:.3g} GFLOP each",
+        f"{instances:,} {signal.noun}s to train, {arguments.max_train_steps:,} steps of {batch}",
+        f"decoder: {learned:,} parameters; {len(field.params)} field(s) of "
+        f"{field.parameters_per_field():,} parameters",
+        f"a step looks at {points:,} points of each {signal.noun}: {operations / 1e9:.3g} GFLOP each",
         f"about {total / SUSTAINED / 3600:.2g} GPU hours at {SUSTAINED / 1e12:g} TFLOP/s sustained (a quarter of an "
         "A100's float32 peak; an assumption, not a measurement)",
         f"about {megabytes:,.0f} MB for parameters, optimizer and activations"
@@ -297,18 +298,18 @@ def fit(arguments: FitArguments) -> None:
         check_output_folder(arguments.output_dir, "fit")
     kind = signal_class(arguments.signal)
     data = kind.load(arguments.data, asdict(arguments))
-    signal = kind.of(data, asdict(arguments))
-    sides = data.split(arguments.held_out_fraction, arguments.test_fraction)
-    if not (sides == Split.TRAIN).any():
-        raise UserError(f"--data {arguments.data}: no {signal.unit} is left to train on; lower --held_out_fraction")
-    train_data = data.rows(sides == Split.TRAIN)
+    signal = kind.from_data(data, asdict(arguments))
+    splits = data.split(arguments.held_out_fraction, arguments.test_fraction)
+    if not (splits == Split.TRAIN).any():
+        raise UserError(f"--data {arguments.data}: no {signal.noun} is left to train on; lower --held_out_fraction")
+    train_data = data.rows(splits == Split.TRAIN)
     if arguments.num_train_epochs is not None:
         per_epoch = max(len(train_data) // min(arguments.train_batch_size, len(train_data)), 1)
         arguments.max_train_steps = arguments.num_train_epochs * per_epoch
     _augmentations(arguments, signal)
     if arguments.dry_run:
         decoder = make_decoder(arguments, signal)
-        print("\n".join(estimate_lines(arguments, decoder, signal, len(train_data))))
+        print("\n".join(dry_run_report(arguments, decoder, signal, len(train_data))))
         return
     run = arguments.output_dir
     accelerator = make_accelerator(arguments, run)
@@ -317,25 +318,25 @@ def fit(arguments: FitArguments) -> None:
         return
     set_seed(arguments.seed)
     decoder = make_decoder(arguments, signal)
-    fitting = make_fitting(arguments, decoder, signal, len(train_data), accelerator).to(accelerator.device)
-    rows = rows_of(train_data.arrays())
-    held_rows = rows_of(data.rows(sides == Split.HELD_OUT).arrays())
+    method = make_method(arguments, decoder, signal, len(train_data), accelerator).to(accelerator.device)
+    rows = array_dataset(train_data.arrays())
+    held_rows = array_dataset(data.rows(splits == Split.HELD_OUT).arrays())
     accelerator.print(
-        f"{arguments.data}: {len(rows)} {signal.unit}s to train, {len(held_rows)} held out, "
-        f"{(sides == Split.TEST).sum()} kept for a test; decoder {decoder.num_parameters():,} parameters"
+        f"{arguments.data}: {len(rows)} {signal.noun}s to train, {len(held_rows)} held out, "
+        f"{(splits == Split.TEST).sum()} kept for a test; decoder {decoder.num_parameters():,} parameters"
     )
-    probes = {"psnr_train": _probe(rows, fitting, accelerator)}
-    if not isinstance(fitting, AutoDecoding) and len(held_rows):
-        probes["psnr_heldout"] = _probe(held_rows, fitting, accelerator)
+    probes = {"psnr_train": _probe(rows, method, accelerator)}
+    if not isinstance(method, AutoDecoderMethod) and len(held_rows):
+        probes["psnr_heldout"] = _probe(held_rows, method, accelerator)
 
     def validate() -> dict[str, float]:
-        return {name: _mean_psnr(fitting, probe, accelerator) for name, probe in probes.items()}
+        return {name: _mean_psnr(method, probe, accelerator) for name, probe in probes.items()}
 
-    latent_rows = fitting.rows if isinstance(fitting, AutoDecoding) else None
-    optimizers = make_optimizers(arguments, fitting)
-    train(accelerator, arguments, fitting, optimizers, rows, run, "fit", validate, latent_rows=latent_rows)
+    latent_rows = method.rows if isinstance(method, AutoDecoderMethod) else None
+    optimizers = make_optimizers(arguments, method)
+    train(accelerator, arguments, method, optimizers, rows, run, "fit", validate, latent_rows=latent_rows)
     if accelerator.is_main_process:
-        _finish(arguments, data, sides, rows, held_rows, fitting.to("cpu").eval(), time.perf_counter() - started)
+        _finish(arguments, data, splits, rows, held_rows, method.to("cpu").eval(), time.perf_counter() - started)
 
 
 def make_decoder(arguments: FitArguments, signal: Signal) -> MNIFModel:
@@ -351,19 +352,19 @@ def make_decoder(arguments: FitArguments, signal: Signal) -> MNIFModel:
     )
 
 
-def make_fitting(
+def make_method(
     arguments: FitArguments, decoder: MNIFModel, signal: Signal, instances: int, accelerator: Accelerator | None = None
-) -> Fitting:
+) -> LearningMethod:
     """The way of learning that ``arguments.method`` names, for ``instances`` rows."""
     latent_dim = decoder.config.latent_dim
     if arguments.method == "encoder":
         encoder = signal.encoder(latent_dim, arguments.encoder_width)
-        return AmortisedFitting(decoder, signal, encoder, arguments.latent_noise, _augmentations(arguments, signal))
+        return EncoderMethod(decoder, signal, encoder, arguments.latent_noise, _augmentations(arguments, signal))
     if arguments.method == "meta":
         inner_loop = InnerLoop(latent_dim, arguments.inner_steps, arguments.inner_learning_rate)
-        return MetaLearning(decoder, signal, inner_loop, arguments.inner_order == "second")
+        return MetaMethod(decoder, signal, inner_loop, arguments.inner_order == "second")
     process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    latent_rows = LatentRows(
+    latent_rows = LatentEmbedding(
         instances,
         latent_dim,
         batch_size_of(arguments, instances, processes),
@@ -373,7 +374,7 @@ def make_fitting(
         processes,
         accelerator.device if accelerator else "cpu",
     )
-    return AutoDecoding(decoder, signal, latent_rows, arguments.latent_regularisation)
+    return AutoDecoderMethod(decoder, signal, latent_rows, arguments.latent_regularisation)
 
 
 def _augmentations(arguments: FitArguments, signal: Signal) -> list[Callable[[Observation], Observation]]:
@@ -382,19 +383,19 @@ def _augmentations(arguments: FitArguments, signal: Signal) -> list[Callable[[Ob
     Raises:
         UserError: the signal cannot be changed so.
     """
-    known, asked = signal.augmentations(), [flag for flag in AUGMENTATIONS if getattr(arguments, flag)]
-    for flag in asked:
+    known, requested = signal.augmentations(), [flag for flag in AUGMENTATIONS if getattr(arguments, flag)]
+    for flag in requested:
         if flag not in known:
-            raise UserError(f"--{flag}: {signal.unit}s of this kind cannot be changed so; leave it out")
-    return [known[flag] for flag in asked]
+            raise UserError(f"--{flag}: {signal.noun}s of this kind cannot be changed so; leave it out")
+    return [known[flag] for flag in requested]
 
 
-def make_optimizers(arguments: FitArguments, fitting: Fitting) -> list[torch.optim.Optimizer]:
+def make_optimizers(arguments: FitArguments, method: LearningMethod) -> list[torch.optim.Optimizer]:
     """Adam with a rate for the bases and one for everything else; Muon in its place for narrow matrices."""
-    decoder = fitting.decoder
+    decoder = method.decoder
     fields = [*decoder.shared, *decoder.means, *decoder.bases]
     groups = [{"params": fields, "lr": arguments.basis_learning_rate}]
-    others = fitting.others()
+    others = method.others()
     if decoder.coefficient_map is not None:
         others += decoder.coefficient_map.parameters()
     by_muon = [parameter for parameter in others if arguments.matrix_optimizer == "muon" and _is_narrow(parameter)]
@@ -411,21 +412,21 @@ def _is_narrow(parameter: Tensor) -> bool:
     return parameter.ndim == 2 and min(parameter.shape) <= 256
 
 
-def _probe(rows: Rows, fitting: Fitting, accelerator: Accelerator) -> Rows:
+def _probe(rows: ArrayDataset, method: LearningMethod, accelerator: Accelerator) -> ArrayDataset:
     """This process's share of the instances a validation looks at, evenly spread over all of them."""
     index = torch.linspace(0, len(rows) - 1, min(len(rows), _PROBES)).long()
-    if isinstance(fitting, AutoDecoding):
-        return rows.subset(index[fitting.rows.owns(index)].numpy())
+    if isinstance(method, AutoDecoderMethod):
+        return rows.subset(index[method.rows.owns(index)].numpy())
     return rows.subset(index[accelerator.process_index :: accelerator.num_processes].numpy())
 
 
 @torch.no_grad()
-def _mean_psnr(fitting: Fitting, rows: Rows, accelerator: Accelerator) -> float:
+def _mean_psnr(method: LearningMethod, rows: ArrayDataset, accelerator: Accelerator) -> float:
     """Mean PSNR in dB of instances with the latents that are found for them now, over all processes."""
     total_and_count = torch.zeros(2, device=accelerator.device)
     for batch in rows.batches(64, accelerator.device) if len(rows) else ():
-        latents = fitting.latents(fitting.signal.observe(batch), batch["row"])
-        values = fitting.signal.figures(fitting.decoder, latents, batch)["psnr"]
+        latents = method.latents(method.signal.observe(batch), batch["row"])
+        values = method.signal.metrics(method.decoder, latents, batch)["psnr"]
         total_and_count += torch.stack([values.sum(), values.new_tensor(len(values))])
     total, count = accelerator.reduce(total_and_count, "sum").tolist()
     return total / count
@@ -433,37 +434,37 @@ def _mean_psnr(fitting: Fitting, rows: Rows, accelerator: Accelerator) -> float:
 
 def _finish(
     arguments: FitArguments,
-    data: Instances,
-    sides: np.ndarray,
-    train_rows: Rows,
-    held_rows: Rows,
-    fitting: Fitting,
+    data: Dataset,
+    splits: np.ndarray,
+    train_rows: ArrayDataset,
+    held_rows: ArrayDataset,
+    method: LearningMethod,
     seconds: float,
 ) -> None:
     """Writes model, latent table, figures and a picture of reconstructions."""
-    run, decoder, signal = arguments.output_dir, fitting.decoder, fitting.signal
+    run, decoder, signal = arguments.output_dir, method.decoder, method.signal
     started = time.perf_counter()
-    held, train_side = sides == Split.HELD_OUT, sides == Split.TRAIN
-    finder = save_model(arguments, fitting)
+    held, train_side = splits == Split.HELD_OUT, splits == Split.TRAIN
+    latent_init = save_model(arguments, method)
     # Through the file and back, so that the fingerprint is that of what later commands will load.
     decoder = load_component(MNIFModel, run / "model", "decoder")
 
-    figures: dict[str, float] = {}
-    if isinstance(fitting, AutoDecoding):
-        of_train = fitting.rows.read_all(newest_checkpoint(run / "checkpoints" / "fit"))
+    metrics: dict[str, float] = {}
+    if isinstance(method, AutoDecoderMethod):
+        of_train = method.rows.read_all(newest_checkpoint(run / "checkpoints" / "fit"))
     else:
-        of_train = torch.cat([*latents_of(decoder, signal, train_rows, finder, 0)])
+        of_train = torch.cat([*infer_latents(decoder, signal, train_rows, latent_init, 0)])
     of_held = refined = of_train[:0]
     if held.any():
         steps = arguments.refinement_steps
-        of_held = refined = torch.cat([*latents_of(decoder, signal, held_rows, finder, steps, progress=True)])
-        if finder is not None:
-            of_held = torch.cat([*latents_of(decoder, signal, held_rows, finder, 0)])
-            figures |= _means(figures_of(decoder, signal, held_rows, of_held), f"heldout_{arguments.method}")
-        figures |= _means(figures_of(decoder, signal, held_rows, refined), "heldout")
-    figures |= _means(figures_of(decoder, signal, train_rows, of_train), "train")
+        of_held = refined = torch.cat([*infer_latents(decoder, signal, held_rows, latent_init, steps, progress=True)])
+        if latent_init is not None:
+            of_held = torch.cat([*infer_latents(decoder, signal, held_rows, latent_init, 0)])
+            metrics |= _means(evaluate_latents(decoder, signal, held_rows, of_held), f"heldout_{arguments.method}")
+        metrics |= _means(evaluate_latents(decoder, signal, held_rows, refined), "heldout")
+    metrics |= _means(evaluate_latents(decoder, signal, train_rows, of_train), "train")
     if isinstance(signal, GridSignal):
-        figures |= pca_figures(signal, train_rows, held_rows, decoder.config.latent_dim)
+        metrics |= pca_metrics(signal, train_rows, held_rows, decoder.config.latent_dim)
 
     kept = train_side | held
     held_out = torch.from_numpy(held[kept])
@@ -477,7 +478,7 @@ def _finish(
     field = decoder.bake(decoder.coefficients(latents[:1]))
     merge_json(
         run / "metrics.json",
-        figures
+        metrics
         | {
             "seconds": round(seconds + time.perf_counter() - started, 1),
             "peak_rss_mb": peak_memory_megabytes(),
@@ -488,38 +489,38 @@ def _finish(
         },
     )
     finish_stage(run, "fit")
-    shown_figures = ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
-    print(f"{run / 'model'}: {shown_figures}")
+    shown_metrics = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+    print(f"{run / 'model'}: {shown_metrics}")
 
 
-def save_model(arguments: FitArguments, fitting: Fitting) -> Any:
+def save_model(arguments: FitArguments, method: LearningMethod) -> Any:
     """Writes decoder and whatever finds latents to the model folder; gives the latter, or None."""
     model = arguments.output_dir / "model"
-    save_component(model, "decoder", fitting.decoder)
-    finder = getattr(fitting, "encoder", None) or getattr(fitting, "inner_loop", None)
-    if isinstance(finder, ModelMixin):
-        save_component(model, "inner_loop" if isinstance(finder, InnerLoop) else "encoder", finder)
-    return finder
+    save_component(model, "decoder", method.decoder)
+    latent_init = getattr(method, "encoder", None) or getattr(method, "inner_loop", None)
+    if isinstance(latent_init, ModelMixin):
+        save_component(model, "inner_loop" if isinstance(latent_init, InnerLoop) else "encoder", latent_init)
+    return latent_init
 
 
-def _means(figures: dict[str, Tensor], part: str) -> dict[str, float]:
+def _means(metrics: dict[str, Tensor], part: str) -> dict[str, float]:
     """Means over instances, named figure_part; what does not exist for any instance is left out."""
-    means = {f"{name}_{part}": values.double().mean().item() for name, values in figures.items()}
+    means = {f"{name}_{part}": values.double().mean().item() for name, values in metrics.items()}
     return {name: value for name, value in means.items() if math.isfinite(value)}
 
 
 @torch.no_grad()
 def _save_reconstructions(
-    run: Any, decoder: MNIFModel, signal: Signal, rows: Rows, latents: Tensor, refined: Tensor
+    run: Any, decoder: MNIFModel, signal: Signal, rows: ArrayDataset, latents: Tensor, refined: Tensor
 ) -> None:
     """Rows of originals, of what the first latents show, and of what refined ones show."""
     pick = np.linspace(0, len(rows) - 1, min(16, len(rows))).astype(int)
     (batch,) = rows.subset(pick).batches(len(pick))
     pictures = [
-        signal.original_pictures(batch),
-        signal.reconstructed_pictures(decoder, latents[pick], batch),
-        signal.reconstructed_pictures(decoder, refined[pick], batch),
+        signal.original_images(batch),
+        signal.reconstruction_images(decoder, latents[pick], batch),
+        signal.reconstruction_images(decoder, refined[pick], batch),
     ]
     scale = max(1, 64 // pictures[0].shape[1])
-    sheet = picture_grid(np.concatenate(pictures), columns=len(pick), scale=scale)
-    save_picture(run / "samples" / "reconstructions.png", sheet)
+    sheet = image_grid(np.concatenate(pictures), columns=len(pick), scale=scale)
+    save_image(run / "samples" / "reconstructions.png", sheet)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnif.data.batches import Rows
-from mnif.latents.inference import Finder, figures_of, latents_of
+from mnif.data.batches import ArrayDataset
+from mnif.latents.inference import LatentInit, evaluate_latents, infer_latents
 from mnif.latents.masks import Observe
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import GridSignal, Observation, Signal, psnr
@@ -69,7 +69,7 @@ def spoilt(signal: Signal, condition: str, seed: int) -> Observe:
 
 
 def robustness(
-    decoder: MNIFModel, signal: Signal, rows: Rows, finder: Finder, steps: int, seed: int
+    decoder: MNIFModel, signal: Signal, rows: ArrayDataset, latent_init: LatentInit, steps: int, seed: int
 ) -> dict[str, float]:
     """Mean PSNR in dB against the clean original, ``psnr_heldout_<condition>``, of latents found in spoilt instances.
 
@@ -81,44 +81,48 @@ def robustness(
         steps: refinement steps of the run.
         seed: of masks and noise.
     """
-    figures = {}
+    metrics = {}
     for name in conditions_of(signal):
         observe = spoilt(signal, name, seed)
-        found = latents_of(decoder, signal, rows, finder, steps, batch_size=_BATCH, observe=observe, progress=True)
+        found = infer_latents(
+            decoder, signal, rows, latent_init, steps, batch_size=_BATCH, observe=observe, progress=True
+        )
         latents = torch.cat([*found])
         if name == "shift":
             quality = _quality_of_shifted(decoder, signal, rows, latents, observe)
         else:
-            quality = figures_of(decoder, signal, rows, latents)["psnr"]
-        figures[f"psnr_heldout_{name}"] = quality.double().mean().item()
-    return figures
+            quality = evaluate_latents(decoder, signal, rows, latents)["psnr"]
+        metrics[f"psnr_heldout_{name}"] = quality.double().mean().item()
+    return metrics
 
 
 def seconds_per_instance(
-    decoder: MNIFModel, signal: Signal, rows: Rows, finder: Finder, steps: int
+    decoder: MNIFModel, signal: Signal, rows: ArrayDataset, latent_init: LatentInit, steps: int
 ) -> dict[str, float]:
     """Wall seconds for each new instance, found one at a time and 32 at a time: the median of three batches.
 
     Returns:
         ``seconds_per_instance_<finder|refined>_batch_<1|32>``; without a finder there is no figure for it alone.
     """
-    kinds = {"refined": steps} if finder is None else {"finder": 0, "refined": steps}
+    kinds = {"refined": steps} if latent_init is None else {"finder": 0, "refined": steps}
     return {
-        f"seconds_per_instance_{kind}_batch_{size}": _median_seconds(decoder, signal, rows, finder, kind_steps, size)
+        f"seconds_per_instance_{kind}_batch_{size}": _median_seconds(
+            decoder, signal, rows, latent_init, kind_steps, size
+        )
         for kind, kind_steps in kinds.items()
         for size in (1, _BATCH)
     }
 
 
 def _median_seconds(
-    decoder: MNIFModel, signal: Signal, rows: Rows, finder: Finder, steps: int, batch_size: int
+    decoder: MNIFModel, signal: Signal, rows: ArrayDataset, latent_init: LatentInit, steps: int, batch_size: int
 ) -> float:
     """Wall seconds for each instance of batches of different ones; the rows start anew where they are too few."""
 
     def elapsed(turn: int, steps: int) -> float:
         batch = rows.subset((np.arange(batch_size) + turn * batch_size) % len(rows))
         started = time.perf_counter()
-        (latents,) = latents_of(decoder, signal, batch, finder, steps, batch_size=batch_size)
+        (latents,) = infer_latents(decoder, signal, batch, latent_init, steps, batch_size=batch_size)
         latents.cpu()  # waits for an accelerator
         return time.perf_counter() - started
 
@@ -130,7 +134,9 @@ def _median_seconds(
 
 
 @torch.no_grad()
-def _quality_of_shifted(decoder: MNIFModel, signal: Signal, rows: Rows, latents: Tensor, observe: Observe) -> Tensor:
+def _quality_of_shifted(
+    decoder: MNIFModel, signal: Signal, rows: ArrayDataset, latents: Tensor, observe: Observe
+) -> Tensor:
     """PSNR against what was observed, which is whole and without noise: [N]."""
     quality = []
     for batch, some in zip(rows.batches(_BATCH, decoder.device), latents.split(_BATCH), strict=True):

@@ -45,9 +45,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def curves_picture(
-    curves: Mapping[str, Sequence[Mapping[str, Any]]], results: Mapping[str, Mapping[str, Any]]
-) -> bytes:
+def curves_image(curves: Mapping[str, Sequence[Mapping[str, Any]]], results: Mapping[str, Mapping[str, Any]]) -> bytes:
     """A PNG of PSNR over seconds of training, one line for each run: training instances left, held-out ones right.
 
     Args:
@@ -62,8 +60,8 @@ def curves_picture(
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     for number, (name, rows) in enumerate(curves.items()):
         colour = f"C{number % 10}"
-        for axes, figure_name in ((left, "psnr_train"), (right, "psnr_heldout")):
-            points = [(row["seconds"], row[figure_name]) for row in rows if figure_name in row]
+        for axes, metric_name in ((left, "psnr_train"), (right, "psnr_heldout")):
+            points = [(row["seconds"], row[metric_name]) for row in rows if metric_name in row]
             axes.plot(
                 *zip(*points, strict=True) if points else ([], []), color=colour, marker=".", linewidth=1.6, label=name
             )
@@ -83,25 +81,27 @@ def curves_picture(
 def _quality_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
     runs, controls = comparison["runs"], comparison["controls"]
     parts = [name.removesuffix("_train") for name in runs[0] if name.endswith("_train") and "_pca_" not in name]
-    figures = sorted({name for name in parts if f"{name}_heldout" in runs[0]}, key=lambda name: (name != "psnr", name))
+    metrics = sorted({name for name in parts if f"{name}_heldout" in runs[0]}, key=lambda name: (name != "psnr", name))
     head = ["run"]
-    for figure in figures:
+    for figure in metrics:
         shown = figure.replace("psnr", "PSNR").replace("iou", "IoU").replace("_", " ")
         head += [f"{shown} train", f"{shown} held-out, finder", f"{shown} held-out, refined"]
     head += [f"probes: {_SHORT[name]}" for name in comparison["conditions"]]
     rows = [head]
     for run in runs:
         row = [run["name"]]
-        for figure in figures:
-            finder = run.get(f"{figure}_heldout_{run['method']}")
-            row += [_quality(figure, value) for value in (run[f"{figure}_train"], finder, run[f"{figure}_heldout"])]
+        for figure in metrics:
+            latent_init = run.get(f"{figure}_heldout_{run['method']}")
+            row += [
+                _quality(figure, value) for value in (run[f"{figure}_train"], latent_init, run[f"{figure}_heldout"])
+            ]
         rows.append([*row, *(_quality("psnr", run[f"psnr_heldout_{name}"]) for name in comparison["conditions"])])
     for label, control in [
         *((f"control: PCA, {pca['components']} components", pca) for pca in controls["pca"]),
         *([("control: mean instance", controls["mean"])] if "mean" in controls else []),
     ]:
         row = [label]
-        for figure in figures:
+        for figure in metrics:
             row += [_quality(figure, control.get(f"{figure}_{part}")) for part in ("train", "none", "heldout")]
         rows.append(row + ["–"] * len(comparison["conditions"]))
     return rows

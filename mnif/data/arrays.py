@@ -82,7 +82,7 @@ def row_names(count: int) -> list[str]:
 _DEFAULT_LIMIT_MB = 2048
 
 
-def filled(
+def memmap_cached(
     shape: tuple[int, ...], fill: Callable[[np.ndarray], None], key: Iterable[str], keep: bool = False
 ) -> np.ndarray:
     """An array that ``fill`` writes: in memory, or memory-mapped from the cache folder if it is over the limit.
@@ -118,7 +118,7 @@ def filled(
     return np.load(path, mmap_mode="c")
 
 
-def stamps(paths: Iterable[Path]) -> list[str]:
+def file_stamps(paths: Iterable[Path]) -> list[str]:
     """One line a file, which changes with its name, size or time of change."""
     lines = []
     for path in paths:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 
-class Rows(Dataset[dict[str, Tensor]]):
+class ArrayDataset(Dataset[dict[str, Tensor]]):
     """Arrays with the same first axis; a batch is one indexing of each, under the arrays' names.
 
     Memory-mapped arrays stay on disk; only the rows asked for are read.
@@ -32,13 +32,13 @@ class Rows(Dataset[dict[str, Tensor]]):
         for index in torch.arange(len(self)).split(batch_size):
             yield {name: tensor.to(device) for name, tensor in self.__getitems__(index).items()}
 
-    def subset(self, index: np.ndarray) -> "Rows":
+    def subset(self, index: np.ndarray) -> "ArrayDataset":
         """Some of the rows, read when asked for."""
         return _Subset(self, index)
 
 
-class _Subset(Rows):
-    def __init__(self, rows: Rows, index: np.ndarray):
+class _Subset(ArrayDataset):
+    def __init__(self, rows: ArrayDataset, index: np.ndarray):
         self.rows, self.index = rows, torch.as_tensor(index)
 
     def __len__(self) -> int:
@@ -90,7 +90,7 @@ def _taken(array: Tensor | np.ndarray, index: Tensor) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array[index.numpy()]))
 
 
-def rows_of(arrays: Mapping[str, np.ndarray]) -> Rows:
+def array_dataset(arrays: Mapping[str, np.ndarray]) -> ArrayDataset:
     """The arrays of a data set, with each row's number under ``row``."""
     count = len(next(iter(arrays.values())))
-    return Rows(row=torch.arange(count), **arrays)
+    return ArrayDataset(row=torch.arange(count), **arrays)

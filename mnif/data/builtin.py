@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mnif.utils.errors import UserError
 
-BUILT_IN = {"twemoji": "image", "furniture": "voxels", "furniture-views": "radiance"}
+BUILTIN = {"twemoji": "image", "furniture": "voxels", "furniture-views": "radiance"}
 """Name → signal. The views of ``furniture-views`` can be read as pictures too."""
 
 
@@ -19,9 +19,9 @@ _FILES = {"furniture": "furniture.npz", "furniture-views": "furniture_views.npz"
 _SKIN_TONE = re.compile("-1f3f[b-f]")
 
 
-def built_in_names(*signals: str) -> str:
+def builtin_names(*signals: str) -> str:
     """The built-in sets of these signals, for an error message."""
-    return ", ".join(sorted(name for name, signal in BUILT_IN.items() if signal in signals))
+    return ", ".join(sorted(name for name, signal in BUILTIN.items() if signal in signals))
 
 
 def twemoji_files() -> dict[str, Path]:

@@ -22,7 +22,7 @@ class Split(IntEnum):
     TEST = 2
 
 
-class Instances(ABC):
+class Dataset(ABC):
     """N instances of one kind; the dataclasses that derive from it add their arrays.
 
     Attributes:
@@ -77,10 +77,10 @@ class Instances(ABC):
                 "must be at least 0 and add up to at most 1"
             )
         units = self._units()
-        sides = np.full(len(self), Split.TRAIN, dtype=np.int8)
-        sides[units < held_out_fraction + test_fraction] = Split.TEST
-        sides[units < held_out_fraction] = Split.HELD_OUT
-        return sides
+        splits = np.full(len(self), Split.TRAIN, dtype=np.int8)
+        splits[units < held_out_fraction + test_fraction] = Split.TEST
+        splits[units < held_out_fraction] = Split.HELD_OUT
+        return splits
 
     def _units(self) -> np.ndarray:
         unit = {group: _unit_hash(group) for group in set(self.groups)}

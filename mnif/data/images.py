@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from mnif.data.arrays import filled, ids_and_groups, npy_array, npz_arrays, row_names, stamps
-from mnif.data.builtin import built_in_names, data_file, twemoji_files, twemoji_group
-from mnif.data.dataset import Instances
+from mnif.data.arrays import file_stamps, ids_and_groups, memmap_cached, npy_array, npz_arrays, row_names
+from mnif.data.builtin import builtin_names, data_file, twemoji_files, twemoji_group
+from mnif.data.dataset import Dataset
 from mnif.utils.errors import UserError
 from mnif.utils.process import progress_bar
 
@@ -27,7 +27,7 @@ _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Image.Image]:
+def open_image(path: Path) -> Iterator[Image.Image]:
     """The picture in a file; whatever fails while it is read becomes a :class:`UserError` that names the file."""
     try:
         with Image.open(path) as image:
@@ -45,7 +45,7 @@ def files_by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     return {}
 
 
-def picture_files(folder: Path) -> dict[str, Path]:
+def image_files(folder: Path) -> dict[str, Path]:
     """The pictures in a folder by name.
 
     Raises:
@@ -56,7 +56,7 @@ def picture_files(folder: Path) -> dict[str, Path]:
     raise UserError(f"{folder}: no pictures here ({', '.join(IMAGE_SUFFIXES)})")
 
 
-def fitted(image: Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
+def crop_and_resize(image: Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
     """[height, width, channels] uint8: turned as its EXIF data say, cut to the central part, resized.
 
     Args:
@@ -69,7 +69,7 @@ def fitted(image: Image.Image, size: tuple[int, int], channels: int) -> np.ndarr
         ValueError: the picture has 32 bits a pixel in one channel, whose range nobody tells.
     """
     height, width = size
-    image = converted(ImageOps.exif_transpose(image), channels)
+    image = to_mode(ImageOps.exif_transpose(image), channels)
     # Cut first: a box given to resize() would let pixels outside it bleed in. Pillow resizes RGBA with the colours
     # multiplied by alpha, so the invisible colour of transparent pixels makes no dark fringe.
     image = image.crop(central_box(image.size, size)).resize((width, height), Image.Resampling.BICUBIC)
@@ -85,7 +85,7 @@ def central_box(picture: tuple[int, int], size: tuple[int, int]) -> tuple[int, i
     return left, top, left + cut_width, top + cut_height
 
 
-def converted(image: Image.Image, channels: int, background: str = "white") -> Image.Image:
+def to_mode(image: Image.Image, channels: int, background: str = "white") -> Image.Image:
     """The picture in mode L, RGB or RGBA; transparency is laid on ``background`` unless it is kept (4 channels).
 
     Raises:
@@ -126,7 +126,9 @@ class ImageSource:
 def file_source(files: dict[str, Path], group: Callable[[str], str] = lambda id: id) -> ImageSource:
     """Picture files by id."""
     paths = list(files.values())
-    return ImageSource(list(files), [group(id) for id in files], lambda row: opened(paths[row]), stamps(paths))
+    return ImageSource(
+        list(files), [group(id) for id in files], lambda row: open_image(paths[row]), file_stamps(paths)
+    )
 
 
 def array_source(path: Path) -> ImageSource:
@@ -152,7 +154,7 @@ def array_source(path: Path) -> ImageSource:
             image = _bytes_of(image, f"{path}: picture {ids[row]!r}")
         return nullcontext(Image.fromarray(np.squeeze(image, 2) if image.shape[2:] == (1,) else np.asarray(image)))
 
-    return ImageSource(ids, groups, read, stamps([path]), images)
+    return ImageSource(ids, groups, read, file_stamps([path]), images)
 
 
 def _bytes_of(values: np.ndarray, where: str) -> np.ndarray:
@@ -231,20 +233,20 @@ def view_source() -> ImageSource:
     """Every view of the built-in ``furniture-views`` as a picture; an object's views are of one group."""
     path = data_file("furniture-views")
     arrays = npz_arrays(path, "image_bytes and image_offsets")
-    pictures, views = packed_pictures(arrays), len(arrays["poses"])
+    pictures, views = packed_images(arrays), len(arrays["poses"])
     ids = [f"{id}/{view:02d}" for id in arrays["ids"] for view in range(views)]
     groups = [str(group) for group in arrays["groups"] for _ in range(views)]
-    return ImageSource(ids, groups, lambda row: Image.open(BytesIO(pictures[row])), stamps([path]))
+    return ImageSource(ids, groups, lambda row: Image.open(BytesIO(pictures[row])), file_stamps([path]))
 
 
-def packed_pictures(arrays: dict[str, np.ndarray]) -> list[bytes]:
+def packed_images(arrays: dict[str, np.ndarray]) -> list[bytes]:
     """The picture files that ``image_bytes`` holds one after another, cut at ``image_offsets``."""
     content, offsets = arrays["image_bytes"].tobytes(), arrays["image_offsets"]
     return [content[start:stop] for start, stop in pairwise(offsets)]
 
 
 @dataclass(frozen=True)
-class ImageData(Instances):
+class ImageData(Dataset):
     """Pictures of one size.
 
     Attributes:
@@ -303,10 +305,10 @@ def _source(source: str) -> ImageSource:
     if source.startswith("hf:"):
         return hub_source(source.removeprefix("hf:"), source)
     if path.is_dir():
-        return hub_source(source, source) if is_hub_folder(path) else file_source(picture_files(path))
+        return hub_source(source, source) if is_hub_folder(path) else file_source(image_files(path))
     if path.suffix in (".npz", ".npy") and path.is_file():
         return array_source(path)
-    known = built_in_names("image", "radiance")
+    known = builtin_names("image", "radiance")
     raise UserError(f"--data {source}: no such folder, .npz or .npy file or built-in set of pictures ({known})")
 
 
@@ -320,14 +322,14 @@ def _pixels(name: str, source: ImageSource, size: tuple[int, int], channels: int
         for row in rows:
             try:
                 with source.read(row) as image:
-                    images[row] = fitted(image, size, channels)
+                    images[row] = crop_and_resize(image, size, channels)
             except ValueError as error:
                 raise UserError(f"{name}: picture {source.ids[row]!r} cannot be read ({error})") from None
 
-    return filled(shape, fill, [*source.key, "images"])
+    return memmap_cached(shape, fill, [*source.key, "images"])
 
 
-def picture_size(source: str) -> int:
+def image_size(source: str) -> int:
     """Pixels per axis of the pictures in a folder, ``.npz`` or ``.npy`` file of square pictures of one size.
 
     Raises:
@@ -340,8 +342,8 @@ def picture_size(source: str) -> int:
         assert images is not None
         sizes[images.shape[2], images.shape[1]] = source
     elif path.is_dir():
-        for file_path in picture_files(path).values():
-            with opened(file_path) as image:
+        for file_path in image_files(path).values():
+            with open_image(file_path) as image:
                 sizes.setdefault(image.size, str(file_path))
     else:
         raise UserError(f"--samples {source}: no such folder, .npz or .npy file")

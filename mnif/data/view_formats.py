@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mnif.data.images import IMAGE_SUFFIXES, opened
+from mnif.data.images import IMAGE_SUFFIXES, open_image
 from mnif.utils.errors import UserError
 from mnif.utils.files import read_json
 
@@ -30,7 +30,7 @@ _OF_A_FRAME = ("fl_x", "fl_y", "cx", "cy", "camera_angle_x", *_DISTORTION)
 
 
 @dataclass(frozen=True)
-class PosedPictures:
+class PosedImages:
     """The views of one instance.
 
     Attributes:
@@ -50,7 +50,7 @@ class PosedPictures:
     srn: bool
 
 
-def posed_pictures(source: Path, max_views: int | None) -> list[PosedPictures]:
+def posed_images(source: Path, max_views: int | None) -> list[PosedImages]:
     """The instances of a folder: the folder itself if it is one, otherwise its sub-folders.
 
     Args:
@@ -82,7 +82,7 @@ def instance_folders(source: Path) -> dict[Path, str]:
     return {}
 
 
-def _srn_instance(id: str, marker: Path, max_views: int | None) -> PosedPictures:
+def _srn_instance(id: str, marker: Path, max_views: int | None) -> PosedImages:
     """``rgb/*.png``, ``pose/*.txt`` (OpenCV's convention: +z forward, +y down) and ``intrinsics.txt``.
 
     The lines of the latter: focal length and centre; the grid's centre; scale; height and width; and, in some files,
@@ -108,10 +108,10 @@ def _srn_instance(id: str, marker: Path, max_views: int | None) -> PosedPictures
         poses.append((np.linalg.inv(pose) if inverted else pose) @ _OPENCV_TO_OPENGL)
     size = _size(paths[0])
     intrinsics = _scaled(np.array([focal, focal, cx, cy]), (height, width), size, str(marker))
-    return PosedPictures(id, paths, np.stack(poses), intrinsics, size, srn=True)
+    return PosedImages(id, paths, np.stack(poses), intrinsics, size, srn=True)
 
 
-def _transforms_instance(id: str, marker: Path, max_views: int | None) -> PosedPictures:
+def _transforms_instance(id: str, marker: Path, max_views: int | None) -> PosedImages:
     """Blender's (``camera_angle_x``) or nerfstudio's (``fl_x fl_y cx cy w h``) ``transforms.json``."""
     content = read_json(marker)
     try:
@@ -131,7 +131,7 @@ def _transforms_instance(id: str, marker: Path, max_views: int | None) -> PosedP
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
         raise UserError(f'{marker}: needs "camera_angle_x" (radians) or "fl_x" (pixels), as numbers') from None
     intrinsics = _scaled(intrinsics, (height, width), size, str(marker))
-    return PosedPictures(id, paths, np.stack(poses), intrinsics, size, srn=False)
+    return PosedImages(id, paths, np.stack(poses), intrinsics, size, srn=False)
 
 
 def _transforms_intrinsics(content: dict[str, Any], height: float, width: float) -> np.ndarray:
@@ -207,7 +207,7 @@ def _text(path: Path) -> str:
 
 
 def _size(path: Path) -> tuple[int, int]:
-    with opened(path) as image:
+    with open_image(path) as image:
         return image.height, image.width
 
 

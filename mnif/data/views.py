@@ -10,11 +10,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from mnif.data.arrays import filled, npz_arrays, stamps
-from mnif.data.builtin import built_in_names, data_file
-from mnif.data.dataset import Instances
-from mnif.data.images import central_box, converted, opened, packed_pictures
-from mnif.data.view_formats import posed_pictures
+from mnif.data.arrays import file_stamps, memmap_cached, npz_arrays
+from mnif.data.builtin import builtin_names, data_file
+from mnif.data.dataset import Dataset
+from mnif.data.images import central_box, open_image, packed_images, to_mode
+from mnif.data.view_formats import posed_images
 from mnif.utils.errors import UserError
 from mnif.utils.process import progress_bar
 
@@ -53,12 +53,12 @@ class ViewSource:
 
 
 def folder_source(folder: Path, max_views: int | None) -> ViewSource:
-    """The instances of a folder (:func:`mnif.data.view_formats.posed_pictures`); the group of each is its id.
+    """The instances of a folder (:func:`mnif.data.view_formats.posed_images`); the group of each is its id.
 
     Raises:
         UserError: a file is missing or damaged, or instances have different numbers of views or sizes.
     """
-    found = posed_pictures(folder, max_views)
+    found = posed_images(folder, max_views)
     first = found[0]
     for other in found[1:]:
         if len(other.paths) != len(first.paths):
@@ -73,13 +73,13 @@ def folder_source(folder: Path, max_views: int | None) -> ViewSource:
     paths = [path for instance in found for path in instance.paths]
 
     def read(row: int, view: int) -> AbstractContextManager[Image.Image]:
-        return opened(found[row].paths[view])
+        return open_image(found[row].paths[view])
 
     bounds = default_bounds(poses, srn=all(instance.srn for instance in found))
-    return ViewSource(ids, ids, poses, intrinsics, first.size, bounds, read, stamps(paths))
+    return ViewSource(ids, ids, poses, intrinsics, first.size, bounds, read, file_stamps(paths))
 
 
-def built_in_source(max_views: int | None) -> ViewSource:
+def builtin_source(max_views: int | None) -> ViewSource:
     """``furniture-views``: all objects are seen from the same cameras, on white.
 
     Raises:
@@ -87,7 +87,7 @@ def built_in_source(max_views: int | None) -> ViewSource:
     """
     path = data_file("furniture-views")
     arrays = npz_arrays(path, "image_bytes and image_offsets")
-    pictures, views = packed_pictures(arrays), len(arrays["poses"])
+    pictures, views = packed_images(arrays), len(arrays["poses"])
     ids, groups = ([str(name) for name in arrays[key]] for key in ("ids", "groups"))
     poses = np.tile(arrays["poses"][:max_views], (len(ids), 1, 1, 1))
     intrinsics = np.tile(arrays["intrinsics"], (len(ids), 1))
@@ -97,7 +97,7 @@ def built_in_source(max_views: int | None) -> ViewSource:
     def read(row: int, view: int) -> AbstractContextManager[Image.Image]:
         return Image.open(BytesIO(pictures[row * views + view]))
 
-    return ViewSource(ids, groups, poses, intrinsics, size, bounds, read, stamps([path]))
+    return ViewSource(ids, groups, poses, intrinsics, size, bounds, read, file_stamps([path]))
 
 
 def default_bounds(poses: np.ndarray, srn: bool) -> tuple[float, float]:
@@ -123,7 +123,7 @@ Background = Literal["white", "black"]
 
 
 @dataclass(frozen=True)
-class ViewData(Instances):
+class ViewData(Dataset):
     """Views of N objects, V of each, all of one size.
 
     Attributes:
@@ -202,10 +202,10 @@ def _source(source: str, max_views: int | None, background: Background) -> ViewS
     if source == "furniture-views":
         if background != "white":
             raise UserError(f"--background {background}: the views of {source} are drawn on white")
-        return built_in_source(max_views)
+        return builtin_source(max_views)
     if Path(source).is_dir():
         return folder_source(Path(source), max_views)
-    raise UserError(f"--data {source}: no such folder or built-in set of views ({built_in_names('radiance')})")
+    raise UserError(f"--data {source}: no such folder or built-in set of views ({builtin_names('radiance')})")
 
 
 def _pixels(name: str, source: ViewSource, size: tuple[int, int], background: Background) -> np.ndarray:
@@ -224,10 +224,10 @@ def _pixels(name: str, source: ViewSource, size: tuple[int, int], background: Ba
                             f"{shown} is {image.width}×{image.height} where the "
                             f"first is {source.size[1]}×{source.size[0]}; all must have one size"
                         )
-                    laid = converted(image, 3, background).crop(box)
+                    laid = to_mode(image, 3, background).crop(box)
                     images[row, view] = np.asarray(laid.resize((width, height), Image.Resampling.BOX))
 
-    return filled((objects, views, height, width, 3), fill, [*source.key, "views", background])
+    return memmap_cached((objects, views, height, width, 3), fill, [*source.key, "views", background])
 
 
 def _resized_intrinsics(source: ViewSource, size: tuple[int, int]) -> np.ndarray:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mnif.data.arrays import filled, ids_and_groups, npy_array, npz_arrays, stamps
-from mnif.data.builtin import built_in_names, data_file
-from mnif.data.dataset import Instances
+from mnif.data.arrays import file_stamps, ids_and_groups, memmap_cached, npy_array, npz_arrays
+from mnif.data.builtin import builtin_names, data_file
+from mnif.data.dataset import Dataset
 from mnif.data.images import files_by_name
 from mnif.data.voxel_formats import (
     MESH_SUFFIXES,
@@ -68,10 +68,10 @@ def array_source(path: Path) -> VoxelSource:
         resolution = int(arrays["resolution"].item()) if arrays.get("resolution", np.zeros(2)).size == 1 else 0
         if grids.dtype != np.uint8 or grids.shape[1:] != (resolution, resolution, -(-resolution // 8)):
             raise UserError(f'{path}: "packed" is {grids.dtype} {list(grids.shape)}; needed is {_NEEDS}')
-        return VoxelSource(ids, groups, resolution, lambda row: unpacked(grids[row], resolution), stamps([path]))
+        return VoxelSource(ids, groups, resolution, lambda row: unpacked(grids[row], resolution), file_stamps([path]))
     if grids.ndim != 4 or len(set(grids.shape[1:])) > 1 or not grids.size:
         raise UserError(f'{path}: "{name}" is {list(grids.shape)}; cubes [N, R, R, R] are needed')
-    return VoxelSource(ids, groups, grids.shape[1], lambda row: grids[row], stamps([path]))
+    return VoxelSource(ids, groups, grids.shape[1], lambda row: grids[row], file_stamps([path]))
 
 
 def unpacked(packed: np.ndarray, resolution: int) -> np.ndarray:
@@ -87,7 +87,7 @@ def hdf5_source(path: Path, resolution: int | None) -> VoxelSource:
     """
     count, found, read = hdf5_grids(path, open_hdf5(path), resolution)
     ids = hdf5_ids(path, count)
-    return VoxelSource(ids, ids, found, read, stamps([path]))
+    return VoxelSource(ids, ids, found, read, file_stamps([path]))
 
 
 def folder_source(folder: Path, resolution: int | None) -> VoxelSource:
@@ -105,7 +105,9 @@ def folder_source(folder: Path, resolution: int | None) -> VoxelSource:
         raise UserError(f"{folder}: holds both .binvox files and meshes; give a folder with one kind")
     if kinds == {False}:
         cells = resolution or _MESH_RESOLUTION
-        return VoxelSource(ids, ids, cells, lambda row: voxelise_mesh(paths[row], cells), stamps(paths), slow=True)
+        return VoxelSource(
+            ids, ids, cells, lambda row: voxelise_mesh(paths[row], cells), file_stamps(paths), slow=True
+        )
     found = binvox_resolution(paths[0])
 
     def read(row: int) -> np.ndarray:
@@ -114,11 +116,11 @@ def folder_source(folder: Path, resolution: int | None) -> VoxelSource:
             raise UserError(f"{paths[row]}: {len(grid)}³ cells where {paths[0].name} has {found}³; give one size")
         return grid
 
-    return VoxelSource(ids, ids, found, read, stamps(paths))
+    return VoxelSource(ids, ids, found, read, file_stamps(paths))
 
 
 @dataclass(frozen=True)
-class VoxelData(Instances):
+class VoxelData(Dataset):
     """Occupancy grids of one size.
 
     Attributes:
@@ -188,7 +190,7 @@ def _source(source: str, resolution: int | None) -> VoxelSource:
         return hdf5_source(path, resolution)
     raise UserError(
         f"--data {source}: no such folder, .npz, .npy or .hdf5 file or built-in set of voxels "
-        f"({built_in_names('voxels')})"
+        f"({builtin_names('voxels')})"
     )
 
 
@@ -199,7 +201,7 @@ def _packed(name: str, source: VoxelSource, cells: int) -> np.ndarray:
             packed[row] = np.packbits(_reduced(grid, source.resolution // cells), axis=-1)
 
     shape = (len(source.ids), cells, cells, -(-cells // 8))
-    return filled(shape, fill, [*source.key, "voxels"], keep=source.slow)
+    return memmap_cached(shape, fill, [*source.key, "voxels"], keep=source.slow)
 
 
 def _checked(grid: np.ndarray, where: str) -> np.ndarray:

@@ -24,7 +24,7 @@ _FORMAT = "mnif-latent-rows/1"
 _STATE = ("latents", "mean", "square", "steps")
 
 
-class LatentRows:
+class LatentEmbedding:
     """A process's share of the latents, with the state of an Adam that moves only the rows it is given.
 
     Args:

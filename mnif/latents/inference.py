@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mnif.data.batches import Rows
+from mnif.data.batches import ArrayDataset
 from mnif.latents.inner_loop import InnerLoop
 from mnif.models.encoders import PatchEncoder, ViewsEncoder
 from mnif.models.io import load_component
@@ -15,23 +15,23 @@ from mnif.signals.base import Observation, Signal
 from mnif.utils.errors import UserError
 from mnif.utils.process import progress_bar
 
-Finder = PatchEncoder | ViewsEncoder | InnerLoop | nn.Module | None
+LatentInit = PatchEncoder | ViewsEncoder | InnerLoop | nn.Module | None
 
 
-_WITHOUT_A_FINDER = 5  # a search from zero takes this many times the steps of one that starts near
+_FROM_ZERO = 5  # a search from zero takes this many times the steps of one that starts near
 
 
-def found_latents(decoder: MNIFModel, signal: Signal, finder: Finder, observation: Observation) -> Tensor:
+def initial_latents(decoder: MNIFModel, signal: Signal, latent_init: LatentInit, observation: Observation) -> Tensor:
     """Where a search for latents starts, [B, D]: an encoder's or an inner loop's answer, or zeros without either."""
-    if finder is None:
+    if latent_init is None:
         return observation.values.new_zeros(len(observation.values), decoder.config.latent_dim)
-    if isinstance(finder, InnerLoop):
-        return finder(decoder, signal, signal.part(observation, _generator(0))).detach()
+    if isinstance(latent_init, InnerLoop):
+        return latent_init(decoder, signal, signal.subsample(observation, _generator(0))).detach()
     with torch.no_grad():
-        return signal.encode(finder, observation)
+        return signal.encode(latent_init, observation)
 
 
-def refined_latents(
+def optimize_latents(
     decoder: MNIFModel,
     signal: Signal,
     observation: Observation,
@@ -65,7 +65,7 @@ def refined_latents(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         with torch.enable_grad():
-            errors = signal.errors(decoder, latents, signal.part(observation, _generator(step)))
+            errors = signal.per_instance_loss(decoder, latents, signal.subsample(observation, _generator(step)))
             (latents.grad,) = torch.autograd.grad(errors.sum(), latents)
         optimizer.step()
         schedule.step()
@@ -74,11 +74,11 @@ def refined_latents(
     return latents.detach()
 
 
-def latents_of(
+def infer_latents(
     decoder: MNIFModel,
     signal: Signal,
-    rows: Rows,
-    finder: Finder,
+    rows: ArrayDataset,
+    latent_init: LatentInit,
     refinement_steps: int,
     refinement_learning_rate: float = 0.05,
     batch_size: int = 256,
@@ -92,30 +92,30 @@ def latents_of(
         signal: what the rows are.
         rows: N instances.
         finder: gives the latents to start from; None starts from zero and takes five times as many steps.
-        refinement_steps: of :func:`refined_latents`.
+        refinement_steps: of :func:`optimize_latents`.
         refinement_learning_rate: likewise.
         batch_size: instances at a time; changes speed and memory only.
         observe: what is known of a batch; default: everything.
         progress: show a bar.
     """
-    steps = refinement_steps * (1 if finder is not None else _WITHOUT_A_FINDER)
-    with progress_bar(total=len(rows), desc="finding latents", unit=signal.unit, disable=not progress) as bar:
+    steps = refinement_steps * (1 if latent_init is not None else _FROM_ZERO)
+    with progress_bar(total=len(rows), desc="finding latents", unit=signal.noun, disable=not progress) as bar:
         for batch in rows.batches(batch_size, decoder.device):
             observation = (observe or signal.observe)(batch)
-            start = found_latents(decoder, signal, finder, observation)
-            latents = refined_latents(decoder, signal, observation, start, steps, refinement_learning_rate)
+            start = initial_latents(decoder, signal, latent_init, observation)
+            latents = optimize_latents(decoder, signal, observation, start, steps, refinement_learning_rate)
             yield latents
             bar.update(len(latents))
 
 
 @torch.no_grad()
-def figures_of(
-    decoder: MNIFModel, signal: Signal, rows: Rows, latents: Tensor, batch_size: int = 64
+def evaluate_latents(
+    decoder: MNIFModel, signal: Signal, rows: ArrayDataset, latents: Tensor, batch_size: int = 64
 ) -> dict[str, Tensor]:
     """How well latents fit their rows: for each figure of the signal one number per instance, on the CPU."""
     found: dict[str, list[Tensor]] = {}
     for batch, some in zip(rows.batches(batch_size, decoder.device), latents.split(batch_size), strict=True):
-        for name, values in signal.figures(decoder, some.to(decoder.device), batch).items():
+        for name, values in signal.metrics(decoder, some.to(decoder.device), batch).items():
             found.setdefault(name, []).append(values.cpu())
     return {name: torch.cat(values) for name, values in found.items()}
 
@@ -125,7 +125,7 @@ def _generator(step: int) -> torch.Generator:
     return torch.Generator().manual_seed(step)
 
 
-def load_finder(folder: Path, signal: Signal, method: str = "auto") -> Finder:
+def load_latent_init(folder: Path, signal: Signal, method: str = "auto") -> LatentInit:
     """What finds the latents of new data: the folder's encoder or inner loop, or None for a search from zero.
 
     Args:

@@ -64,7 +64,7 @@ class InnerLoop(OwnMemory, ModelMixin, ConfigMixin):
         for step in range(self.config.steps):
             with torch.enable_grad():
                 latents = latents if second_order and step else latents.detach().requires_grad_()
-                error = signal.errors(decoder, latents, observation).sum()
+                error = signal.per_instance_loss(decoder, latents, observation).sum()
                 (gradient,) = torch.autograd.grad(error, latents, create_graph=second_order)
             latents = latents - rates * gradient
             if not latents.isfinite().all():

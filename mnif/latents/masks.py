@@ -69,7 +69,7 @@ def some_views(signal: Signal, views: Sequence[int], available: int) -> Observe:
         UserError: the signal has no views, or not so many.
     """
     if not isinstance(signal, RadianceField):
-        raise UserError(f"--views: a {signal.unit} has no views; use --mask")
+        raise UserError(f"--views: a {signal.noun} has no views; use --mask")
     beyond = [view for view in views if not 0 <= view < available]
     if beyond:
         raise UserError(f"--views {beyond[0]}: each object has views 0 to {available - 1}")

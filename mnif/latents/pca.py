@@ -6,7 +6,7 @@ import numpy as np
 import scipy.linalg
 import torch
 
-from mnif.data.batches import Rows
+from mnif.data.batches import ArrayDataset
 from mnif.signals.base import GridSignal, intersection_over_union, psnr
 from mnif.utils.errors import UserError
 
@@ -60,7 +60,7 @@ def fit_pca(train: np.ndarray, components: int) -> PCA:
     return PCA(mean, np.ascontiguousarray(vectors.T))
 
 
-def pca_figures(signal: GridSignal, train: Rows, held_out: Rows, components: int) -> dict[str, float]:
+def pca_metrics(signal: GridSignal, train: ArrayDataset, held_out: ArrayDataset, components: int) -> dict[str, float]:
     """Mean PSNR in dB of both sides from as many principal components as a latent has numbers.
 
     Where values have two sides (voxels), ``iou_pca_heldout`` too, of what lies above the middle. Nothing if the
@@ -71,17 +71,17 @@ def pca_figures(signal: GridSignal, train: Rows, held_out: Rows, components: int
     components = min(components, len(train), numbers)
     if numbers * len(train) > _LARGEST or len(train) < 2:
         return {}
-    sides = {"train": train} | ({"heldout": held_out} if len(held_out) else {})
-    values = {name: _values(signal, rows) for name, rows in sides.items()}
+    splits = {"train": train} | ({"heldout": held_out} if len(held_out) else {})
+    values = {name: _values(signal, rows) for name, rows in splits.items()}
     pca = fit_pca(values["train"].numpy(), components)
-    figures = {}
+    metrics = {}
     for name, targets in values.items():
         found = torch.from_numpy(pca.reconstruct(targets.numpy()))
-        figures[f"psnr_pca_{name}"] = psnr(found, targets).mean().item()
+        metrics[f"psnr_pca_{name}"] = psnr(found, targets).mean().item()
         if signal.name == "voxels":
-            figures[f"iou_pca_{name}"] = intersection_over_union(found, targets).mean().item()
-    return figures
+            metrics[f"iou_pca_{name}"] = intersection_over_union(found, targets).mean().item()
+    return metrics
 
 
-def _values(signal: GridSignal, rows: Rows) -> torch.Tensor:
+def _values(signal: GridSignal, rows: ArrayDataset) -> torch.Tensor:
     return torch.cat([signal.observe(batch).values for batch in rows.batches(256)])

@@ -36,17 +36,17 @@ class AxisCells:
     second: np.ndarray
     weight: np.ndarray
 
-    def pixels_and_shares(self) -> tuple[np.ndarray, np.ndarray]:
+    def pixels_and_weights(self) -> tuple[np.ndarray, np.ndarray]:
         """The pixel of every point, [cells, points] int64, and how much of it that value makes, float64 in [0, 1].
 
         A point outside the domain has a share of 0.
         """
-        pixels, shares = np.zeros(self.coordinates.shape, np.int64), np.zeros(self.coordinates.shape)
+        pixels, weights = np.zeros(self.coordinates.shape, np.int64), np.zeros(self.coordinates.shape)
         number = np.arange(len(self.first))
         pixels.flat[self.first], pixels.flat[self.second] = number, number
-        np.add.at(shares.reshape(-1), self.first, 1 - self.weight)
-        np.add.at(shares.reshape(-1), self.second, self.weight)
-        return pixels, shares
+        np.add.at(weights.reshape(-1), self.first, 1 - self.weight)
+        np.add.at(weights.reshape(-1), self.second, self.weight)
+        return pixels, weights
 
 
 def axis_cells(resolution: int, cells: int, overlap: float, stride: int = 1, phase: int = 0) -> AxisCells:
@@ -111,9 +111,9 @@ class CellGrid:
     points_per_axis: tuple[int, ...]
     axes: tuple[tuple[Tensor, Tensor, Tensor], ...]
     pixels: Tensor
-    shares: Tensor
+    weights: Tensor
 
-    def apart(self, values: Tensor) -> Tensor:
+    def gather_points(self, values: Tensor) -> Tensor:
         """The pixels of a grid that the cells' points show; a point outside the domain gets some pixel.
 
         Args:
@@ -123,7 +123,7 @@ class CellGrid:
             [batch, cells**d, points, channels]; :meth:`blend` gives the grid back.
         """
         seen = values.flatten(1, -2).index_select(1, self.pixels)
-        return seen.view(len(values), *self.shares.shape, -1)
+        return seen.view(len(values), *self.weights.shape, -1)
 
     def blend(self, values: Tensor) -> Tensor:
         """Puts the cells' values together to one grid.
@@ -182,7 +182,7 @@ def cell_grid(
     count, points = len(local[0]), [rows.shape[1] for rows in local]
     cell = torch.cartesian_prod(*[torch.arange(count)] * dimensions).view(-1, dimensions)
     point = torch.cartesian_prod(*[torch.arange(n) for n in points]).view(-1, dimensions)
-    pixels, shares = _pixels_and_shares(axes)
+    pixels, weights = _pixels_and_weights(axes)
     coordinates = torch.stack(
         [torch.as_tensor(rows)[cell[:, None, axis], point[None, :, axis]] for axis, rows in enumerate(local)], dim=-1
     )
@@ -199,24 +199,24 @@ def cell_grid(
             for axis in axes
         ),
         pixels=torch.from_numpy(pixels).to(device),
-        shares=torch.from_numpy(shares).to(device, dtype),
+        weights=torch.from_numpy(weights).to(device, dtype),
     )
 
 
-def _pixels_and_shares(axes: Sequence[AxisCells]) -> tuple[np.ndarray, np.ndarray]:
+def _pixels_and_weights(axes: Sequence[AxisCells]) -> tuple[np.ndarray, np.ndarray]:
     """Those of :class:`CellGrid`: products over the axes of each one's own."""
-    pixels, shares = np.zeros((1, 1), np.int64), np.ones((1, 1))
+    pixels, weights = np.zeros((1, 1), np.int64), np.ones((1, 1))
     for axis in axes:
-        pixel, share = axis.pixels_and_shares()
+        pixel, share = axis.pixels_and_weights()
         pixels = (pixels[:, None, :, None] * len(axis.first) + pixel[None, :, None, :]).reshape(
             len(pixels) * len(pixel), -1
         )
-        shares = (shares[:, None, :, None] * share[None, :, None, :]).reshape(len(pixels), -1)
-    return pixels.reshape(-1), shares
+        weights = (weights[:, None, :, None] * share[None, :, None, :]).reshape(len(pixels), -1)
+    return pixels.reshape(-1), weights
 
 
 @dataclass(frozen=True)
-class Routes:
+class PointAssignment:
     """Points sorted by the field they are put to; a point near a border is put to several.
 
     Attributes:
@@ -241,7 +241,7 @@ class Routes:
 
 
 @torch.no_grad()
-def route_points(coordinates: Tensor, cells: int, overlap: float) -> Routes:
+def assign_points(coordinates: Tensor, cells: int, overlap: float) -> PointAssignment:
     """Finds the cells of points, by the same partition of unity as :func:`mnif.models.cell_grid.axis_cells`.
 
     Args:
@@ -268,11 +268,11 @@ def route_points(coordinates: Tensor, cells: int, overlap: float) -> Routes:
         number = instance
         for axis in range(dimensions):
             number = number * cells + cell[..., axis].long()
-        asked = weight.flatten().nonzero()[:, 0]
-        questions.append(asked)
-        fields.append(number.flatten()[asked])
-        weights.append(weight.flatten()[asked])
-        locals_.append(((position - cell) * 2 - 1).view(-1, dimensions)[asked])
+        arguments = weight.flatten().nonzero()[:, 0]
+        questions.append(arguments)
+        fields.append(number.flatten()[arguments])
+        weights.append(weight.flatten()[arguments])
+        locals_.append(((position - cell) * 2 - 1).view(-1, dimensions)[arguments])
     field = torch.cat(fields)
     order = field.argsort(stable=True)
     field = field[order]
@@ -282,7 +282,7 @@ def route_points(coordinates: Tensor, cells: int, overlap: float) -> Routes:
     slot = field * slots + torch.arange(len(field), device=field.device) - first[field]
     padded = coordinates.new_zeros(len(counts) * slots, dimensions)
     padded[slot] = torch.cat(locals_)[order]
-    return Routes(
+    return PointAssignment(
         coordinates=padded.view(len(counts), slots, dimensions),
         slot=slot,
         point=torch.cat(questions)[order],

@@ -16,9 +16,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from mnif.models.cell_grid import CellGrid, cell_grid, route_points
+from mnif.models.cell_grid import CellGrid, assign_points, cell_grid
 from mnif.models.io import OwnMemory
-from mnif.models.siren import BakedField, layer_shapes, siren_rows
+from mnif.models.siren import BakedField, layer_shapes, siren_params
 
 
 class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
@@ -91,7 +91,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
 
         def rows(index: int, count: int) -> nn.Parameter:
             sine = index < last or output_sine
-            return nn.Parameter(siren_rows(shapes[index], count, omega, first=index == 0, sine=sine))
+            return nn.Parameter(siren_params(shapes[index], count, omega, first=index == 0, sine=sine))
 
         delta = mixing == "delta"
         self.shapes = shapes
@@ -171,7 +171,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         field, config = self.bake(coefficients), self.config
         if config.cells == 1:
             return field(coordinates)
-        routes = route_points(coordinates.expand(len(coefficients), -1, -1), config.cells, config.overlap)
+        routes = assign_points(coordinates.expand(len(coefficients), -1, -1), config.cells, config.overlap)
         return routes.gather(field(routes.coordinates))
 
     def decode_on(self, latents: Tensor, grid: CellGrid) -> Tensor:

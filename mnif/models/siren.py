@@ -28,10 +28,10 @@ class LayerShape:
         """Numbers in one row of this layer's parameters."""
         return (self.inputs + 1) * self.outputs
 
-    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, params: Tensor) -> tuple[Tensor, Tensor]:
         """Splits rows [batch, parameters] into weights [batch, inputs, outputs] and biases [batch, 1, outputs]."""
-        weights = rows[:, : self.inputs * self.outputs].reshape(-1, self.inputs, self.outputs)
-        return weights, rows[:, None, self.inputs * self.outputs :]
+        weights = params[:, : self.inputs * self.outputs].reshape(-1, self.inputs, self.outputs)
+        return weights, params[:, None, self.inputs * self.outputs :]
 
 
 def layer_shapes(inputs: int, outputs: int, width: int, depth: int) -> list[LayerShape]:
@@ -40,7 +40,7 @@ def layer_shapes(inputs: int, outputs: int, width: int, depth: int) -> list[Laye
     return [LayerShape(a, b) for a, b in pairwise(sizes)]
 
 
-def siren_rows(shape: LayerShape, count: int, omega: float, first: bool, sine: bool) -> Tensor:
+def siren_params(shape: LayerShape, count: int, omega: float, first: bool, sine: bool) -> Tensor:
     """``count`` independent initial parameter rows of one layer, with the frequency folded in.
 
     Args:
@@ -65,12 +65,12 @@ class BakedField:
 
     Attributes:
         shapes: the linear layers.
-        rows: [fields, parameters], a field's layers one after the other, each weight [in, out] then bias [out].
+        params: [fields, parameters], a field's layers one after the other, each weight [in, out] then bias [out].
         output_sine: a sine follows the last layer too (the paper's image and voxel fields).
     """
 
     shapes: list[LayerShape]
-    rows: Tensor
+    params: Tensor
     output_sine: bool = False
 
     def __call__(self, coordinates: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class BakedField:
         Returns:
             [fields, points, channels], within about [-1, 1] for colours and occupancies.
         """
-        return field_values(coordinates, self.rows, self._sizes(), self.output_sine)
+        return field_values(coordinates, self.params, self._sizes(), self.output_sine)
 
     def errors(self, coordinates: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Weighted squared error of every field, [fields]; faster than squaring the difference of its values.
@@ -93,19 +93,19 @@ class BakedField:
             targets: [fields, points, channels].
             weights: [sets, points], what a point's mean over the channels counts; again set i modulo ``sets``.
         """
-        return field_errors(coordinates, self.rows, targets, weights, self._sizes(), self.output_sine)
+        return field_errors(coordinates, self.params, targets, weights, self._sizes(), self.output_sine)
 
     def _sizes(self) -> list[int]:
         return [self.shapes[0].inputs, *(shape.outputs for shape in self.shapes)]
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """Every layer's weights [fields, in, out] and biases [fields, 1, out]."""
-        parts = self.rows.split([shape.parameters for shape in self.shapes], dim=1)
+        parts = self.params.split([shape.parameters for shape in self.shapes], dim=1)
         return [shape.split(part) for shape, part in zip(self.shapes, parts, strict=True)]
 
     def parameters_per_field(self) -> int:
         """Numbers one field holds."""
-        return self.rows.shape[1]
+        return self.params.shape[1]
 
     def multiply_adds_per_point(self) -> int:
         """Multiplications (each with an addition) that one value of one field costs, sines not counted."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mnif.data.dataset import Instances
+from mnif.data.dataset import Dataset
 from mnif.models.encoders import PatchEncoder
 from mnif.models.io import OwnMemory
 from mnif.models.mnif_model import MNIFModel
@@ -57,7 +57,7 @@ class Signal(ABC):
     """
 
     name: ClassVar[str]
-    unit: ClassVar[str]
+    noun: ClassVar[str]
     encoder_class: ClassVar[type[OwnMemory]]
     dimensions: int
     channels: int
@@ -65,16 +65,16 @@ class Signal(ABC):
 
     @classmethod
     @abstractmethod
-    def load(cls, source: str, options: Mapping[str, Any]) -> Instances:
+    def load(cls, source: str, options: Mapping[str, Any]) -> Dataset:
         """Reads a data set to learn from; ``options`` are the flags of ``mnif fit`` by name."""
 
     @classmethod
     @abstractmethod
-    def of(cls, data: Any, options: Mapping[str, Any]) -> "Signal":
+    def from_data(cls, data: Any, options: Mapping[str, Any]) -> "Signal":
         """The signal that fits ``data``."""
 
     @abstractmethod
-    def load_more(self, source: str) -> Instances:
+    def load_like(self, source: str) -> Dataset:
         """Reads further data in the form this model was trained on."""
 
     @abstractmethod
@@ -92,7 +92,7 @@ class Signal(ABC):
         """All that is known of a batch of rows (:meth:`mnif.data.dataset.Instances.arrays`, as tensors)."""
 
     @abstractmethod
-    def part(self, observation: Observation, generator: torch.Generator | None = None) -> Observation:
+    def subsample(self, observation: Observation, generator: torch.Generator | None = None) -> Observation:
         """What one step of learning looks at, drawn at random: the same part of every instance of the batch."""
 
     @abstractmethod
@@ -112,24 +112,24 @@ class Signal(ABC):
         """Something to look at for each latent: [B, H, W, 3] uint8."""
 
     @abstractmethod
-    def original_pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray:
+    def original_images(self, batch: Mapping[str, Tensor]) -> np.ndarray:
         """Something to look at for each row of the data: [B, H, W, 3] uint8."""
 
-    def reconstructed_pictures(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> np.ndarray:
-        """What latents show of it, to be laid below :meth:`original_pictures`: [B, H, W, 3] uint8."""
+    def reconstruction_images(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> np.ndarray:
+        """What latents show of it, to be laid below :meth:`original_images`: [B, H, W, 3] uint8."""
         return self.pictures(decoder, latents)
 
     def augmentations(self) -> dict[str, Callable[[Observation], Observation]]:
         """Random changes that leave an instance as likely as before, by the flag of `mnif fit` that asks for it."""
         return {}
 
-    def figures(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def metrics(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """How well latents fit a batch of rows: for each figure (``psnr`` in dB at least) one number per instance."""
         observation = self.observe(batch)
         predictions = self.predict(decoder, decoder.coefficients(latents), observation)
         return {"psnr": psnr(predictions, observation.values)}
 
-    def errors(self, decoder: MNIFModel, latents: Tensor, observation: Observation) -> Tensor:
+    def per_instance_loss(self, decoder: MNIFModel, latents: Tensor, observation: Observation) -> Tensor:
         """Mean squared error of each instance, [B]."""
         return observation.errors(self.predict(decoder, decoder.coefficients(latents), observation))
 
@@ -179,7 +179,7 @@ class GridSignal(Signal):
         """Resolution, channels and stride."""
         return {"resolution": self.resolution, "channels": self.channels, "stride": self.stride}
 
-    def part(self, observation: Observation, generator: torch.Generator | None = None) -> Observation:
+    def subsample(self, observation: Observation, generator: torch.Generator | None = None) -> Observation:
         """Every ``stride``-th pixel, from a random one on."""
         if self.stride == 1:
             return observation
@@ -194,7 +194,7 @@ class GridSignal(Signal):
         stride, phase = observation.query
         return decoder.decode_coefficients(coefficients, decoder.grid(self.resolution, stride, phase))
 
-    def errors(self, decoder: MNIFModel, latents: Tensor, observation: Observation) -> Tensor:
+    def per_instance_loss(self, decoder: MNIFModel, latents: Tensor, observation: Observation) -> Tensor:
         """Mean squared error of each instance, [B], where every field answers for itself.
 
         A pixel near a border is shown by several cells, and counts in each by its share: the mean of their squared
@@ -204,11 +204,11 @@ class GridSignal(Signal):
         stride, phase = observation.query
         grid = decoder.grid(self.resolution, stride, phase)
         field = decoder.bake(decoder.coefficients(latents))
-        weights = grid.shares[None]
+        weights = grid.weights[None]
         if observation.mask is not None:
-            weights = weights * grid.apart(observation.mask[..., None].to(weights.dtype))[..., 0]
+            weights = weights * grid.gather_points(observation.mask[..., None].to(weights.dtype))[..., 0]
         weights = weights / weights.sum(dim=(1, 2), keepdim=True).clamp_min(1e-12)
-        targets = grid.apart(observation.values).flatten(0, 1)
+        targets = grid.gather_points(observation.values).flatten(0, 1)
         return field.errors(grid.coordinates, targets, weights.flatten(0, 1)).view(len(latents), -1).sum(dim=1)
 
     def encoder(self, latent_dim: int, width: int) -> nn.Module:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnif.data.dataset import Instances
+from mnif.data.dataset import Dataset
 from mnif.data.images import ImageData, load_images
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import GridSignal, Observation, _mirrored
@@ -20,23 +20,23 @@ class Image(GridSignal):
     """Pictures of 1 (grey), 3 (RGB) or 4 (RGBA) channels."""
 
     name = "image"
-    unit = "picture"
+    noun = "picture"
     dimensions = 2
     mirror_axis: ClassVar[int] = 2
 
     @classmethod
-    def load(cls, source: str, options: Mapping[str, Any]) -> Instances:
+    def load(cls, source: str, options: Mapping[str, Any]) -> Dataset:
         """Reads pictures (:func:`mnif.data.images.load_images`) at ``resolution``, 32 unless given, with
         ``channels``."""
         return load_images(source, height_and_width(options["resolution"] or [32]), options["channels"])
 
     @classmethod
-    def of(cls, data: ImageData, options: Mapping[str, Any]) -> "Image":
+    def from_data(cls, data: ImageData, options: Mapping[str, Any]) -> "Image":
         """Takes ``stride``."""
         height, width, channels = data.images.shape[1:]
         return cls(height if height == width else [height, width], channels, options["stride"])
 
-    def load_more(self, source: str) -> Instances:
+    def load_like(self, source: str) -> Dataset:
         """Pictures of the model's size and channels."""
         size = [self.resolution] if isinstance(self.resolution, int) else self.resolution
         return load_images(source, height_and_width(size), self.channels)
@@ -54,7 +54,7 @@ class Image(GridSignal):
         """The pictures, with grey as RGB and transparency laid on white."""
         return _as_rgb(decoder(latents))
 
-    def original_pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray:
+    def original_images(self, batch: Mapping[str, Tensor]) -> np.ndarray:
         """The originals, likewise."""
         return _as_rgb(self.observe(batch).values)
 

@@ -20,7 +20,7 @@ from mnif.signals.registry import signal_of_model
 from mnif.utils.errors import UserError
 from mnif.utils.files import was_written
 from mnif.utils.meshes import mesh_from_values, mesh_preview, save_mesh
-from mnif.utils.pixels import save_animation, save_picture, to_pixels
+from mnif.utils.pixels import save_animation, save_image, to_uint8
 from mnif.utils.process import one_thread
 
 Animation = Literal["gif", "mp4"]
@@ -39,7 +39,7 @@ _AZIMUTH_OF_A_SHAPE = 35.0  # degrees from +z towards +x
 
 
 @dataclass(frozen=True)
-class Showing(ABC):
+class OutputWriter(ABC):
     """How the latents of one signal are shown; the fields of each kind are those flags of `mnif decode` it takes."""
 
     @abstractmethod
@@ -63,7 +63,7 @@ class Showing(ABC):
 
 
 @dataclass(frozen=True)
-class Previews(Showing):
+class PreviewWriter(OutputWriter):
     """Of a signal of one's own: the picture that the signal makes of a latent."""
 
     def files(self, name: str) -> list[str]:
@@ -72,12 +72,12 @@ class Previews(Showing):
 
     def write(self, decoder: MNIFModel, signal: Signal, latent: Tensor, output: Path, name: str) -> str | None:
         """Writes the picture."""
-        save_picture(output / f"{name}.png", signal.pictures(decoder, latent)[0])
+        save_image(output / f"{name}.png", signal.pictures(decoder, latent)[0])
         return None
 
 
 @dataclass(frozen=True)
-class Pictures(Showing):
+class ImageWriter(OutputWriter):
     """Grey, RGB or RGBA pictures.
 
     Args:
@@ -95,13 +95,13 @@ class Pictures(Showing):
 
     def write(self, decoder: MNIFModel, signal: Signal, latent: Tensor, output: Path, name: str) -> str | None:
         """Writes the picture."""
-        pixels = to_pixels(grid_values(decoder, latent, whole(self.resolution)))[0]
-        save_picture(output / f"{name}.png", pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+        pixels = to_uint8(decode_grid(decoder, latent, scalar_or_list(self.resolution)))[0]
+        save_image(output / f"{name}.png", pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
         return None
 
 
 @dataclass(frozen=True)
-class Shapes(Showing):
+class MeshWriter(OutputWriter):
     """The surface where the values of a cube are 0, as a mesh in [-1, 1]³ and shaded.
 
     Args:
@@ -129,13 +129,13 @@ class Shapes(Showing):
 
     def write(self, decoder: MNIFModel, signal: Signal, latent: Tensor, output: Path, name: str) -> str | None:
         """Writes picture, mesh and animation, unless the shape has no surface."""
-        values = grid_values(decoder, latent, whole(self.resolution))[0, ..., 0].float().cpu().numpy()
+        values = decode_grid(decoder, latent, scalar_or_list(self.resolution))[0, ..., 0].float().cpu().numpy()
         if values.max() <= 0 or values.min() > 0:
             return "empty" if values.max() <= 0 else "full"
         mesh = mesh_from_values(values)
         picture, surface, *animation = (output / file for file in self.files(name))
         if not was_written(picture):
-            save_picture(picture, mesh_preview(*mesh, _PIXELS_OF_A_SHAPE, _AZIMUTH_OF_A_SHAPE, self.elevation))
+            save_image(picture, mesh_preview(*mesh, _PIXELS_OF_A_SHAPE, _AZIMUTH_OF_A_SHAPE, self.elevation))
         if not was_written(surface):
             save_mesh(surface, *mesh)
         if animation and not was_written(animation[0]):
@@ -146,7 +146,7 @@ class Shapes(Showing):
 
 
 @dataclass(frozen=True)
-class Objects(Showing):
+class ViewWriter(OutputWriter):
     """Views of radiance fields from cameras on the turntable's circle.
 
     Args:
@@ -182,22 +182,22 @@ class Objects(Showing):
             pictures = signal.turntable(decoder, latent, self.views, self.elevation, height)[0]
             for path, picture in zip(views, pictures, strict=True):
                 if not was_written(path):
-                    save_picture(path, picture)
+                    save_image(path, picture)
         if animation and not was_written(animation[0]):
             save_animation(animation[0], signal.turntable(decoder, latent, self.frames, self.elevation, height)[0])
         return None
 
 
-_SHOWINGS: dict[str, type[Showing]] = {"image": Pictures, "voxels": Shapes, "radiance": Objects}
+_WRITERS: dict[str, type[OutputWriter]] = {"image": ImageWriter, "voxels": MeshWriter, "radiance": ViewWriter}
 
 
-def showing_class(signal: str) -> type[Showing]:
+def writer_class(signal: str) -> type[OutputWriter]:
     """How latents of a signal are shown, by the signal's name."""
-    return _SHOWINGS.get(signal, Previews)
+    return _WRITERS.get(signal, PreviewWriter)
 
 
 @torch.no_grad()
-def grid_values(decoder: MNIFModel, latent: Tensor, resolution: int | Sequence[int] | None = None) -> Tensor:
+def decode_grid(decoder: MNIFModel, latent: Tensor, resolution: int | Sequence[int] | None = None) -> Tensor:
     """``decoder(latent, resolution)`` of one latent, a large grid slice by slice so that memory stays small.
 
     Args:
@@ -221,7 +221,7 @@ def grid_values(decoder: MNIFModel, latent: Tensor, resolution: int | Sequence[i
     return torch.cat(slices, dim=1)
 
 
-def whole(resolution: list[int] | None) -> int | list[int] | None:
+def scalar_or_list(resolution: list[int] | None) -> int | list[int] | None:
     """One number stands for all axes."""
     return resolution[0] if resolution and len(resolution) == 1 else resolution
 
@@ -247,20 +247,20 @@ def _check_camera(elevation: float, **counts: int) -> None:
 OutputType = Literal["pil", "np", "pt", "latent", "volume", "mesh", "views"]
 
 
-_FORMS_OF_SIGNALS = {"voxels": ("volume", "mesh", "views"), "radiance": ("volume", "views")}
+_OUTPUT_TYPES_OF_SIGNALS = {"voxels": ("volume", "mesh", "views"), "radiance": ("volume", "views")}
 
 
 _ELEVATION = 20.0  # of the cameras, in degrees
 
 
-def check_form(signal: Signal, output_type: str) -> None:
+def check_output_type(signal: Signal, output_type: str) -> None:
     """Raises ValueError if what latents of ``signal`` stand for has no such form."""
-    kinds = [*get_args(OutputType)[:4], *_FORMS_OF_SIGNALS.get(signal.name, ())]
+    kinds = [*get_args(OutputType)[:4], *_OUTPUT_TYPES_OF_SIGNALS.get(signal.name, ())]
     if output_type not in kinds:
         raise ValueError(f'output_type "{output_type}": of the signal {signal.name} choose {", ".join(kinds)}')
 
 
-def in_form(
+def postprocess(
     decoder: MNIFModel, latents: Tensor, output_type: str, resolution: int | None = None, views: int = 8
 ) -> Any:
     """What latents stand for.
@@ -268,7 +268,7 @@ def in_form(
     Args:
         decoder: the model.
         latents: [B, D].
-        output_type: one that :func:`check_form` lets pass.
+        output_type: one that :func:`check_output_type` lets pass.
         resolution: of pictures, of volumes and the meshes of them, or the height of views of radiance fields; default:
             the training resolution, and for the volume of a radiance field 32.
         views: how many of each object.
@@ -297,7 +297,7 @@ def in_form(
     return meshes if output_type == "mesh" else [_views_of_shape(mesh, views) for mesh in meshes]
 
 
-def pictures_of(
+def decode_images(
     decoder: MNIFModel,
     latents: Tensor,
     resolution: int | list[int] | None = None,
@@ -319,14 +319,14 @@ def pictures_of(
     grid, chosen = decoder.grid(resolution), list(range(len(latents)) if chosen is None else chosen)
     pixels = math.prod(len(first) for first, _, _ in grid.axes)
     if pixels > _POINTS_AT_ONCE:
-        yield from (grid_values(decoder, latents[row : row + 1], resolution) for row in chosen)
+        yield from (decode_grid(decoder, latents[row : row + 1], resolution) for row in chosen)
         return
     with one_thread():
         field = decoder.bake(decoder.coefficients(latents))
     cells = decoder.config.cells**decoder.config.dimensions
-    rows = field.rows.view(len(latents), cells, -1)[chosen]
+    rows = field.params.view(len(latents), cells, -1)[chosen]
     for part in rows.split(min(at_once, max(_POINTS_AT_ONCE // pixels, 1))):
-        values = replace(field, rows=part.flatten(0, 1))(grid.coordinates)
+        values = replace(field, params=part.flatten(0, 1))(grid.coordinates)
         yield grid.blend(values.view(len(part), cells, *values.shape[1:]))
 
 
@@ -334,7 +334,7 @@ def _pictures(
     decoder: MNIFModel, signal: Signal, latents: Tensor, resolution: int | None, output_type: str
 ) -> Tensor | np.ndarray | list[Image.Image]:
     if signal.name == "image":
-        images = (torch.cat([*pictures_of(decoder, latents, resolution)]) / 2 + 0.5).clamp(0, 1)
+        images = (torch.cat([*decode_images(decoder, latents, resolution)]) / 2 + 0.5).clamp(0, 1)
     else:
         images = torch.from_numpy(signal.pictures(decoder, latents)).float() / 255
     if output_type == "pt":
@@ -345,7 +345,7 @@ def _pictures(
 
 def _volumes(decoder: MNIFModel, latents: Tensor, resolution: int | None) -> Iterator[np.ndarray]:
     for latent in latents.split(1):
-        volume = grid_values(decoder, latent, resolution)[0].float().cpu().numpy()
+        volume = decode_grid(decoder, latent, resolution)[0].float().cpu().numpy()
         yield volume[..., 0] if volume.shape[-1] == 1 else volume
 
 
@@ -366,14 +366,14 @@ def _views_of_shape(mesh: tuple[np.ndarray, np.ndarray] | None, views: int) -> l
 _FLAGS_OF_SIGNALS = ("resolution", "mesh", "turntable", "frames", "elevation", "views")
 
 
-def showing_by_flags(arguments: Any, signal: Signal) -> Showing:
+def writer_from_flags(arguments: Any, signal: Signal) -> OutputWriter:
     """How this signal is shown, with those flags of ``arguments`` that were given.
 
     Raises:
         UserError: a flag is out of range or does not belong to the signal.
     """
     given = {flag: value for flag in _FLAGS_OF_SIGNALS if (value := getattr(arguments, flag)) is not None}
-    kind: Any = showing_class(signal.name)
+    kind: Any = writer_class(signal.name)
     known = {field.name for field in fields(kind)}
     for flag in given:
         if flag not in known:

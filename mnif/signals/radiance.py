@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mnif.data.dataset import Instances
+from mnif.data.dataset import Dataset
 from mnif.data.views import ViewData, load_views
 from mnif.models.encoders import ViewsEncoder
 from mnif.models.mnif_model import MNIFModel
@@ -65,7 +65,7 @@ class RadianceField(Signal):
     """
 
     name = "radiance"
-    unit = "object"
+    noun = "object"
     encoder_class = ViewsEncoder
     dimensions = 3
     channels = 4
@@ -90,7 +90,7 @@ class RadianceField(Signal):
         self.intrinsics = intrinsics or [float(width), float(width), width / 2, height / 2]
 
     @classmethod
-    def load(cls, source: str, options: Mapping[str, Any]) -> Instances:
+    def load(cls, source: str, options: Mapping[str, Any]) -> Dataset:
         """Reads posed views (:func:`mnif.data.views.load_views`); takes ``resolution``, ``near``, ``far``,
         ``max_views`` and ``background``."""
         resolution = height_and_width(options["resolution"]) if options["resolution"] else None
@@ -98,7 +98,7 @@ class RadianceField(Signal):
         return load_views(source, resolution, **{name: options[name] for name in names})
 
     @classmethod
-    def of(cls, data: ViewData, options: Mapping[str, Any]) -> "RadianceField":
+    def from_data(cls, data: ViewData, options: Mapping[str, Any]) -> "RadianceField":
         """Takes ``bound``, ``samples_per_ray``, ``rays_per_step`` and ``held_out_views``.
 
         Unless ``bound`` is given, the cube is as large as near and far allow around the centre of the cameras.
@@ -122,7 +122,7 @@ class RadianceField(Signal):
             intrinsics=[float(n) for n in np.asarray(data.intrinsics[0])],
         )
 
-    def load_more(self, source: str) -> Instances:
+    def load_like(self, source: str) -> Dataset:
         """Views of the model's size, depths and background."""
         background: Any = self.background
         data = load_views(source, self.size, self.near, self.far, None, background)
@@ -163,7 +163,7 @@ class RadianceField(Signal):
         cameras = Cameras(batch["poses"][:, views].float(), batch["intrinsics"].float(), *values.shape[2:4])
         return Observation(values, cameras)
 
-    def part(self, observation: Observation, generator: torch.Generator | None = None) -> Observation:
+    def subsample(self, observation: Observation, generator: torch.Generator | None = None) -> Observation:
         """Random rays of random views, the same of every instance, with random depths."""
         cameras, values = observation.query, observation.values
         flat = values.flatten(1, 3)
@@ -213,7 +213,7 @@ class RadianceField(Signal):
         """Latents [B, D] from whole views."""
         return encoder(observation.values, observation.query.poses, observation.mask)
 
-    def figures(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def metrics(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """PSNR of up to four of the views learned from, and of all that were held out."""
         observed = batch["images"].shape[1] - self.held_out_views
         chosen = sorted({round(i) for i in np.linspace(0, observed - 1, min(4, observed))})
@@ -243,11 +243,11 @@ class RadianceField(Signal):
         """One view of each object."""
         return self.turntable(decoder, latents, frames=8)[:, 1]
 
-    def original_pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray:
+    def original_images(self, batch: Mapping[str, Tensor]) -> np.ndarray:
         """The last view of each object, which is a held-out one if there are any."""
         return batch["images"][:, -1].cpu().numpy()
 
-    def reconstructed_pictures(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> np.ndarray:
+    def reconstruction_images(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> np.ndarray:
         """The last view of each object, rendered."""
         cameras = self.observe_views(batch, slice(-1, None)).query
         return _to_uint8(self.render_views(decoder, decoder.coefficients(latents), cameras)[:, 0])

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 from mnif.data.arrays import npy_array, npz_names
-from mnif.data.builtin import BUILT_IN
+from mnif.data.builtin import BUILTIN
 from mnif.data.images import IMAGE_SUFFIXES, is_hub_folder
 from mnif.data.view_formats import SRN_MARKER, TRANSFORMS_MARKERS
 from mnif.data.voxels import VOXEL_SUFFIXES
@@ -52,25 +52,25 @@ def signal_of_model(decoder: MNIFModel) -> Signal:
 SIGNALS = ("image", "voxels", "radiance")
 
 
-def signal_of(source: str) -> str:
+def detect_signal(source: str) -> str:
     """What kind of data a source is, by its name and by what the file or folder holds: one of :data:`SIGNALS`.
 
     Raises:
         UserError: the source is missing, or holds nothing that tells; the message says what was found.
     """
     path = Path(source)
-    if source in BUILT_IN:
-        return BUILT_IN[source]
+    if source in BUILTIN:
+        return BUILTIN[source]
     if source.startswith("hf:"):
         return "image"
     if path.is_dir():
-        return _signal_of_folder(path)
+        return _detect_in_folder(path)
     if not path.is_file():
-        raise UserError(f"--data {source}: no such folder, file or built-in set ({', '.join(sorted(BUILT_IN))})")
+        raise UserError(f"--data {source}: no such folder, file or built-in set ({', '.join(sorted(BUILTIN))})")
     if path.suffix == ".npz":
-        return _signal_of_npz(path)
+        return _detect_in_npz(path)
     if path.suffix == ".npy":
-        return _signal_of_npy(path)
+        return _detect_in_npy(path)
     if path.suffix in (".hdf5", ".h5"):
         return "voxels"
     raise UserError(
@@ -78,7 +78,7 @@ def signal_of(source: str) -> str:
     )
 
 
-def _signal_of_npz(path: Path) -> str:
+def _detect_in_npz(path: Path) -> str:
     names = npz_names(path)
     if "images" in names:
         return "image"
@@ -90,7 +90,7 @@ def _signal_of_npz(path: Path) -> str:
     )
 
 
-def _signal_of_npy(path: Path) -> str:
+def _detect_in_npy(path: Path) -> str:
     array = npy_array(path)
     pictures = array.ndim == 3 or array.shape[3:] in ((1,), (3,), (4,))
     cubes = array.ndim == 4 and len(set(array.shape[1:])) == 1
@@ -100,7 +100,7 @@ def _signal_of_npy(path: Path) -> str:
     raise UserError(f"--data {path}: an array {shape} may be anything; say which with --signal {' or '.join(SIGNALS)}")
 
 
-def _signal_of_folder(folder: Path) -> str:
+def _detect_in_folder(folder: Path) -> str:
     if is_hub_folder(folder):
         return "image"
     found: Counter[str] = Counter()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mnif.data.dataset import Instances
+from mnif.data.dataset import Dataset
 from mnif.data.voxels import VoxelData, load_voxels
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import GridSignal, Observation, _mirrored, intersection_over_union, psnr
@@ -19,7 +19,7 @@ class Voxels(GridSignal):
     """Occupancy on a cube: 1 inside and -1 outside, with the surface at 0."""
 
     name = "voxels"
-    unit = "shape"
+    noun = "shape"
     dimensions = 3
     mirror_axis: ClassVar[int] = 1
 
@@ -27,16 +27,16 @@ class Voxels(GridSignal):
         super().__init__(resolution, channels, stride)
 
     @classmethod
-    def load(cls, source: str, options: Mapping[str, Any]) -> Instances:
+    def load(cls, source: str, options: Mapping[str, Any]) -> Dataset:
         """Reads shapes (:func:`mnif.data.voxels.load_voxels`), at ``resolution`` if it is given."""
         return load_voxels(source, _one_number(options["resolution"]))
 
     @classmethod
-    def of(cls, data: VoxelData, options: Mapping[str, Any]) -> "Voxels":
+    def from_data(cls, data: VoxelData, options: Mapping[str, Any]) -> "Voxels":
         """Takes ``stride``."""
         return cls(data.resolution, stride=options["stride"])
 
-    def load_more(self, source: str) -> Instances:
+    def load_like(self, source: str) -> Dataset:
         """Shapes of the model's resolution."""
         return load_voxels(source, self.cube)
 
@@ -56,7 +56,7 @@ class Voxels(GridSignal):
         """``random_flip`` mirrors half of the shapes along x."""
         return {"random_flip": partial(_mirrored, axis=self.mirror_axis)}
 
-    def figures(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def metrics(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """PSNR of the occupancy on [0, 1], and intersection over union of what lies above one half."""
         observation = self.observe(batch)
         predictions = self.predict(decoder, decoder.coefficients(latents), observation)
@@ -69,7 +69,7 @@ class Voxels(GridSignal):
         """Shaded surfaces."""
         return _surfaces(decoder(latents))
 
-    def original_pictures(self, batch: Mapping[str, Tensor]) -> np.ndarray:
+    def original_images(self, batch: Mapping[str, Tensor]) -> np.ndarray:
         """The originals' surfaces."""
         return _surfaces(self.observe(batch).values)
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from mnif.latents.embedding import LatentRows
+from mnif.latents.embedding import LatentEmbedding
 from mnif.utils.errors import UserError
 from mnif.utils.files import (
     folder_written_atomically,
@@ -80,7 +80,7 @@ class Checkpoints:
         folder: Path,
         accelerator: Accelerator,
         ema: EMAModel | None,
-        latent_rows: LatentRows | None,
+        latent_rows: LatentEmbedding | None,
         limit: int,
     ):
         self.folder, self.accelerator, self.ema, self.limit = folder, accelerator, ema, limit

@@ -22,16 +22,16 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mnif.data.batches import Rows, ShuffledBatches
-from mnif.latents.embedding import LatentRows
+from mnif.data.batches import ArrayDataset, ShuffledBatches
+from mnif.latents.embedding import LatentEmbedding
 from mnif.training.checkpoints import Checkpoints
-from mnif.training.run_record import Curves
+from mnif.training.run_record import MetricsLog
 from mnif.utils.errors import UserError
 from mnif.utils.files import remove_leftovers
 from mnif.utils.process import progress_bar
 
 
-def agreement() -> Callable[[bool], bool]:
+def all_reduce_any() -> Callable[[bool], bool]:
     """Whether any process says yes: all learn it at the same step, or one would wait for the others for ever.
 
     Processes have a channel of their own for it, so that no GPU is waited for.
@@ -49,7 +49,7 @@ def agreement() -> Callable[[bool], bool]:
 
 
 @contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
+def graceful_interrupt() -> Iterator[Callable[[], bool]]:
     """Lets the step at hand finish after a first Ctrl-C or SIGTERM; a second one stops at once."""
     received: list[int] = []
 
@@ -136,13 +136,13 @@ def train(
     arguments: TrainingArguments,
     module: nn.Module,
     optimizers: list[torch.optim.Optimizer],
-    rows: Rows,
+    rows: ArrayDataset,
     folder: Path,
     stage: str,
     validate: Callable[[], dict[str, float]],
     ema: EMAModel | None = None,
     keep_best: str | None = None,
-    latent_rows: LatentRows | None = None,
+    latent_rows: LatentEmbedding | None = None,
 ) -> None:
     """Trains ``module``, whose call on a batch of ``rows`` gives the loss, and leaves the final weights in it.
 
@@ -181,12 +181,12 @@ def train(
             remove_leftovers(place)
     if arguments.report_to:
         accelerator.init_trackers(stage)
-    curves = Curves(folder / "metrics.jsonl", stage, progress.step) if accelerator.is_main_process else None
+    curves = MetricsLog(folder / "metrics.jsonl", stage, progress.step) if accelerator.is_main_process else None
 
-    def record(figures: dict[str, float]) -> None:
+    def record(metrics: dict[str, float]) -> None:
         if curves is not None:
-            curves.add(progress.step, progress.seconds, figures)
-        accelerator.log(figures, step=progress.step)
+            curves.add(progress.step, progress.seconds, metrics)
+        accelerator.log(metrics, step=progress.step)
 
     batches = iter(accelerator.prepare(_loader(arguments, rows, progress.step, accelerator.num_processes)))
     bar = progress_bar(
@@ -205,8 +205,8 @@ def train(
         return mean
 
     started = time.perf_counter() - progress.seconds
-    agreed = agreement()
-    with interruptible() as interrupted, bar:
+    agreed = all_reduce_any()
+    with graceful_interrupt() as interrupted, bar:
         while progress.step < steps:
             if progress.step % LOG_STEPS == 0:
                 progress.losses.clear()
@@ -242,12 +242,12 @@ def train(
                 record({"loss": mean, "learning_rate": schedules[0].get_last_lr()[0]})
             if progress.step % arguments.validation_steps == 0 or last:
                 mean_loss()
-                figures = _validated(module, parameters, validate, ema)
-                record(figures)
+                metrics = _validated(module, parameters, validate, ema)
+                record(metrics)
                 if accelerator.is_main_process:
-                    bar.write(f"{stage} step {progress.step}: " + _shown(figures))
-                if keep_best and (progress.best is None or figures[keep_best] < progress.best):
-                    progress.best, progress.best_step = figures[keep_best], progress.step
+                    bar.write(f"{stage} step {progress.step}: " + _shown(metrics))
+                if keep_best and (progress.best is None or metrics[keep_best] < progress.best):
+                    progress.best, progress.best_step = metrics[keep_best], progress.step
                     checkpoints.save_best(parameters)
             stop = agreed(interrupted())
             if progress.step % arguments.checkpointing_steps == 0 or last or stop:
@@ -285,7 +285,7 @@ def batch_size_of(arguments: TrainingArguments, instances: int, processes: int) 
     return batch_size
 
 
-def _loader(arguments: TrainingArguments, rows: Rows, step: int, processes: int) -> DataLoader:
+def _loader(arguments: TrainingArguments, rows: ArrayDataset, step: int, processes: int) -> DataLoader:
     """Batches from ``step`` to the end; a batch is made by one indexing, so there is nothing to collate."""
     batch_size = batch_size_of(arguments, len(rows), processes)
     accumulation = arguments.gradient_accumulation_steps
@@ -334,15 +334,15 @@ def _validated(
         ema.copy_to(parameters)
     module.eval()
     with torch.no_grad():
-        figures = validate()
+        metrics = validate()
     module.train()
     if ema is not None:
         ema.restore(parameters)
-    return figures
+    return metrics
 
 
-def _shown(figures: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+def _shown(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
 
 
 def _diverged(step: int, checkpoints: Checkpoints) -> str:

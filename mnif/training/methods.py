@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mnif.latents.embedding import LatentRows
+from mnif.latents.embedding import LatentEmbedding
 from mnif.latents.inner_loop import InnerLoop
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Observation, Signal
 
 
-class Fitting(nn.Module):
+class LearningMethod(nn.Module):
     """A way of learning: called on a batch of rows, gives the loss.
 
     Args:
@@ -34,7 +34,7 @@ class Fitting(nn.Module):
         return [parameter for parameter in self.parameters() if id(parameter) not in own]
 
 
-class AmortisedFitting(Fitting):
+class EncoderMethod(LearningMethod):
     """An encoder names the latent, the decoder draws it; both learn from the squared error.
 
     Args:
@@ -64,14 +64,14 @@ class AmortisedFitting(Fitting):
             observation = augmentation(observation)
         latents = self.latents(observation, row)
         latents = latents + self.latent_noise * torch.randn_like(latents)
-        return self.signal.errors(self.decoder, latents, self.signal.part(observation)).mean()
+        return self.signal.per_instance_loss(self.decoder, latents, self.signal.subsample(observation)).mean()
 
     def latents(self, observation: Observation, row: Tensor) -> Tensor:
         """The encoder's."""
         return self.signal.encode(self.encoder, observation)
 
 
-class AutoDecoding(Fitting):
+class AutoDecoderMethod(LearningMethod):
     """Every instance owns a row of latents that learns together with the bases (DeepSDF; Park et al., CVPR 2019).
 
     Args:
@@ -81,15 +81,15 @@ class AutoDecoding(Fitting):
         latent_regularisation: weight of the latents' mean square in the loss.
     """
 
-    def __init__(self, decoder: MNIFModel, signal: Signal, rows: LatentRows, latent_regularisation: float):
+    def __init__(self, decoder: MNIFModel, signal: Signal, rows: LatentEmbedding, latent_regularisation: float):
         super().__init__(decoder, signal)
         self.rows, self.latent_regularisation = rows, latent_regularisation
 
     def forward(self, row: Tensor, **batch: Tensor) -> Tensor:
         """Mean squared error of a batch, and the latents' regularisation."""
         latents = self.rows.take(row)
-        part = self.signal.part(self.signal.observe(batch))
-        error = self.signal.errors(self.decoder, latents, part).mean()
+        part = self.signal.subsample(self.signal.observe(batch))
+        error = self.signal.per_instance_loss(self.decoder, latents, part).mean()
         return error + self.latent_regularisation * latents.square().mean()
 
     def latents(self, observation: Observation, row: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class AutoDecoding(Fitting):
         return self.rows.read(row)
 
 
-class MetaLearning(Fitting):
+class MetaMethod(LearningMethod):
     """Bases from which a few gradient steps on the latent reach any instance (CAVIA; the paper's stage one).
 
     Args:
@@ -117,11 +117,11 @@ class MetaLearning(Fitting):
     @torch.compiler.disable  # torch.compile makes graphs that cannot be differentiated twice
     def forward(self, row: Tensor, **batch: Tensor) -> Tensor:
         """Mean squared error of a batch after the inner loop."""
-        part = self.signal.part(self.signal.observe(batch))
+        part = self.signal.subsample(self.signal.observe(batch))
         start = self.start_noise * torch.randn(len(row), self.decoder.config.latent_dim, device=row.device)
         latents = self.inner_loop(self.decoder, self.signal, part, start, self.second_order)
-        return self.signal.errors(self.decoder, latents, part).mean()
+        return self.signal.per_instance_loss(self.decoder, latents, part).mean()
 
     def latents(self, observation: Observation, row: Tensor) -> Tensor:
         """After the inner loop, on one random part of what is known."""
-        return self.inner_loop(self.decoder, self.signal, self.signal.part(observation))
+        return self.inner_loop(self.decoder, self.signal, self.signal.subsample(observation))

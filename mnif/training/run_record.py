@@ -11,7 +11,7 @@ from mnif.utils.files import flush_to_disk, read_json, write_json, written_atomi
 from mnif.utils.process import command_line
 
 
-class Curves:
+class MetricsLog:
     """Appends rows to a run's ``metrics.jsonl``; a resumed stage first drops its rows beyond the step it starts at.
 
     Rows are dropped by writing a new file in the place of the old one, so that a kill leaves one or the other.
@@ -25,13 +25,13 @@ class Curves:
     def __init__(self, path: Path, stage: str, step: int):
         self.path, self.stage = path, stage
         if path.exists():
-            kept = [row for row in read_curves(path) if row["stage"] != stage or row["step"] <= step]
+            kept = [row for row in read_metrics_log(path) if row["stage"] != stage or row["step"] <= step]
             with written_atomically(path) as temporary:
                 temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
-    def add(self, step: int, seconds: float, figures: dict[str, float]) -> None:
+    def add(self, step: int, seconds: float, metrics: dict[str, float]) -> None:
         """Appends one row: stage, step, seconds of training so far, and the figures."""
-        row = {"stage": self.stage, "step": step, "seconds": round(seconds, 3), **figures}
+        row = {"stage": self.stage, "step": step, "seconds": round(seconds, 3), **metrics}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
@@ -42,7 +42,7 @@ class Curves:
             flush_to_disk(self.path.parent)
 
 
-def read_curves(path: Path) -> list[dict[str, Any]]:
+def read_metrics_log(path: Path) -> list[dict[str, Any]]:
     """The rows of a ``metrics.jsonl``; a last line cut off by a kill is left out."""
     rows = []
     for line in path.read_text().splitlines():
@@ -83,18 +83,18 @@ def begin_stage(folder: Path, stage: str, arguments: Any, inputs: dict[str, str]
         UserError: the folder holds this stage with other arguments or inputs.
     """
     path = folder / "run.json"
-    asked = {key: str(value) for key, value in asdict(arguments).items() if key not in _CONVENIENCES}
+    requested = {key: str(value) for key, value in asdict(arguments).items() if key not in _CONVENIENCES}
     record = read_json(path) if path.exists() else {}
     before = record.get(stage)
     if before is not None and arguments.resume_from_checkpoint != "no":
-        for name, old, new in _differences(before["arguments"] | before["inputs"], asked | inputs):
+        for name, old, new in _differences(before["arguments"] | before["inputs"], requested | inputs):
             raise UserError(
                 f"{folder} holds a `{stage}` with {name} {old} where now it is {new}; "
                 "choose another run folder, or begin anew with --resume_from_checkpoint no"
             )
         if before["finished"]:
             return True
-    record[stage] = {"arguments": asked, "inputs": inputs, "command": command_line(), "finished": False}
+    record[stage] = {"arguments": requested, "inputs": inputs, "command": command_line(), "finished": False}
     write_json(path, record)
     return False
 

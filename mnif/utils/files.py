@@ -196,9 +196,9 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: not a JSON file ({error})") from None
 
 
-def merge_json(path: Path, figures: dict[str, Any]) -> None:
+def merge_json(path: Path, metrics: dict[str, Any]) -> None:
     """Adds ``figures`` to the JSON object in ``path``, which is made if it is missing."""
-    write_json(path, (read_json(path) if path.exists() else {}) | figures)
+    write_json(path, (read_json(path) if path.exists() else {}) | metrics)
 
 
 def sha256_of_file(path: Path) -> str:

@@ -15,12 +15,12 @@ from mnif.utils.errors import UserError
 from mnif.utils.files import written_atomically
 
 
-def to_pixels(values: Tensor) -> np.ndarray:
+def to_uint8(values: Tensor) -> np.ndarray:
     """Values [N, H, W, C] in about [-1, 1] → uint8, clipped and rounded."""
     return ((values.clamp(-1, 1) * 127.5) + 127.5).round().byte().cpu().numpy()
 
 
-def picture_grid(images: np.ndarray | Sequence[np.ndarray], columns: int, gap: int = 2, scale: int = 1) -> Image.Image:
+def image_grid(images: np.ndarray | Sequence[np.ndarray], columns: int, gap: int = 2, scale: int = 1) -> Image.Image:
     """Pictures [N, H, W, 3] uint8 row by row on one white sheet, ``gap`` pixels apart, each pixel ``scale`` wide."""
     images = np.asarray(images).repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, channels = images.shape
@@ -33,7 +33,7 @@ def picture_grid(images: np.ndarray | Sequence[np.ndarray], columns: int, gap: i
     return Image.fromarray(sheet)
 
 
-def save_picture(path: Path, image: Image.Image | np.ndarray) -> None:
+def save_image(path: Path, image: Image.Image | np.ndarray) -> None:
     """Writes a PNG atomically, and leaves it to the system when it reaches the disk: there may be thousands."""
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     with written_atomically(path, flush=False) as temporary:

@@ -155,18 +155,18 @@ def _cut(polygons: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.nd
     Returns:
         [T, 3, 3] corners of triangles, and for each the polygon it comes from, [T].
     """
-    sides = polygons.shape[1]
+    splits = polygons.shape[1]
     points = positions[polygons[:, :, 0]]
     edges = np.roll(points, -1, axis=1) - points
     spokes = points[:, 1:] - points[:, :1]
     normals = np.cross(spokes[:, :-1], spokes[:, 1:]).sum(axis=1)  # right for any outline
     turns = np.einsum("pnc,pc->pn", np.cross(np.roll(edges, 1, axis=1), edges), normals)
     bay = (turns < -1e-6 * np.abs(turns).max(axis=1, keepdims=True)).any(axis=1)
-    fan = np.array([(0, i, i + 1) for i in range(1, sides - 1)])
+    fan = np.array([(0, i, i + 1) for i in range(1, splits - 1)])
     corners = np.broadcast_to(fan, (len(polygons), *fan.shape)).copy()
     for row in np.flatnonzero(bay):
         corners[row] = _ears(points[row], normals[row])
-    which = np.arange(len(polygons)).repeat(sides - 2)
+    which = np.arange(len(polygons)).repeat(splits - 2)
     return polygons[which[:, None], corners.reshape(-1, 3)], which
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from mnif.cli import main
 from mnif.latents.table import LatentTable
-from mnif.training.run_record import read_curves
+from mnif.training.run_record import read_metrics_log
 
 SMALL = [
     "--resolution",
@@ -125,32 +125,32 @@ def test_resolution_of_samples(run: Path, tmp_path: Path, capsys: pytest.Capture
 
 
 def test_figures_stand_beside_their_controls(run: Path) -> None:
-    figures = json.loads((run / "eval/metrics.json").read_text())
+    metrics = json.loads((run / "eval/metrics.json").read_text())
     for name in ("psnr_train", "psnr_heldout", "psnr_pca_train", "psnr_pca_heldout", "psnr_mean_heldout"):
-        assert 5 < figures[name] < 60
+        assert 5 < metrics[name] < 60
     for name in ("fd_lite0", "fd_lite0_floor", "fd_lite0_gaussian", "nn_ratio", "nn_ratio_latents"):
-        assert figures[name] > 0
-    assert figures["fd_lite0_floor"] < figures["fd_lite0"]
-    assert figures["protocol"]["samples"] == 20
+        assert metrics[name] > 0
+    assert metrics["fd_lite0_floor"] < metrics["fd_lite0"]
+    assert metrics["protocol"]["samples"] == 20
     fit = json.loads((run / "metrics.json").read_text())
-    assert figures["psnr_train"] == pytest.approx(fit["psnr_train"], abs=1e-2)
-    assert figures["psnr_heldout_encoder"] == pytest.approx(fit["psnr_heldout_encoder"], abs=1e-2)
+    assert metrics["psnr_train"] == pytest.approx(fit["psnr_train"], abs=1e-2)
+    assert metrics["psnr_heldout_encoder"] == pytest.approx(fit["psnr_heldout_encoder"], abs=1e-2)
 
 
 def test_eval_of_a_sample_folder(run: Path, picture_folder: Path, tmp_path: Path) -> None:
     command = ["eval", "--samples", f"{run}/pictures", "--reference", str(picture_folder)]
     assert main([*command, "--output_dir", f"{tmp_path}/eval"]) == 0
-    figures = json.loads((tmp_path / "eval/metrics.json").read_text())
-    assert "fd_lite0" in figures
-    assert "psnr_train" not in figures
+    metrics = json.loads((tmp_path / "eval/metrics.json").read_text())
+    assert "fd_lite0" in metrics
+    assert "psnr_train" not in metrics
 
 
 def test_eval_of_a_bundle_is_that_of_its_model(run: Path, picture_folder: Path, tmp_path: Path) -> None:
     command = ["eval", "--bundle", f"{run}/bundle", "--reference", str(picture_folder), "--num_samples", "20"]
     assert main([*command, "--output_dir", f"{tmp_path}/eval"]) == 0
-    figures, expected = (json.loads((path / "eval/metrics.json").read_text()) for path in (tmp_path, run))
-    assert figures["protocol"]["samples"] == 20
-    assert figures["fd_lite0"] == pytest.approx(expected["fd_lite0"], rel=1e-2)
+    metrics, expected = (json.loads((path / "eval/metrics.json").read_text()) for path in (tmp_path, run))
+    assert metrics["protocol"]["samples"] == 20
+    assert metrics["fd_lite0"] == pytest.approx(expected["fd_lite0"], rel=1e-2)
 
 
 def test_encode_new_pictures(run: Path, picture_folder: Path, tmp_path: Path) -> None:
@@ -160,8 +160,8 @@ def test_encode_new_pictures(run: Path, picture_folder: Path, tmp_path: Path) ->
     a, b = (LatentTable.load(tmp_path / size / "latents.safetensors") for size in ("7", "48"))
     torch.testing.assert_close(a.latents, b.latents, atol=1e-4, rtol=0)
     assert a.fingerprint == LatentTable.load(run / "latents.safetensors").fingerprint
-    figures = json.loads((tmp_path / "7/metrics.json").read_text())
-    assert len(figures["psnr_per_instance"]) == 48
+    metrics = json.loads((tmp_path / "7/metrics.json").read_text())
+    assert len(metrics["psnr_per_instance"]) == 48
 
 
 def test_auto_decoding_and_the_papers_form(picture_folder: Path, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_auto_decoding_and_the_papers_form(picture_folder: Path, tmp_path: Path)
     metrics = json.loads((tmp_path / "run/metrics.json").read_text())
     assert metrics["fields_per_instance"] == 1
     assert "psnr_heldout_encoder" not in metrics
-    curve = [row["psnr_train"] for row in read_curves(tmp_path / "run/metrics.jsonl") if "psnr_train" in row]
+    curve = [row["psnr_train"] for row in read_metrics_log(tmp_path / "run/metrics.jsonl") if "psnr_train" in row]
     assert curve[-1] > curve[0] + 1
     assert main(["prior", "--run", f"{tmp_path}/run", "--width", "32", "--objective", "flow", *QUICK]) == 0
     assert (
@@ -202,9 +202,9 @@ def test_nothing_held_out(picture_folder: Path, tmp_path: Path) -> None:
     assert main(["prior", "--run", folder, "--width", "32", *QUICK]) == 0
     evaluate = ["eval", "--model", f"{folder}/model", "--reference", str(picture_folder), "--num_samples", "20"]
     assert main([*evaluate, "--output_dir", f"{folder}/eval"]) == 0
-    figures = json.loads((tmp_path / "run/eval/metrics.json").read_text())
-    assert "psnr_train" in figures
-    assert not {"psnr_heldout", "nn_ratio"} & figures.keys()
+    metrics = json.loads((tmp_path / "run/eval/metrics.json").read_text())
+    assert "psnr_train" in metrics
+    assert not {"psnr_heldout", "nn_ratio"} & metrics.keys()
     assert main(["report", "--run", folder]) == 0
 
 

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from mnif.cli import main
 from mnif.data.batches import ShuffledBatches
-from mnif.latents.embedding import LatentRows
+from mnif.latents.embedding import LatentEmbedding
 from mnif.latents.table import LatentTable
-from mnif.training.methods import MetaLearning
-from mnif.training.run_record import read_curves
+from mnif.training.methods import MetaMethod
+from mnif.training.run_record import read_metrics_log
 from mnif.utils.errors import UserError
 
 SMALL = ["--resolution", "16", "--cells", "2", "--num_bases", "8", "--width", "8", "--depth", "1"]
@@ -32,9 +32,9 @@ TENSORS = ("latents", "mean", "square", "steps")
 WITHOUT_NOISE = """
 import json, sys
 from mnif.cli import main
-from mnif.training.methods import MetaLearning
+from mnif.training.methods import MetaMethod
 
-MetaLearning.__init__.__defaults__ = (0.0,)
+MetaMethod.__init__.__defaults__ = (0.0,)
 sys.exit(max(main(command) for command in json.loads(sys.argv[1])))
 """
 
@@ -42,9 +42,9 @@ sys.exit(max(main(command) for command in json.loads(sys.argv[1])))
 SIGNALLED = """
 import os, signal, sys
 from mnif.cli import main
-from mnif.training.methods import AutoDecoding
+from mnif.training.methods import AutoDecoderMethod
 
-number, at, forward, steps = getattr(signal, sys.argv[1]), int(sys.argv[2]), AutoDecoding.forward, []
+number, at, forward, steps = getattr(signal, sys.argv[1]), int(sys.argv[2]), AutoDecoderMethod.forward, []
 
 def signalled(self, **batch):
     steps.append(len(steps))
@@ -52,7 +52,7 @@ def signalled(self, **batch):
         os.kill(os.getpid(), number)
     return forward(self, **batch)
 
-AutoDecoding.forward = signalled
+AutoDecoderMethod.forward = signalled
 sys.exit(main(sys.argv[3:]))
 """
 
@@ -62,20 +62,20 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def rows_of_process(process: int = 0, processes: int = 1, instances: int = 22, lanes: int = 8) -> LatentRows:
-    return LatentRows(instances, 5, lanes, 0.1, seed=3, process=process, processes=processes)
+def rows_of_process(process: int = 0, processes: int = 1, instances: int = 22, lanes: int = 8) -> LatentEmbedding:
+    return LatentEmbedding(instances, 5, lanes, 0.1, seed=3, process=process, processes=processes)
 
 
-def move(rows: LatentRows, batch: Tensor, gradients: Tensor) -> None:
+def move(rows: LatentEmbedding, batch: Tensor, gradients: Tensor) -> None:
     (rows.take(batch) * gradients).sum().backward()
     rows.step()
 
 
-def table_of(rows: LatentRows) -> Tensor:
+def table_of(rows: LatentEmbedding) -> Tensor:
     return rows.read(torch.arange(rows.instances)).clone()
 
 
-def trained(rows: LatentRows, steps: int = 9) -> LatentRows:
+def trained(rows: LatentEmbedding, steps: int = 9) -> LatentEmbedding:
     """After steps with gradients that are a function of step and row alone."""
     for step, batch in enumerate(ShuffledBatches(rows.instances, rows.lanes, 0, 0, steps)):
         own = torch.tensor(batch)[rows.owns(torch.tensor(batch))]
@@ -89,7 +89,7 @@ def gradients_of(rows: int) -> Tensor:
     return (0.5 + torch.rand(rows, 5)) * torch.randn(rows, 5).sign()
 
 
-def sparse_adam(rows: LatentRows) -> tuple[torch.nn.Embedding, torch.optim.SparseAdam]:
+def sparse_adam(rows: LatentEmbedding) -> tuple[torch.nn.Embedding, torch.optim.SparseAdam]:
     table = torch.nn.Embedding.from_pretrained(table_of(rows), freeze=False, sparse=True)
     return table, torch.optim.SparseAdam(table.parameters(), lr=rows.learning_rate, betas=rows.betas)
 
@@ -115,12 +115,14 @@ def assert_same_run(one: Path, two: Path, latents: float = 1e-5) -> None:
     tables = [LatentTable.load(folder / "latents.safetensors") for folder in (one, two)]
     assert tables[0].ids == tables[1].ids
     torch.testing.assert_close(tables[1].latents, tables[0].latents, atol=latents, rtol=0)
-    figures = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
-    assert figures[0].keys() == figures[1].keys()
-    for name in figures[0]:
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
+    assert metrics[0].keys() == metrics[1].keys()
+    for name in metrics[0]:
         if name.startswith("psnr"):
-            assert figures[1][name] == pytest.approx(figures[0][name], abs=1e-3)
-    curves = [[row for row in read_curves(folder / "metrics.jsonl") if "psnr_train" in row] for folder in (one, two)]
+            assert metrics[1][name] == pytest.approx(metrics[0][name], abs=1e-3)
+    curves = [
+        [row for row in read_metrics_log(folder / "metrics.jsonl") if "psnr_train" in row] for folder in (one, two)
+    ]
     assert [row["step"] for row in curves[1]] == [row["step"] for row in curves[0]]
     for row, other in zip(*curves, strict=True):
         assert other["psnr_train"] == pytest.approx(row["psnr_train"], abs=1e-3)
@@ -202,7 +204,7 @@ def test_accumulated_batches_are_one_step_and_a_scaled_loss_is_none_the_longer()
 def test_latents_learn_where_the_loss_is_compiled() -> None:
     plain, compiled = rows_of_process(), rows_of_process()
 
-    def loss(rows: LatentRows, batch: Tensor) -> Tensor:
+    def loss(rows: LatentEmbedding, batch: Tensor) -> Tensor:
         return (rows.take(batch) - 1).square().mean()
 
     quick = torch.compile(loss, backend="eager")
@@ -255,7 +257,7 @@ def test_missing_and_foreign_latents_are_refused(tmp_path: Path) -> None:
     for other, words in (
         (rows_of_process(instances=23), "latents of 22 instances, not 23"),
         (rows_of_process(lanes=7), "latents for batches of 8, not 7"),
-        (LatentRows(22, 6, 8, 0.1, seed=3), "latents of 5 numbers, not 6"),
+        (LatentEmbedding(22, 6, 8, 0.1, seed=3), "latents of 5 numbers, not 6"),
     ):
         with pytest.raises(UserError, match=words):
             other.load(tmp_path)
@@ -311,7 +313,7 @@ def test_two_processes_learn_what_one_does_by_the_other_methods(
 ) -> None:
     """Without noise, which each process draws for itself."""
     (tmp_path / "run.py").write_text(WITHOUT_NOISE)
-    monkeypatch.setattr(MetaLearning.__init__, "__defaults__", (0.0,))
+    monkeypatch.setattr(MetaMethod.__init__, "__defaults__", (0.0,))
     commands = {}
     for processes in ("one", "two"):
         fit = ["fit", "--data", str(varied_folder), *SMALL, *QUICK]

@@ -58,19 +58,19 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: object) -> str:
 def test_every_figure_has_its_spread_its_controls_and_its_protocol(
     samples: Path, picture_folder: Path, tmp_path: Path
 ) -> None:
-    figures = evaluated("--samples", samples, "--reference", picture_folder, "--output_dir", tmp_path / "out")
+    metrics = evaluated("--samples", samples, "--reference", picture_folder, "--output_dir", tmp_path / "out")
     for name in ("fd_lite0", "kd_lite0", "precision_lite0", "recall_lite0", "density_lite0", "coverage_lite0"):
         for ending in ("", "_std", "_floor", "_floor_std"):
-            assert f"{name}{ending}" in figures, name + ending
-    assert figures["fd_lite0_floor"] < figures["fd_lite0"]
-    assert figures["coverage_lite0_floor"] > figures["coverage_lite0"]
-    assert {"fd_lite0_infinity", "kd_lite0_subset_mean", "nn_ratio", "nn_ratio_std"} <= figures.keys()
-    assert not any("fid" in name or "kid" in name for name in figures)
-    protocol = figures["protocol"]
+            assert f"{name}{ending}" in metrics, name + ending
+    assert metrics["fd_lite0_floor"] < metrics["fd_lite0"]
+    assert metrics["coverage_lite0_floor"] > metrics["coverage_lite0"]
+    assert {"fd_lite0_infinity", "kd_lite0_subset_mean", "nn_ratio", "nn_ratio_std"} <= metrics.keys()
+    assert not any("fid" in name or "kid" in name for name in metrics)
+    protocol = metrics["protocol"]
     assert (protocol["samples"], protocol["preset"], protocol["neighbours"]) == (12, "offline", 5)
     assert (protocol["resize"], protocol["resolution"]) == ("bicubic-antialias", "16×16")
-    assert len(figures["warnings"]) == 2
-    assert "12 samples are fewer than the 1280 feature dimensions" in figures["warnings"][0]
+    assert len(metrics["warnings"]) == 2
+    assert "12 samples are fewer than the 1280 feature dimensions" in metrics["warnings"][0]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.json", "metrics.md", "nearest.png"]
 
 
@@ -94,10 +94,10 @@ def test_statistics_stand_for_the_reference_under_the_same_protocol_only(
     with np.load(statistics) as file:  # as pytorch-fid and clean-fid read it
         assert file["mu"][:].shape == (1280,)
         assert file["sigma"][:].shape == (1280, 1280)
-    figures = evaluated(*common, "--reference", statistics)
+    metrics = evaluated(*common, "--reference", statistics)
     for name in ("fd_lite0", "fd_lite0_std", "fd_lite0_infinity"):
-        assert figures[name] == pytest.approx(whole[name], rel=1e-5)
-    assert "nn_ratio" not in figures
+        assert metrics[name] == pytest.approx(whole[name], rel=1e-5)
+    assert "nn_ratio" not in metrics
     message = refused(capsys, *common, "--reference", statistics, "--preset", "clean", "--extractor", "lite0")
     assert "made with resize 'bicubic-antialias', not 'pillow-bicubic'" in message
 

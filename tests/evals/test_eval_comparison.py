@@ -15,7 +15,7 @@ PROTOCOL = {"extractor": "lite0", "resize": "bicubic-antialias", "samples": 1000
 
 def evaluation(folder: Path, steps: int, distance: float, **protocol: object) -> Path:
     folder.mkdir(parents=True)
-    figures = {
+    metrics = {
         "fd_lite0": distance,
         "fd_lite0_std": 0.25,
         "fd_lite0_floor": 2.0,
@@ -30,14 +30,14 @@ def evaluation(folder: Path, steps: int, distance: float, **protocol: object) ->
         "inputs": {},
         "command": "mnif eval",
     }
-    (folder / "metrics.json").write_text(json.dumps(figures))
+    (folder / "metrics.json").write_text(json.dumps(metrics))
     return folder
 
 
 def test_figures_stand_above_their_controls() -> None:
-    figures = {"psnr_heldout": 24.5, "psnr_pca_heldout": 22.5, "fd_lite0": 9.0, "fd_lite0_std": 0.26}
-    figures |= {"fd_lite0_floor": 2.0, "seconds": 1.0, "border_step_ratio_train": 1.0}
-    rows = table_rows([figures, {"fd_lite0": 8.0}])
+    metrics = {"psnr_heldout": 24.5, "psnr_pca_heldout": 22.5, "fd_lite0": 9.0, "fd_lite0_std": 0.26}
+    metrics |= {"fd_lite0_floor": 2.0, "seconds": 1.0, "border_step_ratio_train": 1.0}
+    rows = table_rows([metrics, {"fd_lite0": 8.0}])
     assert [(row.label, row.cells, row.control) for row in rows] == [
         ("fd_lite0 ↓", ["9 ± 0.3", "8"], False),
         ("real against real", ["2", "–"], True),

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from latent_prior.commands.prior import add_prior
-from latent_prior.denoisers import LatentDenoiser
+from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
 from mnif.cli import main
@@ -59,7 +59,7 @@ def with_prior(run: Path, folder: Path) -> Path:
     table = LatentTable.load(folder / "latents.safetensors")
     torch.manual_seed(0)
     width, fingerprint = decoder.config.latent_dim, decoder.fingerprint()
-    denoiser = LatentDenoiser(latent_dim=width, width=16, depth=2, decoder_fingerprint=fingerprint)
+    denoiser = ResMLPDenoiser(latent_dim=width, width=16, depth=2, decoder_fingerprint=fingerprint)
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     mean, std = table.mean_and_std()
@@ -92,34 +92,34 @@ def test_a_model_of_voxels_without_a_prior_is_measured_by_its_reconstructions(
     box_run: Path, boxes: Path, tmp_path: Path
 ) -> None:
     flags = ("--model", box_run / "model", "--reference", boxes, "--refinement_steps", 5)
-    figures = evaluated(*flags, "--output_dir", tmp_path / "out")
+    metrics = evaluated(*flags, "--output_dir", tmp_path / "out")
     fitted = json.loads((box_run / "metrics.json").read_text())
     for name in ("psnr_train", "psnr_heldout", "iou_train", "iou_heldout", "psnr_pca_heldout", "iou_pca_heldout"):
-        assert figures[name] == pytest.approx(fitted[name], abs=1e-3), name
+        assert metrics[name] == pytest.approx(fitted[name], abs=1e-3), name
     for part in ("train", "heldout"):
-        assert figures[f"iou_mean_{part}"] < figures[f"iou_{part}"]
-        assert figures[f"chamfer_floor_{part}"] < figures[f"chamfer_{part}"] < figures[f"chamfer_mean_{part}"]
-        assert figures[f"accuracy_{part}_std"] > 0
+        assert metrics[f"iou_mean_{part}"] < metrics[f"iou_{part}"]
+        assert metrics[f"chamfer_floor_{part}"] < metrics[f"chamfer_{part}"] < metrics[f"chamfer_mean_{part}"]
+        assert metrics[f"accuracy_{part}_std"] > 0
         assert size_of(tmp_path / f"out/reconstructions_{part}.png")[0] > 96
-    assert "mmd_chamfer" not in figures
-    assert "[0, 1]" in figures["protocol"]["occupancy"]
+    assert "mmd_chamfer" not in metrics
+    assert "[0, 1]" in metrics["protocol"]["occupancy"]
 
 
 def test_samples_of_a_model_of_voxels_stand_beside_their_controls(box_run: Path, boxes: Path, tmp_path: Path) -> None:
     flags = ("--model", with_prior(box_run, tmp_path), "--reference", boxes, "--refinement_steps", 1)
-    figures = evaluated(*flags, "--emd_points", 32, "--output_dir", tmp_path / "out")
-    count = figures["protocol"]["shapes_of_each_set"]
+    metrics = evaluated(*flags, "--emd_points", 32, "--output_dir", tmp_path / "out")
+    count = metrics["protocol"]["shapes_of_each_set"]
     assert count == (~np.isin(np.arange(48), _train_rows(box_run))).sum()
     for metric in ("chamfer", "emd"):
         for ending in ("", "_floor", "_gaussian", "_pca"):
-            assert 0 <= figures[f"cov_{metric}{ending}"] <= 1
-            assert 0 <= figures[f"nna_{metric}{ending}"] <= 1
-            assert figures[f"mmd_{metric}{ending}_std"] > 0
-        assert figures[f"cov_{metric}_floor"] > max(0.3, figures[f"cov_{metric}"])
-    assert figures["mmd_chamfer_floor"] < figures["mmd_chamfer"]
-    assert figures["nn_ratio_copies"] < 0.7
-    assert "nn_ratio_latents" in figures
-    assert f"{count} shapes in each set" in figures["warnings"][-1]
+            assert 0 <= metrics[f"cov_{metric}{ending}"] <= 1
+            assert 0 <= metrics[f"nna_{metric}{ending}"] <= 1
+            assert metrics[f"mmd_{metric}{ending}_std"] > 0
+        assert metrics[f"cov_{metric}_floor"] > max(0.3, metrics[f"cov_{metric}"])
+    assert metrics["mmd_chamfer_floor"] < metrics["mmd_chamfer"]
+    assert metrics["nn_ratio_copies"] < 0.7
+    assert "nn_ratio_latents" in metrics
+    assert f"{count} shapes in each set" in metrics["warnings"][-1]
     assert size_of(tmp_path / "out/nearest.png")[1] > 2 * 96
     fewer = evaluated(*flags, "--num_samples", 9, "--output_dir", tmp_path / "fewer")
     assert fewer["protocol"]["shapes_of_each_set"] == 9
@@ -141,10 +141,10 @@ def test_files_of_shapes_are_measured(boxes: Path, tmp_path: Path) -> None:
     broken = voxels[:12].copy()
     broken[::4], broken[2::4] = False, True
     np.save(tmp_path / "broken.npy", broken)
-    figures = evaluated("--samples", tmp_path / "broken.npy", *flags, "--output_dir", tmp_path / "b")
-    assert (figures["empty_shapes"], figures["full_shapes"]) == (3, 3)
-    assert figures["cov_chamfer"] < copies["cov_chamfer"]
-    assert figures["nna_chamfer"] > copies["nna_chamfer"]
+    metrics = evaluated("--samples", tmp_path / "broken.npy", *flags, "--output_dir", tmp_path / "b")
+    assert (metrics["empty_shapes"], metrics["full_shapes"]) == (3, 3)
+    assert metrics["cov_chamfer"] < copies["cov_chamfer"]
+    assert metrics["nna_chamfer"] > copies["nna_chamfer"]
     np.save(tmp_path / "nothing.npy", np.zeros((12, 8, 8, 8)))
     nothing = evaluated("--samples", tmp_path / "nothing.npy", *flags, "--output_dir", tmp_path / "c")
     assert (nothing["cov_chamfer"], nothing["empty_shapes"]) == (0, 12)
@@ -170,25 +170,25 @@ def test_bad_samples_of_shapes_get_one_line(boxes: Path, tmp_path: Path, capsys:
 
 def test_a_model_of_views_is_measured_by_views_it_never_saw(ball_run: Path, ball_views: Path, tmp_path: Path) -> None:
     flags = ("--model", ball_run / "model", "--reference", ball_views, "--output_dir", tmp_path / "out")
-    figures = evaluated(*flags)
+    metrics = evaluated(*flags)
     fitted = json.loads((ball_run / "metrics.json").read_text())
-    assert figures["psnr_train"] == pytest.approx(fitted["psnr_train"], abs=1)  # of views here, of objects there
-    assert figures["psnr_novel_views_train"] > figures["psnr_novel_views_mean_train"]
-    assert figures["psnr_novel_views_nearest_train"] > 5
-    assert 0 < figures["ssim_novel_views_train"] <= 1
-    assert "fd_lite0" not in figures
+    assert metrics["psnr_train"] == pytest.approx(fitted["psnr_train"], abs=1)  # of views here, of objects there
+    assert metrics["psnr_novel_views_train"] > metrics["psnr_novel_views_mean_train"]
+    assert metrics["psnr_novel_views_nearest_train"] > 5
+    assert 0 < metrics["ssim_novel_views_train"] <= 1
+    assert "fd_lite0" not in metrics
     assert size_of(tmp_path / "out/novel_views_train.png")[0] > 12 * 16
 
 
 def test_rendered_samples_stand_beside_their_controls(ball_run: Path, ball_views: Path, tmp_path: Path) -> None:
     flags = ("--model", with_prior(ball_run, tmp_path), "--reference", ball_views, "--output_dir", tmp_path / "out")
-    figures = evaluated(*flags)
-    assert figures["protocol"]["views_of_each_object"] == 6
+    metrics = evaluated(*flags)
+    assert metrics["protocol"]["views_of_each_object"] == 6
     for control in ("floor", "gaussian", "reconstructed", "mean"):
-        assert figures[f"fd_lite0_{control}"] >= 0
-    assert figures["fd_lite0_floor"] < figures["fd_lite0"]
-    assert figures["fd_lite0_floor"] < figures["fd_lite0_mean"]
-    assert "biased up" in figures["warnings"][0]
+        assert metrics[f"fd_lite0_{control}"] >= 0
+    assert metrics["fd_lite0_floor"] < metrics["fd_lite0"]
+    assert metrics["fd_lite0_floor"] < metrics["fd_lite0_mean"]
+    assert "biased up" in metrics["warnings"][0]
     assert size_of(tmp_path / "out/nearest.png")[1] > 2 * 16
 
 
@@ -197,5 +197,5 @@ def test_pictures_of_drawn_objects_are_measured(ball_views: Path, tmp_path: Path
     for number, path in enumerate(sorted(ball_views.glob("0[0-5]/*.png"))):
         shutil.copy(path, tmp_path / f"drawn/{number:03d}.png")
     flags = ("--samples", tmp_path / "drawn", "--reference", ball_views, "--output_dir", tmp_path / "out")
-    figures = evaluated(*flags)
-    assert figures["fd_lite0"] < 2 * figures["fd_lite0_floor"]
+    metrics = evaluated(*flags)
+    assert metrics["fd_lite0"] < 2 * metrics["fd_lite0_floor"]

@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evals.features.extractor import Bench, extractor_by_name
+from evals.features.extractor import FeatureCache, extractor_by_name
 from evals.images import Reconstructions
 from evals.protocol import PRESETS, EvalArguments
 from mnif.data.dataset import Split
@@ -15,15 +15,15 @@ from mnif.utils.process import Processes
 def test_pca_has_no_more_components_than_there_are_pictures(decoder: MNIFModel, tmp_path: Path) -> None:
     images = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
     names = [str(row) for row in range(7)]
-    sides = np.where(np.arange(7) < 5, Split.TRAIN, Split.HELD_OUT)
-    bench = Bench(PRESETS["offline"], extractor_by_name("lite0"), Processes(), tmp_path / "parts")
-    asked = EvalArguments(reference="x", output_dir=tmp_path, refinement_steps=1)
+    splits = np.where(np.arange(7) < 5, Split.TRAIN, Split.HELD_OUT)
+    bench = FeatureCache(PRESETS["offline"], extractor_by_name("lite0"), Processes(), tmp_path / "parts")
+    arguments = EvalArguments(reference="x", output_dir=tmp_path, refinement_steps=1)
     reference = ImageData("x", images, names, names)
     real = np.random.default_rng(1).standard_normal((7, 1280))
-    figures = Reconstructions(bench, decoder, None, reference, sides, None, asked, "here").figures(real)
-    assert figures["pca_components"] == 5  # of a latent with 12 numbers
-    assert figures["psnr_pca_train"] > 60  # five pictures are spanned exactly
-    assert figures["psnr_pca_heldout"] < 20
-    assert figures["ssim_pca_train"] == pytest.approx(1)
-    assert figures["psnr_mean_heldout"] < figures["psnr_mean_train"]
-    assert {"rfd_lite0_train", "rfd_lite0_pca_heldout", "psnr_heldout_std"} <= figures.keys()
+    metrics = Reconstructions(bench, decoder, None, reference, splits, None, arguments, "here").metrics(real)
+    assert metrics["pca_components"] == 5  # of a latent with 12 numbers
+    assert metrics["psnr_pca_train"] > 60  # five pictures are spanned exactly
+    assert metrics["psnr_pca_heldout"] < 20
+    assert metrics["ssim_pca_train"] == pytest.approx(1)
+    assert metrics["psnr_mean_heldout"] < metrics["psnr_mean_train"]
+    assert {"rfd_lite0_train", "rfd_lite0_pca_heldout", "psnr_heldout_std"} <= metrics.keys()

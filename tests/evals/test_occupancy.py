@@ -3,7 +3,7 @@ import pytest
 import torch
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from evals.metrics.reconstruction import joined, mean_figures, occupancy_scores
+from evals.metrics.reconstruction import joined, mean_metrics, occupancy_scores
 
 
 def test_scores_by_hand() -> None:
@@ -38,6 +38,6 @@ def test_drawing_nothing_is_accurate_but_has_no_overlap() -> None:
 
 def test_figures_are_means_with_standard_errors() -> None:
     parts = [{"iou": np.array([0.0, 1.0])}, {"iou": np.array([1.0])}]
-    figures = mean_figures(joined(parts), "heldout")
-    assert figures["iou_heldout"] == pytest.approx(2 / 3)
-    assert figures["iou_heldout_std"] == pytest.approx(np.std([0, 1, 1], ddof=1) / np.sqrt(3))
+    metrics = mean_metrics(joined(parts), "heldout")
+    assert metrics["iou_heldout"] == pytest.approx(2 / 3)
+    assert metrics["iou_heldout_std"] == pytest.approx(np.std([0, 1, 1], ddof=1) / np.sqrt(3))

@@ -126,9 +126,9 @@ def test_real_shapes_that_fill_their_grid_are_left_out_and_counted(tmp_path: Pat
     voxels[::10] = True
     np.savez(tmp_path / "boxes.npz", voxels=voxels)
     data = load_voxels(str(tmp_path / "boxes.npz"))
-    sides = np.where(np.arange(40) < 20, Split.TRAIN, Split.HELD_OUT)
-    real = real_shapes(data, sides)
+    splits = np.where(np.arange(40) < 20, Split.TRAIN, Split.HELD_OUT)
+    real = real_shapes(data, splits)
     assert (len(real.reference), len(real.floor), real.left_out, real.part) == (18, 18, 4, "unseen")
     assert real_shapes(data, np.full(40, Split.TRAIN)).part == "half"
     with pytest.raises(UserError, match="at least 8 each of two parts"):
-        real_shapes(data.rows(np.arange(12)), sides[:12])
+        real_shapes(data.rows(np.arange(12)), splits[:12])

@@ -11,13 +11,13 @@ from mnif.utils.process import Processes
 COUNT = 3 * SHARD + 5
 
 
-def squares(tmp_path: Path, asked: list[int], stop_at: int | None = None) -> np.ndarray:
+def squares(tmp_path: Path, arguments: list[int], stop_at: int | None = None) -> np.ndarray:
     """Rows [i², -i²]; notes the first row of every piece asked for, and is stopped at one of them."""
 
     def compute(rows: range) -> np.ndarray:
         if rows.start == stop_at:
             raise KeyboardInterrupt
-        asked.append(rows.start)
+        arguments.append(rows.start)
         return np.array([[row**2, -(row**2)] for row in rows])
 
     path, pieces = tmp_path / "whole.npy", tmp_path / "pieces"
@@ -25,16 +25,16 @@ def squares(tmp_path: Path, asked: list[int], stop_at: int | None = None) -> np.
 
 
 def test_a_killed_computation_continues_with_the_missing_pieces(tmp_path: Path) -> None:
-    asked: list[int] = []
+    arguments: list[int] = []
     with pytest.raises(KeyboardInterrupt):
-        squares(tmp_path, asked, stop_at=2 * SHARD)
-    assert asked == [0, SHARD]
-    found = squares(tmp_path, asked)
-    assert asked == [0, SHARD, 2 * SHARD, 3 * SHARD]
+        squares(tmp_path, arguments, stop_at=2 * SHARD)
+    assert arguments == [0, SHARD]
+    found = squares(tmp_path, arguments)
+    assert arguments == [0, SHARD, 2 * SHARD, 3 * SHARD]
     np.testing.assert_array_equal(found[:, 0], np.arange(COUNT, dtype=np.float32) ** 2)
     np.testing.assert_array_equal(found[:, 1], -found[:, 0])
-    assert squares(tmp_path, asked).shape == (COUNT, 2)
-    assert len(asked) == 4  # all was there
+    assert squares(tmp_path, arguments).shape == (COUNT, 2)
+    assert len(arguments) == 4  # all was there
     assert [path.name for path in tmp_path.iterdir()] == ["whole.npy"]
 
 

@@ -16,7 +16,7 @@ from export.device import runtime
 from export.graphs import fields
 from export.graphs.fields import decoder_graph
 from export.graphs.sampler import for_decoder
-from latent_prior.denoisers import LatentDenoiser
+from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import student_scheduler
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
@@ -26,7 +26,7 @@ from mnif.models.io import save_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 from mnif.utils.files import read_json, sha256_of_file
-from tests.fakes.onnx_rules import DENOISER, FIELDS, PRECISION, check_form, run
+from tests.fakes.onnx_rules import DENOISER, FIELDS, PRECISION, check_output_type, run
 
 
 @pytest.fixture
@@ -144,7 +144,7 @@ def test_baked_graphs_after_the_first_few_are_only_checked_for_finite_weights(
     graphs = read_json(tmp_path / "bundle" / "manifest.json")["graphs"]
     assert graphs["baked_0011"]["reference"] is graphs["baked_0011"]["psnr"] is None
     model = onnx.load(tmp_path / "bundle" / graphs["baked_0011"]["file"])
-    check_form(model)
+    check_output_type(model)
     coordinates = decoder.grid(16).coordinates.expand(4, -1, -1)
     (values,) = run(model, {"coordinates": np.ascontiguousarray(coordinates.numpy())})
     expected = decoder.bake(decoder.coefficients(latents[11:]))(coordinates)
@@ -182,7 +182,7 @@ def test_padded_values_have_four_channels(
 def test_a_student_stands_in_the_samplers_of_its_steps(pipeline: MNIFPipeline, options: ExportArguments) -> None:
     torch.manual_seed(1)
     settings = {key: value for key, value in pipeline.denoiser.config.items() if not key.startswith("_")}
-    student = LatentDenoiser(**settings | {"distilled_steps": [1]}).eval()
+    student = ResMLPDenoiser(**settings | {"distilled_steps": [1]}).eval()
     torch.nn.init.normal_(student.write.weight, std=0.2)
     model = MNIFPipeline(pipeline.decoder, pipeline.denoiser, pipeline.scheduler, student, student_scheduler())
     model.set_progress_bar_config(disable=True)
@@ -309,8 +309,8 @@ def test_the_compile_gate_is_recorded_as_what_it_is(
     assert capsys.readouterr().out.count("not a Jetson build") == 5  # of the baked graphs the first alone
     assert "not a Jetson build" in (options.output_dir / "README.md").read_text()
     reports = {
-        name: figures["tensorrt_rtx"]
-        for name, figures in read_json(options.output_dir / "manifest.json")["measured"].items()
+        name: metrics["tensorrt_rtx"]
+        for name, metrics in read_json(options.output_dir / "manifest.json")["measured"].items()
     }
     assert [name for name, report in reports.items() if report is None] == ["baked_0001", "baked_0001_mixed"]
     assert all(report["plan_bytes"] > 0 for report in reports.values() if report is not None)
@@ -321,7 +321,7 @@ def test_manifest_agrees_with_the_graphs(pipeline: MNIFPipeline, options: Export
     export_bundle(pipeline, options)
     for name, graph in json.loads((options.output_dir / "manifest.json").read_text())["graphs"].items():
         model = onnx.load(options.output_dir / graph["file"])
-        check_form(model, FIELDS | DENOISER | PRECISION)
+        check_output_type(model, FIELDS | DENOISER | PRECISION)
         assert (model.ir_version, model.opset_import[0].version) == (graph["ir_version"], graph["opset"])
         for entries, tensors in ((graph["inputs"], model.graph.input), (graph["outputs"], model.graph.output)):
             assert [entry["name"] for entry in entries] == [tensor.name for tensor in tensors]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from export.commands.export import ExportArguments, export_bundle
-from latent_prior.denoisers import LatentDenoiser
+from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
@@ -46,7 +46,7 @@ def test_noise_becomes_coefficients_become_the_light_of_rays(options: ExportArgu
         signal="radiance",
         signal_settings=settings,
     ).eval()
-    denoiser = LatentDenoiser(latent_dim=12, width=16, depth=1, decoder_fingerprint=decoder.fingerprint()).eval()
+    denoiser = ResMLPDenoiser(latent_dim=12, width=16, depth=1, decoder_fingerprint=decoder.fingerprint()).eval()
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     pipeline = MNIFPipeline(decoder, denoiser, sampling_scheduler("x0"))
@@ -81,8 +81,8 @@ def test_noise_becomes_coefficients_become_the_light_of_rays(options: ExportArgu
     rays = {name: reference[f"baked_0000_rays.{name}"] for name in ("origins", "directions")}
     batch = {name: np.repeat(each[None], 3, axis=0) for name, each in rays.items()}
     (colours,) = answers("rays", coefficients=coefficients, **batch)
-    asked = Rays(*(torch.from_numpy(each) for each in batch.values()))
-    np.testing.assert_allclose(colours, signal.render(decoder, decoder.coefficients(latents), asked), atol=1e-5)
+    arguments = Rays(*(torch.from_numpy(each) for each in batch.values()))
+    np.testing.assert_allclose(colours, signal.render(decoder, decoder.coefficients(latents), arguments), atol=1e-5)
     (alone,) = answers("baked_0000_rays", **rays)
     np.testing.assert_allclose(alone, colours[0], atol=1e-5)
     assert colours.std() > 0.02

@@ -15,7 +15,7 @@ from PIL import Image
 import export
 from export.bundle import COMMANDS
 from export.device.runtime import Sampler, load_bundle
-from mnif.utils.pixels import to_pixels
+from mnif.utils.pixels import to_uint8
 
 HERE = Path(export.__file__).parent
 PACKAGE = [HERE / "__init__.py", *sorted((HERE / "device").glob("*.py"))]
@@ -78,7 +78,7 @@ def test_pictures_from_the_bundle_alone(exported: Path, tmp_path: Path, python: 
     assert "16 pictures drawn" in done.stdout
     assert "runs in " in done.stderr
     images = np.stack([np.asarray(Image.open(path)) for path in sorted(tmp_path.iterdir())]).astype(int)
-    expected = to_pixels(torch.from_numpy(Sampler(load_bundle(exported))(16, seed=0)))
+    expected = to_uint8(torch.from_numpy(Sampler(load_bundle(exported))(16, seed=0)))
     assert np.abs(images - expected).max() <= 1
 
 

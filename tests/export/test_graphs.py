@@ -7,16 +7,16 @@ from onnx import numpy_helper
 
 from export.bundle import Selection
 from export.graphs.fields import baked_graph, decoder_graph
-from export.graphs.sampler import linear_steps, sampler_graph
-from export.graphs.specs import GraphCase
-from latent_prior.denoisers import LatentDenoiser
+from export.graphs.sampler import linear_scheduler_table, sampler_graph
+from export.graphs.specs import GraphSpec
+from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 from tests.fakes import onnx_rules
-from tests.fakes.onnx_rules import check_form
+from tests.fakes.onnx_rules import check_output_type
 
 SHAPES = {
     "delta, 4 cells": ({"cells": 4}, 32),
@@ -45,7 +45,7 @@ def run(model: onnx.ModelProto, array: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(params=SHAPES)
-def case(request: pytest.FixtureRequest) -> tuple[MNIFModel, int | tuple[int, ...]]:
+def spec(request: pytest.FixtureRequest) -> tuple[MNIFModel, int | tuple[int, ...]]:
     settings, resolution = SHAPES[request.param]
     torch.manual_seed(0)
     decoder = MNIFModel(**{"num_bases": 4, "width": 8, "depth": 1, "latent_dim": 6} | settings).eval()
@@ -55,10 +55,10 @@ def case(request: pytest.FixtureRequest) -> tuple[MNIFModel, int | tuple[int, ..
 
 
 @torch.no_grad()
-def test_decoder_graph_equals_the_model(case: tuple[MNIFModel, int | tuple[int, ...]]) -> None:
-    decoder, resolution = case
+def test_decoder_graph_equals_the_model(spec: tuple[MNIFModel, int | tuple[int, ...]]) -> None:
+    decoder, resolution = spec
     model = decoder_graph(decoder, resolution)
-    check_form(model)
+    check_output_type(model)
     for batch in (1, 3, 8):
         latents = torch.randn(batch, decoder.config.latent_dim)
         values = run(model, decoder.coefficients(latents).numpy())
@@ -66,12 +66,12 @@ def test_decoder_graph_equals_the_model(case: tuple[MNIFModel, int | tuple[int, 
 
 
 @torch.no_grad()
-def test_baked_graph_blends_to_the_decoders_picture(case: tuple[MNIFModel, int | tuple[int, ...]]) -> None:
-    decoder, resolution = case
+def test_baked_graph_blends_to_the_decoders_picture(spec: tuple[MNIFModel, int | tuple[int, ...]]) -> None:
+    decoder, resolution = spec
     latents = torch.randn(1, decoder.config.latent_dim)
     field = decoder.bake(decoder.coefficients(latents))
     model = baked_graph(field)
-    check_form(model)
+    check_output_type(model)
     fields = decoder.config.cells**decoder.config.dimensions
     larger = 2 * resolution + 1 if isinstance(resolution, int) else tuple(n + 1 for n in resolution)
     for size in (resolution, larger):
@@ -94,8 +94,8 @@ def test_baked_graph_blends_to_the_decoders_picture(case: tuple[MNIFModel, int |
 def test_sampler_graph_equals_the_pipeline(pipeline: MNIFPipeline, scheduler: SchedulerMixin, count: int) -> None:
     pipeline = MNIFPipeline(pipeline.decoder, pipeline.denoiser, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    model = sampler_graph(pipeline, linear_steps(scheduler, count), resolution=15)
-    check_form(model)
+    model = sampler_graph(pipeline, linear_scheduler_table(scheduler, count), resolution=15)
+    check_output_type(model)
     for batch in (1, 3, 8):
         noise = initial_noise(0, range(batch), 12)
         pictures = pipeline(
@@ -115,14 +115,14 @@ def test_sampler_graph_of_other_forms_of_coefficients(form: str, mixing: str) ->
         torch.nn.init.normal_(decoder.coefficient_map.weight, std=0.5)
     size = decoder.config.latent_dim
     assert size == (2 * 2 * len(decoder.bases) * 4 if form == "direct" else 6)
-    denoiser = LatentDenoiser(latent_dim=size, width=16, depth=1, decoder_fingerprint=decoder.fingerprint())
+    denoiser = ResMLPDenoiser(latent_dim=size, width=16, depth=1, decoder_fingerprint=decoder.fingerprint())
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     denoiser.latent_mean.normal_()
     pipeline = MNIFPipeline(decoder, denoiser, sampling_scheduler("x0"))
     pipeline.set_progress_bar_config(disable=True)
-    model = sampler_graph(pipeline, linear_steps(pipeline.scheduler, 4), resolution=11)
-    check_form(model)
+    model = sampler_graph(pipeline, linear_scheduler_table(pipeline.scheduler, 4), resolution=11)
+    check_output_type(model)
     for batch in (1, 5):
         noise = initial_noise(0, range(batch), size)
         start = torch.from_numpy(noise)
@@ -133,13 +133,13 @@ def test_sampler_graph_of_other_forms_of_coefficients(form: str, mixing: str) ->
 
 def test_the_samples_differ_and_the_denoiser_matters(pipeline: MNIFPipeline) -> None:
     noise = initial_noise(0, range(2), 12)
-    values = [run(sampler_graph(pipeline, linear_steps(pipeline.scheduler, n), 8), noise) for n in (1, 5)]
+    values = [run(sampler_graph(pipeline, linear_scheduler_table(pipeline.scheduler, n), 8), noise) for n in (1, 5)]
     assert np.abs(values[0] - values[1]).max() > 1e-3
     assert np.abs(values[1][0] - values[1][1]).max() > 1e-3
 
 
 def test_weights_are_stored_once_under_their_names(pipeline: MNIFPipeline) -> None:
-    model = sampler_graph(pipeline, linear_steps(pipeline.scheduler, 5), resolution=16)
+    model = sampler_graph(pipeline, linear_scheduler_table(pipeline.scheduler, 5), resolution=16)
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     parts = {"decoder": pipeline.decoder, "denoiser": pipeline.denoiser}
     weights = {
@@ -155,7 +155,7 @@ def test_weights_are_stored_once_under_their_names(pipeline: MNIFPipeline) -> No
 
 
 def test_graphs_are_the_same_every_time(pipeline: MNIFPipeline) -> None:
-    steps = linear_steps(pipeline.scheduler, 3)
+    steps = linear_scheduler_table(pipeline.scheduler, 3)
     first, second = (sampler_graph(pipeline, steps, 16).SerializeToString() for _ in range(2))
     assert first == second
 
@@ -180,16 +180,16 @@ def test_tolerance_grows_with_what_float32_costs(pipeline: MNIFPipeline) -> None
         pipeline.denoiser.register_to_config(decoder_fingerprint=decoder.fingerprint())
         other = MNIFPipeline(decoder, pipeline.denoiser, pipeline.scheduler)
         other.set_progress_bar_config(disable=True)
-        cases = list(Selection(decoder, other, 12, steps=[2], num_baked=1, seed=0).cases())
-        assert all(run_error(case) <= case.reference.tolerance for case in cases)
-        return {case.name: case.reference.tolerance for case in cases}
+        specs = list(Selection(decoder, other, 12, steps=[2], num_baked=1, seed=0).specs())
+        assert all(run_error(spec) <= spec.reference.tolerance for spec in specs)
+        return {spec.name: spec.reference.tolerance for spec in specs}
 
     assert tolerances({"omega": 5.0}) == {"decoder": 1e-5, "sampler_2": 1e-4, "baked_0000": 1e-5}
     paper = tolerances({"omega": 30.0, "width": 64, "depth": 3, "output_sine": True})
     assert 1e-5 < paper["decoder"] <= 2e-4
 
 
-def run_error(case: GraphCase) -> float:
-    (source,), (exact,) = case.reference.inputs.values(), case.reference.outputs.values()
+def run_error(spec: GraphSpec) -> float:
+    (source,), (exact,) = spec.reference.inputs.values(), spec.reference.outputs.values()
     assert exact.dtype == np.float64
-    return float(np.abs(run(case.model, source) - exact).max())
+    return float(np.abs(run(spec.model, source) - exact).max())

@@ -9,7 +9,7 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.signals.radiance import Cameras, RadianceField, Rays
 from mnif.signals.volume_rendering import turntable_poses
 from tests.fakes import onnx_rules
-from tests.fakes.onnx_rules import FIELDS, RENDERING, check_form
+from tests.fakes.onnx_rules import FIELDS, RENDERING, check_output_type
 
 SETTINGS = {"resolution": [5, 7], "bound": 0.8, "near": 0.5, "far": 3.1, "samples": 9}
 FORMS = {
@@ -42,7 +42,7 @@ def model(request: pytest.FixtureRequest) -> tuple[MNIFModel, RadianceField]:
 
 
 def run(model: onnx.ModelProto, **arrays: torch.Tensor) -> list[torch.Tensor]:
-    check_form(model, FIELDS | RENDERING)
+    check_output_type(model, FIELDS | RENDERING)
     answers = onnx_rules.run(model, {name: np.ascontiguousarray(array.numpy()) for name, array in arrays.items()})
     return [torch.from_numpy(answer) for answer in answers]
 

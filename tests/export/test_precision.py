@@ -11,15 +11,15 @@ from export.device.reference_evaluator import evaluate
 from export.device.verify import psnr
 from export.graphs.fields import baked_graph, decoder_graph
 from export.graphs.precision import hidden_products, quantised, stored, variant
-from export.graphs.sampler import linear_steps, sampler_graph
+from export.graphs.sampler import linear_scheduler_table, sampler_graph
 from export.graphs.specs import run
-from latent_prior.denoisers import LatentDenoiser
+from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
 from mnif.models.cell_grid import cell_grid
 from mnif.models.mnif_model import MNIFModel
-from mnif.models.siren import BakedField, layer_shapes, siren_rows
-from tests.fakes.onnx_rules import DENOISER, FIELDS, PRECISION, check_form
+from mnif.models.siren import BakedField, layer_shapes, siren_params
+from tests.fakes.onnx_rules import DENOISER, FIELDS, PRECISION, check_output_type
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def fit() -> tuple[onnx.ModelProto, np.ndarray, np.ndarray]:
     """A SIREN of 5×32 with w0 = 30, the coordinates of a picture, and the picture it was fitted to."""
     torch.manual_seed(0)
     shapes = layer_shapes(2, 3, 32, 3)
-    rows = [siren_rows(shape, 1, 30.0, first=i == 0, sine=i < 4) for i, shape in enumerate(shapes)]
+    rows = [siren_params(shape, 1, 30.0, first=i == 0, sine=i < 4) for i, shape in enumerate(shapes)]
     parameters = torch.cat(rows, dim=1).requires_grad_()
     coordinates = cell_grid(20, 1, 0.0).coordinates
     x, y = coordinates[0].T
@@ -79,11 +79,11 @@ def test_mixed_keeps_a_fit_that_half_precision_spoils(fit: tuple[onnx.ModelProto
 
 
 def test_first_layer_biases_and_sines_stay_in_float32(pipeline: MNIFPipeline) -> None:
-    steps = linear_steps(pipeline.scheduler, 2)
+    steps = linear_scheduler_table(pipeline.scheduler, 2)
     field = pipeline.decoder.bake(pipeline.decoder.coefficients(torch.zeros(1, 12)))
     for model in (sampler_graph(pipeline, steps, 9), decoder_graph(pipeline.decoder, 9), baked_graph(field)):
         mixed = variant(model, "mixed", "fp16")
-        check_form(mixed, FIELDS | DENOISER | PRECISION)
+        check_output_type(mixed, FIELDS | DENOISER | PRECISION)
         assert hidden_products(mixed) == hidden_products(model)
         known = shape_inference.infer_shapes(mixed, strict_mode=True).graph
         kinds = {value.name: value.type.tensor_type.elem_type for value in (*known.value_info, *known.output)}
@@ -104,7 +104,7 @@ def large() -> MNIFPipeline:
     torch.manual_seed(0)
     decoder = MNIFModel(resolution=8, num_bases=32, width=16, depth=1, latent_dim=64, cells=2, mixing="average").eval()
     torch.nn.init.normal_(decoder.coefficient_map.weight, std=0.05)
-    denoiser = LatentDenoiser(latent_dim=64, width=128, depth=1, decoder_fingerprint=decoder.fingerprint()).eval()
+    denoiser = ResMLPDenoiser(latent_dim=64, width=128, depth=1, decoder_fingerprint=decoder.fingerprint()).eval()
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     return MNIFPipeline(decoder, denoiser, sampling_scheduler("x0"))
@@ -115,9 +115,9 @@ def large() -> MNIFPipeline:
 def test_fewer_bits_make_a_smaller_file_of_nearly_the_same_values(
     large: MNIFPipeline, precision: str, storage: str, bytes_per_number: int, least: float
 ) -> None:
-    model = sampler_graph(large, linear_steps(large.scheduler, 3), 8)
+    model = sampler_graph(large, linear_scheduler_table(large.scheduler, 3), 8)
     small = variant(model, precision, storage)
-    check_form(small, FIELDS | DENOISER | PRECISION)
+    check_output_type(small, FIELDS | DENOISER | PRECISION)
     noise = {"noise": np.random.default_rng(0).standard_normal((3, 64), dtype=np.float32)}
     exact = evaluate(model, noise)["values"]
     assert least < psnr(evaluate(small, noise)["values"], exact) < 120

@@ -23,10 +23,10 @@ def test_every_graph_compiles_without_a_gpu(pipeline: MNIFPipeline, tmp_path: Pa
     pictures = Selection(pipeline.decoder, pipeline, resolution=16, steps=[2], num_baked=1, seed=0)
     objects = Selection(radiance, None, resolution=6, steps=[], num_baked=0, seed=0)
     names = []
-    for case in (*pictures.cases(), *objects.cases()):
-        for form in variants(case, ["fp32", "mixed"]):
+    for spec in (*pictures.specs(), *objects.specs()):
+        for form in variants(spec, ["fp32", "mixed"]):
             onnx.save_model(form.model, tmp_path / "graph.onnx")
-            report = compile_with_rtx(tmp_path / "graph.onnx", case.profile)
+            report = compile_with_rtx(tmp_path / "graph.onnx", spec.profile)
             assert report.plan_bytes > 0
             assert "8.6" in report.compute_capabilities
             names.append(form.name)

@@ -25,7 +25,7 @@ from mnif.models.cell_grid import axis_cells
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.radiance import Cameras, RadianceField
 from mnif.signals.volume_rendering import camera_rays, turntable_poses
-from mnif.utils.pixels import to_pixels
+from mnif.utils.pixels import to_uint8
 
 
 @pytest.fixture
@@ -182,7 +182,7 @@ def test_the_command_draws_the_pipelines_pictures(pipeline: MNIFPipeline, export
     assert sample.main(flags) == 0
     assert sorted(path.name for path in out.iterdir()) == ["000000.png", "000001.png", "000002.png"]
     images = np.stack([np.asarray(Image.open(path)) for path in sorted(out.iterdir())]).astype(int)
-    assert np.abs(images - to_pixels(torch.from_numpy(values(pipeline, 7, range(3))))).max() <= 1
+    assert np.abs(images - to_uint8(torch.from_numpy(values(pipeline, 7, range(3))))).max() <= 1
 
 
 def test_a_changed_or_truncated_file_is_refused(folder: Path) -> None:

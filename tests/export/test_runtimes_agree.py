@@ -9,7 +9,7 @@ import torch
 
 from export.graphs.fields import baked_graph, decoder_graph
 from export.graphs.radiance import rays_graph
-from export.graphs.sampler import linear_steps, sampler_graph
+from export.graphs.sampler import linear_scheduler_table, sampler_graph
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
 from mnif.models.mnif_model import MNIFModel
@@ -48,7 +48,7 @@ def test_decoder_and_sampler(pipeline: MNIFPipeline, resolution: int | tuple[int
     noises = [torch.from_numpy(initial_noise(0, range(batch), 12)) for batch in (1, 3, 8)]
     latents = [pipeline(latents=noise, num_inference_steps=2, output_type="latent").images for noise in noises]
     values = [decoder(latent, resolution) for latent in latents]
-    steps = linear_steps(pipeline.scheduler, 2)
+    steps = linear_scheduler_table(pipeline.scheduler, 2)
     runs = [({"noise": noise}, value) for noise, value in zip(noises, values, strict=True)]
     check(sampler_graph(pipeline, steps, resolution), runs)
     coefficients = [decoder.coefficients(latent) for latent in latents]

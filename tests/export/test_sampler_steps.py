@@ -14,7 +14,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from export.graphs.sampler import linear_steps
+from export.graphs.sampler import linear_scheduler_table
 from latent_prior.diffusion import sampling_scheduler
 from mnif.utils.errors import UserError
 
@@ -44,7 +44,7 @@ def prediction(sample: Tensor, timestep: float) -> Tensor:
     ids=lambda scheduler: type(scheduler).__name__,
 )
 def test_the_table_walks_as_the_scheduler_does(scheduler: SchedulerMixin, count: int) -> None:
-    steps = linear_steps(scheduler, count)
+    steps = linear_scheduler_table(scheduler, count)
     noise = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     scheduler = copy.deepcopy(scheduler)
@@ -61,14 +61,14 @@ def test_the_table_walks_as_the_scheduler_does(scheduler: SchedulerMixin, count:
 
 
 def test_a_step_uses_no_more_than_it_must() -> None:
-    euler = linear_steps(sampling_scheduler("flow"), 5)
+    euler = linear_scheduler_table(sampling_scheduler("flow"), 5)
     assert (euler.sample_weights[:, 1:] == 0).all()
     assert (euler.prediction_weights[:, 1:] == 0).all()
-    second_order = linear_steps(DPMSolverMultistepScheduler(**COSINE, final_sigmas_type="zero"), 5)
+    second_order = linear_scheduler_table(DPMSolverMultistepScheduler(**COSINE, final_sigmas_type="zero"), 5)
     assert (second_order.sample_weights[:, 1:] == 0).all()
     assert (second_order.prediction_weights[1:-1, 1] != 0).all()
     assert (second_order.prediction_weights[:, 2] == 0).all()
-    corrected = linear_steps(sampling_scheduler("x0"), 5)
+    corrected = linear_scheduler_table(sampling_scheduler("x0"), 5)
     assert corrected.sample_weights[2, 1] != 0  # the corrector goes back to the sample before
     assert (corrected.sample_weights[-1] == 0).all()  # the last step is the prediction itself
 
@@ -87,14 +87,14 @@ def test_a_step_uses_no_more_than_it_must() -> None:
 )
 def test_noise_and_clipping_are_refused(scheduler: SchedulerMixin) -> None:
     with pytest.raises(UserError, match=rf"{type(scheduler).__name__} cannot be exported.*DDIMScheduler"):
-        linear_steps(scheduler, 4)
+        linear_scheduler_table(scheduler, 4)
 
 
 def test_an_impossible_number_of_steps_is_refused() -> None:
     with pytest.raises(UserError, match="at least 1 step"):
-        linear_steps(sampling_scheduler("x0"), 0)
+        linear_scheduler_table(sampling_scheduler("x0"), 0)
     with pytest.raises(UserError, match="DDIMScheduler, 2000 steps"):
-        linear_steps(DDIMScheduler(**COSINE, clip_sample=False), 2000)
+        linear_scheduler_table(DDIMScheduler(**COSINE, clip_sample=False), 2000)
 
 
 def test_scheduler_and_random_state_stay_as_they_are() -> None:
@@ -103,9 +103,11 @@ def test_scheduler_and_random_state_stay_as_they_are() -> None:
     timesteps = scheduler.timesteps.clone()
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
-    linear_steps(scheduler, 4)
+    linear_scheduler_table(scheduler, 4)
     with pytest.raises(UserError):
-        linear_steps(DDPMScheduler(**COSINE), 4)
+        linear_scheduler_table(DDPMScheduler(**COSINE), 4)
     torch.testing.assert_close(scheduler.timesteps, timesteps)
     torch.testing.assert_close(torch.random.get_rng_state(), before)
-    np.testing.assert_array_equal(linear_steps(scheduler, 4).timesteps, linear_steps(scheduler, 4).timesteps)
+    np.testing.assert_array_equal(
+        linear_scheduler_table(scheduler, 4).timesteps, linear_scheduler_table(scheduler, 4).timesteps
+    )

@@ -28,7 +28,7 @@ RENDERING |= {"Softplus", "Squeeze", "Unsqueeze", "Where"}
 PRECISION = {"Cast", "DequantizeLinear"}
 
 
-def check_form(model: onnx.ModelProto, operators: set[str] = FIELDS | DENOISER) -> None:
+def check_output_type(model: onnx.ModelProto, operators: set[str] = FIELDS | DENOISER) -> None:
     """Opset 17, IR 8, weights inside, no operators but the given, no name twice, the checker content."""
     onnx.checker.check_model(model, full_check=True)
     assert model.ir_version == 8

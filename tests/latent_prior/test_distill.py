@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 import latent_prior.distillation
 from latent_prior.commands.prior import add_prior
-from latent_prior.denoisers import LatentDenoiser
+from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import noise_levels, student_scheduler
 from latent_prior.distillation import (
     DistillationLoss,
@@ -47,7 +47,7 @@ def test_energy_distance_of_gaussians_in_closed_form() -> None:
     assert energy_distance(x[:2000], x[2000:]) == pytest.approx(0, abs=0.01)
 
 
-class Knowing(LatentDenoiser):
+class Knowing(ResMLPDenoiser):
     """A student that gives the answer it was handed, whatever it is asked."""
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
@@ -83,7 +83,7 @@ def test_half_of_a_batch_starts_from_noise() -> None:
     assert loss(torch.randn(9000, 4, 1), from_noise.flip(1)).item() == pytest.approx(1 / 6, abs=0.03)
 
 
-class Mixture(LatentDenoiser):
+class Mixture(ResMLPDenoiser):
     """A mixture of five Gaussians in the plane, whose posterior mean of x₀ is known in closed form."""
 
     std = 0.15
@@ -136,7 +136,7 @@ def test_students_of_an_exact_teacher_reach_it_and_gain_from_more_steps() -> Non
         noise[:, place] = alpha * samples[0] + sigma * noise[:, place]
         samples.append(teacher.samples(noise[:, place], timestep))
     ends = torch.stack(samples, dim=1)
-    student = LatentDenoiser(latent_dim=2, width=16, depth=2)
+    student = ResMLPDenoiser(latent_dim=2, width=16, depth=2)
     loss = DistillationLoss(student, torch.tensor(timesteps))
     optimizer = torch.optim.Adam(student.parameters(), lr=6e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
@@ -223,7 +223,7 @@ def test_distill_adds_a_student_and_reports(
     command = ["distill", "--run", str(run), *QUICK, "--teacher_steps", "8", "--compile", "off"]
     assert main(command) == 0
     index = json.loads((run / "model/model_index.json").read_text())
-    assert index["student"] == ["latent_prior.denoisers", "LatentDenoiser"]
+    assert index["student"] == ["latent_prior.denoisers", "ResMLPDenoiser"]
     assert index["student_scheduler"] == ["diffusers", "DDIMScheduler"]
     loaded = MNIFPipeline.from_pretrained(run / "model")
     assert loaded.student.config.distilled_steps == [1, 2, 4]

@@ -30,8 +30,8 @@ def run(pipeline: MNIFPipeline, tmp_path: Path) -> Path:
     stages = {"fit": "mnif fit --data twemoji", "prior": "mnif prior --run emoji"}
     record = {name: {"command": command, "inputs": {"data_fingerprint": "abc"}} for name, command in stages.items()}
     (folder / "run.json").write_text(json.dumps(record))
-    figures = {"psnr_heldout": 26.2356, "decoder_parameters": 718179, "prior": {"seconds": 378.9}}
-    (folder / "metrics.json").write_text(json.dumps(figures))
+    metrics = {"psnr_heldout": 26.2356, "decoder_parameters": 718179, "prior": {"seconds": 378.9}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
     return folder
 
 

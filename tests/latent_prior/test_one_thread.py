@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from latent_prior.denoisers import LatentDenoiser
+from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
-from latent_prior.sampling import Drawing
+from latent_prior.sampling import ExactSampler
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.outputs import pictures_of
+from mnif.signals.outputs import decode_images
 from mnif.utils.errors import UserError
 from mnif.utils.process import one_thread
 
@@ -26,7 +26,7 @@ def test_pictures_are_the_same_on_one_thread_and_on_two() -> None:
     torch.manual_seed(0)
     decoder = MNIFModel(resolution=16, num_bases=96, width=24, latent_dim=128, cells=4)
     torch.nn.init.normal_(decoder.coefficient_map.weight, std=0.1)
-    denoiser = LatentDenoiser(128, width=512, depth=2, decoder_fingerprint=decoder.fingerprint())
+    denoiser = ResMLPDenoiser(128, width=512, depth=2, decoder_fingerprint=decoder.fingerprint())
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.03)
     pipeline = MNIFPipeline(decoder, denoiser, sampling_scheduler("x0"))
@@ -35,9 +35,9 @@ def test_pictures_are_the_same_on_one_thread_and_on_two() -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            latents = Drawing(pipeline, seed=0, num_inference_steps=4).samples(64)
+            latents = ExactSampler(pipeline, seed=0, num_inference_steps=4).samples(64)
             with torch.no_grad():
-                drawn.append((latents, torch.cat([*pictures_of(decoder, latents)])))
+                drawn.append((latents, torch.cat([*decode_images(decoder, latents)])))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(drawn[0][0], drawn[1][0])

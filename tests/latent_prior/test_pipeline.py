@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 
 from latent_prior.commands.prior import add_prior
-from latent_prior.denoisers import LatentDenoiser
+from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import scheduler_by_name, student_scheduler
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from latent_prior.sampling import initial_noise, slerp, step_generators
 from mnif.models.io import save_component
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.outputs import check_form, in_form, pictures_of
+from mnif.signals.outputs import check_output_type, decode_images, postprocess
 from mnif.signals.registry import signal_of_model
 from mnif.utils.errors import UserError
 from mnif.utils.meshes import mesh_from_values
@@ -138,7 +138,7 @@ def test_truncation_draws_latents_towards_their_mean(pipeline: MNIFPipeline) -> 
 
 
 def test_student_draws_in_the_steps_it_was_distilled_for(pipeline: MNIFPipeline, tmp_path: Path) -> None:
-    student = LatentDenoiser(
+    student = ResMLPDenoiser(
         latent_dim=12, width=16, depth=1, decoder_fingerprint=pipeline.decoder.fingerprint(), distilled_steps=[1, 2]
     )
     with torch.no_grad():
@@ -164,7 +164,7 @@ def test_student_draws_in_the_steps_it_was_distilled_for(pipeline: MNIFPipeline,
 
 
 def test_fingerprints_are_checked_wherever_a_pipeline_is_made(pipeline: MNIFPipeline, tmp_path: Path) -> None:
-    stranger = LatentDenoiser(latent_dim=12, width=16, depth=1, decoder_fingerprint="0" * 64)
+    stranger = ResMLPDenoiser(latent_dim=12, width=16, depth=1, decoder_fingerprint="0" * 64)
     with pytest.raises(UserError, match="trained for decoder 000000000000"):
         MNIFPipeline(pipeline.decoder, stranger, pipeline.scheduler)
     with pytest.raises(UserError, match="trained for decoder 000000000000"):
@@ -196,11 +196,11 @@ def test_pictures_do_not_depend_on_how_many_are_decoded_at_once(
     with torch.no_grad():
         whole = decoder(latents, 21)
         for at_once in (1, 3, 64):
-            parts = [*pictures_of(decoder, latents, 21, at_once)]
+            parts = [*decode_images(decoder, latents, 21, at_once)]
             assert max(len(part) for part in parts) == min(at_once, 16)
             assert torch.equal(torch.cat(parts), whole)
         monkeypatch.setattr("mnif.signals.outputs._POINTS_AT_ONCE", 400)
-        torch.testing.assert_close(torch.cat([*pictures_of(decoder, latents, 21)]), whole, atol=1e-4, rtol=0)
+        torch.testing.assert_close(torch.cat([*decode_images(decoder, latents, 21)]), whole, atol=1e-4, rtol=0)
 
 
 def test_forms_of_shapes() -> None:
@@ -220,10 +220,13 @@ def test_forms_of_shapes() -> None:
     latents = torch.randn(3, 12)
     with torch.no_grad():
         decoder.means[-1][:, -1] = 0  # the bias, so that values lie on both sides of 0
-        volumes = in_form(decoder, latents, "volume", 10)
+        volumes = postprocess(decoder, latents, "volume", 10)
         torch.testing.assert_close(torch.from_numpy(volumes), decoder(latents, 10)[..., 0])
         for volume, mesh, views in zip(
-            volumes, in_form(decoder, latents, "mesh", 10), in_form(decoder, latents, "views", 10, 2), strict=True
+            volumes,
+            postprocess(decoder, latents, "mesh", 10),
+            postprocess(decoder, latents, "views", 10, 2),
+            strict=True,
         ):
             assert mesh is not None
             np.testing.assert_array_equal(mesh[0], mesh_from_values(volume)[0])
@@ -232,10 +235,10 @@ def test_forms_of_shapes() -> None:
         decoder.bases[-1].zero_()
         decoder.means[-1].copy_(torch.zeros_like(decoder.means[-1]))
         decoder.means[-1][:, -1] = -0.5
-        assert in_form(decoder, latents[:1], "mesh") == [None]  # nothing is above 0
-        assert np.asarray(in_form(decoder, latents[:1], "views", views=1)[0][0]).min() == 255
+        assert postprocess(decoder, latents[:1], "mesh") == [None]  # nothing is above 0
+        assert np.asarray(postprocess(decoder, latents[:1], "views", views=1)[0][0]).min() == 255
     with pytest.raises(ValueError, match="pil, np, pt, latent, volume, mesh, views"):
-        check_form(signal_of_model(decoder), "video")
+        check_output_type(signal_of_model(decoder), "video")
 
 
 def test_forms_of_radiance_fields() -> None:
@@ -244,12 +247,12 @@ def test_forms_of_radiance_fields() -> None:
     decoder = MNIFModel(**settings, signal="radiance", signal_settings={"resolution": 16, "samples": 4})
     latents = torch.randn(2, 12)
     with torch.no_grad():
-        assert in_form(decoder, latents, "volume", 6).shape == (2, 6, 6, 6, 4)
-        objects = in_form(decoder, latents, "views", 12, 3)
+        assert postprocess(decoder, latents, "volume", 6).shape == (2, 6, 6, 6, 4)
+        objects = postprocess(decoder, latents, "views", 12, 3)
         expected = signal_of_model(decoder).turntable(decoder, latents, 3, 20.0, 12)
         for views, pictures in zip(objects, expected, strict=True):
             difference = np.stack(views).astype(int) - pictures
             assert np.abs(difference).max() <= 1
-        assert in_form(decoder, latents, "np").shape == (2, 16, 16, 3)
+        assert postprocess(decoder, latents, "np").shape == (2, 16, 16, 3)
     with pytest.raises(ValueError, match='"mesh": of the signal radiance choose'):
-        check_form(signal_of_model(decoder), "mesh")
+        check_output_type(signal_of_model(decoder), "mesh")

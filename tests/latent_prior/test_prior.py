@@ -9,13 +9,13 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from latent_prior.commands.prior import parse_prior_arguments
-from latent_prior.denoisers import Denoiser, LatentDenoiser, PaperDenoiser
+from latent_prior.denoisers import Denoiser, PaperDenoiser, ResMLPDenoiser
 from latent_prior.diffusion import (
     DenoisingLoss,
     Objective,
-    error_size,
     noise_levels,
     objective_of,
+    penalty,
     sampling_scheduler,
     student_scheduler,
 )
@@ -79,8 +79,8 @@ def test_velocity_is_that_of_diffusers() -> None:
 
 def test_size_of_an_error_in_closed_form() -> None:
     error = torch.tensor([[3.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]])
-    torch.testing.assert_close(error_size(error, "mse"), torch.tensor([2.25, 1.0]))
-    huber = error_size(error, "pseudo-huber", scale=2.0)
+    torch.testing.assert_close(penalty(error, "mse"), torch.tensor([2.25, 1.0]))
+    huber = penalty(error, "pseudo-huber", scale=2.0)
     torch.testing.assert_close(huber, torch.tensor([0.5, 5**0.5 - 2]))  # √(9/4 + 4) − 2
 
 
@@ -161,7 +161,7 @@ def test_skips_of_the_papers_denoiser() -> None:
         torch.testing.assert_close(into[index], out[index - 1] + skip)
 
 
-@pytest.mark.parametrize("denoiser", [LatentDenoiser(5, 16, 2), PaperDenoiser(5, 64, 2)])
+@pytest.mark.parametrize("denoiser", [ResMLPDenoiser(5, 16, 2), PaperDenoiser(5, 64, 2)])
 def test_one_time_for_all_is_as_good_as_one_for_each(denoiser: Denoiser) -> None:
     torch.manual_seed(0)
     for parameter in denoiser.parameters():
@@ -187,7 +187,7 @@ def test_the_paper_preset_is_the_papers_recipe() -> None:
     shorter = parse_prior_arguments(["--run", "x", "--preset", "paper", "--max_train_steps", "7"])
     assert (shorter.max_train_steps, shorter.num_train_epochs) == (7, None)
     edge = parse_prior_arguments(["--run", "x", "--preset", "edge"])
-    assert LatentDenoiser(128, edge.width, edge.depth).num_parameters() < 1.2e6
+    assert ResMLPDenoiser(128, edge.width, edge.depth).num_parameters() < 1.2e6
 
 
 @pytest.fixture

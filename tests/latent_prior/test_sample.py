@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from latent_prior.denoisers import LatentDenoiser
+from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
-from latent_prior.sampling import Drawing, initial_noise
+from latent_prior.sampling import ExactSampler, initial_noise
 from mnif.cli import main
 from mnif.data.images import load_images
 from mnif.data.voxels import load_voxels
@@ -72,7 +72,7 @@ def with_longer_headers(model: Path, characters: int) -> Path:
 def prior_for(decoder: MNIFModel, folder: Path) -> Path:
     torch.manual_seed(1)
     size = decoder.config.latent_dim
-    denoiser = LatentDenoiser(size, width=16, depth=1, decoder_fingerprint=decoder.fingerprint())
+    denoiser = ResMLPDenoiser(size, width=16, depth=1, decoder_fingerprint=decoder.fingerprint())
     torch.nn.init.normal_(denoiser.write.weight)
     MNIFPipeline(decoder, denoiser, sampling_scheduler("x0")).save_pretrained(folder)
     return folder
@@ -122,7 +122,7 @@ def test_bytes_do_not_depend_on_where_weights_lie_in_their_files(touchy: Path, t
         model = with_longer_headers(touchy, characters)
         pipeline = MNIFPipeline.from_pretrained(model)
         pipeline.set_progress_bar_config(disable=True)
-        latents.append(Drawing(pipeline, seed=0, num_inference_steps=2).block(0))
+        latents.append(ExactSampler(pipeline, seed=0, num_inference_steps=2).block(0))
         pictures.append(draw(model, tmp_path / f"drawn-{characters}", 256, "--num_inference_steps", "5"))
     assert all(torch.equal(each, latents[0]) for each in latents)
     assert all(each == pictures[0] for each in pictures)
@@ -194,16 +194,16 @@ def test_a_stopped_command_continues(
 ) -> None:
     flags = ["--format", format, "--shard_size", "128", "--resolution", "8"]
     whole = draw(model, tmp_path / "whole", 300, *flags)
-    block, drawn = Drawing.block, []
+    block, drawn = ExactSampler.block, []
 
-    def stopped(self: Drawing, number: int) -> torch.Tensor:
+    def stopped(self: ExactSampler, number: int) -> torch.Tensor:
         drawn.append(number)
         if len(drawn) == 4:
             raise KeyboardInterrupt
         return block(self, number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Drawing, "block", stopped)
+        patch.setattr(ExactSampler, "block", stopped)
         command = ["sample", "--model", str(model), "--output_dir", f"{tmp_path}/parts", "--num_samples", "300"]
         assert main([*command, *flags]) == 130
     parts = contents(tmp_path / "parts")

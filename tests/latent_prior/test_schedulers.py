@@ -12,7 +12,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 
-from latent_prior.denoisers import LatentDenoiser
+from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import (
     DenoisingLoss,
     Objective,
@@ -27,7 +27,7 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 
 
-class ExactDenoiser(LatentDenoiser):
+class ExactDenoiser(ResMLPDenoiser):
     """What is to be predicted, in closed form, for data N(mean, std²) in every dimension."""
 
     mean, std = 1.5, 0.4

@@ -53,15 +53,15 @@ def test_blend_puts_every_axis_in_its_place(dimensions: int) -> None:
 def test_what_cells_see_apart_blends_to_the_grid(dimensions: int, resolution: int, cells: int, overlap: float) -> None:
     grid = cell_grid(resolution, cells, overlap, dimensions=dimensions, dtype=torch.float64)
     values = torch.rand(2, *[resolution] * dimensions, 3, dtype=torch.float64)
-    seen = grid.apart(values)
+    seen = grid.gather_points(values)
     torch.testing.assert_close(grid.blend(seen), values)
     of_pixel = torch.zeros(resolution**dimensions, dtype=torch.float64)
-    of_pixel.index_add_(0, grid.pixels, grid.shares.flatten())
+    of_pixel.index_add_(0, grid.pixels, grid.weights.flatten())
     torch.testing.assert_close(of_pixel, torch.ones_like(of_pixel))
     # Blending is linear, and its derivative by a point's value is that point's share of its pixel.
     points = torch.zeros_like(seen[:1, ..., :1]).requires_grad_()
     (gradient,) = torch.autograd.grad(grid.blend(points).sum(), points)
-    torch.testing.assert_close(gradient[0, ..., 0], grid.shares)
+    torch.testing.assert_close(gradient[0, ..., 0], grid.weights)
 
 
 def test_resolution_zero_is_refused() -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mnif.models.cell_grid import route_points
+from mnif.models.cell_grid import assign_points
 from mnif.models.mnif_model import MNIFModel
 
 
@@ -34,16 +34,16 @@ def test_instances_have_points_of_their_own() -> None:
 
 def test_shares_sum_to_one_and_points_outside_go_to_the_nearest_cell() -> None:
     points = torch.rand(2, 300, 3) * 3 - 1.5
-    routes = route_points(points, cells=3, overlap=0.2)
-    shares = torch.zeros(600).index_add(0, routes.point, routes.weight)
-    torch.testing.assert_close(shares, torch.ones(600))
+    routes = assign_points(points, cells=3, overlap=0.2)
+    weights = torch.zeros(600).index_add(0, routes.point, routes.weight)
+    torch.testing.assert_close(weights, torch.ones(600))
     inside = (points.abs() <= 1).all(dim=-1).flatten()[routes.point]
-    asked = routes.coordinates.flatten(0, 1)[routes.slot]
-    assert asked[inside].abs().max() <= 1 + 2 * 0.2 + 1e-5
+    arguments = routes.coordinates.flatten(0, 1)[routes.slot]
+    assert arguments[inside].abs().max() <= 1 + 2 * 0.2 + 1e-5
 
 
 def test_crowded_cells_and_empty_ones() -> None:
-    routes = route_points(torch.full((1, 40, 2), 0.9), cells=2, overlap=0.1)
+    routes = assign_points(torch.full((1, 40, 2), 0.9), cells=2, overlap=0.1)
     assert routes.coordinates.shape == (4, 40, 2)
     assert (routes.slot >= 120).all()
     assert (routes.coordinates[:3] == 0).all()

@@ -11,8 +11,8 @@ from PIL import Image as Picture
 
 from mnif.cli import main
 from mnif.comparison.robustness import robustness, spoilt
-from mnif.data.batches import Rows, rows_of
-from mnif.latents.inference import Finder, latents_of
+from mnif.data.batches import ArrayDataset, array_dataset
+from mnif.latents.inference import LatentInit, infer_latents
 from mnif.latents.inner_loop import InnerLoop
 from mnif.models.encoders import PatchEncoder
 from mnif.models.mnif_model import MNIFModel
@@ -96,8 +96,8 @@ def test_seconds_are_turned_into_steps_once(
     picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     variants = ["--variants", "cells=2", "cells=1,width=4,output_sine=true"]
-    asked = command(picture_folder, tmp_path, "--train_seconds", "1", "--methods", "encoder", *variants)
-    assert main(asked) == 0
+    arguments = command(picture_folder, tmp_path, "--train_seconds", "1", "--methods", "encoder", *variants)
+    assert main(arguments) == 0
     first = json.loads((tmp_path / "compare.json").read_text())
     assert [run["name"] for run in first["runs"]] == ["encoder-cells=2", "encoder-cells=1,width=4,output_sine=true"]
     for run, fields in zip(first["runs"], (4, 1), strict=True):
@@ -105,7 +105,7 @@ def test_seconds_are_turned_into_steps_once(
         assert run["train_steps"] == max(round(1 / run["seconds_per_step"]), 1)
     assert json.loads((Path(run["folder"]) / "model/decoder/config.json").read_text())["output_sine"]
     capsys.readouterr()
-    assert main(asked) == 0
+    assert main(arguments) == 0
     assert capsys.readouterr().out.count("nothing to do") == 4
     assert json.loads((tmp_path / "compare.json").read_text())["runs"] == first["runs"]
 
@@ -147,17 +147,17 @@ def signal() -> Image:
 
 
 @pytest.fixture
-def rows() -> Rows:
-    return rows_of({"images": np.random.default_rng(3).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)})
+def rows() -> ArrayDataset:
+    return array_dataset({"images": np.random.default_rng(3).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)})
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_missing_does_not_influence_the_latent(
-    method: str, decoder: MNIFModel, signal: Image, rows: Rows
+    method: str, decoder: MNIFModel, signal: Image, rows: ArrayDataset
 ) -> None:
     torch.manual_seed(2)
-    finders: dict[str, Finder] = {"encoder": PatchEncoder(3, 16, 12, width=16).eval(), "meta": InnerLoop(12)}
-    finder, observe = finders.get(method), spoilt(signal, "missing", seed=0)
+    finders: dict[str, LatentInit] = {"encoder": PatchEncoder(3, 16, 12, width=16).eval(), "meta": InnerLoop(12)}
+    latent_init, observe = finders.get(method), spoilt(signal, "missing", seed=0)
     (batch,) = rows.batches(5)
     seen = observe(batch).mask
     assert seen is not None
@@ -166,8 +166,8 @@ def test_what_is_missing_does_not_influence_the_latent(
     hidden = (seen[..., None] == 0).numpy()
 
     def found(images: np.ndarray) -> torch.Tensor:
-        changed = rows_of({"images": images})
-        return torch.cat([*latents_of(decoder, signal, changed, finder, 4, batch_size=2, observe=observe)])
+        changed = array_dataset({"images": images})
+        return torch.cat([*infer_latents(decoder, signal, changed, latent_init, 4, batch_size=2, observe=observe)])
 
     images = batch["images"].numpy()
     latents = found(images)
@@ -176,7 +176,7 @@ def test_what_is_missing_does_not_influence_the_latent(
 
 
 @pytest.mark.parametrize("condition", ["missing", "noise", "shift"])
-def test_spoiling_is_a_function_of_seed_and_row(condition: str, signal: Image, rows: Rows) -> None:
+def test_spoiling_is_a_function_of_seed_and_row(condition: str, signal: Image, rows: ArrayDataset) -> None:
     (batch,) = rows.batches(5)
     whole = spoilt(signal, condition, seed=0)(batch)
     single = [spoilt(signal, condition, seed=0)(one).values for one in rows.batches(1)]
@@ -195,8 +195,8 @@ def test_robustness_is_measured_against_the_clean_original(decoder: MNIFModel, s
     """Pictures the decoder draws itself: found again whole, and a little worse when they are spoilt."""
     with torch.no_grad():
         drawn = decoder(torch.randn(4, 12)).clamp(-1, 1)
-    rows = rows_of({"images": (drawn * 127.5 + 127.5).round().byte().numpy()})
-    figures = robustness(decoder, signal, rows, None, 8, seed=0)
-    assert figures == robustness(decoder, signal, rows, None, 8, seed=0)
-    assert figures["psnr_heldout_whole"] > figures["psnr_heldout_noise"] > 20
-    assert figures["psnr_heldout_whole"] >= figures["psnr_heldout_missing"] - 1 > 20
+    rows = array_dataset({"images": (drawn * 127.5 + 127.5).round().byte().numpy()})
+    metrics = robustness(decoder, signal, rows, None, 8, seed=0)
+    assert metrics == robustness(decoder, signal, rows, None, 8, seed=0)
+    assert metrics["psnr_heldout_whole"] > metrics["psnr_heldout_noise"] > 20
+    assert metrics["psnr_heldout_whole"] >= metrics["psnr_heldout_missing"] - 1 > 20

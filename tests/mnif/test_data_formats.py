@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from mnif.data import builtin
-from mnif.data.builtin import BUILT_IN
+from mnif.data.builtin import BUILTIN
 from mnif.data.dataset import SelectedRows, Split
 from mnif.data.images import ImageData, load_images
 from mnif.data.views import ViewData, load_views
 from mnif.data.voxels import VoxelData, load_voxels
-from mnif.signals.registry import signal_of
+from mnif.signals.registry import detect_signal
 from mnif.utils.errors import UserError
 
 
@@ -27,12 +27,12 @@ def pictures(groups: list[str]) -> ImageData:
 def test_split_has_its_proportions_and_keeps_groups_whole() -> None:
     groups = [f"design {number // 3}" for number in range(6000)]
     data = pictures(groups)
-    sides = data.split(0.1, 0.2)
-    assert sides.dtype == np.int8
-    shares = [(sides == side).mean() for side in Split]
+    splits = data.split(0.1, 0.2)
+    assert splits.dtype == np.int8
+    shares = [(splits == side).mean() for side in Split]
     np.testing.assert_allclose(shares, [0.7, 0.1, 0.2], atol=0.03)
-    assert all(len(set(trio)) == 1 for trio in sides.reshape(-1, 3))
-    np.testing.assert_array_equal(sides == Split.HELD_OUT, data.held_out(0.1))
+    assert all(len(set(trio)) == 1 for trio in splits.reshape(-1, 3))
+    np.testing.assert_array_equal(splits == Split.HELD_OUT, data.held_out(0.1))
     np.testing.assert_array_equal(data.split(0.1, 0) == Split.HELD_OUT, data.held_out(0.1))
     assert (data.split(0, 1) == Split.TEST).all()
 
@@ -163,18 +163,18 @@ def test_installed_built_in_sets_load() -> None:
 
 
 def test_signals(tmp_path: Path) -> None:
-    assert {name: signal_of(name) for name in BUILT_IN} == BUILT_IN
-    assert signal_of("hf:someone/faces:train") == "image"
+    assert {name: detect_signal(name) for name in BUILTIN} == BUILTIN
+    assert detect_signal("hf:someone/faces:train") == "image"
     found: dict[str, str] = {}
     for name, key in (("a.npz", "images"), ("b.npz", "voxels"), ("c.npz", "occupancy"), ("d.npz", "packed")):
         np.savez(tmp_path / name, **{key: np.zeros(1)})
-        found[key] = signal_of(str(tmp_path / name))
+        found[key] = detect_signal(str(tmp_path / name))
     assert found == {"images": "image", "voxels": "voxels", "occupancy": "voxels", "packed": "voxels"}
     for shape, signal in (((2, 8, 8), "image"), ((2, 8, 8, 3), "image"), ((2, 8, 8, 8), "voxels")):
         np.save(tmp_path / "a.npy", np.zeros(shape, np.uint8))
-        assert signal_of(str(tmp_path / "a.npy")) == signal
+        assert detect_signal(str(tmp_path / "a.npy")) == signal
     (tmp_path / "a.hdf5").write_bytes(b"")
-    assert signal_of(str(tmp_path / "a.hdf5")) == "voxels"
+    assert detect_signal(str(tmp_path / "a.hdf5")) == "voxels"
 
 
 @pytest.mark.parametrize(
@@ -194,13 +194,13 @@ def test_signals_of_folders(tmp_path: Path, names: list[str], signal: str) -> No
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert signal_of(str(tmp_path)) == signal
+    assert detect_signal(str(tmp_path)) == signal
 
 
 def test_what_cannot_be_told_says_what_was_found(tmp_path: Path) -> None:
     def refused(path: Path, match: str) -> None:
         with pytest.raises(UserError, match=match):
-            signal_of(str(path))
+            detect_signal(str(path))
 
     refused(tmp_path / "nowhere", r"no such folder, file or built-in set \(furniture, furniture-views, twemoji\)")
     refused(tmp_path, "found nothing")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mnif.data.images import central_box, load_images, picture_size
+from mnif.data.images import central_box, image_size, load_images
 from mnif.utils.errors import UserError
 
 
@@ -187,12 +187,12 @@ def test_bad_arguments_and_arrays_name_themselves(tmp_path: Path, monkeypatch: p
 
 def test_picture_size(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", noise(2, 4, 4))
-    assert picture_size(str(tmp_path / "a.npy")) == 4
+    assert image_size(str(tmp_path / "a.npy")) == 4
     np.savez(tmp_path / "b.npz", images=noise(2, 4, 6, 3))
     with pytest.raises(UserError, match="6×4; square"):
-        picture_size(str(tmp_path / "b.npz"))
+        image_size(str(tmp_path / "b.npz"))
     with pytest.raises(UserError, match="nowhere: no such folder"):
-        picture_size("nowhere")
+        image_size("nowhere")
 
 
 def test_hugging_face_folder(tmp_path: Path) -> None:

@@ -39,10 +39,10 @@ def test_twemoji_variants_of_one_design_stay_on_one_side() -> None:
     held_out = data.held_out(0.1)
     assert len(data.ids) == 4009
     assert 0.08 < held_out.mean() < 0.12
-    sides: dict[str, set[bool]] = {}
+    splits: dict[str, set[bool]] = {}
     for group, side in zip(data.groups, held_out, strict=True):
-        sides.setdefault(group, set()).add(bool(side))
-    assert all(len(side) == 1 for side in sides.values())
+        splits.setdefault(group, set()).add(bool(side))
+    assert all(len(side) == 1 for side in splits.values())
     waving = [row for row, id in enumerate(data.ids) if id == "1f44b" or id.startswith("1f44b-1f3f")]
     assert len(waving) == 6
     assert len({data.groups[row] for row in waving}) == 1

@@ -18,7 +18,7 @@ from mnif.commands.decode import safe_names
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component, save_component
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.outputs import grid_values
+from mnif.signals.outputs import decode_grid
 from mnif.signals.radiance import RadianceField
 from mnif.signals.voxels import Voxels
 
@@ -232,9 +232,9 @@ def test_turntable_of_a_shape(shapes: Path, tmp_path: Path) -> None:
 def test_large_grid_is_decoded_in_slices(shapes: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for run, resolution in ((shapes, 11), (pictures, (13, 9)), (pictures, None)):
         decoder, latents = decoder_of(run)
-        whole = grid_values(decoder, latents[:1], resolution)
+        scalar_or_list = decode_grid(decoder, latents[:1], resolution)
         monkeypatch.setattr(mnif.signals.outputs, "_POINTS_AT_ONCE", 50)
-        torch.testing.assert_close(grid_values(decoder, latents[:1], resolution), whole, atol=1e-5, rtol=0)
+        torch.testing.assert_close(decode_grid(decoder, latents[:1], resolution), scalar_or_list, atol=1e-5, rtol=0)
         monkeypatch.undo()
 
 

@@ -16,7 +16,7 @@ import mnif.commands.encode
 from mnif.cli import main
 from mnif.data.images import load_images
 from mnif.data.views import load_views
-from mnif.latents.inference import latents_of
+from mnif.latents.inference import infer_latents
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
@@ -230,7 +230,7 @@ def test_a_split_is_exactly_its_part(
 
 
 class Interrupted:
-    """In place of ``latents_of``: counts batches, and is stopped by Ctrl-C before the one asked for."""
+    """In place of ``infer_latents``: counts batches, and is stopped by Ctrl-C before the one asked for."""
 
     def __init__(self, stop: int):
         self.stop, self.batches = stop, 0
@@ -239,7 +239,7 @@ class Interrupted:
         if self.batches == self.stop:
             raise KeyboardInterrupt
         self.batches += 1
-        return latents_of(*arguments)
+        return infer_latents(*arguments)
 
 
 def test_a_stopped_command_continues(
@@ -259,7 +259,7 @@ def test_a_stopped_command_continues(
 
     def interrupted(stop: int) -> Interrupted:
         counting = Interrupted(stop)
-        monkeypatch.setattr(mnif.commands.encode, "latents_of", counting)
+        monkeypatch.setattr(mnif.commands.encode, "infer_latents", counting)
         return counting
 
     interrupted(2)

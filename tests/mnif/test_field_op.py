@@ -20,7 +20,7 @@ SHAPES = {
 }
 
 
-def rows_of(fields: int, sizes: tuple[int, ...]) -> torch.Tensor:
+def array_dataset(fields: int, sizes: tuple[int, ...]) -> torch.Tensor:
     layers = []
     for inputs, outputs in pairwise(sizes):
         layers += [torch.randn(fields, inputs * outputs) * (1.4 / inputs**0.5), torch.randn(fields, outputs)]
@@ -32,7 +32,7 @@ def case(request: pytest.FixtureRequest) -> tuple:
     sizes, output_sine, fields, sets, points = SHAPES[request.param]
     torch.manual_seed(0)
     coordinates = torch.rand(sets, points, sizes[0]) * 2 - 1
-    return sizes, output_sine, coordinates, rows_of(fields, sizes)
+    return sizes, output_sine, coordinates, array_dataset(fields, sizes)
 
 
 compiled = pytest.mark.skipif(not field_op.is_compiled(), reason="no C++ compiler: plain PyTorch is used")
@@ -102,7 +102,7 @@ def test_a_field_does_not_depend_on_the_others(case: tuple) -> None:
 
 @compiled
 def test_not_a_number_is_passed_on() -> None:
-    rows = rows_of(2, (2, 16, 3))
+    rows = array_dataset(2, (2, 16, 3))
     rows[1, 0] = float("nan")
     values = field_values(torch.rand(1, 20, 2), rows, (2, 16, 3), False)
     assert values[0].isfinite().all()
@@ -112,7 +112,7 @@ def test_not_a_number_is_passed_on() -> None:
 @compiled
 def test_operator_keeps_the_contract_of_pytorch() -> None:
     sizes = [2, 16, 16, 3]
-    rows = rows_of(2, tuple(sizes)).requires_grad_()
+    rows = array_dataset(2, tuple(sizes)).requires_grad_()
     torch.library.opcheck(torch.ops.mnif.field_values, (torch.rand(1, 9, 2), rows, sizes, True))
 
 

@@ -124,8 +124,8 @@ def test_the_papers_models_start_on_their_benchmarks(
     assert metrics["fields_per_instance"] == 1
     assert {"psnr_train", "psnr_heldout"} <= metrics.keys()
     assert all(np.isfinite(value) for value in metrics.values() if isinstance(value, int | float))
-    asked = json.loads((tmp_path / "run/run.json").read_text())["fit"]["arguments"]
-    assert (asked["max_train_steps"], asked["num_train_epochs"]) == ("2", "None")
+    arguments = json.loads((tmp_path / "run/run.json").read_text())["fit"]["arguments"]
+    assert (arguments["max_train_steps"], arguments["num_train_epochs"]) == ("2", "None")
 
 
 @pytest.mark.parametrize("preset", PAPER)
@@ -210,8 +210,10 @@ def test_a_preset_of_ones_own(celeba_hq: Path, tmp_path: Path) -> None:
     assert main([*fit, "--output_dir", f"{tmp_path}/run", "--width", "4"]) == 0
     config = MNIFModel.load_config(tmp_path / "run/model/decoder")
     assert [config[name] for name in ("resolution", "num_bases", "width", "latent_dim")] == [16, 4, 4, 6]
-    asked = json.loads((tmp_path / "run/run.json").read_text())["fit"]["arguments"]
-    assert asked["max_train_steps"] == "6"  # two passes over six pictures, two at a time; none falls to another side
+    arguments = json.loads((tmp_path / "run/run.json").read_text())["fit"]["arguments"]
+    assert (
+        arguments["max_train_steps"] == "6"
+    )  # two passes over six pictures, two at a time; none falls to another side
 
 
 def refusal(preset: str) -> str:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mnif.latents.embedding import LatentRows
+from mnif.latents.embedding import LatentEmbedding
 from mnif.latents.table import LatentTable
 from mnif.utils.errors import UserError
 
@@ -36,7 +36,7 @@ def test_the_same_table_makes_the_same_bytes(table: LatentTable, tmp_path: Path)
 
 
 def test_the_same_learned_rows_make_the_same_bytes(tmp_path: Path) -> None:
-    rows, files = LatentRows(10, 5, lanes=4, learning_rate=0.1, seed=0), set()
+    rows, files = LatentEmbedding(10, 5, lanes=4, learning_rate=0.1, seed=0), set()
     for _ in range(20):
         rows.save(tmp_path)
         (path,) = tmp_path.iterdir()

@@ -18,11 +18,11 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import nn
 
-from mnif.data.batches import Rows, ShuffledBatches
+from mnif.data.batches import ArrayDataset, ShuffledBatches
 from mnif.training import loop
 from mnif.training.checkpoints import newest_checkpoint
 from mnif.training.loop import TrainingArguments, make_accelerator, train
-from mnif.training.run_record import read_curves
+from mnif.training.run_record import read_metrics_log
 from mnif.utils.errors import UserError
 
 
@@ -52,7 +52,7 @@ def run(
         setattr(arguments, name, value)
     torch.manual_seed(0)
     module = NoisyRegression()
-    rows = Rows(x=torch.randn(10, 3), y=torch.randn(10, 1))
+    rows = ArrayDataset(x=torch.randn(10, 3), y=torch.randn(10, 1))
     accelerator: Accelerator = make_accelerator(arguments, folder)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     ema = EMAModel(module.parameters(), decay=0.9)
@@ -83,7 +83,7 @@ def run(
 def curves_of(folder: Path) -> list[dict[str, object]]:
     """A run's curves but for the seconds; every line of the file is one row."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == read_curves(folder / "metrics.jsonl")
+    assert [json.loads(line) for line in lines] == read_metrics_log(folder / "metrics.jsonl")
     return [{name: value for name, value in json.loads(line).items() if name != "seconds"} for line in lines]
 
 
@@ -131,8 +131,8 @@ def test_old_checkpoints_are_removed_and_the_best_weights_kept(tmp_path: Path) -
     best = load_file(checkpoints / "best/parameters.safetensors")
     assert torch.equal(torch.cat([best[str(i)].flatten() for i in range(len(best))]), weights)
     progress = json.loads((checkpoints / "checkpoint-12/progress.json").read_text())
-    figures = [row for row in read_curves(tmp_path / "run/metrics.jsonl") if "held_out" in row]
-    assert progress["best"] == min(row["held_out"] for row in figures)
+    metrics = [row for row in read_metrics_log(tmp_path / "run/metrics.jsonl") if "held_out" in row]
+    assert progress["best"] == min(row["held_out"] for row in metrics)
 
 
 def test_accumulated_batches_cover_the_same_rows(tmp_path: Path) -> None:

@@ -2,15 +2,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mnif.data.batches import rows_of
-from mnif.latents.embedding import LatentRows
-from mnif.latents.inference import found_latents, latents_of, refined_latents
+from mnif.data.batches import array_dataset
+from mnif.latents.embedding import LatentEmbedding
+from mnif.latents.inference import infer_latents, initial_latents, optimize_latents
 from mnif.latents.inner_loop import InnerLoop
 from mnif.models.encoders import PatchEncoder, ViewsEncoder
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Observation, psnr
 from mnif.signals.image import Image
-from mnif.training.methods import AmortisedFitting, AutoDecoding, MetaLearning
+from mnif.training.methods import AutoDecoderMethod, EncoderMethod, MetaMethod
 from mnif.utils.errors import UserError
 
 
@@ -41,7 +41,7 @@ def test_refinement_finds_latents_that_draw_the_targets(
     decoder: MNIFModel, signal: Image, observation: Observation
 ) -> None:
     start = torch.zeros(6, 12)
-    refined = refined_latents(decoder, signal, observation, start, steps=100)
+    refined = optimize_latents(decoder, signal, observation, start, steps=100)
     assert (quality(decoder, refined, observation) > quality(decoder, start, observation) + 4).all()
 
 
@@ -49,8 +49,8 @@ def test_refined_latent_does_not_depend_on_its_batch_mates(
     decoder: MNIFModel, signal: Image, observation: Observation
 ) -> None:
     start = torch.zeros(6, 12)
-    together = refined_latents(decoder, signal, observation, start, steps=5)
-    alone = refined_latents(decoder, signal, some(observation, slice(2, 3)), start[:1], steps=5)
+    together = optimize_latents(decoder, signal, observation, start, steps=5)
+    alone = optimize_latents(decoder, signal, some(observation, slice(2, 3)), start[:1], steps=5)
     torch.testing.assert_close(together[2:3], alone, atol=1e-5, rtol=0)
 
 
@@ -75,7 +75,7 @@ def test_second_order_gradient_equals_finite_differences(decoder: MNIFModel, sig
 
     def loss() -> Tensor:
         latents = inner_loop(decoder, signal, observation, second_order=True)
-        return signal.errors(decoder, latents, observation).mean()
+        return signal.per_instance_loss(decoder, latents, observation).mean()
 
     parameters = [*decoder.parameters(), *inner_loop.parameters()]
     gradients = torch.autograd.grad(loss(), parameters)
@@ -97,18 +97,20 @@ def test_first_order_ignores_how_a_step_depends_on_the_bases(decoder: MNIFModel,
     observation = signal.on_grid(torch.rand(3, 16, 16, 3) * 2 - 1)
     inner_loop = InnerLoop(12, steps=2, learning_rate=1.0)
     latents = inner_loop(decoder, signal, observation)
-    through = torch.autograd.grad(signal.errors(decoder, latents, observation).sum(), decoder.bases[0])[0]
-    fixed = torch.autograd.grad(signal.errors(decoder, latents.detach(), observation).sum(), decoder.bases[0])[0]
+    through = torch.autograd.grad(signal.per_instance_loss(decoder, latents, observation).sum(), decoder.bases[0])[0]
+    fixed = torch.autograd.grad(
+        signal.per_instance_loss(decoder, latents.detach(), observation).sum(), decoder.bases[0]
+    )[0]
     torch.testing.assert_close(through, fixed)
     assert inner_loop(decoder, signal, observation).requires_grad  # the rates learn
 
 
 def test_meta_learning_where_training_is_compiled(decoder: MNIFModel, signal: Image) -> None:
-    fitting = MetaLearning(decoder, signal, InnerLoop(12), second_order=True, start_noise=0.0)
+    method = MetaMethod(decoder, signal, InnerLoop(12), second_order=True, start_noise=0.0)
     batch = {"row": torch.arange(2), "images": torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)}
-    plain = torch.autograd.grad(fitting(**batch), decoder.bases[0])
-    fitting.compile(backend="aot_eager")
-    torch.testing.assert_close(torch.autograd.grad(fitting(**batch), decoder.bases[0]), plain)
+    plain = torch.autograd.grad(method(**batch), decoder.bases[0])
+    method.compile(backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(method(**batch), decoder.bases[0]), plain)
 
 
 def test_diverging_inner_loop_names_the_flag_to_lower(decoder: MNIFModel, signal: Image) -> None:
@@ -122,27 +124,27 @@ def test_every_way_of_learning_lowers_its_loss(decoder: MNIFModel, signal: Image
     images = torch.randint(0, 256, (8, 1, 1, 3)).expand(-1, 16, 16, -1).to(torch.uint8)
     batch = {"images": images, "row": torch.arange(8)}
     state = {name: tensor.clone() for name, tensor in decoder.state_dict().items()}
-    rows = LatentRows(8, 12, lanes=8, learning_rate=0.02, seed=0)
-    for fitting in (
-        AmortisedFitting(
+    rows = LatentEmbedding(8, 12, lanes=8, learning_rate=0.02, seed=0)
+    for method in (
+        EncoderMethod(
             decoder, signal, signal.encoder(12, 64), latent_noise=0.1, augmentations=[*signal.augmentations().values()]
         ),
-        AutoDecoding(decoder, signal, rows, latent_regularisation=1e-4),
-        MetaLearning(decoder, signal, InnerLoop(12, learning_rate=2.0), second_order=True),
-        MetaLearning(decoder, signal, InnerLoop(12, learning_rate=2.0), second_order=False),
+        AutoDecoderMethod(decoder, signal, rows, latent_regularisation=1e-4),
+        MetaMethod(decoder, signal, InnerLoop(12, learning_rate=2.0), second_order=True),
+        MetaMethod(decoder, signal, InnerLoop(12, learning_rate=2.0), second_order=False),
     ):
         decoder.load_state_dict(state)
-        optimizer = torch.optim.Adam(fitting.parameters(), lr=1e-2)
+        optimizer = torch.optim.Adam(method.parameters(), lr=1e-2)
         losses = []
         for _ in range(30):
-            loss = fitting(**batch)
+            loss = method(**batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if isinstance(fitting, AutoDecoding):
-                fitting.rows.step()
+            if isinstance(method, AutoDecoderMethod):
+                method.rows.step()
             losses.append(loss.item())
-        assert losses[-1] < 0.6 * losses[0], fitting
+        assert losses[-1] < 0.6 * losses[0], method
 
 
 def test_encoder_gives_normalised_latents_that_ignore_the_batch() -> None:
@@ -184,10 +186,10 @@ def test_without_a_finder_the_search_starts_at_zero_and_is_longer(
     decoder: MNIFModel, signal: Image, observation: Observation
 ) -> None:
     images = ((observation.values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    rows = rows_of({"images": images.numpy()})
-    found = torch.cat([*latents_of(decoder, signal, rows, None, refinement_steps=2, batch_size=4)])
+    rows = array_dataset({"images": images.numpy()})
+    found = torch.cat([*infer_latents(decoder, signal, rows, None, refinement_steps=2, batch_size=4)])
     exact = signal.observe({"images": images})
-    expected = refined_latents(decoder, signal, exact, torch.zeros(6, 12), steps=10)
+    expected = optimize_latents(decoder, signal, exact, torch.zeros(6, 12), steps=10)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
@@ -195,13 +197,13 @@ def test_what_was_not_seen_does_not_matter(decoder: MNIFModel, signal: Image, ob
     mask = (torch.rand(6, 16, 16) < 0.5).float()
     hidden = observation.values * mask[..., None] + 7 * (1 - mask[..., None])
     start = torch.zeros(6, 12)
-    seen = refined_latents(decoder, signal, Observation(observation.values, (1, None), mask), start, steps=5)
-    other = refined_latents(decoder, signal, Observation(hidden, (1, None), mask), start, steps=5)
+    seen = optimize_latents(decoder, signal, Observation(observation.values, (1, None), mask), start, steps=5)
+    other = optimize_latents(decoder, signal, Observation(hidden, (1, None), mask), start, steps=5)
     torch.testing.assert_close(seen, other)
     encoder = signal.encoder(12, 64)
     torch.testing.assert_close(
-        found_latents(decoder, signal, encoder, Observation(observation.values, (1, None), mask)),
-        found_latents(decoder, signal, encoder, Observation(hidden, (1, None), mask)),
+        initial_latents(decoder, signal, encoder, Observation(observation.values, (1, None), mask)),
+        initial_latents(decoder, signal, encoder, Observation(hidden, (1, None), mask)),
     )
 
 

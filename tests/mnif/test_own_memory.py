@@ -7,7 +7,7 @@ import torch
 from diffusers import ModelMixin
 from safetensors.torch import load_file, save_file
 
-from latent_prior.denoisers import LatentDenoiser, PaperDenoiser
+from latent_prior.denoisers import PaperDenoiser, ResMLPDenoiser
 from mnif.latents.inner_loop import InnerLoop
 from mnif.latents.table import LatentTable
 from mnif.models.encoders import PatchEncoder, ViewsEncoder
@@ -24,7 +24,7 @@ ALIGNMENT = 64  # bytes, of PyTorch's memory on a CPU
         PatchEncoder(resolution=8, latent_dim=7),
         ViewsEncoder(resolution=8, latent_dim=7),
         InnerLoop(latent_dim=7),
-        LatentDenoiser(latent_dim=7, width=9, depth=1),
+        ResMLPDenoiser(latent_dim=7, width=9, depth=1),
         PaperDenoiser(latent_dim=7, width=32, depth=2),
     ],
     ids=lambda component: type(component).__name__,

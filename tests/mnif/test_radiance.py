@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mnif.data.batches import rows_of
+from mnif.data.batches import array_dataset
 from mnif.data.views import load_views
-from mnif.latents.embedding import LatentRows
+from mnif.latents.embedding import LatentEmbedding
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import psnr
 from mnif.signals.radiance import Cameras, RadianceField, Rays
 from mnif.signals.volume_rendering import camera_rays, turntable_poses
-from mnif.training.methods import AutoDecoding
+from mnif.training.methods import AutoDecoderMethod
 from mnif.utils.errors import UserError
 
 SIZE = (6, 8)
@@ -77,7 +77,7 @@ def batch() -> dict[str, Tensor]:
 def test_rays_of_a_part_are_those_of_its_pixels(batch: dict[str, Tensor]) -> None:
     signal = RadianceField(list(SIZE), rays=200, samples=4)
     whole = signal.observe(batch)
-    part = signal.part(whole, torch.Generator().manual_seed(0))
+    part = signal.subsample(whole, torch.Generator().manual_seed(0))
     rays = part.query
     assert isinstance(rays, Rays)
     assert part.values.shape == rays.origins.shape == rays.directions.shape == (3, 200, 3)
@@ -97,16 +97,16 @@ def test_rays_of_a_part_are_those_of_its_pixels(batch: dict[str, Tensor]) -> Non
         numbers.add(tuple(place.tolist()))
     assert len(numbers) == 1  # the same of every instance
     assert len(set(*numbers)) > 100
-    again = signal.part(whole, torch.Generator().manual_seed(0))
+    again = signal.subsample(whole, torch.Generator().manual_seed(0))
     assert torch.equal(again.values, part.values)
-    assert not torch.equal(signal.part(whole, torch.Generator().manual_seed(1)).values, part.values)
+    assert not torch.equal(signal.subsample(whole, torch.Generator().manual_seed(1)).values, part.values)
 
 
 def test_a_mask_goes_with_its_rays(batch: dict[str, Tensor]) -> None:
     signal = RadianceField(list(SIZE), rays=100, samples=4)
     whole = signal.observe(batch)
     bright = (whole.values[..., 0] > 0).float()
-    part = signal.part(type(whole)(whole.values, whole.query, bright), torch.Generator().manual_seed(0))
+    part = signal.subsample(type(whole)(whole.values, whole.query, bright), torch.Generator().manual_seed(0))
     assert torch.equal(part.mask, (part.values[..., 0] > 0).float())
 
 
@@ -164,7 +164,7 @@ def test_whole_views_do_not_depend_on_the_pieces_they_are_rendered_in(
         torch.testing.assert_close(signal.predict(decoder, coefficients, observation), whole, atol=1e-5, rtol=0)
     alone = signal.predict(decoder, coefficients[1:2], signal.observe({k: v[1:2] for k, v in batch.items()}))
     torch.testing.assert_close(alone, whole[1:2], atol=1e-5, rtol=0)
-    part = signal.part(observation, torch.Generator().manual_seed(0))
+    part = signal.subsample(observation, torch.Generator().manual_seed(0))
     middles = Rays(part.query.origins, part.query.directions)
     rendered = signal.render(decoder, coefficients, middles)
     pixel = torch.randint(5 * 6 * 8, (signal.rays,), generator=torch.Generator().manual_seed(0))
@@ -187,7 +187,7 @@ def test_held_out_views_are_measured_on_and_never_observed(batch: dict[str, Tens
     assert torch.equal(novel.query.poses, batch["poses"][:, 3:])
 
     latents = torch.randn(3, 5)
-    before, after = signal.figures(decoder, latents, batch), signal.figures(decoder, latents, changed)
+    before, after = signal.metrics(decoder, latents, batch), signal.metrics(decoder, latents, changed)
     assert torch.equal(before["psnr"], after["psnr"])
     assert not torch.equal(before["psnr_novel_views"], after["psnr_novel_views"])
     coefficients = decoder.coefficients(latents)
@@ -195,15 +195,15 @@ def test_held_out_views_are_measured_on_and_never_observed(batch: dict[str, Tens
         shown = signal.render_views(decoder, coefficients, observation.query).clamp(-1, 1).numpy()
         errors = np.square(shown - observation.values.numpy()).mean(axis=(1, 2, 3, 4))
         np.testing.assert_allclose(before[name], 10 * np.log10(4 / errors), rtol=1e-5)
-    assert "psnr_novel_views" not in RadianceField(list(SIZE), samples=4).figures(decoder, latents, batch)
+    assert "psnr_novel_views" not in RadianceField(list(SIZE), samples=4).metrics(decoder, latents, batch)
 
 
 def test_reconstructions_are_shown_from_the_cameras_of_their_originals(batch: dict[str, Tensor]) -> None:
     signal = RadianceField(list(SIZE), samples=4, held_out_views=2)
     decoder, latents = decoder_of(signal), torch.randn(3, 5)
-    original = signal.original_pictures(batch)
+    original = signal.original_images(batch)
     assert np.array_equal(original, batch["images"][:, 4].numpy())
-    shown = signal.reconstructed_pictures(decoder, latents, batch)
+    shown = signal.reconstruction_images(decoder, latents, batch)
     assert shown.shape == original.shape
     expected = signal.render_views(decoder, decoder.coefficients(latents), signal.novel_views(batch).query)[:, 1]
     np.testing.assert_allclose(shown / 127.5 - 1, expected.detach().clamp(-1, 1).numpy(), atol=1 / 127)
@@ -212,10 +212,10 @@ def test_reconstructions_are_shown_from_the_cameras_of_their_originals(batch: di
 def test_figures_look_at_four_of_many_views(batch: dict[str, Tensor]) -> None:
     signal = RadianceField(list(SIZE), samples=4)
     decoder, latents = decoder_of(signal), torch.zeros(3, 5)
-    figures = signal.figures(decoder, latents, batch)["psnr"]
+    metrics = signal.metrics(decoder, latents, batch)["psnr"]
     chosen = signal.observe_views(batch, [0, 1, 3, 4])
     shown = signal.render_views(decoder, decoder.coefficients(latents), chosen.query)
-    torch.testing.assert_close(figures, psnr(shown, chosen.values))
+    torch.testing.assert_close(metrics, psnr(shown, chosen.values))
 
 
 def ball(points: Tensor, centre: list[float]) -> Tensor:
@@ -269,19 +269,19 @@ def test_gradients_reach_latents_and_bases(batch: dict[str, Tensor], cells: int)
     """In float64, against central differences along random directions."""
     signal = RadianceField(list(SIZE), samples=5, rays=40)
     decoder = decoder_of(signal, cells).double()
-    part = signal.part(signal.observe(batch), torch.Generator().manual_seed(0))
+    part = signal.subsample(signal.observe(batch), torch.Generator().manual_seed(0))
     rays = Rays(part.query.origins.double(), part.query.directions.double(), part.query.jitter.double())
     part = type(part)(part.values.double(), rays)
     latents = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     wanted = [latents, decoder.bases[0], decoder.means[-1]]
-    gradients = torch.autograd.grad(signal.errors(decoder, latents, part).sum(), wanted)
+    gradients = torch.autograd.grad(signal.per_instance_loss(decoder, latents, part).sum(), wanted)
     for tensor, gradient in zip(wanted, gradients, strict=True):
         direction = torch.randn_like(tensor)
         found = []
         with torch.no_grad():
             for step in (1e-5, -2e-5):
                 tensor += step * direction
-                found.append(signal.errors(decoder, latents, part).sum().item())
+                found.append(signal.per_instance_loss(decoder, latents, part).sum().item())
             tensor += 1e-5 * direction
         expected = (found[0] - found[1]) / 2e-5
         assert abs(expected) > 1e-6
@@ -291,20 +291,20 @@ def test_gradients_reach_latents_and_bases(batch: dict[str, Tensor], cells: int)
 def test_settings_follow_the_data_and_the_flags(ball_views: Path) -> None:
     options = {"bound": None, "samples_per_ray": 7, "rays_per_step": 9, "held_out_views": 1}
     data = load_views(str(ball_views))
-    signal = RadianceField.of(data, options)
+    signal = RadianceField.from_data(data, options)
     assert (signal.samples, signal.rays, signal.held_out_views, signal.resolution) == (7, 9, 1, 16)
     assert signal.camera_distance == pytest.approx(2.5)
     assert signal.bound == pytest.approx(1.0)  # near and far are the distance and the half diagonal of that cube
     assert signal.intrinsics == pytest.approx([16 / 2 / np.tan(0.45)] * 2 + [8, 8])
-    assert RadianceField.of(data, options | {"bound": 0.7}).bound == 0.7
+    assert RadianceField.from_data(data, options | {"bound": 0.7}).bound == 0.7
     with pytest.raises(UserError, match="--held_out_views 6: each object has 6 views"):
-        RadianceField.of(data, options | {"held_out_views": 6})
+        RadianceField.from_data(data, options | {"held_out_views": 6})
     with pytest.raises(UserError, match="--bound -1: must be above 0"):
-        RadianceField.of(data, options | {"bound": -1.0})
-    more = RadianceField(16, near=0.8, held_out_views=5).load_more(str(ball_views))
+        RadianceField.from_data(data, options | {"bound": -1.0})
+    more = RadianceField(16, near=0.8, held_out_views=5).load_like(str(ball_views))
     assert more.images.shape == (12, 6, 16, 16, 3)
     with pytest.raises(UserError, match="has 6 views; the model keeps 6 of each object for measuring"):
-        RadianceField(16, near=0.8, held_out_views=6).load_more(str(ball_views))
+        RadianceField(16, near=0.8, held_out_views=6).load_like(str(ball_views))
 
 
 def test_balls_are_learned_from_their_pictures(ball_run: Path, ball_views: Path) -> None:
@@ -324,18 +324,20 @@ def test_balls_are_learned_from_their_pictures(ball_run: Path, ball_views: Path)
 def test_furniture_is_learned_from_few_views() -> None:
     data = load_views("furniture-views", 16, max_views=4).rows(np.arange(8))
     options = {"bound": None, "samples_per_ray": 16, "rays_per_step": 128, "held_out_views": 1}
-    signal = RadianceField.of(data, options)
-    fitting = AutoDecoding(decoder_of(signal, cells=2, latent_dim=16), signal, LatentRows(8, 16, 8, 0.02, 0), 1e-4)
-    optimizer = torch.optim.Adam(fitting.parameters(), lr=5e-3)
-    (batch,) = rows_of(data.arrays()).batches(8)
+    signal = RadianceField.from_data(data, options)
+    method = AutoDecoderMethod(
+        decoder_of(signal, cells=2, latent_dim=16), signal, LatentEmbedding(8, 16, 8, 0.02, 0), 1e-4
+    )
+    optimizer = torch.optim.Adam(method.parameters(), lr=5e-3)
+    (batch,) = array_dataset(data.arrays()).batches(8)
     for _ in range(250):
-        loss = fitting(**batch)
+        loss = method(**batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        fitting.rows.step()
+        method.rows.step()
     with torch.no_grad():
-        found = signal.figures(fitting.decoder, fitting.rows.read(torch.arange(8)), batch)["psnr"].mean().item()
+        found = signal.metrics(method.decoder, method.rows.read(torch.arange(8)), batch)["psnr"].mean().item()
     seen = data.images[:, :3] / 255.0
     errors = np.square(seen - seen.mean(axis=0)).mean(axis=(1, 2, 3, 4))
     assert found > np.mean(10 * np.log10(1 / errors)) + 1

@@ -15,7 +15,7 @@ from mnif.cli import main
 from mnif.models.io import save_index
 from mnif.utils import files
 from mnif.utils.files import folder_written_atomically, remove_folder, write_json, written_atomically
-from mnif.utils.pixels import save_picture
+from mnif.utils.pixels import save_image
 from tests.mnif.test_loop import run
 
 
@@ -77,7 +77,7 @@ def test_files_and_the_folders_made_for_them(disk: Disk, tmp_path: Path) -> None
         (temporary / "decoder/weights").write_text("weights")
     assert not disk.lost(tmp_path)
     assert not disk.early
-    save_picture(tmp_path / "new/picture.png", np.zeros((4, 4, 3), dtype=np.uint8))
+    save_image(tmp_path / "new/picture.png", np.zeros((4, 4, 3), dtype=np.uint8))
     assert disk.lost(tmp_path) == [tmp_path / "new/picture.png"]  # pictures are left to the system
 
 

@@ -16,7 +16,7 @@ from mnif.signals.image import Image
 from mnif.signals.radiance import RadianceField
 from mnif.signals.registry import register_signal, signal_class, signal_of_model
 from mnif.signals.voxels import Voxels
-from mnif.training.methods import AmortisedFitting
+from mnif.training.methods import EncoderMethod
 from mnif.utils.errors import UserError
 
 SIZE = [12, 8]
@@ -59,7 +59,7 @@ def test_pictures_of_any_channels(channels: int) -> None:
     assert observation.mask is None
     np.testing.assert_allclose(observation.values.numpy(), images / 127.5 - 1, atol=1e-6)
     expected = np.stack([on_white(pixels) for pixels in images])
-    np.testing.assert_allclose(signal.original_pictures(batch).astype(int), expected, atol=1 if channels == 4 else 0)
+    np.testing.assert_allclose(signal.original_images(batch).astype(int), expected, atol=1 if channels == 4 else 0)
     with torch.no_grad():
         latents = torch.randn(3, 6)
         shown = signal.pictures(decoder, latents)
@@ -74,7 +74,7 @@ def test_pictures_of_any_channels(channels: int) -> None:
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_pictures_of_any_channels_are_learned(channels: int) -> None:
     signal = Image(SIZE, channels, stride=2)
-    fitting = AmortisedFitting(
+    method = EncoderMethod(
         decoder_of(signal),
         signal,
         signal.encoder(6, 32),
@@ -83,10 +83,10 @@ def test_pictures_of_any_channels_are_learned(channels: int) -> None:
     )
     plain = torch.from_numpy(bytes_of(8, 1, 1, channels)).expand(-1, *SIZE, -1)
     batch = {"images": plain, "row": torch.arange(8)}
-    optimizer = torch.optim.Adam(fitting.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(method.parameters(), lr=1e-2)
     losses = []
     for _ in range(30):
-        loss = fitting(**batch)
+        loss = method(**batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -120,7 +120,7 @@ def test_parts_tile_the_grid_and_are_predicted_as_the_whole_is(grid: str, cells:
     pixel = torch.arange(int(np.prod(axes))).view(*axes)
     covered: dict[tuple[int, ...], Tensor] = {}
     for seed in range(150):
-        part = signal.part(whole, torch.Generator().manual_seed(seed))
+        part = signal.subsample(whole, torch.Generator().manual_seed(seed))
         stride, phase = part.query
         assert stride == signal.stride
         taken = tuple(slice(start, None, stride) for start in phase)
@@ -183,8 +183,8 @@ def test_errors_of_one_field_are_those_of_the_general_way(signal: GridSignal) ->
     axes = [signal.resolution] * signal.dimensions if isinstance(signal.resolution, int) else signal.resolution
     whole = signal.on_grid(torch.rand(3, *axes, signal.channels) * 2 - 1)
     latents = torch.randn(3, 6, requires_grad=True)
-    for observation in (whole, signal.part(whole, torch.Generator().manual_seed(3))):
-        fast = signal.errors(decoder, latents, observation)
+    for observation in (whole, signal.subsample(whole, torch.Generator().manual_seed(3))):
+        fast = signal.per_instance_loss(decoder, latents, observation)
         general = Signal.errors(signal, decoder, latents, observation)
         predicted = signal.predict(decoder, decoder.coefficients(latents), observation).detach()
         expected = (predicted - observation.values).square().flatten(1).mean(dim=1)
@@ -205,7 +205,7 @@ def test_errors_of_cells_are_that_of_their_blend_and_what_they_differ_by(signal:
     whole = signal.on_grid(torch.rand(3, *axes, signal.channels) * 2 - 1)
     if masked:
         whole = replace(whole, mask=(torch.rand(3, *axes) < 0.7).float())
-    part = signal.part(whole, torch.Generator().manual_seed(3))
+    part = signal.subsample(whole, torch.Generator().manual_seed(3))
     latents = torch.randn(3, 6)
     grid = decoder.grid(signal.resolution, *part.query)
     values = decoder.bake(decoder.coefficients(latents))(grid.coordinates).view(3, *grid.shares.shape, -1)
@@ -213,19 +213,19 @@ def test_errors_of_cells_are_that_of_their_blend_and_what_they_differ_by(signal:
     differ = Observation(torch.zeros_like(blended), None, part.mask).errors(
         (squares - blended.square()).clamp(0).sqrt()
     )
-    torch.testing.assert_close(signal.errors(decoder, latents, part), part.errors(blended) + differ)
+    torch.testing.assert_close(signal.per_instance_loss(decoder, latents, part), part.errors(blended) + differ)
 
 
 def test_a_mask_of_ones_changes_nothing_and_a_partial_one_counts_what_it_shows() -> None:
     signal = Image(SIZE, 3)
     decoder = decoder_of(signal, cells=1)
     values, latents = torch.rand(2, *SIZE, 3), torch.randn(2, 6)
-    plain = signal.errors(decoder, latents, signal.on_grid(values))
-    ones = signal.errors(decoder, latents, Observation(values, (1, None), torch.ones(2, *SIZE)))
+    plain = signal.per_instance_loss(decoder, latents, signal.on_grid(values))
+    ones = signal.per_instance_loss(decoder, latents, Observation(values, (1, None), torch.ones(2, *SIZE)))
     torch.testing.assert_close(ones, plain)
     mask = torch.zeros(2, *SIZE)
     mask[:, 2:5, 3] = 1
-    masked = signal.errors(decoder, latents, Observation(values, (1, None), mask))
+    masked = signal.per_instance_loss(decoder, latents, Observation(values, (1, None), mask))
     expected = (decoder(latents) - values)[:, 2:5, 3].square().mean(dim=(1, 2))
     torch.testing.assert_close(masked, expected)
 
