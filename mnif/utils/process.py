@@ -9,9 +9,12 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    import torch
 
 
 @contextmanager
@@ -29,6 +32,14 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def default_device() -> "torch.device":
+    """Where this process computes unless it is told otherwise: the accelerator if there is one, else the CPU."""
+    import torch
+
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return device or torch.device("cpu")
 
 
 def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
