@@ -185,7 +185,7 @@ def test_errors_of_one_field_are_those_of_the_general_way(signal: GridSignal) ->
     latents = torch.randn(3, 6, requires_grad=True)
     for observation in (whole, signal.subsample(whole, torch.Generator().manual_seed(3))):
         fast = signal.per_instance_loss(decoder, latents, observation)
-        general = Signal.errors(signal, decoder, latents, observation)
+        general = Signal.per_instance_loss(signal, decoder, latents, observation)
         predicted = signal.predict(decoder, decoder.coefficients(latents), observation).detach()
         expected = (predicted - observation.values).square().flatten(1).mean(dim=1)
         torch.testing.assert_close(fast, general)
@@ -208,7 +208,7 @@ def test_errors_of_cells_are_that_of_their_blend_and_what_they_differ_by(signal:
     part = signal.subsample(whole, torch.Generator().manual_seed(3))
     latents = torch.randn(3, 6)
     grid = decoder.grid(signal.resolution, *part.query)
-    values = decoder.bake(decoder.coefficients(latents))(grid.coordinates).view(3, *grid.shares.shape, -1)
+    values = decoder.bake(decoder.coefficients(latents))(grid.coordinates).view(3, *grid.weights.shape, -1)
     squares, blended = grid.blend(values.square()), grid.blend(values)
     differ = Observation(torch.zeros_like(blended), None, part.mask).errors(
         (squares - blended.square()).clamp(0).sqrt()
