@@ -27,10 +27,10 @@ from mnif.models.mnif_model import MNIFModel
 # Runs a `mnif` command that is killed at its fourth block of samples.
 KILLED = """
 import os, signal, sys
-from latent_prior.sampling import Drawing
+from latent_prior.sampling import ExactSampler
 from mnif.cli import main
 
-block, numbers = Drawing.block, []
+block, numbers = ExactSampler.block, []
 
 def killed(self, number):
     numbers.append(number)
@@ -38,7 +38,7 @@ def killed(self, number):
         os.kill(os.getpid(), signal.SIGKILL)
     return block(self, number)
 
-Drawing.block = killed
+ExactSampler.block = killed
 sys.exit(main(sys.argv[1:]))
 """
 STOCHASTIC = ["--scheduler", "DDPMScheduler", "--num_inference_steps", "5"]
