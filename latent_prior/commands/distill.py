@@ -19,7 +19,7 @@ from latent_prior.sampling import draw
 from mnif.data.batches import ArrayDataset
 from mnif.latents.table import LatentTable
 from mnif.models.io import save_component, save_index
-from mnif.training.loop import TrainingArguments, make_accelerator, train
+from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError
@@ -130,7 +130,8 @@ def distill(arguments: DistillArguments) -> None:
     ema = EMAModel(loss.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
     rows = ArrayDataset(states=pairs.states[held_out:], samples=pairs.samples[held_out:])
-    train(accelerator, arguments, loss, [optimizer], rows, run, "distill", validate, ema, "validation_loss")
+    keep_best = "validation_loss"
+    TrainLoop(accelerator, arguments, loss, [optimizer], rows, run, "distill", validate, ema, keep_best).run()
     if accelerator.is_main_process:
         seconds = {"seconds_of_pairs": round(drawn, 1), "seconds": round(time.perf_counter() - started, 1)}
         _finish(arguments, pipeline, student.cpu().eval(), table, seconds)

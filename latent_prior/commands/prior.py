@@ -22,7 +22,7 @@ from mnif.data.batches import ArrayDataset
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component, save_component, save_index
 from mnif.models.mnif_model import MNIFModel
-from mnif.training.loop import TrainingArguments, make_accelerator, train
+from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import given_flag, parse_arguments, preset_defaults, read_preset
 from mnif.utils.errors import UserError
@@ -181,18 +181,8 @@ def fit_prior(arguments: PriorArguments) -> None:
     ema = EMAModel(loss.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
     keep_best = "validation_loss" if arguments.keep == "best" else None
-    train(
-        accelerator,
-        arguments,
-        loss,
-        [optimizer],
-        ArrayDataset(latents=latents),
-        run,
-        "prior",
-        validate,
-        ema,
-        keep_best,
-    )
+    rows = ArrayDataset(latents=latents)
+    TrainLoop(accelerator, arguments, loss, [optimizer], rows, run, "prior", validate, ema, keep_best).run()
     if accelerator.is_main_process:
         _finish(arguments, decoder, denoiser.cpu().eval(), time.perf_counter() - started)
     accelerator.wait_for_everyone()

@@ -5,7 +5,9 @@ import io
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +33,7 @@ from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import GridSignal, Signal, psnr
 from mnif.signals.registry import signal_class
-from mnif.training.loop import make_accelerator, train
+from mnif.training.loop import TrainLoop, make_accelerator
 from mnif.training.methods import AutoDecoderMethod
 from mnif.training.run_record import read_metrics_log
 from mnif.utils.errors import UserError
@@ -65,7 +67,7 @@ def seconds_per_step(arguments: FitArguments, signal: Signal, train_data: Datase
             output_dir=Path(folder),
             max_train_steps=_NEVER,
             checkpointing_steps=_NEVER,
-            validation_steps=_BETWEEN_LOOKS,
+            validation_steps=_NEVER,
             resume_from_checkpoint="latest",
             report_to=None,
         )
@@ -73,51 +75,30 @@ def seconds_per_step(arguments: FitArguments, signal: Signal, train_data: Datase
         decoder = make_decoder(short, signal)
         method = make_method(short, decoder, signal, len(train_data), accelerator).to(accelerator.device)
         rows, optimizers = array_dataset(train_data.arrays()), make_optimizers(short, method)
-        latent_rows = method.rows if isinstance(method, AutoDecoderMethod) else None
-        watch = _Watch(seconds)
+        latents = method.rows if isinstance(method, AutoDecoderMethod) else None
+        loop = TrainLoop(
+            accelerator, short, method, optimizers, rows, short.output_dir, "fit", dict, latent_rows=latents
+        )
         silence = io.StringIO()  # the loop would show a bar without an end
         with (
-            contextlib.suppress(_Enough),
             contextlib.redirect_stdout(silence),
             contextlib.redirect_stderr(silence),
+            contextlib.closing(loop.steps()) as steps,
         ):
-            train(
-                accelerator,
-                short,
-                method,
-                optimizers,
-                rows,
-                short.output_dir,
-                "fit",
-                watch.look,
-                latent_rows=latent_rows,
-            )
-    return watch.seconds_per_step
+            started, counted, elapsed = _time_after(steps), 0, 0.0
+            while elapsed < seconds:
+                elapsed = _time_after(steps) - started
+                counted += _BETWEEN_LOOKS
+    return elapsed / counted
 
 
-class _Enough(Exception):  # noqa: N818  # nothing has gone wrong: it is the way out of the loop
-    pass
-
-
-class _Watch:
-    """Stands in for a validation: looks at the clock, and ends the training when it has run for long enough."""
-
-    def __init__(self, seconds: float):
-        self.seconds, self.steps, self.started = seconds, 0, 0.0
-        self.seconds_per_step = 0.0
-
-    def look(self) -> dict[str, float]:
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        now = time.perf_counter()
-        if not self.started:
-            self.started = now
-            return {}
-        self.steps += _BETWEEN_LOOKS
-        self.seconds_per_step = (now - self.started) / self.steps
-        if now - self.started >= self.seconds:
-            raise _Enough
-        return {}
+def _time_after(steps: Iterator[int]) -> float:
+    """The clock in seconds after a few more steps, once the accelerator has done their work."""
+    for _ in islice(steps, _BETWEEN_LOOKS):
+        pass
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
 
 
 def baseline_metrics(

@@ -29,7 +29,7 @@ from mnif.signals.base import GridSignal, Observation, Signal
 from mnif.signals.radiance import RadianceField
 from mnif.signals.registry import detect_signal, signal_class
 from mnif.training.checkpoints import newest_checkpoint
-from mnif.training.loop import TrainingArguments, batch_size_of, make_accelerator, train
+from mnif.training.loop import TrainingArguments, TrainLoop, batch_size_of, make_accelerator
 from mnif.training.methods import AutoDecoderMethod, EncoderMethod, LearningMethod, MetaMethod
 from mnif.training.muon import Muon
 from mnif.training.run_record import begin_stage, finish_stage
@@ -334,7 +334,7 @@ def fit(arguments: FitArguments) -> None:
 
     latent_rows = method.rows if isinstance(method, AutoDecoderMethod) else None
     optimizers = make_optimizers(arguments, method)
-    train(accelerator, arguments, method, optimizers, rows, run, "fit", validate, latent_rows=latent_rows)
+    TrainLoop(accelerator, arguments, method, optimizers, rows, run, "fit", validate, latent_rows=latent_rows).run()
     if accelerator.is_main_process:
         _finish(arguments, data, splits, rows, held_rows, method.to("cpu").eval(), time.perf_counter() - started)
 

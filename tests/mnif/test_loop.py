@@ -21,7 +21,7 @@ from torch import nn
 from mnif.data.batches import ArrayDataset, ShuffledBatches
 from mnif.training import loop
 from mnif.training.checkpoints import newest_checkpoint
-from mnif.training.loop import TrainingArguments, make_accelerator, train
+from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator
 from mnif.training.run_record import read_metrics_log
 from mnif.utils.errors import UserError
 
@@ -76,7 +76,10 @@ def run(
         return {"held_out": float(next(module.parameters()).detach().abs().mean())}
 
     folder.mkdir(exist_ok=True)
-    train(accelerator, arguments, module, [optimizer], rows, folder, "stage", validate, ema, keep_best="held_out")
+    train = TrainLoop(
+        accelerator, arguments, module, [optimizer], rows, folder, "stage", validate, ema, keep_best="held_out"
+    )
+    train.run()
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
