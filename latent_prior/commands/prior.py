@@ -2,13 +2,12 @@
 
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -24,7 +23,7 @@ from mnif.models.io import load_component, save_component, save_index
 from mnif.models.mnif_model import MNIFModel
 from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator
 from mnif.training.run_record import begin_stage, finish_stage
-from mnif.utils.args import given_flag, parse_arguments, preset_defaults, read_preset
+from mnif.utils.args import parse_given, preset_values, read_preset
 from mnif.utils.errors import UserError
 from mnif.utils.files import folder_written_atomically, merge_json, read_json, sha256_of_file
 from mnif.utils.pixels import image_grid, save_image
@@ -94,15 +93,13 @@ def parse_prior_arguments(arguments: list[str]) -> PriorArguments:
     Raises:
         UserError: a flag or the preset cannot be understood.
     """
-    named = given_flag(arguments, "preset")
-    if named is None or {"-h", "--help"} & set(arguments):
-        parsed = parse_arguments(PriorArguments, arguments, "mnif prior")
-    else:
-        settings = read_preset(named, PRESETS)["arguments"]
-        if given_flag(arguments, "max_train_steps") is not None:
-            settings.pop("num_train_epochs", None)
-        defaults = preset_defaults(PriorArguments, settings, named, "mnif prior", ["run"], _NOT_OF_A_PRESET)
-        parsed = parse_arguments(PriorArguments, arguments, "mnif prior", replace(defaults, run=tyro.MISSING))
+    given, settings = parse_given(PriorArguments, arguments, "mnif prior"), {}
+    if (named := given.get("preset")) is not None:
+        preset = read_preset(named, PRESETS)["arguments"]
+        settings = preset_values(PriorArguments, preset, named, "mnif prior", _NOT_OF_A_PRESET)
+    if "max_train_steps" in given:
+        settings.pop("num_train_epochs", None)
+    parsed = PriorArguments(**settings | given)
     _check(parsed)
     return parsed
 

@@ -22,7 +22,7 @@ from mnif.commands.fit import (
     make_decoder,
     make_method,
     make_optimizers,
-    parse_fit_arguments,
+    with_preset,
 )
 from mnif.comparison.robustness import CONDITIONS, conditions_of, robustness, seconds_per_instance
 from mnif.comparison.summary import comparison_table, curves_image
@@ -36,6 +36,7 @@ from mnif.signals.registry import signal_class
 from mnif.training.loop import TrainLoop, make_accelerator
 from mnif.training.methods import AutoDecoderMethod
 from mnif.training.run_record import read_metrics_log
+from mnif.utils.args import parse_given, typed_values
 from mnif.utils.errors import UserError
 from mnif.utils.files import merge_json, read_json, write_json, written_atomically
 from mnif.utils.output_folders import check_output_folder, output_folder_of
@@ -142,9 +143,6 @@ def _mean_metrics(signal: GridSignal, train: ArrayDataset, held_out: ArrayDatase
         quality = torch.cat([psnr(mean.expand_as(values), values) for values in observed])
         metrics[f"psnr_{name}"] = quality.double().mean().item()
     return metrics
-
-
-PROGRAM = "mnif compare-fit"
 
 
 _TRAIN_SECONDS = 480.0
@@ -268,11 +266,12 @@ def parse_compare_arguments(arguments: list[str]) -> tuple[CompareArguments, lis
     Raises:
         UserError: a flag or a variant cannot be understood or used.
     """
-    if _given(arguments, "method"):
+    given = parse_given(CompareArguments, arguments, "mnif compare-fit")
+    if "method" in given:
         raise UserError("--method: give --methods, the ways of learning to compare")
     # Presets choose a method; here all are tried, and the encoder is the one that every flag goes with.
-    flags = parse_fit_arguments([*arguments, "--method", "encoder"], PROGRAM, CompareArguments)
-    budgets = [name for name in _BUDGETS if _given(arguments, name)]
+    flags = with_preset(CompareArguments, given | {"method": "encoder"})
+    budgets = [name for name in _BUDGETS if name in given]
     if len(budgets) > 1:
         raise UserError(f"--{budgets[0]} and --{budgets[1]}: give one of them; it is what every run gets")
     if flags.dry_run:
@@ -286,46 +285,36 @@ def parse_compare_arguments(arguments: list[str]) -> tuple[CompareArguments, lis
     if "num_train_epochs" not in budgets:
         flags.num_train_epochs = None  # a preset's
     variants, methods = dict.fromkeys(flags.variants or [""]), dict.fromkeys(flags.methods)
-    return flags, [_run(arguments, flags, method, variant) for variant in variants for method in methods]
+    return flags, [_run(given, flags, method, variant) for variant in variants for method in methods]
 
 
-def _run(arguments: list[str], flags: CompareArguments, method: str, variant: str) -> Run:
-    """Reads the flags once more, for one method and variant."""
-    own = ["--method", method] + ([] if method == "encoder" else [f"--no_{flag}" for flag in AUGMENTATIONS])
+def _run(given: dict[str, Any], flags: CompareArguments, method: str, variant: str) -> Run:
+    """The run of one method and variant, on top of the flags given."""
+    of_fit = {field.name: given[field.name] for field in fields(FitArguments) if field.name in given}
+    own = {"method": method} | ({} if method == "encoder" else dict.fromkeys(AUGMENTATIONS, False))
     try:
-        parsed = parse_fit_arguments([*arguments, *own, *_flags_of(variant)], PROGRAM, CompareArguments)
+        arguments = with_preset(FitArguments, of_fit | own | _settings_of(variant))
     except UserError as error:
         raise UserError(f"--variants {variant}: {error}" if variant else str(error)) from None
-    fit_arguments = FitArguments(**{field.name: getattr(parsed, field.name) for field in fields(FitArguments)})
     name = f"{method}-{variant}" if variant else method
-    fit_arguments.output_dir = flags.output_dir / name
-    fit_arguments.num_train_epochs = flags.num_train_epochs
-    return Run(name, variant, fit_arguments)
+    arguments.output_dir = flags.output_dir / name
+    arguments.num_train_epochs = flags.num_train_epochs
+    return Run(name, variant, arguments)
 
 
-def _flags_of(variant: str) -> list[str]:
-    """``cells=1,output_sine=true`` → ``--cells 1 --output_sine``."""
-    kinds, flags = {field.name: field.type for field in fields(FitArguments)}, []
+def _settings_of(variant: str) -> dict[str, Any]:
+    """``cells=1,output_sine=true`` → ``{"cells": 1, "output_sine": True}``."""
+    known, settings = {field.name for field in fields(FitArguments)}, {}
     for setting in variant.split(",") if variant else []:
         name, equals, value = setting.partition("=")
-        if name not in kinds:
+        if name not in known:
             raise UserError(f'there is no flag --{name}; settings are written as "cells=1,width=64"')
         if name in _COMMON:
             raise UserError(f"--{name} must be the same for all; give it outside of --variants")
         if not equals or not value:
             raise UserError(f"{name} needs a value, {name}=…")
-        if kinds[name] is not bool:
-            flags += [f"--{name}={value}"]
-        elif value in ("true", "false"):
-            flags += [f"--{name}" if value == "true" else f"--no_{name}"]
-        else:
-            raise UserError(f"{name}={value}: must be true or false")
-    return flags
-
-
-def _given(arguments: list[str], name: str) -> bool:
-    """Whether a flag stands on the command line."""
-    return any(argument.partition("=")[0].replace("-", "_") == f"__{name}" for argument in arguments)
+        settings[name] = value
+    return typed_values(FitArguments, settings)
 
 
 def _result(

@@ -1,16 +1,14 @@
 """`mnif fit`: learns the bases and one latent per instance (stage one)."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import ModelMixin
@@ -33,7 +31,7 @@ from mnif.training.loop import TrainingArguments, TrainLoop, batch_size_of, make
 from mnif.training.methods import AutoDecoderMethod, EncoderMethod, LearningMethod, MetaMethod
 from mnif.training.muon import Muon
 from mnif.training.run_record import begin_stage, finish_stage
-from mnif.utils.args import given_flag, parse_arguments, preset_defaults, preset_names, read_preset
+from mnif.utils.args import parse_given, preset_names, preset_values, read_preset
 from mnif.utils.errors import UserError
 from mnif.utils.files import merge_json
 from mnif.utils.output_folders import check_output_folder
@@ -152,36 +150,46 @@ class FitArguments(TrainingArguments):
     """Behind the object, and behind transparent pixels (radiance)."""
 
 
-def parse_fit_arguments(arguments: list[str], program: str = "mnif fit", kind: type = FitArguments) -> Any:
-    """Reads the flags over the defaults of a preset: the one named, or the signal's own.
+T = TypeVar("T", bound=FitArguments)
 
-    Args:
-        arguments: what follows the command.
-        program: for messages.
-        kind: the dataclass, :class:`FitArguments` or one that adds to it.
+
+def parse_fit_arguments(arguments: list[str]) -> FitArguments:
+    """Reads the flags over the defaults of a preset.
 
     Raises:
         UserError: a flag, the preset, or what the data are cannot be understood.
     """
-    plain = {"data": tyro.MISSING, "output_dir": tyro.MISSING}
-    if {"-h", "--help"} & set(arguments):
-        return parse_arguments(kind, arguments, program, kind(**plain))
-    named, data, signal = (given_flag(arguments, name) for name in ("preset", "data", "signal"))
+    return with_preset(FitArguments, parse_given(FitArguments, arguments, "mnif fit"))
+
+
+def with_preset(kind: type[T], given: dict[str, Any]) -> T:
+    """The flags given over the defaults of a preset: the one named, or the signal's own.
+
+    Args:
+        kind: the dataclass to make, :class:`FitArguments` or one that adds to it.
+        given: the flags on the command line and their values; ``data`` and ``output_dir`` are among them.
+
+    Raises:
+        UserError: the preset or what the data are cannot be understood, or a flag is out of range.
+    """
+    preset = _preset_for(given)
+    settings = preset_values(kind, preset["arguments"], given.get("preset"), "mnif fit", _NOT_OF_A_PRESET)
+    if "max_train_steps" in given:
+        settings.pop("num_train_epochs", None)
+    arguments = kind(**settings | given)
+    if arguments.signal == "auto":
+        arguments.signal = preset["signal"]
+    _check(arguments)
+    return arguments
+
+
+def _preset_for(given: dict[str, Any]) -> dict[str, Any]:
+    named, signal = given.get("preset"), given.get("signal", "auto")
     if named is not None:
-        preset = _preset(named)
-    elif signal not in (None, "auto"):
-        preset = _preset(signal) if signal in preset_names(PRESETS) else {"signal": signal, "arguments": {}}
-    elif data is not None:
-        preset = _preset(detect_signal(data))
-    else:
-        preset = {"signal": "auto", "arguments": {}}
-    if given_flag(arguments, "max_train_steps") is not None:
-        preset["arguments"].pop("num_train_epochs", None)
-    defaults: Any = preset_defaults(kind, preset["arguments"], named, "mnif fit", plain, _NOT_OF_A_PRESET)
-    parsed = parse_arguments(kind, arguments, program, dataclasses.replace(defaults, **plain, signal=preset["signal"]))
-    parsed.signal = preset["signal"] if parsed.signal == "auto" else parsed.signal
-    _check(parsed)
-    return parsed
+        return _preset(named)
+    if signal == "auto":
+        return _preset(detect_signal(given["data"]))
+    return _preset(signal) if signal in preset_names(PRESETS) else {"signal": signal, "arguments": {}}
 
 
 def _preset(name: str) -> dict[str, Any]:
