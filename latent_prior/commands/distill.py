@@ -22,13 +22,11 @@ from mnif.models.io import save_component, save_index
 from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_arguments
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import folder_written_atomically, merge_json, sha256_of_folder
 from mnif.utils.process import peak_memory_megabytes
 
 _HELD_OUT_SHARE = 0.05  # of the pairs
-
-
 _COMPARED = 2000  # samples and latents that distances are taken over
 
 
@@ -146,9 +144,15 @@ def _check(arguments: DistillArguments) -> None:
         if arguments.teacher_steps % steps:
             given = f"--teacher_steps {arguments.teacher_steps}"
             raise UserError(f"{given}: must be a multiple of each of --student_steps, also of {steps}")
-    for flag in ("teacher_steps", "width", "depth", "max_train_steps", "train_batch_size", "validation_steps"):
-        if getattr(arguments, flag) < 1:
-            raise UserError(f"--{flag} {getattr(arguments, flag)}: must be at least 1")
+    check_at_least(
+        1,
+        teacher_steps=arguments.teacher_steps,
+        width=arguments.width,
+        depth=arguments.depth,
+        max_train_steps=arguments.max_train_steps,
+        train_batch_size=arguments.train_batch_size,
+        validation_steps=arguments.validation_steps,
+    )
     if not 0 <= arguments.dropout < 1:
         raise UserError(f"--dropout {arguments.dropout}: must be at least 0 and below 1")
     if arguments.num_pairs < 2:

@@ -24,14 +24,12 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_given, preset_values, read_preset
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import folder_written_atomically, merge_json, read_json, sha256_of_file
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import peak_memory_megabytes
 
 PRESETS = Path(__file__).parents[1] / "presets"
-
-
 _NOT_OF_A_PRESET = {"run", "preset", "extra_latents"}
 
 
@@ -105,13 +103,16 @@ def parse_prior_arguments(arguments: list[str]) -> PriorArguments:
 
 
 def _check(arguments: PriorArguments) -> None:
-    for flag in ("width", "depth", "max_train_steps", "num_train_epochs", "train_batch_size", "validation_steps"):
-        value = getattr(arguments, flag)
-        if value is not None and value < 1:
-            raise UserError(f"--{flag} {value}: must be at least 1")
-    for flag in ("latent_noise", "weight_decay"):
-        if not getattr(arguments, flag) >= 0:
-            raise UserError(f"--{flag} {getattr(arguments, flag)}: must be at least 0")
+    check_at_least(
+        1,
+        width=arguments.width,
+        depth=arguments.depth,
+        max_train_steps=arguments.max_train_steps,
+        num_train_epochs=arguments.num_train_epochs,
+        train_batch_size=arguments.train_batch_size,
+        validation_steps=arguments.validation_steps,
+    )
+    check_at_least(0, latent_noise=arguments.latent_noise, weight_decay=arguments.weight_decay)
     if not arguments.snr_limit > 0:
         raise UserError(f"--snr_limit {arguments.snr_limit}: must be above 0")
     if not 0 <= arguments.dropout < 1:

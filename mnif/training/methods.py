@@ -10,6 +10,7 @@ from mnif.latents.embedding import LatentEmbedding
 from mnif.latents.inner_loop import InnerLoop
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Observation, Signal
+from mnif.training.muon import Muon
 
 
 class LearningMethod(nn.Module):
@@ -125,3 +126,35 @@ class MetaMethod(LearningMethod):
     def latents(self, observation: Observation, row: Tensor) -> Tensor:
         """After the inner loop, on one random part of what is known."""
         return self.inner_loop(self.decoder, self.signal, self.signal.subsample(observation))
+
+
+def make_optimizers(
+    method: LearningMethod, learning_rate: float, basis_learning_rate: float, adam_beta2: float, use_muon: bool
+) -> list[torch.optim.Optimizer]:
+    """Adam with a rate for the bases and one for everything else; Muon in its place for narrow matrices.
+
+    Args:
+        method: what learns; latents of its own are moved elsewhere.
+        learning_rate: of all but the bases.
+        basis_learning_rate: of the bases.
+        adam_beta2: of Adam.
+        use_muon: whether Muon moves the narrow matrices.
+    """
+    decoder = method.decoder
+    fields = [*decoder.shared, *decoder.means, *decoder.bases]
+    groups = [{"params": fields, "lr": basis_learning_rate}]
+    others = method.others()
+    if decoder.coefficient_map is not None:
+        others += decoder.coefficient_map.parameters()
+    by_muon = [parameter for parameter in others if use_muon and _is_narrow(parameter)]
+    chosen = {id(parameter) for parameter in by_muon}
+    by_adam = [parameter for parameter in others if id(parameter) not in chosen]
+    if by_adam:
+        groups.append({"params": by_adam, "lr": learning_rate})
+    adam = torch.optim.AdamW(groups, betas=(0.9, adam_beta2), weight_decay=0.0, fused=True)
+    return [adam, Muon(by_muon, learning_rate)] if by_muon else [adam]
+
+
+def _is_narrow(parameter: Tensor) -> bool:
+    """Whether it is a matrix that Muon moves in no time; the cost is the cube of the shorter side."""
+    return parameter.ndim == 2 and min(parameter.shape) <= 256
