@@ -21,7 +21,7 @@ from mnif.data.batches import ArrayDataset
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component, save_component, save_index
 from mnif.models.mnif_model import MNIFModel
-from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator
+from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator, steps_of_epochs
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_given, preset_values, read_preset
 from mnif.utils.errors import UserError, check_at_least
@@ -146,8 +146,8 @@ def fit_prior(arguments: PriorArguments) -> None:
     table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint())
     latents = torch.cat([table.train, *_extra_latents(arguments, table)])
     if arguments.num_train_epochs is not None:
-        per_epoch = max(len(latents) // min(arguments.train_batch_size, len(latents)), 1)
-        arguments.max_train_steps = arguments.num_train_epochs * per_epoch
+        epochs, batch_size = arguments.num_train_epochs, arguments.train_batch_size
+        arguments.max_train_steps = steps_of_epochs(epochs, batch_size, len(latents))
     accelerator = make_accelerator(arguments, run)
     extra = {f"extra_latents_{i}": sha256_of_file(path) for i, path in enumerate(arguments.extra_latents or [])}
     if begin_stage(run, "prior", arguments, {"decoder_fingerprint": table.fingerprint} | extra):

@@ -27,7 +27,7 @@ from mnif.signals.base import GridSignal, Observation, Signal
 from mnif.signals.radiance import RadianceField
 from mnif.signals.registry import detect_signal, signal_class
 from mnif.training.checkpoints import newest_checkpoint
-from mnif.training.loop import TrainingArguments, TrainLoop, batch_size_of, make_accelerator
+from mnif.training.loop import TrainingArguments, TrainLoop, batch_size_of, make_accelerator, steps_of_epochs
 from mnif.training.methods import AutoDecoderMethod, EncoderMethod, LearningMethod, MetaMethod, make_optimizers
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_given, preset_names, preset_values, read_preset
@@ -314,8 +314,8 @@ def fit(arguments: FitArguments) -> None:
         raise UserError(f"--data {arguments.data}: no {signal.noun} is left to train on; lower --held_out_fraction")
     train_data = data.rows(splits == Split.TRAIN)
     if arguments.num_train_epochs is not None:
-        per_epoch = max(len(train_data) // min(arguments.train_batch_size, len(train_data)), 1)
-        arguments.max_train_steps = arguments.num_train_epochs * per_epoch
+        epochs, batch_size = arguments.num_train_epochs, arguments.train_batch_size
+        arguments.max_train_steps = steps_of_epochs(epochs, batch_size, len(train_data))
     _augmentations(arguments, signal)
     if arguments.dry_run:
         decoder = make_decoder(arguments, signal)

@@ -363,6 +363,11 @@ def batch_size_of(arguments: TrainingArguments, instances: int, processes: int) 
     return batch_size
 
 
+def steps_of_epochs(epochs: int, train_batch_size: int, instances: int) -> int:
+    """The number of optimizer steps in passes over the data; a pass has whole batches only."""
+    return epochs * (instances // min(train_batch_size, instances))
+
+
 def _loader(arguments: TrainingArguments, rows: ArrayDataset, step: int, processes: int) -> DataLoader:
     """Batches from ``step`` to the end; a batch is made by one indexing, so there is nothing to collate."""
     batch_size = batch_size_of(arguments, len(rows), processes)
