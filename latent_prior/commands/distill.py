@@ -10,7 +10,7 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from latent_prior.denoisers import ResMLPDenoiser
+from latent_prior.denoisers import Denoiser, ResMLPDenoiser
 from latent_prior.diffusion import TRAIN_TIMESTEPS, LossType, objective_of, sampling_scheduler, student_scheduler
 from latent_prior.distillation import DistillationLoss, energy_distance, student_timesteps, teacher_pairs
 from latent_prior.hub import write_model_card
@@ -100,16 +100,7 @@ def distill(arguments: DistillArguments) -> None:
     )
     drawn = time.perf_counter() - started
     set_seed(arguments.seed)
-    student = ResMLPDenoiser(
-        latent_dim=pairs.states.shape[2],
-        width=arguments.width,
-        depth=arguments.depth,
-        dropout=arguments.dropout,
-        decoder_fingerprint=pipeline.denoiser.config.decoder_fingerprint,
-        distilled_steps=sorted(arguments.student_steps),
-    )
-    student.latent_mean.copy_(pipeline.denoiser.latent_mean)
-    student.latent_std.copy_(pipeline.denoiser.latent_std)
+    student = make_student(arguments, pipeline.denoiser)
     loss = DistillationLoss(student, pairs.timesteps, arguments.loss).to(accelerator.device)
     held_out = max(int(_HELD_OUT_SHARE * arguments.num_pairs), 1)
     accelerator.print(
@@ -118,9 +109,7 @@ def distill(arguments: DistillArguments) -> None:
     )
 
     def validate() -> dict[str, float]:
-        return loss.errors(
-            *(part[:held_out].to(accelerator.device) for part in (pairs.states, pairs.samples)),
-        )
+        return loss.errors(*(part[:held_out].to(accelerator.device) for part in (pairs.states, pairs.samples)))
 
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay, fused=True
@@ -134,6 +123,21 @@ def distill(arguments: DistillArguments) -> None:
         seconds = {"seconds_of_pairs": round(drawn, 1), "seconds": round(time.perf_counter() - started, 1)}
         _finish(arguments, pipeline, student.cpu().eval(), table, seconds)
     accelerator.wait_for_everyone()
+
+
+def make_student(arguments: DistillArguments, teacher: Denoiser) -> ResMLPDenoiser:
+    """The student, freshly drawn, with the statistics of the latents that the teacher learned from."""
+    student = ResMLPDenoiser(
+        latent_dim=teacher.config.latent_dim,
+        width=arguments.width,
+        depth=arguments.depth,
+        dropout=arguments.dropout,
+        decoder_fingerprint=teacher.config.decoder_fingerprint,
+        distilled_steps=sorted(arguments.student_steps),
+    )
+    student.latent_mean.copy_(teacher.latent_mean)
+    student.latent_std.copy_(teacher.latent_std)
+    return student
 
 
 def _check(arguments: DistillArguments) -> None:

@@ -3,6 +3,7 @@
 import shutil
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,16 +164,11 @@ def fit_prior(arguments: PriorArguments) -> None:
         arguments.loss,
         arguments.latent_noise,
     ).to(accelerator.device)
-    held_out = table.latents[table.held_out] if table.held_out.any() else table.train
     accelerator.print(
         f"{len(latents)} latents to train, {int(table.held_out.sum())} held out; "
         f"denoiser {denoiser.num_parameters():,} parameters"
     )
-
-    def validate() -> dict[str, float]:
-        probes = {"validation_loss": held_out, "validation_loss_train": table.train[: len(held_out)]}
-        return {name: validation_loss(loss, latents.to(accelerator.device)) for name, latents in probes.items()}
-
+    validate = partial(_validation_losses, loss, table, accelerator.device)
     optimizer = torch.optim.AdamW(
         denoiser.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay, fused=True
     )
@@ -198,6 +194,13 @@ def make_denoiser(arguments: PriorArguments, table: LatentTable) -> Denoiser:
     denoiser.latent_mean.copy_(mean)
     denoiser.latent_std.copy_(std)
     return denoiser
+
+
+def _validation_losses(loss: DenoisingLoss, table: LatentTable, device: torch.device) -> dict[str, float]:
+    """The loss on held-out latents, if there are any, and on as many of those learned from."""
+    held_out = table.latents[table.held_out] if table.held_out.any() else table.train
+    probes = {"validation_loss": held_out, "validation_loss_train": table.train[: len(held_out)]}
+    return {name: validation_loss(loss, latents.to(device)) for name, latents in probes.items()}
 
 
 def _extra_latents(arguments: PriorArguments, table: LatentTable) -> list[Tensor]:

@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
 
 
 def compare(flags: CompareArguments, runs: list[Run]) -> None:
-    """Trains every run, measures it, and writes the comparison to ``asked.output_dir``.
+    """Trains every run, measures it, and writes the comparison to ``flags.output_dir``.
 
     Raises:
         UserError: the data cannot be read or nothing of it is held out, a folder is another command's or holds

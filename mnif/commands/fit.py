@@ -28,7 +28,15 @@ from mnif.signals.radiance import RadianceField
 from mnif.signals.registry import detect_signal, signal_class
 from mnif.training.checkpoints import newest_checkpoint
 from mnif.training.loop import TrainingArguments, TrainLoop, batch_size_of, make_accelerator, steps_of_epochs
-from mnif.training.methods import AutoDecoderMethod, EncoderMethod, LearningMethod, MetaMethod, make_optimizers
+from mnif.training.methods import (
+    AutoDecoderMethod,
+    EncoderMethod,
+    LearningMethod,
+    MetaMethod,
+    make_optimizers,
+    mean_psnr,
+    validation_rows,
+)
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_given, preset_names, preset_values, read_preset
 from mnif.utils.errors import UserError, check_at_least
@@ -58,7 +66,6 @@ DECODER_SETTINGS = (
 SUSTAINED = 5e12  # floating-point operations a second: a quarter of an A100's float32 peak
 
 _NOT_OF_A_PRESET = {"data", "output_dir", "signal", "preset"}
-_VALIDATED = 512  # instances of each side that a validation looks at, at most
 
 _COUNTS = (
     "num_bases",
@@ -335,12 +342,12 @@ def fit(arguments: FitArguments) -> None:
         f"{arguments.data}: {len(rows)} {signal.noun}s to train, {len(held_rows)} held out, "
         f"{(splits == Split.TEST).sum()} kept for a test; decoder {decoder.num_parameters():,} parameters"
     )
-    probes = {"psnr_train": _probe(rows, method, accelerator)}
+    probes = {"psnr_train": validation_rows(rows, method, accelerator)}
     if not isinstance(method, AutoDecoderMethod) and len(held_rows):
-        probes["psnr_heldout"] = _probe(held_rows, method, accelerator)
+        probes["psnr_heldout"] = validation_rows(held_rows, method, accelerator)
 
     def validate() -> dict[str, float]:
-        return {name: _mean_psnr(method, probe, accelerator) for name, probe in probes.items()}
+        return {name: mean_psnr(method, probe, accelerator) for name, probe in probes.items()}
 
     train_loop(arguments, accelerator, method, rows, validate).run()
     if accelerator.is_main_process:
@@ -416,26 +423,6 @@ def train_loop(
     latent_rows = method.rows if isinstance(method, AutoDecoderMethod) else None
     run = arguments.output_dir
     return TrainLoop(accelerator, arguments, method, optimizers, rows, run, "fit", validate, latent_rows=latent_rows)
-
-
-def _probe(rows: ArrayDataset, method: LearningMethod, accelerator: Accelerator) -> ArrayDataset:
-    """This process's share of the instances a validation looks at, evenly spread over all of them."""
-    index = torch.linspace(0, len(rows) - 1, min(len(rows), _VALIDATED)).long()
-    if isinstance(method, AutoDecoderMethod):
-        return rows.subset(index[method.rows.owns(index)].numpy())
-    return rows.subset(index[accelerator.process_index :: accelerator.num_processes].numpy())
-
-
-@torch.no_grad()
-def _mean_psnr(method: LearningMethod, rows: ArrayDataset, accelerator: Accelerator) -> float:
-    """Mean PSNR in dB of instances with the latents that are found for them now, over all processes."""
-    total_and_count = torch.zeros(2, device=accelerator.device)
-    for batch in rows.batches(64, accelerator.device) if len(rows) else ():
-        latents = method.latents(method.signal.observe(batch), batch["row"])
-        values = method.signal.metrics(method.decoder, latents, batch)["psnr"]
-        total_and_count += torch.stack([values.sum(), values.new_tensor(len(values))])
-    total, count = accelerator.reduce(total_and_count, "sum").tolist()
-    return total / count
 
 
 def _finish(

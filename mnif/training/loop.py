@@ -183,9 +183,8 @@ class TrainLoop:
         self.progress = self.checkpoints.resume(arguments.resume_from_checkpoint)
         self.losses: list[Tensor] = []  # of this process, that ``progress`` lacks
         self.metrics_log: MetricsLog | None = None
-        if (
-            accelerator.is_main_process
-        ):  # the others have written what begins a stage, and write nothing here from now on
+        # The other processes have written what begins a stage, and write nothing here from now on.
+        if accelerator.is_main_process:
             for place in (folder, folder / "samples"):
                 remove_leftovers(place)
             self.metrics_log = MetricsLog(folder / "metrics.jsonl", stage, self.progress.step)

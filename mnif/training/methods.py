@@ -1,16 +1,20 @@
-"""The three ways of learning bases: what each minimises in a step of training."""
+"""The three ways of learning bases: what each minimises in a step of training, what moves it, and how good it is."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from mnif.data.batches import ArrayDataset
 from mnif.latents.embedding import LatentEmbedding
 from mnif.latents.inner_loop import InnerLoop
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Observation, Signal
 from mnif.training.muon import Muon
+
+_VALIDATED = 512  # instances of each side that a validation looks at, at most
 
 
 class LearningMethod(nn.Module):
@@ -158,3 +162,23 @@ def make_optimizers(
 def _is_narrow(parameter: Tensor) -> bool:
     """Whether it is a matrix that Muon moves in no time; the cost is the cube of the shorter side."""
     return parameter.ndim == 2 and min(parameter.shape) <= 256
+
+
+def validation_rows(rows: ArrayDataset, method: LearningMethod, accelerator: Accelerator) -> ArrayDataset:
+    """This process's share of the instances a validation looks at, evenly spread over all of them."""
+    index = torch.linspace(0, len(rows) - 1, min(len(rows), _VALIDATED)).long()
+    if isinstance(method, AutoDecoderMethod):
+        return rows.subset(index[method.rows.owns(index)].numpy())
+    return rows.subset(index[accelerator.process_index :: accelerator.num_processes].numpy())
+
+
+@torch.no_grad()
+def mean_psnr(method: LearningMethod, rows: ArrayDataset, accelerator: Accelerator) -> float:
+    """Mean PSNR in dB of instances with the latents that are found for them now, over all processes."""
+    total_and_count = torch.zeros(2, device=accelerator.device)
+    for batch in rows.batches(64, accelerator.device) if len(rows) else ():
+        latents = method.latents(method.signal.observe(batch), batch["row"])
+        values = method.signal.metrics(method.decoder, latents, batch)["psnr"]
+        total_and_count += torch.stack([values.sum(), values.new_tensor(len(values))])
+    total, count = accelerator.reduce(total_and_count, "sum").tolist()
+    return total / count

@@ -3,7 +3,8 @@ import os
 import signal
 import subprocess
 import sys
-from itertools import count
+from contextlib import closing
+from itertools import count, islice
 from pathlib import Path
 from random import random
 from threading import Timer
@@ -114,6 +115,21 @@ def test_run_killed_between_checkpoints_repeats_from_the_last(tmp_path: Path) ->
         curves.write('{"stage": "stage", "step": 9, "loss": 0.5}\n{"stage": "st')  # beyond the checkpoint, and cut off
     assert torch.equal(run(tmp_path / "killed"), whole)
     assert curves_of(tmp_path / "killed") == curves_of(tmp_path / "whole")
+
+
+def test_a_caller_may_stop_after_any_step(tmp_path: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    arguments = TrainingArguments(max_train_steps=12, train_batch_size=4, compile="off")
+    rows, module = ArrayDataset(x=torch.randn(10, 3), y=torch.randn(10, 1)), NoisyRegression()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    accelerator = make_accelerator(arguments, tmp_path)
+    train = TrainLoop(accelerator, arguments, module, [optimizer], rows, tmp_path, "stage", dict)
+    before = signal.getsignal(signal.SIGINT)
+    with closing(train.steps()) as steps:
+        assert list(islice(steps, 3)) == [1, 2, 3]
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_losses_between_two_records_are_kept_over_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
