@@ -220,11 +220,11 @@ def with_preset(kind: type[T], given: dict[str, Any]) -> T:
 
 
 def _preset_for(given: dict[str, Any]) -> dict[str, Any]:
-    named, signal = given.get("preset"), given.get("signal", "auto")
-    if named is not None:
-        return _preset(named)
+    if given.get("preset") is not None:
+        return _preset(given["preset"])
+    signal = given.get("signal", "auto")
     if signal == "auto":
-        return _preset(detect_signal(given["data"]))
+        signal = detect_signal(given["data"])
     return _preset(signal) if signal in preset_names(PRESETS) else {"signal": signal, "arguments": {}}
 
 
