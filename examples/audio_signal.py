@@ -134,7 +134,7 @@ class Audio(GridSignal):
         """``samples`` [B, T] int16 → [B, T, 1] in [-1, 1]."""
         return self.on_grid(batch["samples"][..., None].float() / 32768)
 
-    def pictures(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
+    def images(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
         """The waveforms."""
         return _waveforms(decoder(latents))
 

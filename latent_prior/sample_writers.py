@@ -19,19 +19,9 @@ from torch import Tensor
 
 from latent_prior.sampling import BLOCK, ExactSampler, initial_noise, slerp
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.base import Signal
-from mnif.signals.outputs import (
-    ImageWriter,
-    MeshWriter,
-    OutputWriter,
-    ViewWriter,
-    decode_grid,
-    decode_images,
-    scalar_or_list,
-)
-from mnif.signals.radiance import RadianceField
+from mnif.signals.base import OutputWriter, Signal
 from mnif.utils.files import temporary_folder, was_written, written_atomically
-from mnif.utils.pixels import image_grid, save_animation, save_image, to_uint8
+from mnif.utils.pixels import image_grid, save_animation, save_image
 
 
 @dataclass(frozen=True)
@@ -122,17 +112,8 @@ class FolderOfSamples(Samples):
 
     def _write_files(self, folder: Path, samples: list[int], latents: Tensor, first: int) -> Iterator[str | None]:
         """Writes the files of ``samples``, whose latents are those from ``first`` on."""
-        if isinstance(self.writer, ImageWriter):
-            rows, resolution = [sample - first for sample in samples], scalar_or_list(self.writer.resolution)
-            parts = decode_images(self.decoder, latents, resolution, self.at_once, rows)
-            pictures = (picture for part in parts for picture in to_uint8(part))
-            for sample, picture in zip(samples, pictures, strict=True):
-                save_image(folder / f"{sample:06d}.png", picture[..., 0] if picture.shape[-1] == 1 else picture)
-                yield None
-            return
-        for sample in samples:
-            latent = latents[sample - first : sample - first + 1]
-            yield self.writer.write(self.decoder, self.signal, latent, folder, f"{sample:06d}")
+        names = {sample - first: f"{sample:06d}" for sample in samples}
+        yield from self.writer.write_each(self.decoder, self.signal, latents, folder, names, self.at_once)
 
 
 class TarShards(FolderOfSamples):
@@ -204,28 +185,10 @@ class NpzOfSamples(Samples):
         """Writes a part."""
         arrays = []
         for samples, latents in self._blocks(number):
-            arrays.append(self._arrays(latents, len(samples)))
+            arrays.append(self.writer.to_array(self.decoder, self.signal, latents, len(samples), self.at_once))
             yield from [None] * len(samples)
         with written_atomically(self.part(number)) as temporary, temporary.open("wb") as file:
             np.save(file, np.concatenate(arrays), allow_pickle=False)
-
-    def _arrays(self, latents: Tensor, count: int) -> np.ndarray:
-        """What the first ``count`` of a block are shown by."""
-        if isinstance(self.writer, ImageWriter):
-            parts = decode_images(
-                self.decoder, latents, scalar_or_list(self.writer.resolution), self.at_once, range(count)
-            )
-            return np.concatenate([to_uint8(part) for part in parts])
-        each = latents[:count].split(1)
-        if isinstance(self.writer, MeshWriter):
-            resolution = scalar_or_list(self.writer.resolution)
-            values = (decode_grid(self.decoder, latent, resolution)[..., 0] for latent in each)
-            return np.concatenate([(cube > 0).cpu().numpy() for cube in values])
-        if isinstance(self.writer, ViewWriter) and isinstance(self.signal, RadianceField):
-            height = self.writer.resolution[0] if self.writer.resolution else None
-            camera = (self.writer.views, self.writer.elevation, height)
-            return np.concatenate([self.signal.turntable(self.decoder, latent, *camera) for latent in each])
-        return np.concatenate([self.signal.pictures(self.decoder, latent) for latent in each])
 
     def finish(self) -> None:
         """Puts the parts together, one in memory at a time."""
@@ -237,10 +200,9 @@ class NpzOfSamples(Samples):
             (self.output / "parts").rmdir()
 
     def _join(self) -> None:
-        name = {"image": "images", "voxels": "voxels", "radiance": "views"}.get(self.signal.name, "pictures")
         first = np.load(self.part(0), mmap_mode="r", allow_pickle=False)
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (self.count, *first.shape[1:])}
-        entry = zipfile.ZipInfo(f"{name}.npy")  # of no date
+        entry = zipfile.ZipInfo(f"{self.writer.array_name}.npy")  # of no date
         with (
             written_atomically(self.path) as temporary,
             zipfile.ZipFile(temporary, "w") as archive,
@@ -262,7 +224,7 @@ def save_preview(samples: Samples, count: int) -> None:
     """Writes preview/grid.png, the first ``count`` samples at the training resolution."""
     count = min(count, samples.count)
     latents = samples.drawing.samples(count)
-    pictures = np.concatenate([samples.signal.pictures(samples.decoder, latent) for latent in latents.split(64)])
+    pictures = np.concatenate([samples.signal.images(samples.decoder, latent) for latent in latents.split(64)])
     sheet = image_grid(pictures, columns=min(count, 8), scale=_scale(pictures))
     save_image(samples.output / "preview" / "grid.png", sheet)
 
@@ -279,7 +241,7 @@ def save_interpolation(samples: Samples, steps: int) -> None:
     ways = []
     for start, end in pairwise(noise):
         latents = samples.drawing.latents(torch.from_numpy(slerp(start, end, np.linspace(0, 1, steps + 1))))
-        ways.append(samples.signal.pictures(samples.decoder, latents))
+        ways.append(samples.signal.images(samples.decoder, latents))
     pictures = np.concatenate(ways)
     folder, scale = samples.output / "preview", _scale(pictures)
     save_image(folder / "interpolation.png", image_grid(pictures, columns=steps + 1, scale=scale))

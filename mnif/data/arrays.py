@@ -68,9 +68,9 @@ def ids_and_groups(path: Path, arrays: dict[str, np.ndarray], count: int) -> tup
     """
     ids = [str(id) for id in arrays["ids"].ravel()] if "ids" in arrays else row_names(count)
     groups = [str(group) for group in arrays["groups"].ravel()] if "groups" in arrays else ids
-    for name, found in (("ids", ids), ("groups", groups)):
-        if len(found) != count:
-            raise UserError(f'{path}: "{name}" has {len(found)} names for {count} instances')
+    for name, names in (("ids", ids), ("groups", groups)):
+        if len(names) != count:
+            raise UserError(f'{path}: "{name}" has {len(names)} names for {count} instances')
     return ids, groups
 
 
@@ -93,7 +93,7 @@ def memmap_cached(
     Args:
         shape: of the array.
         fill: writes every element of a uint8 array of this shape.
-        key: what the content depends on besides the shape (:func:`stamps` of the files, parameters); names the file.
+        key: what the content depends on besides the shape (:func:`file_stamps`, parameters); names the file.
         keep: goes to the cache folder even if it fits into memory, because it takes long to make.
 
     Returns:

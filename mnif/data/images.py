@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from mnif.data.arrays import file_stamps, ids_and_groups, memmap_cached, npy_array, npz_arrays, row_names
 from mnif.data.builtin import builtin_names, data_file, twemoji_files, twemoji_group
 from mnif.data.dataset import Dataset
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, require
 from mnif.utils.process import progress_bar
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -112,7 +112,7 @@ class ImageSource:
         ids: N names.
         groups: N names.
         read: row → a context that holds the picture.
-        key: what the pictures depend on, as lines for :func:`mnif.data.arrays.filled`.
+        key: what the pictures depend on, as lines for :func:`mnif.data.arrays.memmap_cached`.
         array: [N, H, W] or [N, H, W, C], if they are one array already.
     """
 
@@ -199,12 +199,9 @@ def hub_source(name: str, where: str) -> ImageSource:
 
 
 def _hub_table(name: str, where: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f'--data {where}: the package "datasets" is missing; run: pip install "mnif-diffusion[datasets]"'
-        ) from None
+    require("datasets", "datasets", f"--data {where}")
+    import datasets
+
     name, _, split = name.partition(":")
     try:
         found = datasets.load_from_disk(name) if is_hub_folder(Path(name)) else datasets.load_dataset(name)
@@ -271,7 +268,7 @@ def load_images(source: str, resolution: int | tuple[int, int], channels: int = 
 
     Transparent pixels are laid on white unless they are kept; a picture of another aspect is cut to its central part;
     that part is resized by Pillow's antialiased bicubic filter. Pixels over the memory limit are written once to the
-    cache folder and memory-mapped (:func:`mnif.data.arrays.filled`).
+    cache folder and memory-mapped (:func:`mnif.data.arrays.memmap_cached`).
 
     Args:
         source: a built-in name (``twemoji``, ``furniture-views``); a folder of PNG, JPEG or WebP files; an ``.npz``

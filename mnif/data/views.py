@@ -39,7 +39,7 @@ class ViewSource:
         size: height and width of the pictures.
         bounds: near and far.
         read: object, view → a context that holds the picture.
-        key: what the pictures depend on, as lines for :func:`mnif.data.arrays.filled`.
+        key: what the pictures depend on, as lines for :func:`mnif.data.arrays.memmap_cached`.
     """
 
     ids: list[str]
@@ -166,7 +166,7 @@ def load_views(
 
     Transparent pixels are laid on the background. At another size than the pictures', their largest central part of
     that aspect is resized by area averaging, and the intrinsics with it. Pixels over the memory limit are written
-    once to the cache folder and memory-mapped (:func:`mnif.data.arrays.filled`).
+    once to the cache folder and memory-mapped (:func:`mnif.data.arrays.memmap_cached`).
 
     Args:
         source: a built-in name (``furniture-views``); a folder in the layout of Scene Representation Networks, one

@@ -18,7 +18,7 @@ import numpy as np
 from scipy.ndimage import binary_fill_holes
 
 from mnif.data.arrays import row_names
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, require
 from mnif.utils.files import written_atomically
 
 _LONGEST_RUN = 255
@@ -93,10 +93,9 @@ def open_hdf5(path: Path) -> Any:
     Raises:
         UserError: h5py is not installed, or the file is damaged.
     """
-    try:
-        import h5py
-    except ImportError:
-        raise UserError(f'{path}: "h5py" is missing; run: pip install "mnif-diffusion[voxels]"') from None
+    require("h5py", "voxels", str(path))
+    import h5py
+
     try:
         return h5py.File(path, "r")
     except OSError as error:
@@ -243,10 +242,9 @@ def read_mesh(path: Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         UserError: trimesh is not installed, or the file is damaged, has no faces, or a corner is NaN or infinite.
     """
-    try:
-        import trimesh
-    except ImportError:
-        raise UserError(f'{path}: "trimesh" is missing; run: pip install "mnif-diffusion[voxels]"') from None
+    require("trimesh", "voxels", str(path))
+    import trimesh
+
     try:
         mesh: Any = trimesh.load_mesh(path, process=False, skip_materials=True)
     except Exception as error:  # what its loaders raise is no closed list

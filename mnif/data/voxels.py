@@ -40,7 +40,7 @@ class VoxelSource:
         groups: N names.
         resolution: cells per axis.
         read: row → [R, R, R], any dtype, indexed x, y, z.
-        key: what the grids depend on, as lines for :func:`mnif.data.arrays.filled`.
+        key: what the grids depend on, as lines for :func:`mnif.data.arrays.memmap_cached`.
         slow: reading takes long enough to keep what was read on disk.
     """
 
@@ -152,7 +152,7 @@ def load_voxels(source: str, resolution: int | None = None) -> VoxelData:
 
     A finer grid is reduced by a whole factor: a cell is occupied if half of the cells in it are; a shape that would
     vanish so is kept, with every cell occupied in which it has any. Meshes are voxelised at ``resolution`` once and
-    kept in the cache folder, as is what exceeds the memory limit (:func:`mnif.data.arrays.filled`).
+    kept in the cache folder, as is what exceeds the memory limit (:func:`mnif.data.arrays.memmap_cached`).
 
     Args:
         source: a built-in name (``furniture``); an ``.npz`` file with ``voxels`` or ``occupancy``, 0 and 1,

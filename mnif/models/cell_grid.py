@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mnif.utils.errors import UserError
+from mnif.utils.pixels import as_axes
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class AxisCells:
     def pixels_and_weights(self) -> tuple[np.ndarray, np.ndarray]:
         """The pixel of every point, [cells, points] int64, and how much of it that value makes, float64 in [0, 1].
 
-        A point outside the domain has a share of 0.
+        A point outside the domain has a weight of 0.
         """
         pixels, weights = np.zeros(self.coordinates.shape, np.int64), np.zeros(self.coordinates.shape)
         number = np.arange(len(self.first))
@@ -103,7 +104,7 @@ class CellGrid:
         axes: for each axis ``first`` and ``second``, [resolution] int64, and ``weight``, [resolution], as in
             :class:`AxisCells`.
         pixels: [cells**d · points] int64, the pixel that each point shows, as an index into the flattened grid.
-        shares: [cells**d, points], how much of that pixel the point's value makes; they sum to the number of pixels.
+        weights: [cells**d, points], how much of that pixel the point's value makes; they sum to the number of pixels.
     """
 
     coordinates: Tensor
@@ -173,8 +174,7 @@ def cell_grid(
         stride: distance of the pixels taken, a divisor of the resolution; 1 takes all.
         phase: the first pixel taken along each axis, below ``stride``; default 0.
     """
-    resolutions = (resolution,) * dimensions if isinstance(resolution, int) else resolution
-    phases = phase or (0,) * dimensions
+    resolutions, phases = as_axes(resolution, dimensions), phase or (0,) * dimensions
     axes = [axis_cells(n, cells, overlap, stride, start) for n, start in zip(resolutions, phases, strict=True)]
     local = [axis.coordinates for axis in axes]
     if all(np.allclose(rows, rows[:1], atol=1e-12) for rows in local):

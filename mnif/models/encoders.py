@@ -9,6 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from mnif.models.io import OwnMemory
+from mnif.utils.pixels import as_axes
 
 
 class Patches(nn.Module):
@@ -76,8 +77,7 @@ class PatchEncoder(OwnMemory, ModelMixin, ConfigMixin):
         dropout: float = 0.0,
     ):
         super().__init__()
-        axes = [resolution] * dimensions if isinstance(resolution, int) else list(resolution)
-        self.patch_network = Patches(channels, axes, patches, patch_width, patch_features)
+        self.patch_network = Patches(channels, as_axes(resolution, dimensions), patches, patch_width, patch_features)
         self.mix_in = nn.Linear(self.patch_network.outputs, width)
         self.mix_residual = nn.Linear(width, width)
         self.mix_out = nn.Linear(width, latent_dim)
@@ -124,8 +124,7 @@ class ViewsEncoder(OwnMemory, ModelMixin, ConfigMixin):
         width: int = 512,
     ):
         super().__init__()
-        axes = [resolution] * 2 if isinstance(resolution, int) else list(resolution)
-        self.patch_network = Patches(channels, axes, patches, patch_width, patch_features)
+        self.patch_network = Patches(channels, as_axes(resolution, 2), patches, patch_width, patch_features)
         self.view_in = nn.Linear(self.patch_network.outputs + 12, width)
         self.view_residual = nn.Linear(width, width)
         self.mix_residual = nn.Linear(width, width)
