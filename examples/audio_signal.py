@@ -1,6 +1,6 @@
 """Sound as a fourth signal, without a change to mnif: folders of mono 16-bit WAV clips.
 
-python examples/audio_signal.py fit --data clips --output_dir runs/clips --resolution 2048 --cells 16
+python examples/audio_signal.py fit --signal audio --data clips --output_dir runs/clips --resolution 2048 --cells 16
 
 Every other command works the same way, as in `python examples/audio_signal.py encode --model runs/clips/model …`;
 docs/new_signal.md walks through this file.
@@ -50,7 +50,7 @@ class AudioData(Dataset):
     groups: list[str]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The samples."""
+        """Returns the samples."""
         return {"samples": self.samples}
 
 
@@ -72,7 +72,7 @@ def load_audio(source: str, length: int) -> AudioData:
 
 
 def _clip(path: Path, length: int) -> tuple[np.ndarray, int]:
-    """The first ``length`` samples, int16, and the rate."""
+    """Reads the first ``length`` samples, int16, and the rate."""
     try:
         with wave.open(str(path)) as clip:
             channels, width, rate, *_ = clip.getparams()

@@ -26,11 +26,7 @@ from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import command_line, default_device, peak_memory_megabytes, progress_bar
 
 _OWN_FILES = ("grid", "grid.png", "metrics.json", "decode.json")  # names that no latent may have
-
-
 _OVERVIEW, _OVERVIEW_PIXELS = 64, 256
-
-
 _LONGEST_NAME = 160  # bytes; file systems allow 255, suffixes included
 
 
@@ -129,7 +125,7 @@ def decode(arguments: DecodeArguments) -> None:
 
 
 def safe_names(ids: Iterable[str]) -> list[str]:
-    """A file name for each id: what may trouble a file system becomes "_".
+    """Makes a file name for each id: what may trouble a file system becomes "_".
 
     Names that were too long or would be the same as another's, in small letters or capitals, end on part of the id's
     SHA-256, so that a name depends on the ids alone and not on which of them are written.
@@ -147,7 +143,7 @@ def safe_names(ids: Iterable[str]) -> list[str]:
 
 
 def _rows(arguments: DecodeArguments, table: LatentTable) -> list[int]:
-    """The rows of the latents that ``--ids`` or ``--num`` name."""
+    """Finds the rows of the latents that ``--ids`` or ``--num`` name."""
     if arguments.ids is None:
         count = 16 if arguments.num is None else arguments.num
         check_at_least(1, num=count)

@@ -109,7 +109,7 @@ def encode(arguments: EncodeArguments) -> None:
 
 
 def _selected_data(arguments: EncodeArguments, signal: Signal) -> Dataset:
-    """The data, or the part of them that ``--split`` names."""
+    """Loads the data, or the part of them that ``--split`` names."""
     data = signal.load_like(arguments.data)
     if arguments.split == "all":
         return data
@@ -121,7 +121,7 @@ def _selected_data(arguments: EncodeArguments, signal: Signal) -> Dataset:
 
 
 def _arrays(arguments: EncodeArguments, signal: Signal, data: Dataset) -> dict[str, np.ndarray]:
-    """The arrays of the data, mirrored where ``--mirror`` says so."""
+    """Gives the arrays of the data, mirrored where ``--mirror`` says so."""
     if not arguments.mirror:
         return data.arrays()
     if signal.mirror_axis is None:
@@ -130,7 +130,7 @@ def _arrays(arguments: EncodeArguments, signal: Signal, data: Dataset) -> dict[s
 
 
 def _search(arguments: EncodeArguments, steps: int, data: Dataset) -> dict[str, Any]:
-    """All that the latents depend on: those of another search are not taken up."""
+    """Names all that the latents depend on: those of another search are not taken up."""
     search = {"steps": steps, "model": sha256_of_folder(arguments.model), "data": data.fingerprint()}
     search |= {name: str(value) for name, value in asdict(arguments).items() if name != "output_dir"}
     return search | ({"mask": sha256_of_file(arguments.mask)} if arguments.mask is not None else {})
@@ -139,7 +139,7 @@ def _search(arguments: EncodeArguments, steps: int, data: Dataset) -> dict[str, 
 def _infer_in_parts(
     infer: Callable[[ArrayDataset], Tensor], rows: ArrayDataset, batch_size: int, parts: Parts, noun: str
 ) -> Tensor:
-    """The latents of all rows, [N, D]; batches that ``parts`` has from a stopped command are not inferred again."""
+    """Infers the latents of all rows, [N, D], but for batches that ``parts`` has from a stopped command."""
     with progress_bar(total=len(rows), desc="finding latents", unit=noun) as bar:
         for begin in range(0, len(rows), batch_size):
             batch = rows.subset(np.arange(begin, min(begin + batch_size, len(rows))))
@@ -188,7 +188,7 @@ def _observation(arguments: EncodeArguments, signal: Signal, data: Dataset, rows
 
 
 def _instances_that_fit_badly(quality: Tensor, ids: list[str]) -> dict[str, float]:
-    """PSNR by id where it lies more than three robust standard deviations below the median, the worst first."""
+    """Gives PSNR by id where it lies more than three robust standard deviations below the median, the worst first."""
     median = quality.median()
     spread = 1.4826 * (quality - median).abs().median()
     rows = [row for row in quality.argsort().tolist() if quality[row] < median - 3 * spread]

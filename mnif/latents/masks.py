@@ -82,7 +82,7 @@ def some_views(signal: Signal, views: Sequence[int], batch: Mapping[str, Tensor]
 
 
 def _stored_masks(path: Path) -> tuple[np.ndarray, list[str] | None]:
-    """The masks of a file, bool, and the ids that they are of, if it says so."""
+    """Reads the masks of a file, bool, and the ids that they are of, if it says so."""
     try:
         if path.suffix == ".npz":
             arrays = npz_arrays(path, "masks")

@@ -26,13 +26,13 @@ class PCA:
     components: np.ndarray
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
-        """Instances [N, ...] from their K coefficients, float32 in the shape they came in, not clipped."""
+        """Rebuilds instances [N, ...] from their K coefficients, float32 in the shape they came in, not clipped."""
         rows = images.reshape(len(images), -1).astype(np.float32) - self.mean
         return (rows @ self.components.T @ self.components + self.mean).reshape(images.shape)
 
 
 def fit_pca(train: np.ndarray, components: int) -> PCA:
-    """The first principal components of ``train`` [N, ...].
+    """Finds the first principal components of ``train`` [N, ...].
 
     An eigendecomposition in float32 of the smaller of the D×D scatter and N×N Gram matrices, for the leading
     eigenvectors alone: a few seconds for 3,561 pictures of 32×32×3 and 128 components.

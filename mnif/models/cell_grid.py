@@ -38,7 +38,7 @@ class AxisCells:
     weight: np.ndarray
 
     def pixels_and_weights(self) -> tuple[np.ndarray, np.ndarray]:
-        """The pixel of every point, [cells, points] int64, and how much of it that value makes, float64 in [0, 1].
+        """Finds every point's pixel, [cells, points] int64, and how much of it that value makes, float64 in [0, 1].
 
         A point outside the domain has a weight of 0.
         """
@@ -51,7 +51,7 @@ class AxisCells:
 
 
 def axis_cells(resolution: int, cells: int, overlap: float, stride: int = 1, phase: int = 0) -> AxisCells:
-    """The points each cell is asked at along one axis, and for each pixel the one or two values that make it.
+    """Finds the points each cell is asked at along one axis, and for each pixel the one or two values that make it.
 
     Args:
         resolution: pixels along the axis, at least 1.
@@ -115,7 +115,7 @@ class CellGrid:
     weights: Tensor
 
     def gather_points(self, values: Tensor) -> Tensor:
-        """The pixels of a grid that the cells' points show; a point outside the domain gets some pixel.
+        """Gathers the pixels that the cells' points show; a point outside the domain gets some pixel.
 
         Args:
             values: [batch, resolution of axis 1, ..., resolution of axis d, channels].
@@ -162,7 +162,7 @@ def cell_grid(
     stride: int = 1,
     phase: tuple[int, ...] | None = None,
 ) -> CellGrid:
-    """The pixels of a grid, or every ``stride``-th of them along each axis.
+    """Lays out the pixels of a grid, or every ``stride``-th of them along each axis.
 
     Args:
         resolution: pixels along each of ``dimensions`` axes; one number stands for all.
@@ -204,7 +204,7 @@ def cell_grid(
 
 
 def _pixels_and_weights(axes: Sequence[AxisCells]) -> tuple[np.ndarray, np.ndarray]:
-    """Those of :class:`CellGrid`: products over the axes of each one's own."""
+    """Multiplies the axes' own pixels and weights to those of a :class:`CellGrid`."""
     pixels, weights = np.zeros((1, 1), np.int64), np.ones((1, 1))
     for axis in axes:
         pixel, share = axis.pixels_and_weights()
@@ -234,7 +234,7 @@ class PointAssignment:
     shape: tuple[int, int]
 
     def gather(self, values: Tensor) -> Tensor:
-        """The fields' values [B · cells**d, slots, channels] → the points' values [B, points, channels]."""
+        """Sums the fields' values [B · cells**d, slots, channels] to the points' values [B, points, channels]."""
         answers = values.flatten(0, 1).index_select(0, self.slot) * self.weight[:, None]
         gathered = answers.new_zeros(self.shape[0] * self.shape[1], answers.shape[1])
         return gathered.index_add(0, self.point, answers).view(*self.shape, -1)

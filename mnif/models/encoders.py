@@ -36,7 +36,7 @@ class Patches(nn.Module):
         self.write = nn.Linear(width, features)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Values [B, ..., C] in [-1, 1] → [B, patches · features]."""
+        """Maps values [B, ..., C] in [-1, 1] to [B, patches · features]."""
         values = F.pad(values, self.padding)
         axes = len(self.shape)
         split = [size for axis in self.shape for size in (self.per_axis, axis)]
@@ -85,7 +85,7 @@ class PatchEncoder(OwnMemory, ModelMixin, ConfigMixin):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Latents [B, D], each of mean 0 and variance 1.
+        """Infers latents [B, D], each of mean 0 and variance 1.
 
         Args:
             values: [B, ..., C] in [-1, 1], the whole grid.
@@ -131,7 +131,7 @@ class ViewsEncoder(OwnMemory, ModelMixin, ConfigMixin):
         self.mix_out = nn.Linear(width, latent_dim)
 
     def forward(self, values: Tensor, poses: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Latents [B, D], each of mean 0 and variance 1.
+        """Infers latents [B, D], each of mean 0 and variance 1.
 
         Args:
             values: [B, V, H, W, C] in [-1, 1].

@@ -120,7 +120,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         return self.config.cells**self.config.dimensions
 
     def coefficients(self, latents: Tensor) -> Tensor:
-        """Latents [B, D] → mixture coefficients [B, cells, layers, M], scaled by 1/sqrt(M)."""
+        """Maps latents [B, D] to mixture coefficients [B, cells, layers, M], scaled by 1/sqrt(M)."""
         config = self.config
         mapped = latents if self.coefficient_map is None else self.coefficient_map(latents)
         if self.coefficient_map is None and config.mixing == "average":
@@ -152,18 +152,18 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         stride: int = 1,
         phase: tuple[int, ...] | None = None,
     ) -> CellGrid:
-        """The pixels of a grid (default: the training resolution), or every ``stride``-th, for :meth:`decode_on`."""
+        """Lays out a grid (default: the training resolution), or every ``stride``-th pixel, for :meth:`decode_on`."""
         config, dimensions = self.config, self.config.dimensions
         axes = as_axes(config.resolution if resolution is None else resolution, dimensions)
         return cell_grid(axes, config.cells, config.overlap, dimensions, self.device, self.dtype, stride, phase)
 
     def decode_coefficients(self, coefficients: Tensor, grid: CellGrid) -> Tensor:
-        """Values on a grid from coefficients [B, cells, layers, M]: [B, resolution, ..., channels]."""
+        """Decodes coefficients [B, cells, layers, M] on a grid: values [B, resolution, ..., channels]."""
         values = self.bake(coefficients)(grid.coordinates)
         return grid.blend(values.view(len(coefficients), -1, *values.shape[1:]))
 
     def values_at(self, coefficients: Tensor, coordinates: Tensor) -> Tensor:
-        """Values at any points of the domain.
+        """Evaluates fields at any points of the domain.
 
         Args:
             coefficients: [B, cells, layers, M].
@@ -179,7 +179,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         return routes.gather(field(routes.coordinates))
 
     def decode_on(self, latents: Tensor, grid: CellGrid) -> Tensor:
-        """The values of the latents' fields [B, D] on a grid: [B, resolution, ..., channels], about [-1, 1]."""
+        """Decodes latents [B, D] on a grid: values [B, resolution, ..., channels] in about [-1, 1]."""
         return self.decode_coefficients(self.coefficients(latents), grid)
 
     def forward(self, latents: Tensor, resolution: int | Sequence[int] | None = None) -> Tensor:
@@ -187,7 +187,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         return self.decode_on(latents, self.grid(resolution))
 
     def fingerprint(self) -> str:
-        """The SHA-256 of configuration, bases and coefficient map: what a latent's meaning depends on."""
+        """Computes the SHA-256 of what a latent's meaning depends on: configuration, bases and coefficient map."""
         digest = hashlib.sha256()
         settings = {key: value for key, value in self.config.items() if not key.startswith("_")}
         digest.update(json.dumps(settings, sort_keys=True).encode())

@@ -39,7 +39,7 @@ class Observation:
     mask: Tensor | None = None
 
     def errors(self, predictions: Tensor) -> Tensor:
-        """Mean squared error of each instance over what was seen of it, [B]; other instances do not enter."""
+        """Computes the mean squared error of each instance over what was seen of it, [B]; others do not enter."""
         squares = (predictions - self.values).square().mean(dim=-1).flatten(1)
         if self.mask is None:
             return squares.mean(dim=1)
@@ -59,7 +59,7 @@ class OutputWriter(ABC):
 
     @abstractmethod
     def files(self, name: str) -> list[str]:
-        """What is written for the latent called ``name``, below the output folder; the first is an image of it."""
+        """Names the files of the latent called ``name``, below the output folder; an image of it comes first."""
 
     @abstractmethod
     def write(self, decoder: MNIFModel, signal: "Signal", latent: Tensor, output: Path, name: str) -> str | None:
@@ -102,7 +102,7 @@ class OutputWriter(ABC):
     def to_array(
         self, decoder: MNIFModel, signal: "Signal", latents: Tensor, count: int, batch_size: int
     ) -> np.ndarray:
-        """The first ``count`` of ``latents`` [B, D] as rows of the array called :attr:`array_name`."""
+        """Decodes the first ``count`` of ``latents`` [B, D] to rows of the array called :attr:`array_name`."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class PreviewWriter(OutputWriter):
     array_name = "pictures"
 
     def files(self, name: str) -> list[str]:
-        """One PNG."""
+        """Names one PNG."""
         return [f"{name}.png"]
 
     def write(self, decoder: MNIFModel, signal: "Signal", latent: Tensor, output: Path, name: str) -> str | None:
@@ -167,7 +167,7 @@ class Signal(ABC):
     @classmethod
     @abstractmethod
     def from_data(cls, data: Any, options: Mapping[str, Any]) -> "Signal":
-        """The signal that fits ``data``."""
+        """Makes the signal that fits ``data``; ``options`` are the flags of ``mnif fit`` by name."""
 
     @abstractmethod
     def load_like(self, source: str) -> Dataset:
@@ -175,7 +175,7 @@ class Signal(ABC):
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """The numbers that make this object again: ``type(self)(**settings)``. Stored in the decoder's config."""
+        """Returns what makes this object again, ``type(self)(**settings)``; it is stored in the decoder's config."""
 
     @property
     @abstractmethod
@@ -185,7 +185,7 @@ class Signal(ABC):
 
     @abstractmethod
     def observe(self, batch: Mapping[str, Tensor]) -> Observation:
-        """All that is known of a batch of rows (:meth:`mnif.data.dataset.Dataset.arrays`, as tensors)."""
+        """Gives all that is known of a batch of rows (:meth:`mnif.data.dataset.Dataset.arrays`, as tensors)."""
 
     def num_views(self, batch: Mapping[str, Tensor]) -> int:
         """Counts the views of each row of a batch; 0 for a signal that is not observed in views."""
@@ -197,34 +197,34 @@ class Signal(ABC):
 
     @abstractmethod
     def subsample(self, observation: Observation, generator: torch.Generator | None = None) -> Observation:
-        """What one step of learning looks at, drawn at random: the same part of every instance of the batch."""
+        """Draws at random what one step of learning looks at, the same part of every instance of the batch."""
 
     @abstractmethod
     def predict(self, decoder: MNIFModel, coefficients: Tensor, observation: Observation) -> Tensor:
-        """What the fields of ``coefficients`` [B, cells, layers, M] show there, as ``observation.values``."""
+        """Predicts ``observation.values`` from the fields of ``coefficients`` [B, cells, layers, M]."""
 
     @abstractmethod
     def encoder(self, latent_dim: int, width: int) -> nn.Module:
-        """A network of its own with ``width`` hidden units: observation → latents (:meth:`encode`)."""
+        """Makes a network with ``width`` hidden units that :meth:`encode` runs: observation → latents."""
 
     @abstractmethod
     def encode(self, encoder: nn.Module, observation: Observation) -> Tensor:
-        """Latents [B, D] from :meth:`encoder`'s network."""
+        """Infers latents [B, D] by a network that :meth:`encoder` made."""
 
     @abstractmethod
     def images(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
-        """Something to look at for each latent: [B, H, W, 3] uint8."""
+        """Draws something to look at for each latent: [B, H, W, 3] uint8."""
 
     @abstractmethod
     def original_images(self, batch: Mapping[str, Tensor]) -> np.ndarray:
-        """Something to look at for each row of the data: [B, H, W, 3] uint8."""
+        """Draws something to look at for each row of the data: [B, H, W, 3] uint8."""
 
     def reconstruction_images(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> np.ndarray:
-        """What latents show of it, to be laid below :meth:`original_images`: [B, H, W, 3] uint8."""
+        """Draws what latents show of rows, to be laid below :meth:`original_images`: [B, H, W, 3] uint8."""
         return self.images(decoder, latents)
 
     def float_images(self, decoder: MNIFModel, latents: Tensor, resolution: int | None) -> Tensor:
-        """What a pipeline returns as images, [B, H, W, C] float32 in [0, 1]; here :meth:`images`, of one size."""
+        """Makes a pipeline's images, [B, H, W, C] float32 in [0, 1]; here those of :meth:`images`, of one size."""
         return torch.from_numpy(self.images(decoder, latents)).float() / 255
 
     def decode_as(
@@ -234,26 +234,26 @@ class Signal(ABC):
         raise NotImplementedError(output_type)
 
     def augmentations(self) -> dict[str, Callable[[Observation], Observation]]:
-        """Random changes that leave an instance as likely as before, by the flag of `mnif fit` that asks for it."""
+        """Returns random changes that leave an instance as likely as before, by the flag of `mnif fit` for each."""
         return {}
 
     def metrics(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """How well latents fit a batch of rows: for each metric (``psnr`` in dB at least) one number per instance."""
+        """Measures how latents fit rows: for each metric (``psnr`` in dB at least) one number per instance."""
         observation = self.observe(batch)
         predictions = self.predict(decoder, decoder.coefficients(latents), observation)
         return self.compare(predictions, observation.values)
 
     def compare(self, predictions: Tensor, values: Tensor) -> dict[str, Tensor]:
-        """How near predictions are to observed values, both [B, ..., C]: for each metric one number per instance."""
+        """Measures predictions against observed values, both [B, ..., C]: for each metric one number per instance."""
         return {"psnr": psnr(predictions, values)}
 
     def per_instance_loss(self, decoder: MNIFModel, latents: Tensor, observation: Observation) -> Tensor:
-        """Mean squared error of each instance, [B]."""
+        """Computes the mean squared error of each instance, [B]."""
         return observation.errors(self.predict(decoder, decoder.coefficients(latents), observation))
 
 
 def psnr(values: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Peak signal-to-noise ratio of each instance in dB, [B].
+    """Computes the peak signal-to-noise ratio of each instance in dB, [B].
 
     Args:
         values: [B, ..., C] in about [-1, 1], clipped to it.
@@ -265,7 +265,7 @@ def psnr(values: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def intersection_over_union(values: Tensor, targets: Tensor) -> Tensor:
-    """Of what lies above 0 in both, over what does in either, for each instance [B]; 1 where neither has anything."""
+    """Divides what is above 0 in both by what is in either, for each instance [B]; 1 where neither has anything."""
     inside, truth = (values > 0).flatten(1), (targets > 0).flatten(1)
     common, either = (inside & truth).sum(dim=1), (inside | truth).sum(dim=1)
     return torch.where(either > 0, common / either.clamp_min(1), 1.0)
@@ -313,7 +313,7 @@ class GridSignal(Signal):
         return decoder.decode_coefficients(coefficients, decoder.grid(self.resolution, stride, phase))
 
     def per_instance_loss(self, decoder: MNIFModel, latents: Tensor, observation: Observation) -> Tensor:
-        """Mean squared error of each instance, [B], where every field answers for itself.
+        """Computes the mean squared error of each instance, [B], where every field answers for itself.
 
         A pixel near a border is shown by several cells, and counts in each by its share: the mean of their squared
         errors. That is the squared error of the blended value and what the fields differ by, so neighbours learn to

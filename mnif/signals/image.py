@@ -35,7 +35,7 @@ class ImageWriter(OutputWriter):
         check_resolution(self.resolution, 2, "one number, or height and width")
 
     def files(self, name: str) -> list[str]:
-        """One PNG."""
+        """Names one PNG."""
         return [f"{name}.png"]
 
     def write(self, decoder: MNIFModel, signal: Signal, latent: Tensor, output: Path, name: str) -> str | None:
@@ -130,7 +130,7 @@ class Image(GridSignal):
 
 
 def height_and_width(resolution: Sequence[int]) -> int | tuple[int, int]:
-    """Height and width as ``--resolution`` gives them, the two or one number for both.
+    """Reads height and width from ``--resolution``, the two or one number for both.
 
     Raises:
         UserError: it is more than two numbers.

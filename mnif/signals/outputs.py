@@ -18,26 +18,17 @@ from mnif.utils.pixels import as_axes
 from mnif.utils.process import one_thread
 
 Animation = Literal["gif", "mp4"]
-
-
 MeshFormat = Literal["glb", "obj", "ply", "stl"]
-
-
 ELEVATION = 20.0
-"""Of cameras that look at shapes and objects, in degrees above the horizon."""
-
+"""Degrees above the horizon at which cameras look at shapes and objects unless told otherwise."""
 
 _WRITER_FLAGS = ("resolution", "mesh", "turntable", "frames", "elevation", "views")
-
-
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")  # of every signal
-
-
 _POINTS_AT_ONCE = 1 << 20  # of a grid; bounds the memory of decoding
 
 
 def writer_from_flags(arguments: Any, signal: Signal) -> OutputWriter:
-    """The writer of a signal, with those flags of ``arguments`` that were given.
+    """Makes the writer of a signal, with those flags of ``arguments`` that were given.
 
     Raises:
         UserError: a flag is out of range or does not belong to the signal.
@@ -63,7 +54,7 @@ def check_output_type(signal: Signal, output_type: str) -> None:
 def postprocess(
     decoder: MNIFModel, latents: Tensor, output_type: str, resolution: int | None = None, views: int = 8
 ) -> Any:
-    """What latents stand for.
+    """Decodes latents to what they stand for.
 
     Args:
         decoder: the model.
@@ -101,7 +92,7 @@ def decode_images(
     at_once: int = 64,
     chosen: Sequence[int] | None = None,
 ) -> Iterator[Tensor]:
-    """Values [n, H, W, C] of images in about [-1, 1], some at a time and fewer of large ones.
+    """Yields values [n, H, W, C] of images in about [-1, 1], some at a time and fewer of large ones.
 
     All latents are baked together and a field is evaluated by itself, so that no number depends on ``at_once`` or
     ``chosen``, but memory and time do.
@@ -127,7 +118,7 @@ def decode_images(
 
 
 def decode_volumes(decoder: MNIFModel, latents: Tensor, resolution: int | None = None) -> Iterator[np.ndarray]:
-    """The values of each latent on a cube, float32 [R, R, R, channels], or [R, R, R] of one channel."""
+    """Yields the values of each latent on a cube, float32 [R, R, R, channels], or [R, R, R] of one channel."""
     for latent in latents.split(1):
         volume = decode_grid(decoder, latent, resolution)[0].float().cpu().numpy()
         yield volume[..., 0] if volume.shape[-1] == 1 else volume
@@ -135,7 +126,7 @@ def decode_volumes(decoder: MNIFModel, latents: Tensor, resolution: int | None =
 
 @torch.no_grad()
 def decode_grid(decoder: MNIFModel, latent: Tensor, resolution: int | Sequence[int] | None = None) -> Tensor:
-    """``decoder(latent, resolution)`` of one latent, a large grid slice by slice so that memory stays small.
+    """Computes ``decoder(latent, resolution)`` of one latent, a large grid slice by slice so that memory stays small.
 
     Args:
         decoder: the model.

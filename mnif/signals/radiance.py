@@ -39,7 +39,7 @@ class Cameras:
     width: int
 
     def rays(self) -> tuple[Tensor, Tensor]:
-        """Origins and directions of all pixels' rays, both [B, V, H, W, 3]."""
+        """Computes origins and directions of all pixels' rays, both [B, V, H, W, 3]."""
         return camera_rays(
             self.poses, self.intrinsics[:, None].expand(-1, self.poses.shape[1], -1), self.height, self.width
         )
@@ -78,7 +78,7 @@ class ViewWriter(OutputWriter):
         check_camera(self.elevation, frames=self.frames, views=self.views)
 
     def files(self, name: str) -> list[str]:
-        """A folder of views and, where flags ask for it, an animation."""
+        """Names views in a folder and, where flags ask for it, an animation."""
         animation = [f"{name}/turntable.{self.turntable}"] if self.turntable else []
         return [*(f"{name}/{view:03d}.png" for view in range(self.views)), *animation]
 
@@ -198,8 +198,8 @@ class RadianceField(Signal):
         data = load_views(source, self.size, self.near, self.far, None, background)
         views = data.images.shape[1]
         if views <= self.held_out_views:
-            kept = f"the model keeps {self.held_out_views} of each object for measuring"
-            raise UserError(f"--data {source}: each object has {views} views; {kept}")
+            reason = f"the model keeps {self.held_out_views} of each object for measuring"
+            raise UserError(f"--data {source}: each object has {views} views; {reason}")
         return data
 
     @property
@@ -348,7 +348,7 @@ class RadianceField(Signal):
 
 
 def _rays_of(cameras: Cameras, views: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Origins and directions [B, n, 3] of chosen pixels, without working out all the others."""
+    """Computes origins and directions [B, n, 3] of chosen pixels, without those of all the others."""
     intrinsics = cameras.intrinsics[:, None].expand(-1, len(views), -1).clone()
     # An image of one pixel whose principal point is moved, so that its centre is the pixel meant.
     intrinsics[..., 2] -= (pixels % cameras.width).to(intrinsics)

@@ -14,7 +14,6 @@ _BUILT_IN = {
     "radiance": "mnif.signals.radiance:RadianceField",
 }
 
-
 _REGISTERED: dict[str, type[Signal]] = {}
 
 
@@ -25,7 +24,7 @@ def register_signal(kind: type[Signal]) -> type[Signal]:
 
 
 def signal_class(name: str) -> type[Signal]:
-    """The class of a signal.
+    """Finds the class of a signal.
 
     Raises:
         UserError: there is no such signal.
@@ -39,12 +38,12 @@ def signal_class(name: str) -> type[Signal]:
 
 
 def signal_of_model(decoder: MNIFModel) -> Signal:
-    """The signal a decoder was trained on, with its settings."""
+    """Makes the signal a decoder was trained on, with its settings."""
     return signal_class(decoder.config.signal)(**decoder.config.signal_settings)
 
 
 def detect_signal(source: str) -> str:
-    """The name of the signal that recognizes a data source (:meth:`mnif.signals.base.Signal.recognizes`).
+    """Names the signal that recognizes a data source (:meth:`mnif.signals.base.Signal.recognizes`).
 
     Of several that do, the last one counts: posed views and meshes bring images along, as textures for one. Only of
     an ``.npy`` file, whose shape is all there is to go by, must one signal alone be left.
@@ -62,7 +61,7 @@ def detect_signal(source: str) -> str:
 
 
 def _reason(data: DataSource, names: list[str]) -> str:
-    """Why no signal can be told from a data source."""
+    """Says why no signal can be told from a data source."""
     if data.path.is_dir():
         held = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in data.file_suffixes.most_common(5))
         return f"no pictures, voxels, meshes or posed views; found {held or 'nothing'}"

@@ -31,8 +31,6 @@ from mnif.utils.meshes import mesh_from_values, mesh_preview, occupancy_preview,
 from mnif.utils.pixels import save_animation, save_image
 
 _IMAGE_PIXELS = 256  # of a shaded shape
-
-
 _AZIMUTH = 35.0  # degrees from +z towards +x, of the camera of a shape's first image
 
 
@@ -60,7 +58,7 @@ class MeshWriter(OutputWriter):
         check_camera(self.elevation, frames=self.frames)
 
     def files(self, name: str) -> list[str]:
-        """An image, a mesh and, where flags ask for it, an animation."""
+        """Names an image, a mesh and, where flags ask for it, an animation."""
         suffixes = ["png", self.mesh, *([self.turntable] if self.turntable else [])]
         return [f"{name}.{suffix}" for suffix in suffixes]
 
@@ -180,13 +178,13 @@ def _shaded(values: Tensor) -> np.ndarray:
 
 
 def _mesh(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Vertices and faces of the surface at 0; None if nothing or everything is above it."""
+    """Finds vertices and faces of the surface at 0; None if nothing or everything is above it."""
     inside = volume > 0
     return mesh_from_values(volume) if inside.any() and not inside.all() else None
 
 
 def _turntable(mesh: tuple[np.ndarray, np.ndarray] | None, frames: int, elevation: float) -> list[np.ndarray]:
-    """Shaded images of a mesh from cameras evenly spaced on a circle; white ones where there is no mesh."""
+    """Shades a mesh as seen from cameras evenly spaced on a circle; images are white where there is no mesh."""
     vertices, faces = mesh if mesh is not None else (np.empty((0, 3)), np.empty((0, 3), dtype=np.int64))
     azimuths = np.arange(frames) * (360 / frames)
     return [mesh_preview(vertices, faces, _IMAGE_PIXELS, azimuth, elevation) for azimuth in azimuths]

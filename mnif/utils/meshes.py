@@ -14,22 +14,14 @@ from mnif.utils.errors import UserError, require
 from mnif.utils.files import written_atomically
 
 MESH_SUFFIXES = (".glb", ".obj", ".ply", ".stl")
-
-
 _OVERSAMPLING = 2  # pixels per axis of the drawing that are averaged into one of the image
-
-
 _PIXELS_AT_ONCE = 1 << 18  # of all triangles' bounding boxes; bounds the memory of a drawing
-
-
 _GREY, _AMBIENT = 0.85, 0.35  # of the object, and the share of light that comes from everywhere
-
-
 _LIGHT = np.array([-0.4, 0.7, 0.7]) / np.linalg.norm([-0.4, 0.7, 0.7])  # right, up, towards the camera
 
 
 def mesh_from_values(values: np.ndarray, level: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """The closed surface around the voxels above ``level``.
+    """Finds the closed surface around the voxels above ``level``.
 
     A volume that reaches the border of the grid is closed there by a wall on the face of the cube [-1, 1]³.
 
@@ -146,14 +138,14 @@ def occupancy_preview(
 
 
 def _camera_axes(azimuth: float, elevation: float) -> np.ndarray:
-    """Rows right, up and towards the camera, [3, 3]; as :func:`mnif.signals.volume_rendering.turntable_poses`."""
+    """Computes rows right, up, to the camera, [3, 3], as :func:`mnif.signals.volume_rendering.turntable_poses`."""
     sin, cos = math.sin(math.radians(azimuth)), math.cos(math.radians(azimuth))
     rise, reach = math.sin(math.radians(elevation)), math.cos(math.radians(elevation))
     return np.array([[cos, 0, -sin], [-rise * sin, reach, -rise * cos], [reach * sin, rise, reach * cos]])
 
 
 def _shades(corners: np.ndarray) -> np.ndarray:
-    """Brightness [F] in [0, 1] of flat matt triangles [F, 3, 3] in camera axes, turned to face the camera."""
+    """Computes the brightness [F] in [0, 1] of matt triangles [F, 3, 3] in camera axes, turned to face the camera."""
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-30
     normals *= np.where(normals[:, 2:] < 0, -1, 1)
@@ -161,7 +153,7 @@ def _shades(corners: np.ndarray) -> np.ndarray:
 
 
 def _nearest_faces(corners: np.ndarray, pixels: int) -> np.ndarray:
-    """The index of the face seen at each pixel centre, [pixels²] int64, -1 for none: a z-buffer without a loop.
+    """Finds the face seen at each pixel centre, its index [pixels²] int64, -1 for none: a z-buffer without a loop.
 
     Args:
         corners: [F, 3, 3], column and row in pixels and nearness.

@@ -18,13 +18,13 @@ if TYPE_CHECKING:  # whoever only reads data does without torch
 
 
 def as_axes(resolution: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
-    """A resolution as one number for each of ``dimensions`` axes; a single number stands for all of them."""
+    """Gives a resolution as one number for each of ``dimensions`` axes; a single number stands for all of them."""
     axes = (resolution,) if isinstance(resolution, int) else tuple(resolution)
     return axes * dimensions if len(axes) == 1 else axes
 
 
 def to_uint8(values: "Tensor") -> np.ndarray:
-    """Values of any shape in about [-1, 1] → uint8, clipped and rounded."""
+    """Clips and rounds values of any shape in about [-1, 1] to uint8."""
     return ((values.clamp(-1, 1) * 127.5) + 127.5).round().byte().cpu().numpy()
 
 
@@ -119,7 +119,7 @@ def _indexed(frames: np.ndarray) -> list[Image.Image]:
 
 
 def _chosen_palette(frames: np.ndarray) -> np.ndarray:
-    """At most 256 colours [P, 3] that suit all frames: median cut, then k-means until few pixels move."""
+    """Chooses at most 256 colours [P, 3] that suit all frames: median cut, then k-means until few pixels move."""
     pixels = frames.reshape(-1, 3)
     if len(pixels) > _PALETTE_PIXELS:  # by chance, as a regular step could fall on one column of every frame
         pixels = pixels[np.random.default_rng(0).integers(len(pixels), size=_PALETTE_PIXELS)]

@@ -62,7 +62,7 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(example: ModuleType, clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A short fit through the command line."""
     folder = tmp_path_factory.mktemp("runs") / "clips"
-    data = ["--data", str(clips), "--resolution", str(LENGTH), "--held_out_fraction", "0.2"]
+    data = ["--signal", "audio", "--data", str(clips), "--resolution", str(LENGTH), "--held_out_fraction", "0.2"]
     model = ["--cells", "4", "--num_bases", "16", "--width", "16", "--depth", "1", "--latent_dim", "16"]
     training = ["--max_train_steps", "300", "--train_batch_size", "32", "--encoder_width", "128", "--compile", "off"]
     assert example.main(["fit", *data, *model, *training, "--output_dir", str(folder), "--latent_noise", "0.1"]) == 0
