@@ -12,8 +12,7 @@ from export.bundle import MANIFEST, Selection, is_as_written, put_in_place, writ
 from export.device.bundle import manifest_digest
 from export.graphs.precision import PARTS, Precision, Storage
 from export.graphs.rtx_check import CompileReport, compile_with_rtx, rtx_is_installed
-from export.graphs.sampler import BROWSER_KINDS
-from export.graphs.specs import GraphVariant, variants
+from export.graphs.specs import KINDS, GraphVariant, make_variants
 from export.manifest import graph_entry, manifest_of
 from export.readme import bundle_readme
 from export.triton import write_model_repository
@@ -74,13 +73,11 @@ class ExportArguments:
     installed. Of the baked graphs the first alone is compiled."""
 
     def precisions_for(self, kind: str) -> tuple[Sequence[Precision], Storage | None]:
-        """Precisions and storage of a kind of graphs, None for what is multiplied.
-
-        A browser computes in float32, so its graphs have that alone.
-        """
-        if kind == "sampler":
+        """Precisions and storage of a kind of graphs, None for what is multiplied."""
+        chosen = KINDS[kind].precision
+        if chosen == "sampler":
             return self.sampler_precision, self.sampler_storage
-        return (["fp32"] if kind in BROWSER_KINDS else self.precision), None
+        return (["fp32"] if chosen == "fp32" else self.precision), None
 
 
 def selection_of(model: MNIFPipeline | MNIFModel, options: ExportArguments) -> Selection:
@@ -195,7 +192,7 @@ def export_bundle(
         reference: dict[str, Any] = {}
         unmeasured = 0
         for spec in selection.specs():
-            for variant in variants(spec, *options.precisions_for(spec.kind)):
+            for variant in make_variants(spec, *options.precisions_for(spec.kind)):
                 path = folder / "onnx" / f"{variant.name}.onnx"
                 onnx.save_model(variant.model, path)
                 gated = compiles and (spec.instance is None or spec.name.startswith("baked_0000"))
