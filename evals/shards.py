@@ -13,12 +13,12 @@ from typing import TypeVar
 
 import numpy as np
 
-from latent_prior.sampling import BLOCK
+from latent_prior.sampling import CHUNK
 from mnif.utils.errors import UserError
 from mnif.utils.files import written_atomically
 from mnif.utils.process import Processes, progress_bar
 
-SHARD = BLOCK  # so that a shard of samples is drawn as `mnif sample` draws it
+SHARD = CHUNK  # so that a shard of samples is drawn as `mnif sample` draws it
 
 
 T = TypeVar("T")

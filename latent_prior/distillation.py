@@ -47,7 +47,7 @@ def _mean_within(points: Tensor) -> Tensor:
     return torch.nn.functional.pdist(points).sum() * 2 / (count * (count - 1))
 
 
-_PART = 1024  # samples at a time, whatever the number of processes: rounding depends on the size of a batch
+_CHUNK = 1024  # samples at a time, whatever the number of processes: rounding depends on the size of a batch
 
 
 _FIRST = 2**40  # number of the first sample that is drawn for students; nobody's own samples come that far
@@ -140,23 +140,23 @@ def teacher_pairs(
     search = {"teacher": sha256_of_folder(model / "denoiser"), "seed": seed, "steps": steps}
     with accelerator.main_process_first():
         parts = Parts(folder, search | {"timesteps": list(timesteps)})
-    begins = range(0, count, _PART)
+    begins = range(0, count, _CHUNK)
     missing = [begin for begin in begins if begin not in parts]
     accelerator.wait_for_everyone()
     with progress_bar(
-        total=len(begins) * _PART,
-        initial=(len(begins) - len(missing)) * _PART,
+        total=len(begins) * _CHUNK,
+        initial=(len(begins) - len(missing)) * _CHUNK,
         desc="teacher's samples",
         unit="noise",
         disable=not accelerator.is_local_main_process,
     ) as bar:
         for begin in missing[accelerator.process_index :: accelerator.num_processes]:
-            noise = _noise(seed, begin, _PART, len(timesteps), pipeline).to(accelerator.device)
+            noise = _noise(seed, begin, _CHUNK, len(timesteps), pipeline).to(accelerator.device)
             ends = [teacher.samples(noise[:, 0], timesteps[0])]
             for place, timestep in enumerate(timesteps[1:], start=1):
                 ends.append(teacher.samples(_noisy(ends[0], noise[:, place], timestep), timestep))
             parts.save(begin, torch.stack(ends, dim=1))
-            bar.update(_PART * accelerator.num_processes)
+            bar.update(_CHUNK * accelerator.num_processes)
     accelerator.wait_for_everyone()
     samples, states = parts.all()[:count], _noise(seed, 0, count, len(timesteps), pipeline)
     for place, timestep in enumerate(timesteps[1:], start=1):

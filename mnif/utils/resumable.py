@@ -11,6 +11,11 @@ from torch import Tensor
 from mnif.utils.files import read_json, remove_leftovers, save_tensors, write_json, written_atomically
 
 
+def chunks_of(rows: range, size: int) -> list[range]:
+    """Cuts ``rows`` into ranges of ``size``; the last one may be shorter."""
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
 class Parts:
     """Batches of latents that have been found already, so that a stopped command loses one batch at most.
 
