@@ -4,7 +4,6 @@ The samples are cut into chunks, each written at a time. What a killed command l
 folder, whole files; the next one writes the rest.
 """
 
-import contextlib
 import tarfile
 import zipfile
 from abc import ABC, abstractmethod
@@ -34,7 +33,7 @@ from mnif.signals.outputs import (
 from mnif.signals.radiance import RadianceField
 from mnif.utils.files import temporary_folder, was_written, written_atomically
 from mnif.utils.pixels import image_grid, save_animation, save_image, to_uint8
-from mnif.utils.resumable import chunks_of
+from mnif.utils.resumable import Chunks, chunks_of
 
 
 @dataclass(frozen=True)
@@ -196,17 +195,18 @@ class NpzOfSamples(Samples):
         """The file that is made."""
         return self.output / "samples.npz"
 
-    def chunk_path(self, chunk: range) -> Path:
-        """The file of a chunk, which is there until the whole is."""
-        return self.output / "parts" / f"{chunk.start // self.chunk_size:05d}.npy"
+    @property
+    def kept(self) -> Chunks:
+        """The chunks, which are there until the whole is."""
+        return Chunks(self.output / "parts", "samples")
 
     def missing(self, chunk: range) -> int:
         """Counts all samples of a chunk or none."""
-        return 0 if self.path.exists() or self.chunk_path(chunk).exists() else len(chunk)
+        return 0 if self.path.exists() or chunk.start in self.kept else len(chunk)
 
     def any_there(self) -> bool:
         """Whether there is the file or a chunk of it."""
-        return self.path.exists() or any(self.output.glob("parts/*.npy"))
+        return self.path.exists() or bool(self.kept)
 
     def write(self, chunk: range) -> Iterator[str | None]:
         """Writes a chunk."""
@@ -214,8 +214,7 @@ class NpzOfSamples(Samples):
         for samples, latents in self._drawn(chunk):
             arrays.append(self._arrays(latents, len(samples)))
             yield from [None] * len(samples)
-        with written_atomically(self.chunk_path(chunk)) as temporary, temporary.open("wb") as file:
-            np.save(file, np.concatenate(arrays), allow_pickle=False)
+        self.kept.save(chunk.start, np.concatenate(arrays))
 
     def _arrays(self, latents: Tensor, count: int) -> np.ndarray:
         """What the first ``count`` of ``latents`` are shown by."""
@@ -239,15 +238,11 @@ class NpzOfSamples(Samples):
         """Puts the chunks together, one in memory at a time."""
         if not self.path.exists():
             self._join()
-        for chunk in self.chunks():
-            self.chunk_path(chunk).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # somebody else has files there, or it is gone
-            (self.output / "parts").rmdir()
+        self.kept.remove()
 
     def _join(self) -> None:
         name = {"image": "images", "voxels": "voxels", "radiance": "views"}.get(self.signal.name, "pictures")
-        paths = [self.chunk_path(chunk) for chunk in self.chunks()]
-        first = np.load(paths[0], mmap_mode="r", allow_pickle=False)
+        first = self.kept.load(0)
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (self.count, *first.shape[1:])}
         entry = zipfile.ZipInfo(f"{name}.npy")  # of no date
         with (
@@ -256,8 +251,8 @@ class NpzOfSamples(Samples):
             archive.open(entry, "w", force_zip64=True) as file,
         ):
             np.lib.format.write_array_header_1_0(file, header)
-            for path in paths:
-                file.write(np.load(path, allow_pickle=False).tobytes())
+            for chunk in self.chunks():
+                file.write(self.kept.load(chunk.start).tobytes())
 
 
 FORMATS: dict[str, type[Samples]] = {"folder": FolderOfSamples, "tar": TarShards, "npz": NpzOfSamples}
