@@ -23,7 +23,7 @@ from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
 from mnif.utils.files import sha256_of_folder
 from mnif.utils.process import progress_bar
-from mnif.utils.resumable import Parts
+from mnif.utils.resumable import Chunks
 
 
 @torch.no_grad()
@@ -47,7 +47,7 @@ def _mean_within(points: Tensor) -> Tensor:
     return torch.nn.functional.pdist(points).sum() * 2 / (count * (count - 1))
 
 
-_PART = 1024  # samples at a time, whatever the number of processes: rounding depends on the size of a batch
+_CHUNK = 1024  # samples at a time, whatever the number of processes: rounding depends on the size of a batch
 
 
 _FIRST = 2**40  # number of the first sample that is drawn for students; nobody's own samples come that far
@@ -123,10 +123,10 @@ def teacher_pairs(
     """The pairs of ``count`` noises.
 
     The teacher draws with the deterministic scheduler of its objective, whatever scheduler it is sampled with, in
-    parts that stay in ``folder``: a stopped command continues, and another one asks for more of the same.
+    chunks that stay in ``folder``: a stopped command continues, and another one asks for more of the same.
 
     Args:
-        folder: where the parts are kept.
+        folder: where the chunks are kept.
         model: the model folder.
         pipeline: what is in it.
         count: of noises.
@@ -139,26 +139,26 @@ def teacher_pairs(
     teacher = Teacher(denoiser, objective_of(pipeline.scheduler), steps)
     search = {"teacher": sha256_of_folder(model / "denoiser"), "seed": seed, "steps": steps}
     with accelerator.main_process_first():
-        parts = Parts(folder, search | {"timesteps": list(timesteps)})
-    begins = range(0, count, _PART)
-    missing = [begin for begin in begins if begin not in parts]
+        chunks = Chunks(folder, "latents", search | {"timesteps": list(timesteps)})
+    begins = range(0, count, _CHUNK)
+    missing = [begin for begin in begins if begin not in chunks]
     accelerator.wait_for_everyone()
     with progress_bar(
-        total=len(begins) * _PART,
-        initial=(len(begins) - len(missing)) * _PART,
+        total=len(begins) * _CHUNK,
+        initial=(len(begins) - len(missing)) * _CHUNK,
         desc="teacher's samples",
         unit="noise",
         disable=not accelerator.is_local_main_process,
     ) as bar:
         for begin in missing[accelerator.process_index :: accelerator.num_processes]:
-            noise = _noise(seed, begin, _PART, len(timesteps), pipeline).to(accelerator.device)
+            noise = _noise(seed, begin, _CHUNK, len(timesteps), pipeline).to(accelerator.device)
             ends = [teacher.samples(noise[:, 0], timesteps[0])]
             for place, timestep in enumerate(timesteps[1:], start=1):
                 ends.append(teacher.samples(_noisy(ends[0], noise[:, place], timestep), timestep))
-            parts.save(begin, torch.stack(ends, dim=1))
-            bar.update(_PART * accelerator.num_processes)
+            chunks.save(begin, torch.stack(ends, dim=1).cpu().numpy())
+            bar.update(_CHUNK * accelerator.num_processes)
     accelerator.wait_for_everyone()
-    samples, states = parts.all()[:count], _noise(seed, 0, count, len(timesteps), pipeline)
+    samples, states = torch.from_numpy(chunks.all()[:count]), _noise(seed, 0, count, len(timesteps), pipeline)
     for place, timestep in enumerate(timesteps[1:], start=1):
         states[:, place] = _noisy(samples[:, 0], states[:, place], timestep)
     return Pairs(torch.tensor(timesteps), states, samples)

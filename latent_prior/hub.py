@@ -64,7 +64,7 @@ looked at. SHA-256 of the data as read: `{{ fingerprint }}`.
 
 ## Figures
 
-{{ figures }}
+{{ metrics }}
 
 {{ evaluation }}
 
@@ -92,7 +92,7 @@ def model_card(run: Path) -> ModelCard:
     table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint())
     licence, words = _LICENCES.get(table.data, (None, None))
     evaluated = run / "eval" / "metrics.json"
-    values = [f"- {name}: {value}" for name, value in _metrics(metrics)]
+    lines = [f"- {name}: {value}" for name, value in _metrics(metrics)]
     return ModelCard.from_template(
         ModelCardData(
             license=licence,
@@ -110,7 +110,7 @@ def model_card(run: Path) -> ModelCard:
         held_out=int(table.held_out.sum()),
         fingerprint=record.get("fit", {}).get("inputs", {}).get("data_fingerprint", "unknown"),
         commands="\n".join(record[stage]["command"] for stage in _STAGES if stage in record),
-        values="\n".join(values),
+        metrics="\n".join(lines),
         evaluation=_evaluation(read_json(evaluated)) if evaluated.exists() else "Samples have not been measured yet.",
         licence=words
         or f"None is stated: the licence of the data, {table.data}, tells what may be done with samples.",

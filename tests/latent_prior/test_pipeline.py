@@ -11,7 +11,7 @@ from latent_prior.commands.prior import add_prior
 from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import scheduler_by_name, student_scheduler
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
-from latent_prior.sampling import initial_noise, slerp, step_generators
+from latent_prior.sampling import CHUNK, initial_noise, sample_latents, slerp, step_generators
 from mnif.models.io import save_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.outputs import check_output_type, decode_images, postprocess
@@ -79,6 +79,16 @@ def test_sample_depends_on_seed_and_number_alone(pipeline: MNIFPipeline) -> None
     together = pipeline(latents=torch.from_numpy(noise), output_type="latent").images
     alone = pipeline(latents=torch.from_numpy(noise[3:4]), output_type="latent").images
     torch.testing.assert_close(together[3:4], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scheduler", ["UniPCMultistepScheduler", "DDPMScheduler"])
+def test_samples_are_the_same_to_the_last_bit_in_whatever_company(pipeline: MNIFPipeline, scheduler: str) -> None:
+    pipeline.scheduler = scheduler_by_name(scheduler, pipeline.scheduler)
+    whole = sample_latents(pipeline, 7, range(3 * CHUNK), 4, truncation=0.9)
+    assert whole.shape == (192, 12)
+    for indices in (range(1), range(60, 70), range(100, 150), range(63, 129), [191, 3, 5], [150, 2, 149]):
+        assert torch.equal(sample_latents(pipeline, 7, indices, 4, truncation=0.9), whole[[*indices]])
+    assert not torch.allclose(sample_latents(pipeline, 8, range(1), 4), whole[:1])
 
 
 def test_loading_names_what_is_missing(pipeline: MNIFPipeline, tmp_path: Path) -> None:
