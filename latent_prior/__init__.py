@@ -4,12 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latent_prior.pipeline import MNIFPipeline, load_pipeline
+    from latent_prior.sampling import sample_latents
 
-__all__ = ["MNIFPipeline", "load_pipeline"]
+__all__ = ["MNIFPipeline", "load_pipeline", "sample_latents"]
 
 _HOMES = {
     "MNIFPipeline": "latent_prior.pipeline",
     "load_pipeline": "latent_prior.pipeline",
+    "sample_latents": "latent_prior.sampling",
 }
 
 

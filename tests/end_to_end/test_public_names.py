@@ -18,7 +18,7 @@ from mnif.utils.errors import UserError
 
 PUBLIC = {
     "mnif": ["BakedField", "LatentTable", "MNIFModel", "Signal", "__version__", "load_model", "register_signal"],
-    "latent_prior": ["MNIFPipeline", "load_pipeline"],
+    "latent_prior": ["MNIFPipeline", "load_pipeline", "sample_latents"],
     "export": ["export_bundle", "load_bundle"],
 }
 
