@@ -189,26 +189,7 @@ def export_bundle(
     with temporary_folder(output) as folder:
         (folder / "onnx").mkdir()
         manifest = manifest_of(selection) | {"inputs": inputs or {}}
-        reference: dict[str, Any] = {}
-        unmeasured = 0
-        for spec in selection.specs():
-            for variant in make_variants(spec, *options.precisions_for(spec.kind)):
-                path = folder / "onnx" / f"{variant.name}.onnx"
-                onnx.save_model(variant.model, path)
-                gated = compiles and (spec.instance is None or spec.name.startswith("baked_0000"))
-                report = compile_with_rtx(path, spec.profile) if gated else None
-                manifest["precision"][variant.precision] = PARTS[variant.precision]
-                manifest["graphs"][variant.name] = graph_entry(variant)
-                manifest["measured"][variant.name] = {"tensorrt_rtx": None if report is None else asdict(report)}
-                if spec.reference is None:
-                    unmeasured += 1
-                else:
-                    print(_line(variant, report))
-            if spec.reference is not None:
-                arrays = spec.reference.inputs | spec.reference.outputs
-                reference |= {f"{spec.reference.prefix}.{name}": array for name, array in arrays.items()}
-        if unmeasured:
-            print(f"{unmeasured} further baked graphs: the same nodes with other weights, all of them finite")
+        reference = _write_graphs(selection, options, folder, manifest, compiles)
         np.savez_compressed(folder / "reference.npz", **reference)
         _write_weights(selection.decoder, folder / "weights.safetensors")
         write_device_files(folder)
@@ -229,6 +210,33 @@ def export_bundle(
     if others:
         first = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
         print(f"{options.output_dir}: {len(others)} files that are not the bundle's stay as they are: {first}")
+
+
+def _write_graphs(
+    selection: Selection, options: ExportArguments, folder: Path, manifest: dict[str, Any], compiles: bool
+) -> dict[str, Any]:
+    """Writes ``onnx/`` and a line for each graph, adds the graphs to the manifest, and returns the references."""
+    reference: dict[str, Any] = {}
+    unmeasured = 0
+    for spec in selection.specs():
+        for variant in make_variants(spec, *options.precisions_for(spec.kind)):
+            path = folder / "onnx" / f"{variant.name}.onnx"
+            onnx.save_model(variant.model, path)
+            gated = compiles and (spec.instance is None or spec.name.startswith("baked_0000"))
+            report = compile_with_rtx(path, spec.profile) if gated else None
+            manifest["precision"][variant.precision] = PARTS[variant.precision]
+            manifest["graphs"][variant.name] = graph_entry(variant)
+            manifest["measured"][variant.name] = {"tensorrt_rtx": None if report is None else asdict(report)}
+            if spec.reference is None:
+                unmeasured += 1
+            else:
+                print(_line(variant, report))
+        if spec.reference is not None:
+            arrays = spec.reference.inputs | spec.reference.outputs
+            reference |= {f"{spec.reference.prefix}.{name}": array for name, array in arrays.items()}
+    if unmeasured:
+        print(f"{unmeasured} further baked graphs: the same nodes with other weights, all of them finite")
+    return reference
 
 
 def _check_output(output: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backends import BACKENDS, BackendMissing, load_graph
-from .bundle import BundleError, BundleFolder, check_least, entry, write_json
+from .bundle import BundleError, BundleFolder, check_at_least, entry, write_json
 from .cli import Parser, columns, run_command
 from .cuda import Cuda, CudaError, find_gpu
 from .plans import PlanRefused
@@ -113,9 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _bench(options: Any) -> int:
     folder = BundleFolder(options.bundle)
-    check_least("rounds", options.rounds, 1)
+    check_at_least("rounds", options.rounds, 1)
     for size in options.batch_sizes:
-        check_least("batch_sizes", size, 1)
+        check_at_least("batch_sizes", size, 1)
     machine = describe_machine()
     print(_headline(machine))
     subjects: list[Subject] = []

@@ -179,7 +179,7 @@ def entry(table: dict[str, Any], *keys: str, kind: type[T]) -> T:
     return found
 
 
-def check_least(name: str, value: int, least: int) -> None:
+def check_at_least(name: str, value: int, least: int) -> None:
     """Refuses a number that is too small.
 
     Raises:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Sequence
 import numpy as np
 
 from .backends import load_graph
-from .bundle import BundleError, BundleFolder, check_least, entry, write_atomically
+from .bundle import BundleError, BundleFolder, check_at_least, entry, write_atomically
 
 
 class AxisCells(NamedTuple):
@@ -38,7 +38,7 @@ def axis_cells(resolution: int, cells: int, overlap: float) -> AxisCells:
         cells: cells along the axis.
         overlap: how far a cell reaches over its borders, as a fraction of its width.
     """
-    check_least("resolution", resolution, 1)
+    check_at_least("resolution", resolution, 1)
     position = (np.arange(resolution) + 0.5) * cells / resolution
     reach = max(overlap - 1e-9, 0.0) if cells > 1 else 0.0  # a pixel on the very rim has weight 0 and is left out
     start = np.ceil((np.arange(cells) - reach) * resolution / cells - 0.5).astype(np.int64)
@@ -67,7 +67,7 @@ def cell_points(axes: Sequence[AxisCells]) -> np.ndarray:
     return np.stack(coordinates, axis=-1).astype(np.float32)
 
 
-def blended(values: np.ndarray, axes: Sequence[AxisCells]) -> np.ndarray:
+def blend(values: np.ndarray, axes: Sequence[AxisCells]) -> np.ndarray:
     """Blends values at :func:`cell_points`, [cells, points, channels], to [resolution, ..., resolution, channels]."""
     dimensions = len(axes)
     counts, points = zip(*[axis.coordinates.shape for axis in axes])
@@ -113,7 +113,7 @@ def load_bundle(folder: str | Path, backend: str = "auto", threads: int = 0) -> 
     Raises:
         BundleError: the manifest is missing, of another schema, or changed.
     """
-    check_least("threads", threads, 0)
+    check_at_least("threads", threads, 0)
     return Bundle(BundleFolder(folder), backend, threads)
 
 
@@ -211,8 +211,8 @@ class Sampler:
             BundleError: a number is out of range, or the graph's file is missing or changed.
         """
         for name, value, least in (("num_samples", num_samples, 1), ("seed", seed, 0), ("start", start, 0)):
-            check_least(name, value, least)
-        check_least("batch_size", batch_size, 1)
+            check_at_least(name, value, least)
+        check_at_least("batch_size", batch_size, 1)
         parts = []
         end = start + num_samples
         for begin in range(start, end, batch_size):
@@ -241,7 +241,7 @@ class BakedInstance:
         cells, dimensions = entry(grid, "cells", kind=int), entry(grid, "dimensions", kind=int)
         sizes = [resolution] * dimensions if isinstance(resolution, int) else resolution
         axes = [axis_cells(size, cells, float(grid["overlap"])) for size in sizes]
-        return self._bundle.cut(blended(self._bundle.run(self.name, cell_points(axes))[0], axes))
+        return self._bundle.cut(blend(self._bundle.run(self.name, cell_points(axes))[0], axes))
 
 
 def initial_noise(seed: int, indices: range, latent_dim: int) -> np.ndarray:

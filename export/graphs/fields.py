@@ -64,7 +64,7 @@ CHANNELS = 4
 
 
 @torch.no_grad()
-def padded(decoder: MNIFModel) -> MNIFModel:
+def widen_channels(decoder: MNIFModel) -> MNIFModel:
     """Widens a model to four channels, the further ones 0 everywhere; one of four or more is returned as it is."""
     if decoder.config.channels >= CHANNELS:
         return decoder
