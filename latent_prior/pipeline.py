@@ -16,7 +16,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from latent_prior.denoisers import Denoiser, load_denoiser
-from latent_prior.diffusion import INFERENCE_STEPS, predicted_by, takes_generator
+from latent_prior.diffusion import INFERENCE_STEPS, objective_of, takes_generator
 from latent_prior.hub import downloaded, upload
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
@@ -68,7 +68,7 @@ class MNIFPipeline(DiffusionPipeline):
         student_scheduler: SchedulerMixin | None = None,
     ):
         super().__init__()
-        self._prediction = predicted_by(scheduler)
+        self._prediction = objective_of(scheduler)
         _check_fingerprints(decoder, denoiser, *([student] if student is not None else []))
         self.register_modules(
             decoder=decoder,
@@ -146,7 +146,7 @@ class MNIFPipeline(DiffusionPipeline):
             raise ValueError("use_student: there is none; `mnif distill` makes one")
         if use_student or (use_student is None and self.student and steps in self.student.config.distilled_steps):
             return self.student, self.student_scheduler
-        if predicted_by(self.scheduler) != self._prediction:
+        if objective_of(self.scheduler) != self._prediction:
             raise UserError(
                 f"{type(self.scheduler).__name__} does not fit what the denoiser predicts; "
                 "take latent_prior.diffusion.scheduler_by_name(name, pipeline.scheduler)"
