@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from latent_prior.denoisers import Denoiser
 from latent_prior.diffusion import (
+    OBJECTIVES,
     LossType,
     Objective,
     noise_levels,
@@ -95,7 +96,7 @@ class Teacher:
             timestep: for ``"x0"`` and ``"v"`` one of those of ``steps`` steps.
         """
         scheduler, begin = sampling_scheduler(self.objective), 0
-        if self.objective == "flow":
+        if OBJECTIVES[self.objective].is_flow:
             alpha, sigma = (level.item() for level in noise_levels("x0", torch.tensor([timestep])))
             level = sigma / (alpha + sigma)  # where on the straight path to noise the same mixture lies
             states = states / (alpha + sigma)
@@ -188,15 +189,15 @@ class DistillationLoss(nn.Module):
     Args:
         student: what learns; it predicts the clean latent.
         timesteps: [T], of the states; one half of a batch starts at the first, pure noise, if there are others.
-        size: what is made of an error.
+        loss_type: what is made of an error (:func:`latent_prior.diffusion.penalty`).
     """
 
     timesteps: Tensor
     shares: Tensor
 
-    def __init__(self, student: Denoiser, timesteps: Tensor, size: LossType = "mse"):
+    def __init__(self, student: Denoiser, timesteps: Tensor, loss_type: LossType = "mse"):
         super().__init__()
-        self.student, self.size = student, size
+        self.student, self.loss_type = student, loss_type
         shares = torch.ones(len(timesteps))
         shares[0] = max(len(timesteps) - 1, 1)
         self.register_buffer("timesteps", timesteps)
@@ -208,7 +209,7 @@ class DistillationLoss(nn.Module):
         row = torch.arange(len(states), device=states.device)
         place = torch.multinomial(self.shares, len(states), replacement=True)
         guess = self.student(states[row, place], self.timesteps[place])
-        return penalty(guess - samples[row, place], self.size).mean()
+        return penalty(guess - samples[row, place], self.loss_type).mean()
 
     @torch.no_grad()
     def errors(self, states: Tensor, samples: Tensor) -> dict[str, float]:

@@ -13,7 +13,7 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from latent_prior.denoisers import GROUPS, Denoiser, PaperDenoiser, ResMLPDenoiser
+from latent_prior.denoisers import DENOISERS, GROUPS, Denoiser, DenoiserName
 from latent_prior.diffusion import DenoisingLoss, LossType, Objective, Weighting, sampling_scheduler, validation_loss
 from latent_prior.hub import write_model_card
 from latent_prior.pipeline import MNIFPipeline
@@ -58,7 +58,7 @@ class PriorArguments(TrainingArguments):
     sampler: Literal["solver", "ancestral"] = "solver"
     """The scheduler that is stored: a deterministic one of few steps, or the paper's DDPM of 1000."""
 
-    denoiser: Literal["modulated", "paper"] = "modulated"
+    denoiser: DenoiserName = "modulated"
     """Blocks scaled and shifted by the time, or the paper's network."""
     width: int = 512
     """Hidden units of the denoiser."""
@@ -203,10 +203,9 @@ def make_denoiser(arguments: PriorArguments, table: LatentTable) -> Denoiser:
     """The denoiser, freshly drawn, with the statistics of the table's training latents."""
     shape: dict[str, Any] = {"latent_dim": table.latents.shape[1], "width": arguments.width, "depth": arguments.depth}
     shape["decoder_fingerprint"] = table.fingerprint
-    if arguments.denoiser == "paper":
-        denoiser: Denoiser = PaperDenoiser(**shape)
-    else:
-        denoiser = ResMLPDenoiser(**shape, dropout=arguments.dropout)
+    if arguments.denoiser == "modulated":
+        shape["dropout"] = arguments.dropout
+    denoiser = DENOISERS[arguments.denoiser](**shape)
     mean, std = table.mean_and_std()
     denoiser.latent_mean.copy_(mean)
     denoiser.latent_std.copy_(std)

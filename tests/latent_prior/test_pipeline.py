@@ -1,3 +1,4 @@
+import doctest
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,12 @@ def test_output_types_agree(pipeline: MNIFPipeline) -> None:
     np.testing.assert_array_equal(np.asarray(pictures["pil"][1]), (pictures["np"][1] * 255).round().astype(np.uint8))
     decoded = (pipeline.decoder(pictures["latent"]) / 2 + 0.5).clamp(0, 1).detach()
     torch.testing.assert_close(decoded, torch.from_numpy(pictures["np"]))
+
+
+def test_the_example_in_the_docstring_runs() -> None:
+    example = doctest.DocTestParser().get_doctest(str(MNIFPipeline.__call__.__doc__), {}, "call", None, None)
+    assert len(example.examples) > 1
+    assert doctest.DocTestRunner().run(example) == (0, len(example.examples))
 
 
 def test_generator_steps_resolution_and_return_dict(pipeline: MNIFPipeline) -> None:
