@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+from export.graphs.specs import KINDS
 from mnif.signals.registry import signal_class
 
 
 def bundle_readme(manifest: dict[str, Any]) -> str:
-    """Markdown for a manifest (without files and digest), to be read by whoever unpacks the bundle on a board."""
+    """Writes Markdown for a manifest (without files and digest), for whoever unpacks the bundle on a board."""
     graphs = manifest["graphs"]
     shown = {name: graph for name, graph in graphs.items() if graph["reference"] is not None}
-    kinds = [kind for kind in _KINDS if any(graph["kind"] == kind for graph in graphs.values())]
+    kinds = [kind for kind in KINDS if any(graph["kind"] == kind for graph in graphs.values())]
     return _TEXT.format(
         version=manifest["package"]["version"],
         rows="\n".join(_row(graph) for graph in shown.values()),
@@ -25,7 +26,7 @@ def bundle_readme(manifest: dict[str, Any]) -> str:
 
 
 def trtexec_command(name: str, graph: Mapping[str, Any]) -> str:
-    """The line that builds and times one graph's engine with TensorRT, to be run in the bundle folder."""
+    """Writes the line that builds and times one graph's engine with TensorRT, to be run in the bundle folder."""
     shapes = [
         f"--{flag}Shapes={','.join(f'{source}:{_by(sizes[key])}' for source, sizes in graph['profile'].items())}"
         for flag, key in (("min", "minimum"), ("opt", "optimum"), ("max", "maximum"))
@@ -55,7 +56,7 @@ def _further(count: int) -> str:
 
 def _kind(kind: str, manifest: dict[str, Any]) -> str:
     sampling, grid = manifest["sampling"], manifest["grid"]
-    return f"- **{kind}**: " + _KINDS[kind].format(
+    return f"- **{kind}**: " + KINDS[kind].description.format(
         steps=" or ".join(map(str, sampling["num_inference_steps"])) if sampling else "",
         scheduler=sampling["scheduler"] if sampling else "",
         end="coefficients" if manifest["radiance"] else "values on the grid",
@@ -81,18 +82,6 @@ def _gate(manifest: dict[str, Any]) -> str:
         "that the graphs parse and compile, and says nothing of a board's speed. Its plans would not run on a Jetson "
         "and are not kept; seconds and sizes stand in `manifest.json`."
     )
-
-
-_KINDS = {
-    "sampler": "standard normal noise to {end}, {steps} steps of {scheduler} unrolled.",
-    "decoder": "mixture coefficients to values on the grid, {grid} points.",
-    "rays": "origins and directions (of length one) to colours, in world coordinates, the volume rendering inside.",
-    "points": "points of the world to colours and densities.",
-    "prior": "standard normal noise to the coefficients that *field* takes, for the page in examples/browser.",
-    "field": "coefficients and coordinates (as *baked* has them) to every cell's values, likewise.",
-    "baked": "one instance as {cells} coordinate network(s), one per cell, at any resolution. Each cell is asked at "
-    "its own coordinates, [-1, 1] across the cell; `device/` lays out the points and blends neighbouring cells.",
-}
 
 
 _PRECISIONS = {

@@ -25,7 +25,7 @@ from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import sha256_of_file, sha256_of_folder, write_json
 from mnif.utils.output_folders import check_output_folder, output_folder_of
 from mnif.utils.process import command_line, default_device, peak_memory_megabytes, progress_bar
-from mnif.utils.resumable import Parts
+from mnif.utils.resumable import Chunks
 
 REFINEMENT_STEPS = {"fast": 0, "balanced": 60, "best": 300}
 
@@ -97,15 +97,15 @@ def encode(arguments: EncodeArguments) -> None:
 
     with output_folder_of(arguments.output_dir, "encode"):
         started = time.perf_counter()
-        parts = Parts(arguments.output_dir / ".parts", _search(arguments, steps, data))
-        latents = _infer_in_parts(infer, rows, arguments.batch_size, parts, signal.noun)
+        chunks = Chunks(arguments.output_dir / ".parts", "latents", _search(arguments, steps, data))
+        latents = _infer_in_chunks(infer, rows, arguments.batch_size, chunks, signal.noun)
         seconds = time.perf_counter() - started
         metrics = evaluate_latents(decoder, signal, rows, latents)
         held_out = torch.zeros(len(latents), dtype=torch.bool)
         table = LatentTable(latents, data.ids, held_out, decoder.fingerprint(), data.name)
         table.save(arguments.output_dir / "latents.safetensors")
         _report(arguments.output_dir, data.ids, metrics, seconds)
-        parts.remove()
+        chunks.remove()
 
 
 def _selected_data(arguments: EncodeArguments, signal: Signal) -> Dataset:
@@ -136,17 +136,17 @@ def _search(arguments: EncodeArguments, steps: int, data: Dataset) -> dict[str, 
     return search | ({"mask": sha256_of_file(arguments.mask)} if arguments.mask is not None else {})
 
 
-def _infer_in_parts(
-    infer: Callable[[ArrayDataset], Tensor], rows: ArrayDataset, batch_size: int, parts: Parts, noun: str
+def _infer_in_chunks(
+    infer: Callable[[ArrayDataset], Tensor], rows: ArrayDataset, batch_size: int, chunks: Chunks, noun: str
 ) -> Tensor:
-    """Infers the latents of all rows, [N, D], but for batches that ``parts`` has from a stopped command."""
+    """Infers the latents of all rows, [N, D], but for batches that ``chunks`` has from a stopped command."""
     with progress_bar(total=len(rows), desc="finding latents", unit=noun) as bar:
         for begin in range(0, len(rows), batch_size):
             batch = rows.subset(np.arange(begin, min(begin + batch_size, len(rows))))
-            if begin not in parts:
-                parts.save(begin, infer(batch))
+            if begin not in chunks:
+                chunks.save(begin, infer(batch).cpu().numpy())
             bar.update(len(batch))
-    return parts.all()
+    return torch.from_numpy(chunks.all())
 
 
 def _report(output: Path, ids: list[str], metrics: dict[str, Tensor], seconds: float) -> None:

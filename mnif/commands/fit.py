@@ -167,12 +167,12 @@ def parse_fit_arguments(arguments: list[str], program: str = "mnif fit", kind: t
     if {"-h", "--help"} & set(arguments):
         return parse_arguments(kind, arguments, program, kind(**plain))
     named, data, signal = (given_flag(arguments, name) for name in ("preset", "data", "signal"))
-    if named is None and signal in (None, "auto") and data is not None:
-        signal = detect_signal(data)
     if named is not None:
         preset = _preset(named)
     elif signal not in (None, "auto"):
         preset = _preset(signal) if signal in preset_names(PRESETS) else {"signal": signal, "arguments": {}}
+    elif data is not None:
+        preset = _preset(detect_signal(data))
     else:
         preset = {"signal": "auto", "arguments": {}}
     if given_flag(arguments, "max_train_steps") is not None:

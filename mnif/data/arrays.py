@@ -10,9 +10,9 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
-from mnif import __version__
 from mnif.utils.errors import UserError
 from mnif.utils.files import cache_folder, written_atomically
+from mnif.version import __version__
 
 
 def npz_arrays(path: Path, needs: str) -> dict[str, np.ndarray]:

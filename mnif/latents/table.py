@@ -72,7 +72,7 @@ class LatentTable:
             save_tensors(tensors, temporary, {"format": _FORMAT, "fingerprint": self.fingerprint, "data": self.data})
 
     @classmethod
-    def load(cls, path: Path, fingerprint: str | None = None) -> "LatentTable":
+    def load(cls, path: Path | str, fingerprint: str | None = None) -> "LatentTable":
         """Reads a table.
 
         Args:
@@ -82,6 +82,7 @@ class LatentTable:
         Raises:
             UserError: the file is missing, is no latent table, or belongs to another decoder.
         """
+        path = Path(path)
         if not path.is_file():
             raise UserError(f"{path}: no latent table; `mnif fit` or `mnif encode` writes one")
         try:
