@@ -4,23 +4,22 @@ import numpy as np
 
 from evals.features.extractor import FeatureCache
 from latent_prior.pipeline import MNIFPipeline
-from latent_prior.sampling import BLOCK, ExactSampler
+from latent_prior.sampling import sample_latents
 from mnif.latents.table import LatentTable
 
 
 def prior_latents(bench: FeatureCache, pipeline: MNIFPipeline, seed: int, steps: int, fingerprint: str) -> np.ndarray:
     """The latents of as many samples of ``seed`` as the protocol asks for, [N, D] float32, memory-mapped.
 
-    Sample i is the one of `mnif sample`, whichever process draws it; a shard of rows is a block of samples.
+    Sample i is the one of `mnif sample`, whichever process draws it.
     """
     pipeline.set_progress_bar_config(disable=True)
-    drawing, width = ExactSampler(pipeline, seed, steps), pipeline.decoder.config.latent_dim
 
     def drawn(rows: range) -> np.ndarray:
-        return drawing.block(rows.start // BLOCK)[: len(rows)].cpu().numpy()
+        return sample_latents(pipeline, seed, rows, steps).cpu().numpy()
 
     key, count = [fingerprint, "prior", seed, steps], bench.protocol.num_samples
-    return bench.rows(key, count, width, lambda rows: rows, drawn, "sampling")
+    return bench.rows(key, count, pipeline.decoder.config.latent_dim, lambda rows: rows, drawn, "sampling")
 
 
 def gaussian_latents(table: LatentTable, count: int, seed: int) -> np.ndarray:

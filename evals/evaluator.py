@@ -10,7 +10,7 @@ A room is a module with two functions::
 what they were given, raise :class:`mnif.utils.errors.UserError` if it cannot be measured, and do no work yet: that is
 left to the measurement they return, which is not asked for if ``metrics.json`` holds these inputs already.
 ``asked.num_samples`` is filled in by then. What takes long can be shared out and resumed with
-:func:`evals.shards.computed_in_shards`, in ``asked.output_dir / ".parts"``, which is removed at the end.
+:func:`mnif.utils.resumable.compute_in_chunks`, in ``asked.output_dir / ".parts"``, which is removed at the end.
 """
 
 from collections.abc import Callable
