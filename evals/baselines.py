@@ -8,8 +8,10 @@ from latent_prior.sampling import BLOCK, ExactSampler
 from mnif.latents.table import LatentTable
 
 
-def prior_latents(bench: FeatureCache, pipeline: MNIFPipeline, seed: int, steps: int, fingerprint: str) -> np.ndarray:
-    """The latents of as many samples of ``seed`` as the protocol asks for, [N, D] float32, memory-mapped.
+def prior_latents(
+    cache: FeatureCache, pipeline: MNIFPipeline, count: int, seed: int, steps: int, fingerprint: str
+) -> np.ndarray:
+    """The latents of samples 0 to ``count`` of ``seed``, [count, D] float32, memory-mapped.
 
     Sample i is the one of `mnif sample`, whichever process draws it; a shard of rows is a block of samples.
     """
@@ -19,8 +21,8 @@ def prior_latents(bench: FeatureCache, pipeline: MNIFPipeline, seed: int, steps:
     def drawn(rows: range) -> np.ndarray:
         return drawing.block(rows.start // BLOCK)[: len(rows)].cpu().numpy()
 
-    key, count = [fingerprint, "prior", seed, steps], bench.protocol.num_samples
-    return bench.rows(key, count, width, lambda rows: rows, drawn, "sampling")
+    key = [fingerprint, "prior", seed, steps]
+    return cache.rows(key, count, width, lambda rows: rows, drawn, "sampling")
 
 
 def gaussian_latents(table: LatentTable, count: int, seed: int) -> np.ndarray:

@@ -6,7 +6,6 @@ from typing import Literal
 
 import tyro
 
-from evals.features.resize import RESIZES, Resize
 from latent_prior.diffusion import INFERENCE_STEPS
 from mnif.utils.errors import UserError
 
@@ -78,11 +77,6 @@ class Protocol:
     part: Part
     num_samples: int
     neighbours: int
-
-    @property
-    def resizing(self) -> Resize:
-        """The filter."""
-        return RESIZES[self.resize]
 
 
 PRESETS = {

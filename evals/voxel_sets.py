@@ -67,7 +67,7 @@ def comparison_metrics(
     """MMD, COV and 1-NNA of each drawn set, and of the floor, with their standard errors.
 
     Args:
-        drawn: what a set's figures end with ("" for the samples, "_gaussian" …) → [S, P, 3] points.
+        drawn: what a set's metrics end with ("" for the samples, "_gaussian" …) → [S, P, 3] points.
         real: the real shapes.
         metric: of distances.
         points: take the first so many of each shape; default: all.
@@ -85,9 +85,9 @@ def comparison_metrics(
         to_real = distance_matrix(some, reference, metric, "minima", title)
         among_drawn = distance_matrix(some, metric=metric, exact="minima", title=title)
         for name, value in set_metrics(to_real, among_drawn, among_real).items():
-            figure, _, spread = name.partition("_")
             if np.isfinite(value):
-                found[f"{figure}_{metric}{ending}" + (f"_{spread}" if spread else "")] = value
+                measure, _, spread = name.partition("_")
+                found[f"{measure}_{metric}{ending}" + (f"_{spread}" if spread else "")] = value
     return found
 
 
@@ -96,24 +96,15 @@ def set_size(drawn: Mapping[str, np.ndarray], real: RealShapes) -> int:
     return min(len(real.reference), len(real.floor), *(len(shapes) for shapes in drawn.values()))
 
 
-@dataclass(frozen=True)
-class Novelty:
-    """Whether drawn shapes are new.
-
-    Attributes:
-        figures: ``nn_ratio``, the median distance of drawn shapes to their nearest training shapes over that of
-            held-out shapes to theirs, with its standard error; ``nn_ratio_copies``, what copies of training shapes
-            would score; ``copied_share``, the share of drawn shapes nearer than all but 5 % of held-out ones.
-            Distances are roots of chamfer distances. Empty if nothing was held out.
-        nearest: the row of the nearest training shape for each drawn one, [S].
-    """
-
-    metrics: dict[str, float]
-    nearest: np.ndarray
-
-
-def novelty_of(drawn: np.ndarray, data: VoxelData, splits: np.ndarray) -> Novelty:
+def shape_novelty(drawn: np.ndarray, data: VoxelData, splits: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
     """Compares drawn shapes [S, P, 3] with all training shapes; those without a surface do not count.
+
+    Returns:
+        ``nn_ratio``, the median distance of drawn shapes to their nearest training shapes over that of held-out shapes
+        to theirs, with its standard error; ``nn_ratio_copies``, what copies of training shapes would score;
+        ``copied_share``, the share of drawn shapes nearer than all but 5 % of held-out ones. Distances are roots of
+        chamfer distances. All this is missing if nothing was held out. And the row of the nearest training shape for
+        each drawn one, [S].
 
     Raises:
         UserError: there are no training shapes.
@@ -123,9 +114,9 @@ def novelty_of(drawn: np.ndarray, data: VoxelData, splits: np.ndarray) -> Novelt
         raise UserError(f"--reference {data.name}: no shape of it was trained on; lower --held_out_fraction")
     copies = _points(data, train[:: -(-len(train) // len(drawn))], "copy of ")
     queries = {"drawn": drawn, "held out": _points(data, held_out), "copies": copies}
-    found, nearest = _nearest(np.concatenate([*queries.values()]), data, train)
+    distances, nearest = _nearest(np.concatenate([*queries.values()]), data, train)
     ends = np.cumsum([len(points) for points in queries.values()])
-    samples, unseen, again = (part[np.isfinite(part)] for part in np.split(found, ends[:-1]))
+    samples, unseen, again = (part[np.isfinite(part)] for part in np.split(distances, ends[:-1]))
     metrics: dict[str, float] = {}
     if len(unseen) and len(samples):
         unit = float(np.median(unseen))
@@ -135,7 +126,7 @@ def novelty_of(drawn: np.ndarray, data: VoxelData, splits: np.ndarray) -> Novelt
             "nn_ratio_copies": float(np.median(again)) / unit,
             "copied_share": float((samples < np.quantile(unseen, _COPIED_QUANTILE)).mean()),
         }
-    return Novelty(metrics, nearest[: len(drawn)])
+    return metrics, nearest[: len(drawn)]
 
 
 def _nearest(queries: np.ndarray, data: VoxelData, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +142,7 @@ def _nearest(queries: np.ndarray, data: VoxelData, train: np.ndarray) -> tuple[n
 
 
 def _points(data: VoxelData, rows: np.ndarray, prefix: str = "") -> np.ndarray:
-    """Points on the surfaces of real shapes."""
+    """Points on the surfaces of real shapes, [rows, P, 3]."""
     shown = progress_bar(rows, desc="surfaces", unit="shape", leave=False)
     grids = (data.occupancy(slice(row, row + 1))[0].astype(np.float32) for row in shown)
     return surfaces_of_grids(grids, [prefix + data.ids[row] for row in rows], level=0.5).points

@@ -23,7 +23,7 @@ _GRID_SUFFIXES = (".npz", ".npy", ".binvox")
 _NEEDS = '"voxels" or "occupancy", occupancies in [0, 1], [R, R, R] or [N, R, R, R]'
 
 
-_ROOM = 1 + 1e-3  # a mesh may leave the cube by its rounding
+_BOUND = 1 + 1e-3  # a mesh may leave the cube by its rounding
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _grids_in(path: Path) -> np.ndarray:
 def _mesh_in_cube(path: Path) -> tuple[np.ndarray, np.ndarray]:
     vertices, faces = read_mesh(path)
     farthest = np.abs(vertices[faces]).max()
-    if farthest > _ROOM:
+    if farthest > _BOUND:
         raise UserError(
             f"{path}: a corner has the coordinate {farthest:.3g}; drawn meshes lie in the cube [-1, 1]³, "
             "as `mnif decode` writes them"

@@ -17,8 +17,7 @@ from typing import ClassVar, TypeVar
 import numpy as np
 import torch
 
-from evals.features.resize import Resize
-from evals.protocol import Protocol
+from evals.features.resize import RESIZES, Resize
 from evals.shards import computed_in_shards
 from mnif.utils.errors import UserError
 from mnif.utils.files import cache_folder
@@ -144,26 +143,25 @@ class IndexedImages:
 T = TypeVar("T")
 
 
-def stated(protocol: Protocol, extractor: Extractor, size: tuple[int, int]) -> dict[str, str]:
-    """What another number must agree in to be comparable, for pictures of a size."""
-    return extractor.protocol() | {"resize": protocol.resize, "resolution": f"{size[0]}×{size[1]}"}
-
-
 @dataclass(frozen=True)
 class FeatureCache:
-    """What every set of pictures goes through.
+    """Numbers of pictures, kept on disk: what every set of pictures goes through.
 
     Attributes:
-        protocol: how they are compared.
-        extractor: its extractor, loaded.
+        resize: one of :data:`evals.features.resize.RESIZES`, by name.
+        extractor: of features, loaded.
         processes: who share the work; all call the same methods in the same order.
         scratch: folder for what a later command does not need; it is what a killed evaluation continues from.
     """
 
-    protocol: Protocol
+    resize: str
     extractor: Extractor
     processes: Processes
     scratch: Path
+
+    def protocol(self, size: tuple[int, int]) -> dict[str, str]:
+        """What another number must agree in to be comparable, for pictures of a size."""
+        return self.extractor.protocol() | {"resize": self.resize, "resolution": f"{size[0]}×{size[1]}"}
 
     def features(self, pictures: IndexedImages, description: str, keep: bool = False) -> np.ndarray:
         """Features of pictures, memory-mapped: [count, D] float32.
@@ -175,9 +173,9 @@ class FeatureCache:
         """
 
         def compute(images: np.ndarray) -> np.ndarray:
-            return extract_features(images, self.extractor, self.protocol.resizing, progress=False)
+            return extract_features(images, self.extractor, RESIZES[self.resize], progress=False)
 
-        key = [pictures.fingerprint, pictures.count, stated(self.protocol, self.extractor, pictures.size)]
+        key = [pictures.fingerprint, pictures.count, self.protocol(pictures.size)]
         width = self.extractor.dimension
         return self.rows(key, pictures.count, width, pictures.read, compute, f"features: {description}", keep)
 
