@@ -8,7 +8,7 @@ import numpy as np
 from evals.features.extractor import Extractor
 from evals.metrics.frechet import Moments, frechet_distance, moments_of
 from evals.metrics.kernel import kernel_distance_of_subsets, kernel_distance_with_spread
-from evals.metrics.neighbours import nearest_neighbour_distances, unit_of_novelty
+from evals.metrics.neighbours import nearest_neighbour_distances, novelty_ratio, unit_of_novelty
 from evals.metrics.precision_recall import knn_radii, precision_recall
 from evals.metrics.uncertainty import (
     GROUPS,
@@ -16,7 +16,6 @@ from evals.metrics.uncertainty import (
     frechet_at_infinity,
     frechet_at_infinity_spread,
     frechet_spread,
-    spread_over_halves,
     standard_error,
 )
 from mnif.data.dataset import Split
@@ -42,7 +41,7 @@ class Reference:
 
 
 def reference_of(data: ImageData, splits: np.ndarray, part: str) -> Reference:
-    """The part of the data that a protocol compares with.
+    """Chooses the part of the data that a protocol compares with.
 
     "half": half of the designs; the other half is the floor, and samples are no more than it has, so that both
     distances have the same bias. "train" and "all": the floor is one half of their designs against the other.
@@ -70,7 +69,7 @@ def set_metrics(
     extractor: Extractor,
     neighbours: int,
 ) -> dict[str, float]:
-    """Distances and overlaps of each set of drawn pictures, and of the floor.
+    """Measures each set of drawn pictures, and the floor, against real ones.
 
     Args:
         features: what a set's metrics end with ("" for the samples, "_gaussian" …) → [n, D].
@@ -98,7 +97,7 @@ def set_metrics(
 
 
 def frechet_metrics(features: Mapping[str, np.ndarray], reference: Moments, extractor: Extractor) -> dict[str, float]:
-    """The Fréchet distances of sets of drawn pictures from statistics alone, with their spreads.
+    """Measures the Fréchet distances of sets of drawn pictures from statistics alone, with standard errors.
 
     Args:
         features: as for :func:`set_metrics`.
@@ -121,9 +120,12 @@ def frechet_metrics(features: Mapping[str, np.ndarray], reference: Moments, extr
 def novelty_metrics(
     samples: np.ndarray, held_out: np.ndarray, train: np.ndarray
 ) -> tuple[dict[str, float], np.ndarray]:
-    """``nn_ratio`` with its spread, if anything was held out, and the nearest training picture of every sample [N].
+    """Measures ``nn_ratio`` with its standard error, if anything was held out, and finds neighbours.
 
     All are features [·, D].
+
+    Returns:
+        The metrics, and the row of the nearest training picture of every sample, [N].
 
     Raises:
         UserError: half of the held-out pictures are training pictures.
@@ -131,11 +133,8 @@ def novelty_metrics(
     distances, nearest = nearest_neighbour_distances(samples, train)
     if not len(held_out):
         return {}, nearest
-    unit = unit_of_novelty(held_out, train)
-    return {
-        "nn_ratio": float(np.median(distances)) / unit,
-        "nn_ratio_std": spread_over_halves(distances, lambda some: float(np.median(some))) / unit,
-    }, nearest
+    ratio, std = novelty_ratio(distances, unit_of_novelty(held_out, train))
+    return {"nn_ratio": ratio, "nn_ratio_std": std}, nearest
 
 
 def _metrics(

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from evals.metrics.neighbours import novelty_ratio
 from evals.metrics.shapes import Metric, distance_matrix, set_metrics, surfaces_of_grids
-from evals.metrics.uncertainty import spread_over_halves
 from mnif.data.dataset import Split
 from mnif.data.voxels import VoxelData
 from mnif.utils.errors import UserError
@@ -44,7 +44,7 @@ class RealShapes:
 
 
 def real_shapes(data: VoxelData, splits: np.ndarray) -> RealShapes:
-    """Reference and floor, whole designs on either side, in random order.
+    """Chooses reference and floor, whole designs on either side, in random order.
 
     Raises:
         UserError: there are too few shapes.
@@ -64,7 +64,7 @@ def real_shapes(data: VoxelData, splits: np.ndarray) -> RealShapes:
 def comparison_metrics(
     drawn: Mapping[str, np.ndarray], real: RealShapes, metric: Metric, points: int | None = None
 ) -> dict[str, float]:
-    """MMD, COV and 1-NNA of each drawn set, and of the floor, with their standard errors.
+    """Measures MMD, COV and 1-NNA of each drawn set, and of the floor, with their standard errors.
 
     Args:
         drawn: what a set's metrics end with ("" for the samples, "_gaussian" …) → [S, P, 3] points.
@@ -92,7 +92,7 @@ def comparison_metrics(
 
 
 def set_size(drawn: Mapping[str, np.ndarray], real: RealShapes) -> int:
-    """How many shapes of each set are compared."""
+    """Returns how many shapes of each set are compared: as many as the smallest has."""
     return min(len(real.reference), len(real.floor), *(len(shapes) for shapes in drawn.values()))
 
 
@@ -120,9 +120,10 @@ def shape_novelty(drawn: np.ndarray, data: VoxelData, splits: np.ndarray) -> tup
     metrics: dict[str, float] = {}
     if len(unseen) and len(samples):
         unit = float(np.median(unseen))
+        ratio, std = novelty_ratio(samples, unit)
         metrics = {
-            "nn_ratio": float(np.median(samples)) / unit,
-            "nn_ratio_std": spread_over_halves(samples, lambda some: float(np.median(some))) / unit,
+            "nn_ratio": ratio,
+            "nn_ratio_std": std,
             "nn_ratio_copies": float(np.median(again)) / unit,
             "copied_share": float((samples < np.quantile(unseen, _COPIED_QUANTILE)).mean()),
         }
@@ -130,7 +131,7 @@ def shape_novelty(drawn: np.ndarray, data: VoxelData, splits: np.ndarray) -> tup
 
 
 def _nearest(queries: np.ndarray, data: VoxelData, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The root of each query's chamfer distance to its nearest training shape, and that shape's row."""
+    """Finds the nearest training shape of each query: the root of its chamfer distance, and its row, [Q] each."""
     distances, nearest = np.full(len(queries), np.inf), np.full(len(queries), train[0])
     for start in range(0, len(train), _CHUNK):
         some = train[start : start + _CHUNK]
@@ -142,7 +143,7 @@ def _nearest(queries: np.ndarray, data: VoxelData, train: np.ndarray) -> tuple[n
 
 
 def _points(data: VoxelData, rows: np.ndarray, prefix: str = "") -> np.ndarray:
-    """Points on the surfaces of real shapes, [rows, P, 3]."""
+    """Samples points on the surfaces of real shapes, [rows, P, 3]."""
     shown = progress_bar(rows, desc="surfaces", unit="shape", leave=False)
     grids = (data.occupancy(slice(row, row + 1))[0].astype(np.float32) for row in shown)
     return surfaces_of_grids(grids, [prefix + data.ids[row] for row in rows], level=0.5).points

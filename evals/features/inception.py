@@ -55,7 +55,7 @@ class Inception(Extractor):
         self.device, self.grey = device, grey
 
     def protocol(self) -> dict[str, str]:
-        """The network, its weights and its normalisation."""
+        """States the network, its weights and its normalisation."""
         return {
             "extractor": "inception: FID's Inception-v3 of 2015-12-05, 2048 features after global average pooling",
             "weights_sha256": INCEPTION.sha256,
@@ -64,7 +64,7 @@ class Inception(Extractor):
 
     @torch.inference_mode()
     def features(self, images: np.ndarray, resize: Resize) -> Iterator[np.ndarray]:
-        """Features of pictures; a thread resizes the next batch while the network looks at this one."""
+        """Yields features of pictures; a thread resizes the next batch while the network looks at this one."""
         batches = [images[start : start + _BATCH_SIZE] for start in range(0, len(images), _BATCH_SIZE)]
         with ThreadPoolExecutor(1) as thread:
             for pixels in thread.map(lambda batch: resize(batch, self.size), batches):

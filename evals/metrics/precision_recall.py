@@ -16,7 +16,7 @@ _TILE = 1024
 
 @dataclass(frozen=True, eq=False)
 class PrecisionRecall:
-    """What each instance says of the overlap of two sets; every figure is the mean of one of these.
+    """What each instance says of the overlap of two sets; every metric is the mean of one of these.
 
     Attributes:
         precision: [N] bool, which samples lie in a real instance's ball.
@@ -34,7 +34,7 @@ class PrecisionRecall:
 def precision_recall(
     samples: np.ndarray, real: np.ndarray, neighbours: int, real_radii: np.ndarray | None = None
 ) -> PrecisionRecall:
-    """Looks at every pair, exactly, in tiles: memory does not grow with the number of pairs.
+    """Compares every pair, exactly, in tiles: memory does not grow with the number of pairs.
 
     Args:
         samples: [N, D] features.
@@ -65,7 +65,7 @@ def precision_recall(
 
 
 def knn_radii(features: np.ndarray, neighbours: int) -> np.ndarray:
-    """Squared distance of every instance to its k-th nearest of the others, [N]."""
+    """Finds the squared distance of every instance [N, D] to its k-th nearest of the others, [N]."""
     squared = np.empty(len(features))
     for rows in _tiles(len(features)):
         nearest = np.empty((rows.stop - rows.start, 0))
