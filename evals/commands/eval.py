@@ -11,7 +11,14 @@ from typing import Any
 
 from evals.evaluator import SUBJECTS, evaluator_of
 from evals.metrics.neighbours import copying_verdict
-from evals.presentation import comparison_plot, evaluation_markdown, markdown_table, protocol_line, table_rows
+from evals.presentation import (
+    comparison_plot,
+    evaluation_markdown,
+    markdown_table,
+    metrics_of,
+    protocol_line,
+    table_rows,
+)
 from evals.protocol import EvalArguments, protocol_of
 from mnif import __version__
 from mnif.utils.args import parse_arguments
@@ -186,10 +193,8 @@ def evaluate(arguments: EvalArguments) -> None:
 
 
 def _print(metrics: dict[str, Any]) -> None:
-    for name, value in metrics.items():
-        if isinstance(value, float) and not name.endswith("_std"):
-            spread = metrics.get(f"{name}_std")
-            print(f"  {name:32} {value:10.4g}" + (f" ± {spread:.2g}" if spread is not None else ""))
+    for metric in metrics_of(metrics):
+        print(f"  {metric.key:32} {metric.value:10.4g}" + (f" ± {metric.std:.2g}" if metric.std is not None else ""))
     for warning in metrics.get("warnings", []):
         print(f"warning: {warning}")
     if verdict := copying_verdict(metrics):
