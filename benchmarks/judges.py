@@ -39,14 +39,14 @@ class Judge(Interface):
     """The metric that says how far samples are from the data."""
 
     def of_latents(self, latents: np.ndarray) -> dict[str, float]:
-        """Metrics of latents [N, D]: ``distance``, ``nn_ratio`` and ``nn_ratio_latents`` among them."""
+        """Measures latents [N, D]: ``distance``, ``nn_ratio`` and ``nn_ratio_latents`` are among the metrics."""
 
     def controls(self, count: int) -> dict[str, dict[str, float]]:
-        """Those of ``gaussian`` and of ``held_out`` latents, and the ``real`` data's."""
+        """Measures ``gaussian`` and ``held_out`` latents, and the ``real`` data."""
 
 
 def judge_of(run: Path) -> Judge:
-    """What fits the signal of a run folder of `mnif fit`."""
+    """Makes the judge of the signal of a run folder of `mnif fit`."""
     arguments = read_json(run / "run.json")["fit"]["arguments"]
     decoder = load_component(MNIFModel, run / "model", "decoder")
     table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint())

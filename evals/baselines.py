@@ -26,7 +26,7 @@ def prior_latents(
 
 
 def gaussian_latents(table: LatentTable, count: int, seed: int) -> np.ndarray:
-    """Latents from a full-covariance Gaussian fitted to the table's training rows, [count, D] float32."""
+    """Draws latents [count, D] float32 from a full-covariance Gaussian fitted to the table's training rows."""
     rows = table.train.double().numpy()
     generator = np.random.default_rng([seed, 1])
     drawn = generator.multivariate_normal(rows.mean(axis=0), np.cov(rows.T), size=count, method="eigh")

@@ -141,13 +141,13 @@ class ImageEvaluator(Evaluator):
         return metrics | self._compare(features, samples, splits)
 
     def _splits_by_flags(self) -> np.ndarray | None:
-        """The split of each picture of the reference as the flags cut it, or None if it is statistics."""
+        """Splits the reference as the flags say, [N]; None if it is statistics."""
         if self.data is None:
             return None
         return self.data.split(self.arguments.held_out_fraction, self.arguments.test_fraction)
 
     def _real_features(self) -> np.ndarray:
-        """Features of all of the reference, [N, D], kept for the next evaluation."""
+        """Computes the features of all of the reference, [N, D], kept for the next evaluation."""
         assert self.data is not None
         return self.cache.features(data_images(self.data), "real pictures", keep=True)
 
@@ -204,7 +204,7 @@ class ImageEvaluator(Evaluator):
         return metrics
 
     def _counts(self, reference: Reference, splits: np.ndarray, samples: int) -> dict[str, Any]:
-        """What the protocol says of the reference's part, and how many pictures each set has."""
+        """Counts the pictures of each set, and states the part of the reference."""
         return {
             "reference_part": self.protocol.part,
             "neighbours": self.protocol.neighbours,
@@ -250,7 +250,7 @@ class ImageReconstructions:
     fingerprint: str
 
     def metrics(self, real: np.ndarray) -> dict[str, float]:
-        """PSNR, SSIM and distance of every side's reconstructions and of its controls, and border steps.
+        """Measures PSNR, SSIM and distance of every split's reconstructions and of its controls, and border steps.
 
         Args:
             real: features of all of the reference, [N, D].
@@ -261,29 +261,29 @@ class ImageReconstructions:
             ``pca_components``, fewer than the latent's numbers only where there are fewer training pictures.
         """
         components, controls = self._controls()
-        found: dict[str, float] = {"pca_components": components}
+        metrics: dict[str, float] = {"pca_components": components}
         for name, split in SPLITS.items():
             rows = np.flatnonzero(self.splits == split)
             if not len(rows):
                 continue
             latents = self._latents(rows, split)
             picked = evenly(len(rows), self.protocol.num_samples)
-            found |= self._quality(rows, self._decoded(latents), name)
-            found |= self._distance(rows[picked], self._decoded(latents[picked]), name, real)
+            metrics |= self._quality(rows, self._decoded(latents), name)
+            metrics |= self._distance(rows[picked], self._decoded(latents[picked]), name, real)
             for control, reconstruct in controls.items():
-                found |= self._quality(rows, self._control(control, reconstruct, rows), f"{control}_{name}")
+                metrics |= self._quality(rows, self._control(control, reconstruct, rows), f"{control}_{name}")
                 if control == "pca":
                     images = self._control(control, reconstruct, rows[picked])
-                    found |= self._distance(rows[picked], images, f"pca_{name}", real)
+                    metrics |= self._distance(rows[picked], images, f"pca_{name}", real)
             if split != Split.TRAIN and self.run.latent_init is not None:
                 at_once = "inner_loop" if isinstance(self.run.latent_init, InnerLoop) else "encoder"
-                found |= self._quality(rows, self._decoded(self._inferred(rows, 0)), f"{name}_{at_once}")
+                metrics |= self._quality(rows, self._decoded(self._inferred(rows, 0)), f"{name}_{at_once}")
             if self.cache.processes.is_main:
-                found |= self._borders(rows, self._decoded(latents), name)
-        return found
+                metrics |= self._borders(rows, self._decoded(latents), name)
+        return metrics
 
     def _controls(self) -> tuple[int, dict[str, Callable[[np.ndarray], np.ndarray]]]:
-        """How many components PCA has, and what it and the mean picture make of pictures on [0, 1]."""
+        """Fits the controls: how many components PCA has, and what it and the mean make of pictures on [0, 1]."""
         train = np.flatnonzero(self.splits == Split.TRAIN)
         numbers = self.reference.images[0].size
         some = self.reference.images[train[evenly(len(train), max(_PCA_NUMBERS // numbers, 1))]] / np.float32(255)
@@ -312,12 +312,12 @@ class ImageReconstructions:
         return self._inferred(rows, self.refinement_steps)
 
     def _inferred(self, rows: np.ndarray, steps: int) -> np.ndarray:
-        """Latents of some of the pictures, [n, D]."""
+        """Infers latents of some of the pictures, [n, D]."""
         run, images = self.run, self.reference.images
 
         def compute(batch: np.ndarray) -> np.ndarray:
-            found = infer_latents(run.decoder, run.signal, array_dataset({"images": batch}), run.latent_init, steps)
-            return torch.cat([*found]).cpu().numpy()
+            batches = infer_latents(run.decoder, run.signal, array_dataset({"images": batch}), run.latent_init, steps)
+            return torch.cat([*batches]).cpu().numpy()
 
         def load(some: range) -> np.ndarray:
             return images[rows[some.start : some.stop]]
@@ -330,7 +330,7 @@ class ImageReconstructions:
         return latent_images(self.run.decoder, latents, fingerprint, self.protocol.quantise)
 
     def _quality(self, rows: np.ndarray, drawn: IndexedImages, ending: str) -> dict[str, float]:
-        """PSNR and SSIM of reconstructions, and the standard errors of these means."""
+        """Measures PSNR and SSIM of reconstructions, and the standard errors of these means."""
         images = self.reference.images
 
         def load(some: range) -> tuple[np.ndarray, np.ndarray]:
@@ -346,18 +346,18 @@ class ImageReconstructions:
         return mean_metrics(dict(zip(measures, np.asarray(values, dtype=np.float64).T, strict=True)), ending)
 
     def _distance(self, rows: np.ndarray, drawn: IndexedImages, ending: str, real: np.ndarray) -> dict[str, float]:
-        """The Fréchet distance of reconstructions from their originals."""
+        """Measures the Fréchet distance of reconstructions from their originals, with its standard error."""
         features = self.cache.features(drawn, f"reconstructions, {ending}")
         if not self.cache.processes.is_main or len(rows) < 2:
             return {}
         name, originals = f"r{self.cache.extractor.frechet}_{ending}", real[rows]
-        found = {name: frechet_distance_from_features(features, originals)}
+        metrics = {name: frechet_distance_from_features(features, originals)}
         if len(rows) >= 2 * GROUPS:
-            found[f"{name}_std"] = frechet_spread(GroupedFeatures(features), moments_of(originals))
-        return found
+            metrics[f"{name}_std"] = frechet_spread(GroupedFeatures(features), moments_of(originals))
+        return metrics
 
     def _borders(self, rows: np.ndarray, drawn: IndexedImages, split: str) -> dict[str, float]:
-        """Steps across the borders of cells; and a picture of originals above reconstructions."""
+        """Measures steps across the borders of cells, and shows originals above reconstructions."""
         images, cells = self.reference.images, self.run.decoder.config.cells
         pick = evenly(len(rows), SHOWN)
         both = np.concatenate([images[rows[pick]], shown(drawn, pick)])
@@ -380,7 +380,7 @@ def _hash_of(array: np.ndarray) -> str:
 
 
 def _cost(run: LoadedRun, steps: int) -> dict[str, Any]:
-    """What quality is paid with."""
+    """Counts what quality is paid with: parameters, operations and steps."""
     decoder = run.decoder
     assert run.pipeline is not None
     field = decoder.bake(decoder.coefficients(decoder.bases[0].new_zeros(1, decoder.config.latent_dim)))

@@ -24,18 +24,18 @@ SPLITS = {"train": Split.TRAIN, "heldout": Split.HELD_OUT, "test": Split.TEST}
 
 
 def evenly(count: int, wanted: int) -> np.ndarray:
-    """At most ``wanted`` different row numbers out of ``count``, evenly spread."""
+    """Chooses at most ``wanted`` different row numbers out of ``count``, evenly spread."""
     return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
 
 
 def is_of(table: LatentTable, reference: Dataset) -> bool:
-    """Whether the table's instances are the reference's, in order, some perhaps kept out of it for a test."""
+    """Tells whether the table's instances are the reference's, in order; some may be kept out of it for a test."""
     known = set(table.ids)
     return table.ids == [id for id in reference.ids if id in known]
 
 
 def splits_of(table: LatentTable, reference: Dataset) -> np.ndarray:
-    """The splits [N] of :class:`mnif.data.dataset.Split` as `mnif fit` cut them.
+    """Returns the splits [N] of :class:`mnif.data.dataset.Split` as `mnif fit` cut them.
 
     What is not in its table it never looked at: that is a test.
     """
@@ -46,7 +46,7 @@ def splits_of(table: LatentTable, reference: Dataset) -> np.ndarray:
 
 
 def latent_table_of(model: Path, decoder: MNIFModel) -> LatentTable | None:
-    """The latent table that ``mnif fit`` wrote beside the model folder, or None if it was left behind."""
+    """Loads the latent table that ``mnif fit`` wrote beside the model folder, or None if it was left behind."""
     path = model.parent / "latents.safetensors"
     return LatentTable.load(path, decoder.fingerprint()) if path.exists() else None
 
@@ -76,18 +76,18 @@ class LoadedRun:
                 network.to(device)
 
     def splits(self, data: Dataset, held_out_fraction: float, test_fraction: float) -> np.ndarray:
-        """The splits [N] of :class:`mnif.data.dataset.Split` as `mnif fit` cut them; without a table, by the flags."""
+        """Returns the splits [N] of :class:`mnif.data.dataset.Split` of the table or, without one, of the flags."""
         table = self.known(data)
         return data.split(held_out_fraction, test_fraction) if table is None else splits_of(table, data)
 
     def known(self, data: Dataset) -> LatentTable | None:
-        """The table, if its instances are those of ``data``."""
+        """Returns the table if its instances are those of ``data``."""
         return self.table if self.table is not None and is_of(self.table, data) else None
 
     def latents(
         self, data: Dataset, splits: np.ndarray, split: Split, refinement_steps: int
     ) -> tuple[ArrayDataset, Tensor]:
-        """The instances of one split and their latents [n, D].
+        """Infers the latents [n, D] of the instances of one split; returns both.
 
         Training latents are the encoder's or inner loop's, or the table's without either; others are refined.
         """

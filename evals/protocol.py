@@ -90,7 +90,7 @@ PRESETS = {
 
 
 def protocol_of(arguments: EvalArguments) -> Protocol:
-    """The preset with what the flags change in it.
+    """Returns the preset with what the flags change in it.
 
     Raises:
         UserError: a number is out of range.

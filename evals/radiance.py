@@ -62,11 +62,11 @@ class ViewReconstructions:
         ``psnr_…`` of up to four of the others. ``…_nearest_…`` shows the picture of the same object whose camera is
         nearest instead; ``…_mean_…`` the mean training object from that camera, if all objects have the same cameras.
         """
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, split in SPLITS.items():
             if (self.splits == split).any():
-                found |= self._metrics_of_split(name, split)
-        return found
+                metrics |= self._metrics_of_split(name, split)
+        return metrics
 
     def _metrics_of_split(self, split_name: str, split: Split) -> dict[str, float]:
         chosen = np.flatnonzero(self.splits == split)
@@ -95,13 +95,13 @@ class ViewReconstructions:
                 for subject, values in pictures.items():
                     scores.setdefault(kind + subject, []).append(_scores(values, truth))
         self._save_image(split_name, shown)
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name, parts in scores.items():
-            found |= mean_metrics(joined(parts), f"{name}{split_name}")
-        return found
+            metrics |= mean_metrics(joined(parts), f"{name}{split_name}")
+        return metrics
 
     def _mean_views(self) -> np.ndarray | None:
-        """[V, H, W, 3] in [0, 1] over training objects, or None if their cameras differ."""
+        """Averages the views of training objects, [V, H, W, 3] in [0, 1]; None if their cameras differ."""
         poses = np.asarray(self.data.poses)
         train = np.flatnonzero(self.splits == Split.TRAIN)
         if not len(train) or np.abs(poses - poses[:1]).max() > 1e-4:
@@ -112,7 +112,7 @@ class ViewReconstructions:
         return total / len(train) / 255
 
     def _nearest(self, row: int, views: np.ndarray, given: int) -> np.ndarray:
-        """The given view of the object whose camera stands nearest to each of ``views``."""
+        """Finds the given view of the object whose camera stands nearest to each of ``views``."""
         cameras = self.data.poses[row, :, :3, 3]
         return np.linalg.norm(cameras[views, None] - cameras[None, :given], axis=-1).argmin(axis=1)
 
@@ -207,7 +207,7 @@ class RadianceEvaluator(Evaluator):
         return metrics | {"protocol": protocol | self._protocol(splits)}
 
     def _protocol(self, splits: np.ndarray) -> dict[str, Any]:
-        """All that another number must share to be comparable."""
+        """Returns all that another number must share to be comparable."""
         height, width = self.data.images.shape[2:4]
         return {
             "reference": self.arguments.reference,
@@ -256,22 +256,22 @@ class ViewComparison:
         """
         rendering = {name: self._rendered(run, latents, f"{measured} {name}") for name, latents in sets.items()}
         features = {name: self.cache.features(source, f"views{name}") for name, source in rendering.items()}
-        found = self.distances(features)
+        metrics = self.distances(features)
         if not self.cache.processes.is_main:
-            return found
+            return metrics
         real, train = self._by_object(self._real()), np.flatnonzero(splits == Split.TRAIN)
         if len(train):
             held_out = real[splits == Split.HELD_OUT]
             novelty, nearest = novelty_metrics(self._by_object(features[""]), held_out, real[train])
-            found |= novelty
+            metrics |= novelty
             first = range(min(_SHOWN, len(sets[""])))
             above = [rendering[""].read(range(row * len(self.views), row * len(self.views) + 1))[0] for row in first]
             below = [self.data.images[train[nearest[row]], self.views[0]] for row in first]
             save_image(self.output_dir / "nearest.png", image_grid([*above, *below], columns=len(above)))
-        return found
+        return metrics
 
     def distances(self, features: dict[str, np.ndarray]) -> dict[str, Any]:
-        """The Fréchet distance of each set of features, of the floor and of the mean view, with standard errors."""
+        """Measures the Fréchet distance of each set of features, of the floor and of the mean view."""
         real, views = self._real(), len(self.views)
         if not self.cache.processes.is_main:
             return {}
@@ -280,20 +280,20 @@ class ViewComparison:
         count = min(len(rows) for rows in features.values())
         sets = features | {"_floor": by_view[self.floor].reshape(-1, real.shape[1])[:count]}
         name = self.cache.extractor.frechet
-        found: dict[str, Any] = {}
+        metrics: dict[str, Any] = {}
         for ending, rows in sets.items():
-            found[f"{name}{ending}"] = frechet_distance(moments_of(rows), reference)
+            metrics[f"{name}{ending}"] = frechet_distance(moments_of(rows), reference)
             if (spread := self._spread(rows, reference)) is not None:
-                found[f"{name}{ending}_std"] = spread
+                metrics[f"{name}{ending}_std"] = spread
         if (mean := self._mean_view_features()) is not None:
-            found[f"{name}_mean"] = frechet_distance(moments_of(mean), reference)
+            metrics[f"{name}_mean"] = frechet_distance(moments_of(mean), reference)
         dimension, warnings = self.cache.extractor.dimension, []
         if count < dimension:
             warnings = [f"{count} views in each set are fewer than the {dimension} features: {name} is biased up"]
-        return found | {"warnings": warnings}
+        return metrics | {"warnings": warnings}
 
     def protocol(self) -> dict[str, Any]:
-        """What another distance must share to be comparable."""
+        """Returns what another distance must share to be comparable."""
         size = (self.data.images.shape[2], self.data.images.shape[3])
         return self.cache.protocol(size) | {
             "views_of_each_object": len(self.views),
@@ -302,7 +302,7 @@ class ViewComparison:
         }
 
     def _real(self) -> np.ndarray:
-        """Features of the chosen views of every real object, object by object."""
+        """Computes the features of the chosen views of every real object, object by object."""
         images, views = self.data.images, self.views
 
         def read(rows: range) -> np.ndarray:
@@ -314,7 +314,7 @@ class ViewComparison:
         return self.cache.features(source, "real views", keep=True)
 
     def _rendered(self, run: LoadedRun, latents: torch.Tensor, name: str) -> IndexedImages:
-        """What latents show to the cameras of the floor's objects, one after the other."""
+        """Renders latents for the cameras of the floor's objects, one after the other."""
         views, data, floor = self.views, self.data, self.floor
 
         def read(rows: range) -> np.ndarray:
@@ -330,7 +330,7 @@ class ViewComparison:
         return IndexedImages(len(latents) * len(views), (height, width), key, read)
 
     def _mean_view_features(self) -> np.ndarray | None:
-        """Of the mean of the floor's objects from each camera, one picture a camera; None if the cameras differ."""
+        """Computes the features of the floor's mean from each camera; None if the cameras differ."""
         poses = np.asarray(self.data.poses)
         if np.abs(poses - poses[:1]).max() > 1e-4 or len(self.views) < 2:
             return None
@@ -342,11 +342,11 @@ class ViewComparison:
         return np.concatenate([*extractor.features(pictures, RESIZES[self.cache.resize])])
 
     def _by_object(self, features: np.ndarray) -> np.ndarray:
-        """The mean over the views of each object, [objects, D]."""
+        """Averages features over the views of each object, [objects, D]."""
         return features.reshape(-1, len(self.views), features.shape[1]).mean(axis=1)
 
     def _spread(self, rows: np.ndarray, reference: Moments) -> float | None:
-        """The standard error that comes from the choice of objects; all views of an object go together."""
+        """Estimates the standard error that the choice of objects gives; all views of an object go together."""
         views = len(self.views)
         blocks = len(rows) // (views * GROUPS)
         if not blocks:
@@ -356,7 +356,7 @@ class ViewComparison:
 
 
 def _drawn_sets(run: LoadedRun, latents: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
-    """Latents [n, D] of samples and of their controls: a Gaussian's, and those of training objects."""
+    """Collects latents [n, D] of samples and of their controls: a Gaussian's, and those of training objects."""
     sets = {"": latents}
     if run.table is not None:
         sets["_gaussian"] = torch.from_numpy(gaussian_latents(run.table, len(latents), seed))

@@ -79,7 +79,7 @@ def comparison_metrics(
     count = set_size(drawn, real)
     reference = real.reference[:count, :points]
     among_real = distance_matrix(reference, metric=metric, exact="minima", title="real shapes")
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for ending, shapes in sets.items():
         some, title = shapes[:count, :points], f"{metric}{ending}"
         to_real = distance_matrix(some, reference, metric, "minima", title)
@@ -87,8 +87,8 @@ def comparison_metrics(
         for name, value in set_metrics(to_real, among_drawn, among_real).items():
             if np.isfinite(value):
                 measure, _, spread = name.partition("_")
-                found[f"{measure}_{metric}{ending}" + (f"_{spread}" if spread else "")] = value
-    return found
+                metrics[f"{measure}_{metric}{ending}" + (f"_{spread}" if spread else "")] = value
+    return metrics
 
 
 def set_size(drawn: Mapping[str, np.ndarray], real: RealShapes) -> int:

@@ -48,7 +48,7 @@ Draw = Callable[[Tensor, Tensor], Tensor]
 
 
 def pca_of_shapes(data: VoxelData, train: np.ndarray, components: int) -> PCA:
-    """Principal components of training shapes [N_train rows] as values -1 and 1; fewer where there are few shapes."""
+    """Fits principal components to training shapes as values -1 and 1; fewer where there are few shapes."""
     numbers = data.resolution**3
     some = train[:: -(-len(train) * numbers // _PCA_NUMBERS)]
     values = data.occupancy(some).astype(np.float32) * 2 - 1
@@ -82,13 +82,13 @@ class VoxelReconstructions:
         points on the same surfaces, which no reconstruction beats; ``no_surface_…`` counts reconstructions that are
         empty or full, which the mean chamfer distance leaves out.
         """
-        found: dict[str, float] = {"pca_components": len(self.pca.components)}
+        metrics: dict[str, float] = {"pca_components": len(self.pca.components)}
         for name, split in SPLITS.items():
             chosen = np.flatnonzero(self.splits == split)
             if len(chosen):
                 rows, latents = self.run.latents(self.data, self.splits, split, self.refinement_steps)
-                found |= self._metrics_of_split(name, chosen, rows, latents.cpu())
-        return found
+                metrics |= self._metrics_of_split(name, chosen, rows, latents.cpu())
+        return metrics
 
     def _metrics_of_split(
         self, split: str, chosen: np.ndarray, rows: ArrayDataset, latents: Tensor
@@ -98,23 +98,23 @@ class VoxelReconstructions:
         grids = self.data.occupancy(chosen[picked]).astype(np.float32)
         originals = surfaces_of_grids(grids, ids, level=0.5).points
         again = surfaces_of_grids(grids, [f"{id} again" for id in ids], level=0.5).points
-        found = mean_metrics({"chamfer": _pairwise(again, originals)}, f"floor_{split}")
+        metrics = mean_metrics({"chamfer": _pairwise(again, originals)}, f"floor_{split}")
         for name, draw in {"": self._decoded, "pca_": self._projected, "mean_": self._mean}.items():
             batches = self._batches(rows, latents)
             scores = joined([occupancy_scores(draw(some, targets), targets) for some, targets in batches])
-            found |= mean_metrics(scores, f"{name}{split}")
+            metrics |= mean_metrics(scores, f"{name}{split}")
             batches = self._batches(rows.subset(picked), latents[picked])
             drawn = np.concatenate([draw(some, targets)[..., 0].numpy() for some, targets in batches])
             surfaces = surfaces_of_grids(drawn, [f"{name}reconstruction of {id}" for id in ids], level=0.0)
-            found[f"no_surface_{name}{split}"] = surfaces.empty + surfaces.full
+            metrics[f"no_surface_{name}{split}"] = surfaces.empty + surfaces.full
             if len(distances := _pairwise(surfaces.points, originals)):
-                found |= mean_metrics({"chamfer": distances}, f"{name}{split}")
+                metrics |= mean_metrics({"chamfer": distances}, f"{name}{split}")
             if not name:
                 self._save_image(split, grids > 0.5, drawn > 0)
-        return found
+        return metrics
 
     def _batches(self, rows: ArrayDataset, latents: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Latents and what they should draw."""
+        """Yields latents [B, D] and the originals [B, R, R, R, 1] they should draw."""
         for batch, some in zip(rows.batches(_BATCH), latents.split(_BATCH), strict=True):
             yield some, self.run.signal.observe(batch).values
 
@@ -136,7 +136,7 @@ class VoxelReconstructions:
 
 
 def _pairwise(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The chamfer distance of each shape of ``a`` [N, P, 3] to its own in ``b``, of those that have both surfaces."""
+    """Computes the chamfer distance of each shape of ``a`` [N, P, 3] to its own in ``b``, where both have surfaces."""
     both = ~np.isnan(a[:, 0, 0]) & ~np.isnan(b[:, 0, 0])
     return np.array([chamfer_distance(first, second) for first, second in zip(a[both], b[both], strict=True)])
 
@@ -213,7 +213,7 @@ class VoxelEvaluator(Evaluator):
         return metrics | compared | {"warnings": metrics["warnings"] + compared["warnings"]}
 
     def _count(self, real: RealShapes) -> int:
-        """How many samples are measured: no more than there are real shapes to compare with."""
+        """Returns how many samples are measured: no more than there are real shapes to compare with."""
         return min(self.arguments.num_samples or len(real.reference), len(real.reference))
 
     def _compare(self, drawn: Mapping[str, Surfaces], real: RealShapes, splits: np.ndarray) -> dict[str, Any]:
@@ -257,7 +257,7 @@ class VoxelEvaluator(Evaluator):
         save_image(self.arguments.output_dir / "nearest.png", image_grid([*above, *below], columns=len(above)))
 
     def _protocol(self, splits: np.ndarray) -> dict[str, Any]:
-        """All that another number must share to be comparable."""
+        """Returns all that another number must share to be comparable."""
         return {
             "reference": self.arguments.reference,
             "resolution": f"{self.data.resolution}³",

@@ -46,7 +46,7 @@ class Evaluation:
 
 
 def to_evaluate(flags: EvalArguments) -> list[EvalArguments]:
-    """The evaluations that ``--reference`` asks for, one of each path, into folders of their own."""
+    """Lists the evaluations that ``--reference`` asks for, one of each path, into folders of their own."""
     names = _names(flags.compared)
     return [
         replace(flags, compared=[], output_dir=flags.output_dir / name, **_subject(path))
@@ -90,7 +90,7 @@ def compare(paths: Sequence[Path], output: Path) -> None:
 
 
 def _subject(path: Path) -> dict[str, Any]:
-    """What a path is, as a flag."""
+    """Tells what a path is, as a flag."""
     if (path / "model").is_dir():
         return {"model": path / "model"}
     if (path / "model_index.json").is_file():
@@ -110,7 +110,7 @@ def _folder_of(path: Path) -> Path:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The paths without what all have in common."""
+    """Names the paths by what they do not have in common."""
     absolute = [path.absolute() for path in paths]
     if len(set(absolute)) < len(absolute):
         raise UserError("the same folder is given twice; there is nothing to compare")
@@ -120,7 +120,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _common_protocol(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """What all were measured under; numbers of different protocols do not belong in one table."""
+    """Returns what all were measured under; numbers of different protocols do not belong in one table."""
     first, *others = evaluations
     protocol = first.metrics.get("protocol", {})
     for other in others:

@@ -114,7 +114,7 @@ class BasicConv2d(nn.Module):
         self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolves."""
+        """Returns the values."""
         return self.bn(self.conv(x)).relu()
 
 

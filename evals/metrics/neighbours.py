@@ -48,7 +48,7 @@ def nearest_neighbour_distances(
 
 
 def novelty_ratio(distances: np.ndarray, unit: float) -> tuple[float, float]:
-    """How close samples come to training instances, by the measure of real instances that were held out.
+    """Tells how close samples come to training instances, by the measure of real instances that were held out.
 
     About 1: samples are as new as real unseen data. Well below 1: training instances are copied. Above 1: samples lie
     away from the data.
@@ -66,7 +66,7 @@ def novelty_ratio(distances: np.ndarray, unit: float) -> tuple[float, float]:
 
 
 def unit_of_novelty(held_out: np.ndarray, train: np.ndarray) -> float:
-    """The median distance of held-out instances to their nearest training instance, which novelty is measured by.
+    """Computes the median distance of held-out instances to their nearest training instance: novelty's unit.
 
     Raises:
         UserError: as :func:`nearest_neighbour_distances`; no held-out instances; or half of them are training
@@ -81,7 +81,7 @@ def unit_of_novelty(held_out: np.ndarray, train: np.ndarray) -> float:
 
 
 def are_copies(distances: np.ndarray, held_out: np.ndarray, train: np.ndarray, quantile: float = 0.05) -> np.ndarray:
-    """Which samples lie nearer to training instances than all but a few held-out instances do, [N] bool.
+    """Tells which samples lie nearer to training instances than all but a few held-out instances do, [N] bool.
 
     A median hides a prior that copies half of the time and draws something unseen the other half; the share of these
     does not. A prior that draws as new instances as the held-out ones has a share of ``quantile``.

@@ -130,7 +130,7 @@ def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 
 def mean_metrics(scores: dict[str, np.ndarray], ending: str) -> dict[str, float]:
     """Averages each score [N]: ``NAME_ending``, and its standard error ``NAME_ending_std``."""
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for name, numbers in scores.items():
-        found |= {f"{name}_{ending}": float(numbers.mean()), f"{name}_{ending}_std": standard_error(numbers)}
-    return found
+        metrics |= {f"{name}_{ending}": float(numbers.mean()), f"{name}_{ending}_std": standard_error(numbers)}
+    return metrics

@@ -183,7 +183,7 @@ def distance_matrix(
 
 
 def _worth_knowing(matrix: np.ndarray, unknown: np.ndarray, exact: Exact) -> np.ndarray:
-    """The pairs to measure next, [N, M] bool; none once the matrix is as exact as asked for.
+    """Chooses the pairs to measure next, [N, M] bool; none once the matrix is as exact as is wanted.
 
     Of the unknown pairs whose bounds do not exceed the least known distance of their row or column, the most promising
     one of each: what it turns out to be rules many others out.
@@ -240,7 +240,7 @@ class _Shape:
         return float(distances[linear_sum_assignment(distances)].mean())
 
     def bound_towards(self, other: "_Shape", power: int) -> float:
-        """At most the mean distance, to a power, from these points to the nearest of the other's.
+        """Bounds from below the mean distance, to a power, from these points to the nearest of the other's.
 
         A point x near a node c of the map is no nearer to a shape than d(c) − |x − c|.
         """
@@ -249,7 +249,10 @@ class _Shape:
 
 
 def _lower_bounds(rows: list[_Shape | None], columns: list[_Shape | None], metric: Metric) -> np.ndarray:
-    """[N, M], 0 where a shape is missing. In a matching no point is nearer to its partner than to the nearest one."""
+    """Bounds the distances from below, [N, M]; 0 where a shape is missing.
+
+    In a matching no point is nearer to its partner than to the nearest one.
+    """
     power, join = (2, np.add) if metric == "chamfer" else (1, np.maximum)
 
     def bounds(one: list[_Shape | None], other: list[_Shape | None]) -> np.ndarray:
@@ -261,7 +264,7 @@ def _lower_bounds(rows: list[_Shape | None], columns: list[_Shape | None], metri
 
 
 def _shapes(points: np.ndarray) -> list[_Shape | None]:
-    """None for a shape without a surface."""
+    """Checks points [N, P, 3]; None stands for a shape without a surface."""
     points = np.asarray(points)
     if points.ndim != 3:
         raise UserError(f"distance of shapes: points are {list(points.shape)}; [shapes, points, 3] is needed")
@@ -270,7 +273,7 @@ def _shapes(points: np.ndarray) -> list[_Shape | None]:
 
 @cache
 def _nodes() -> np.ndarray:
-    """The middles of the cells of [-1, 1]³, [_MAP³, 3]."""
+    """Returns the middles of the cells of [-1, 1]³, [_MAP³, 3]."""
     axis = (np.arange(_MAP) + 0.5) * (2 / _MAP) - 1
     return np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
 
@@ -345,7 +348,7 @@ def set_metrics(to_real: np.ndarray, among_drawn: np.ndarray, among_real: np.nda
 
 
 def _to_another(among: np.ndarray) -> np.ndarray:
-    """The distance of each shape to the nearest other one of its kind."""
+    """Finds the distance of each shape to the nearest other one of its kind, [N]."""
     others = among.astype(np.float64, copy=True)
     np.fill_diagonal(others, np.inf)
     return others.min(axis=1)

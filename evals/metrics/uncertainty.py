@@ -37,12 +37,12 @@ class GroupedFeatures:
 
 
 def frechet_spread(features: GroupedFeatures, reference: Moments) -> float:
-    """The standard error that the choice of samples gives the Fréchet distance; the reference is taken as given."""
+    """Estimates the standard error that the choice of samples gives the Fréchet distance to a given reference."""
     return float(np.std([frechet_distance(features.moments(half), reference) for half in halves()]))
 
 
 def frechet_at_infinity(features: GroupedFeatures, reference: Moments, groups: Sequence[int] = range(GROUPS)) -> float:
-    """The Fréchet distance that ever more samples would come to, if those at hand number more than the features.
+    """Extrapolates the Fréchet distance to ever more samples, if those at hand number more than the features.
 
     Args:
         features: of the samples.
@@ -59,7 +59,7 @@ def frechet_at_infinity(features: GroupedFeatures, reference: Moments, groups: S
 
 
 def frechet_at_infinity_spread(features: GroupedFeatures, reference: Moments) -> float:
-    """The standard error of :func:`frechet_at_infinity`, too large by a third because halves make noisier lines."""
+    """Estimates the standard error of :func:`frechet_at_infinity`; a third too large, as halves make noisier lines."""
     return float(np.std([frechet_at_infinity(features, reference, half) for half in halves()]))
 
 
@@ -80,7 +80,7 @@ def halves() -> list[list[int]]:
 
 
 def _runs(groups: Sequence[int], size: int) -> list[list[int]]:
-    """Every run of neighbours, the first after the last; all groups are in equally many."""
+    """Returns every run of neighbours, the first after the last; all groups are in equally many."""
     return [[groups[(start + place) % len(groups)] for place in range(size)] for start in range(len(groups))]
 
 
