@@ -25,7 +25,7 @@ from mnif.data.views import ViewData, load_views
 from mnif.signals.radiance import RadianceField
 from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_folder
-from mnif.utils.pixels import image_grid, save_image
+from mnif.utils.pixels import image_grid, save_image, to_uint8
 from mnif.utils.process import Processes, progress_bar
 
 _OBJECTS = 64  # of a split, evenly spread; what rendering costs
@@ -133,7 +133,7 @@ def rendered(run: LoadedRun, latent: torch.Tensor, data: ViewData, row: int, vie
     batch = {name: tensor.to(decoder.device) for name, tensor in batch.items()}
     cameras = signal.observe_views(batch, views.tolist()).query
     colours = signal.render_views(decoder, decoder.coefficients(latent.to(decoder.device)), cameras)[0]
-    return (colours.clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu().numpy()
+    return to_uint8(colours)
 
 
 def _scores(pictures: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
