@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from export.graphs.specs import KINDS
+from mnif.signals.registry import signal_class
 
 
 def bundle_readme(manifest: dict[str, Any]) -> str:
@@ -66,7 +67,7 @@ def _kind(kind: str, manifest: dict[str, Any]) -> str:
 
 def _values(manifest: dict[str, Any]) -> str:
     channels, stored = manifest["values"]["channels"], manifest["values"]["padded_channels"]
-    text = _MEANING.get(manifest["signal"], "Values lie in about [-1, 1].")
+    text = signal_class(manifest["signal"]).values_note
     return text if channels == stored else f"{text} Of {stored} channels the first {channels} count, the others are 0."
 
 
@@ -81,16 +82,6 @@ def _gate(manifest: dict[str, Any]) -> str:
         "that the graphs parse and compile, and says nothing of a board's speed. Its plans would not run on a Jetson "
         "and are not kept; seconds and sizes stand in `manifest.json`."
     )
-
-
-_MEANING = {
-    "image": "Values lie in about [-1, 1]; a pixel is `round(clip(value, -1, 1) * 127.5 + 127.5)`. Coordinate 0 runs "
-    "down the rows, coordinate 1 along the columns; the centre of pixel r of n lies at (r + 1/2) / n.",
-    "voxels": "A value above 0 is inside the shape, below is outside. Coordinate k runs along axis k; the centre of "
-    "voxel r of n lies at (r + 1/2) / n.",
-    "radiance": "Colours lie in about [-1, 1], densities are per unit of the world; the fourth channel of raw values "
-    "becomes a density in *points* and *rays* alone.",
-}
 
 
 _PRECISIONS = {

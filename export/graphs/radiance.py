@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from export.graphs.builder import GraphBuilder, Shape
@@ -294,7 +293,7 @@ def _query_points(
     decoder: MNIFModel, signal: RadianceField, coefficients: Tensor, places: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     values = decoder.values_at(coefficients, places["points"] / signal.bound)
-    density = F.softplus(10 * values[..., 3:] - 3) * (2 / signal.bound)  # as RadianceField.render has it
+    density = signal.density(values[..., 3:])
     return {"colours": values[..., :3], "density": density}
 
 
