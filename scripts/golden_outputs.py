@@ -90,14 +90,14 @@ def hash_of_file(path: Path, folder: Path) -> str:
         return digest.hexdigest()
     content = path.read_bytes()
     if path.suffix == ".json":
-        content = _stable_json(content, folder)
+        content = _stable_json(content, folder).encode()
     elif path.suffix == ".jsonl":
-        content = b"\n".join(sorted(_stable_json(line, folder) for line in content.splitlines()))
+        content = json.dumps(sorted(_stable_json(line, folder) for line in content.splitlines())).encode()
     return hashlib.sha256(content).hexdigest()
 
 
-def _stable_json(content: bytes, folder: Path) -> bytes:
-    return json.dumps(_without_unstable(json.loads(content), str(folder)), sort_keys=True).encode()
+def _stable_json(content: bytes, folder: Path) -> str:
+    return json.dumps(_without_unstable(json.loads(content), str(folder)), sort_keys=True)
 
 
 def _without_unstable(value: Any, folder: str) -> Any:
