@@ -20,7 +20,7 @@ from evals.features.extractor import extract_features, extractor_by_name
 from evals.features.resize import bicubic_antialias
 from evals.image_sources import sample_images
 from evals.metrics.frechet import frechet_distance, moments_of
-from evals.metrics.precision_recall import overlap
+from evals.metrics.precision_recall import precision_recall
 from mnif.utils.process import Processes
 from mnif.utils.resumable import compute_in_chunks
 
@@ -63,7 +63,7 @@ def precision_and_recall(largest: int, dimension: int = 64) -> None:
     for count in (largest // 4, largest // 2, largest):
         samples, real = GENERATOR.standard_normal((2, count, dimension)).astype(np.float32)
         tracemalloc.start()
-        _, seconds = timed(lambda s=samples, r=real: float(overlap(s, r, 3).precision.mean()))
+        _, seconds = timed(lambda s=samples, r=real: float(precision_recall(s, r, 3).precision.mean()))
         peak = tracemalloc.get_traced_memory()[1] / 1e6
         tracemalloc.stop()
         print(f"  {count:6,} × {count:6,}   {seconds:7.1f} s   {peak:6.1f} MB at most beside the features")

@@ -20,7 +20,7 @@ from evals.metrics.frechet import frechet_distance, moments_of
 from evals.metrics.neighbours import memorisation_metrics
 from evals.metrics.shapes import surfaces_of_grids
 from evals.protocol import PRESETS
-from evals.voxel_sets import comparison_metrics, novelty_of, real_shapes
+from evals.voxel_sets import comparison_metrics, real_shapes, shape_novelty
 from mnif.data.dataset import Split
 from mnif.data.images import load_images
 from mnif.data.voxels import load_voxels
@@ -36,17 +36,17 @@ class Judge(Interface):
 
     table: LatentTable
     distance: str
-    """The figure that says how far samples are from the data."""
+    """The metric that says how far samples are from the data."""
 
     def of_latents(self, latents: np.ndarray) -> dict[str, float]:
-        """Figures of latents [N, D]: ``distance``, ``nn_ratio`` and ``nn_ratio_latents`` among them."""
+        """Measures latents [N, D]: ``distance``, ``nn_ratio`` and ``nn_ratio_latents`` are among the metrics."""
 
     def controls(self, count: int) -> dict[str, dict[str, float]]:
-        """Those of ``gaussian`` and of ``held_out`` latents, and the ``real`` data's."""
+        """Measures ``gaussian`` and ``held_out`` latents, and the ``real`` data."""
 
 
 def judge_of(run: Path) -> Judge:
-    """What fits the signal of a run folder of `mnif fit`."""
+    """Makes the judge of the signal of a run folder of `mnif fit`."""
     arguments = read_json(run / "run.json")["fit"]["arguments"]
     decoder = load_component(MNIFModel, run / "model", "decoder")
     table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint())
@@ -67,8 +67,8 @@ class PictureJudge:
         size = self.decoder.config.resolution
         self.data = load_images(self.source, size if isinstance(size, int) else tuple(size))
         extractor = extractor_by_name("lite0", None, torch.device("cpu"))
-        self.bench = FeatureCache(PRESETS["offline"], extractor, Processes(), Path("runs/judged"))
-        self.real = self.bench.features(data_images(self.data), "real pictures", keep=True)
+        self.cache = FeatureCache(PRESETS["offline"].resize, extractor, Processes(), Path("runs/judged"))
+        self.real = self.cache.features(data_images(self.data), "real pictures", keep=True)
         self.splits = splits_of(self.table, self.data)
         self.reference = reference_of(self.data, self.splits, "half")
         self.moments = moments_of(self.real[self.reference.rows])
@@ -79,7 +79,7 @@ class PictureJudge:
         return self.of_pictures(pictures) | memorisation_metrics(latents, self.table)
 
     def of_pictures(self, pictures: IndexedImages) -> dict[str, float]:
-        features = self.bench.features(pictures, "samples")
+        features = self.cache.features(pictures, "samples")
         parts = (self.real[self.splits == split] for split in (Split.HELD_OUT, Split.TRAIN))
         return self._frechet(features) | novelty_metrics(features, *parts)[0]
 
@@ -115,7 +115,7 @@ class ShapeJudge:
         grids = (grid for part in some.split(32) for grid in self.decoder(part)[..., 0].numpy())
         shapes = surfaces_of_grids(grids, [f"sample {row}" for row in range(len(some))], level=0.0)
         found = comparison_metrics({"": shapes.points}, self.real, "chamfer")
-        novelty = novelty_of(shapes.points, self.data, self.splits).metrics
+        novelty = shape_novelty(shapes.points, self.data, self.splits)[0]
         return found | novelty | memorisation_metrics(latents, self.table)
 
     def controls(self, count: int) -> dict[str, dict[str, float]]:

@@ -8,8 +8,10 @@ from latent_prior.sampling import sample_latents
 from mnif.latents.table import LatentTable
 
 
-def prior_latents(bench: FeatureCache, pipeline: MNIFPipeline, seed: int, steps: int, fingerprint: str) -> np.ndarray:
-    """The latents of as many samples of ``seed`` as the protocol asks for, [N, D] float32, memory-mapped.
+def prior_latents(
+    cache: FeatureCache, pipeline: MNIFPipeline, count: int, seed: int, steps: int, fingerprint: str
+) -> np.ndarray:
+    """The latents of samples 0 to ``count`` of ``seed``, [count, D] float32, memory-mapped.
 
     Sample i is the one of `mnif sample`, whichever process draws it.
     """
@@ -18,12 +20,12 @@ def prior_latents(bench: FeatureCache, pipeline: MNIFPipeline, seed: int, steps:
     def drawn(rows: range) -> np.ndarray:
         return sample_latents(pipeline, seed, rows, steps).cpu().numpy()
 
-    key, count = [fingerprint, "prior", seed, steps], bench.protocol.num_samples
-    return bench.rows(key, count, pipeline.decoder.config.latent_dim, lambda rows: rows, drawn, "sampling")
+    key = [fingerprint, "prior", seed, steps]
+    return cache.rows(key, count, pipeline.decoder.config.latent_dim, lambda rows: rows, drawn, "sampling")
 
 
 def gaussian_latents(table: LatentTable, count: int, seed: int) -> np.ndarray:
-    """Latents from a full-covariance Gaussian fitted to the table's training rows, [count, D] float32."""
+    """Draws latents [count, D] float32 from a full-covariance Gaussian fitted to the table's training rows."""
     rows = table.train.double().numpy()
     generator = np.random.default_rng([seed, 1])
     drawn = generator.multivariate_normal(rows.mean(axis=0), np.cov(rows.T), size=count, method="eigh")

@@ -1,4 +1,4 @@
-"""How far drawn pictures are from real ones, each figure beside its controls and with its spread."""
+"""How far drawn pictures are from real ones, each metric beside its controls and with its standard error."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,18 +8,16 @@ import numpy as np
 from evals.features.extractor import Extractor
 from evals.metrics.frechet import Moments, frechet_distance, moments_of
 from evals.metrics.kernel import kernel_distance_of_subsets, kernel_distance_with_spread
-from evals.metrics.neighbours import nearest_neighbour_distances, unit_of_novelty
-from evals.metrics.precision_recall import overlap, reach
+from evals.metrics.neighbours import nearest_neighbour_distances, novelty_ratio, unit_of_novelty
+from evals.metrics.precision_recall import knn_radii, precision_recall
 from evals.metrics.uncertainty import (
     GROUPS,
     GroupedFeatures,
     frechet_at_infinity,
     frechet_at_infinity_spread,
     frechet_spread,
-    spread_over_halves,
     standard_error,
 )
-from evals.protocol import Protocol
 from mnif.data.dataset import Split
 from mnif.data.images import ImageData
 from mnif.utils.errors import UserError
@@ -43,7 +41,7 @@ class Reference:
 
 
 def reference_of(data: ImageData, splits: np.ndarray, part: str) -> Reference:
-    """The part of the data that a protocol compares with.
+    """Chooses the part of the data that a protocol compares with.
 
     "half": half of the designs; the other half is the floor, and samples are no more than it has, so that both
     distances have the same bias. "train" and "all": the floor is one half of their designs against the other.
@@ -69,16 +67,16 @@ def set_metrics(
     real: np.ndarray,
     reference: Reference,
     extractor: Extractor,
-    protocol: Protocol,
+    neighbours: int,
 ) -> dict[str, float]:
-    """Distances and overlaps of each set of drawn pictures, and of the floor.
+    """Measures each set of drawn pictures, and the floor, against real ones.
 
     Args:
-        features: what a set's figures end with ("" for the samples, "_gaussian" …) → [n, D].
+        features: what a set's metrics end with ("" for the samples, "_gaussian" …) → [n, D].
         real: features of all real pictures.
         reference: the rows compared with.
-        extractor: names the figures.
-        protocol: gives k.
+        extractor: names the metrics.
+        neighbours: k of precision, recall, density and coverage.
 
     Returns:
         For each set the Fréchet distance, the kernel distance, precision, recall, density and coverage, each with its
@@ -90,8 +88,8 @@ def set_metrics(
     """
     drawn = {name: rows[: reference.count] for name, rows in features.items()}
     floor = {"_floor": real[reference.floor[: len(drawn[""]) if reference.count is not None else None]]}
-    metrics = _metrics(drawn, real[reference.rows], extractor, protocol)
-    metrics |= _metrics(floor, real[reference.floor_rows], extractor, protocol)
+    metrics = _metrics(drawn, real[reference.rows], extractor, neighbours)
+    metrics |= _metrics(floor, real[reference.floor_rows], extractor, neighbours)
     samples, others = drawn[""], real[reference.rows]
     metrics |= _infinity(GroupedFeatures(samples), moments_of(others), extractor)
     mean, spread = kernel_distance_of_subsets(samples, others)
@@ -99,12 +97,12 @@ def set_metrics(
 
 
 def frechet_metrics(features: Mapping[str, np.ndarray], reference: Moments, extractor: Extractor) -> dict[str, float]:
-    """The Fréchet distances of sets of drawn pictures from statistics alone, with their spreads.
+    """Measures the Fréchet distances of sets of drawn pictures from statistics alone, with standard errors.
 
     Args:
         features: as for :func:`set_metrics`.
         reference: the statistics.
-        extractor: names the figures.
+        extractor: names the metrics.
 
     Raises:
         UserError: too few samples, other features than the statistics have, or features that are not finite.
@@ -122,9 +120,12 @@ def frechet_metrics(features: Mapping[str, np.ndarray], reference: Moments, extr
 def novelty_metrics(
     samples: np.ndarray, held_out: np.ndarray, train: np.ndarray
 ) -> tuple[dict[str, float], np.ndarray]:
-    """``nn_ratio`` with its spread, if anything was held out, and the nearest training picture of every sample [N].
+    """Measures ``nn_ratio`` with its standard error, if anything was held out, and finds neighbours.
 
     All are features [·, D].
+
+    Returns:
+        The metrics, and the row of the nearest training picture of every sample, [N].
 
     Raises:
         UserError: half of the held-out pictures are training pictures.
@@ -132,17 +133,14 @@ def novelty_metrics(
     distances, nearest = nearest_neighbour_distances(samples, train)
     if not len(held_out):
         return {}, nearest
-    unit = unit_of_novelty(held_out, train)
-    return {
-        "nn_ratio": float(np.median(distances)) / unit,
-        "nn_ratio_std": spread_over_halves(distances, lambda some: float(np.median(some))) / unit,
-    }, nearest
+    ratio, std = novelty_ratio(distances, unit_of_novelty(held_out, train))
+    return {"nn_ratio": ratio, "nn_ratio_std": std}, nearest
 
 
 def _metrics(
-    sets: Mapping[str, np.ndarray], real: np.ndarray, extractor: Extractor, protocol: Protocol
+    sets: Mapping[str, np.ndarray], real: np.ndarray, extractor: Extractor, neighbours: int
 ) -> dict[str, float]:
-    moments, real_reach, k = moments_of(real), reach(real, protocol.neighbours), protocol.neighbours
+    moments, real_radii = moments_of(real), knn_radii(real, neighbours)
     metrics: dict[str, float] = {}
     for name, rows in sets.items():
         grouped = GroupedFeatures(rows)
@@ -153,11 +151,11 @@ def _metrics(
             f"{extractor.kernel}{name}": distance,
             f"{extractor.kernel}{name}_std": spread,
         }
-        shares = overlap(rows, real, k, real_reach)
-        for figure in ("precision", "recall", "density", "coverage"):
-            values = getattr(shares, figure)
-            metrics[f"{figure}_{extractor.suffix}{name}"] = float(values.mean())
-            metrics[f"{figure}_{extractor.suffix}{name}_std"] = standard_error(values)
+        quality = precision_recall(rows, real, neighbours, real_radii)
+        for metric in ("precision", "recall", "density", "coverage"):
+            values = getattr(quality, metric)
+            metrics[f"{metric}_{extractor.suffix}{name}"] = float(values.mean())
+            metrics[f"{metric}_{extractor.suffix}{name}_std"] = standard_error(values)
     return metrics
 
 

@@ -24,7 +24,7 @@ _DECODED_AT_ONCE = 64
 
 
 def data_images(data: ImageData) -> IndexedImages:
-    """The pictures of a data set."""
+    """Reads the pictures of a data set."""
     height, width = data.images.shape[1:3]
     images = data.images
     return IndexedImages(
@@ -33,7 +33,7 @@ def data_images(data: ImageData) -> IndexedImages:
 
 
 def sample_images(source: str) -> IndexedImages:
-    """The pictures in a folder, ``.npz`` or ``.npy`` file, in the order of their names.
+    """Reads the pictures in a folder, ``.npz`` or ``.npy`` file, in the order of their names.
 
     Raises:
         UserError: there are fewer than two, something else is among them, they differ in size or are not RGB.
@@ -46,7 +46,7 @@ def sample_images(source: str) -> IndexedImages:
 
 
 def latent_images(decoder: MNIFModel, latents: np.ndarray, fingerprint: str, quantise: bool) -> IndexedImages:
-    """What a decoder draws of latents [N, D] float32.
+    """Decodes latents [N, D] float32 to pictures.
 
     Args:
         decoder: a model of RGB pictures, on the device it is to run on.
@@ -66,7 +66,7 @@ def latent_images(decoder: MNIFModel, latents: np.ndarray, fingerprint: str, qua
 
 
 def bundle_images(folder: Path, count: int, seed: int) -> IndexedImages:
-    """Samples 0 to ``count`` - 1 of ``seed`` from an exported bundle, drawn by ONNX Runtime.
+    """Draws samples 0 to ``count`` - 1 of ``seed`` from an exported bundle by ONNX Runtime.
 
     Raises:
         UserError: the bundle is incomplete or changed, or does not draw RGB pictures.
@@ -137,6 +137,6 @@ def _pixels(values: torch.Tensor, quantise: bool) -> np.ndarray:
 
 
 def shown(source: IndexedImages, rows: np.ndarray) -> np.ndarray:
-    """A few pictures by number, to look at: uint8."""
+    """Reads a few pictures by number, to look at: [n, H, W, 3] uint8."""
     images = np.concatenate([source.read(range(row, row + 1)) for row in rows.tolist()])
     return images if images.dtype == np.uint8 else images.round().astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Which side of the split an instance of the reference is on, as the model that is measured knew it."""
+"""A model with what `mnif fit` left beside it, and the split of the reference as the model knew it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +20,26 @@ from mnif.signals.registry import signal_of_model
 from mnif.utils.process import progress_bar
 from mnif.utils.resumable import chunks_of
 
+SPLITS = {"train": Split.TRAIN, "heldout": Split.HELD_OUT, "test": Split.TEST}
+"""As names of metrics have them."""
+
+
+def evenly(count: int, wanted: int) -> np.ndarray:
+    """Chooses at most ``wanted`` different row numbers out of ``count``, evenly spread."""
+    return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
+
 
 def is_of(table: LatentTable, reference: Dataset) -> bool:
-    """Whether the table's instances are the reference's, in order, some perhaps kept out of it for a test."""
+    """Tells whether the table's instances are the reference's, in order; some may be kept out of it for a test."""
     known = set(table.ids)
     return table.ids == [id for id in reference.ids if id in known]
 
 
 def splits_of(table: LatentTable, reference: Dataset) -> np.ndarray:
-    """Sides [N] of :class:`mnif.data.dataset.Split` as `mnif fit` cut them; it never looked at what is not in its
-    table."""
+    """Returns the splits [N] of :class:`mnif.data.dataset.Split` as `mnif fit` cut them.
+
+    What is not in its table it never looked at: that is a test.
+    """
     splits = np.full(len(reference), Split.TEST, dtype=np.int8)
     known = set(table.ids)
     splits[[id in known for id in reference.ids]] = np.where(table.held_out.numpy(), Split.HELD_OUT, Split.TRAIN)
@@ -37,7 +47,7 @@ def splits_of(table: LatentTable, reference: Dataset) -> np.ndarray:
 
 
 def latent_table_of(model: Path, decoder: MNIFModel) -> LatentTable | None:
-    """The latent table that ``mnif fit`` wrote beside the model folder, or None if it was left behind."""
+    """Loads the latent table that ``mnif fit`` wrote beside the model folder, or None if it was left behind."""
     path = model.parent / "latents.safetensors"
     return LatentTable.load(path, decoder.fingerprint()) if path.exists() else None
 
@@ -49,7 +59,7 @@ class LoadedRun:
     Attributes:
         decoder: stage one.
         signal: its signal.
-        finder: its encoder or inner loop, if it has one.
+        latent_init: its encoder or inner loop, if it has one.
         table: the latents that `mnif fit` found, if they lie beside the model.
         pipeline: both stages, if there is a prior.
     """
@@ -67,19 +77,18 @@ class LoadedRun:
                 network.to(device)
 
     def splits(self, data: Dataset, held_out_fraction: float, test_fraction: float) -> np.ndarray:
-        """The sides [N] of :class:`mnif.data.dataset.Split` as `mnif fit` cut them, or by the flags if no table
-        tells."""
+        """Returns the splits [N] of :class:`mnif.data.dataset.Split` of the table or, without one, of the flags."""
         table = self.known(data)
         return data.split(held_out_fraction, test_fraction) if table is None else splits_of(table, data)
 
     def known(self, data: Dataset) -> LatentTable | None:
-        """The table, if its instances are those of ``data``."""
+        """Returns the table if its instances are those of ``data``."""
         return self.table if self.table is not None and is_of(self.table, data) else None
 
     def latents(
         self, data: Dataset, splits: np.ndarray, split: Split, refinement_steps: int
     ) -> tuple[ArrayDataset, Tensor]:
-        """The instances of one side and their latents [n, D].
+        """Infers the latents [n, D] of the instances of one split; returns both.
 
         Training latents are the encoder's or inner loop's, or the table's without either; others are refined.
         """
@@ -92,15 +101,15 @@ class LoadedRun:
         return rows, torch.cat([*found])
 
 
-def load_run(model: Path) -> LoadedRun:
+def load_run(model: Path, prior_needed: bool = False) -> LoadedRun:
     """Reads a model folder with what `mnif fit` left beside it.
 
     Raises:
-        UserError: a part is damaged, or belongs to another decoder.
+        UserError: a part is damaged or belongs to another decoder, or the prior is needed and missing.
     """
-    decoder = load_component(MNIFModel, model, "decoder")
+    pipeline = load_pipeline(model) if prior_needed or (model / "denoiser").is_dir() else None
+    decoder = load_component(MNIFModel, model, "decoder") if pipeline is None else pipeline.decoder
     signal = signal_of_model(decoder)
-    pipeline = load_pipeline(model) if (model / "denoiser").is_dir() else None
     table = latent_table_of(model, decoder)
     return LoadedRun(decoder, signal, load_latent_init(model, signal), table, pipeline)
 

@@ -1,61 +1,174 @@
-"""The figures of one or several evaluations as people read them: tables, each figure above its controls, and plots."""
+"""The metrics of one or several evaluations as people read them: tables, each above its controls, and plots."""
 
 import io
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-_LABELS = {
-    "nn_ratio": "nn_ratio, 1 is as new as unseen data",
-    "nn_ratio_latents": "nn_ratio in latents",
-    "copied_share_latents": "copied share in latents, 0.05 is none",
-    "psnr_train": "PSNR, training, dB",
-    "psnr_heldout": "PSNR, held-out, dB",
-    "ssim_train": "SSIM, training",
-    "ssim_heldout": "SSIM, held-out",
-    "border_step_ratio_heldout": "step across cell borders, held-out, share of the originals'",
+_LAST = 99
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tables know of the metrics whose names begin alike.
+
+    Attributes:
+        arrow: towards better; "" where neither way is.
+        rank: place in a table; metrics of one rank keep the order of their file.
+        label: for the metric that has no more to its name, in place of its key; ``{split}`` stands for the split.
+    """
+
+    arrow: str
+    rank: int = _LAST
+    label: str = ""
+
+
+FAMILIES = {
+    "fid": Family("↓", 0),
+    "fd": Family("↓", 1),
+    "kid": Family("↓", 2),
+    "kd": Family("↓", 3),
+    "precision": Family("↑", 4),
+    "recall": Family("↑", 5),
+    "density": Family("↑", 6),
+    "coverage": Family("↑", 7),
+    "nn_ratio": Family("", 8, "nn_ratio, 1 is as new as unseen data"),
+    "nn_ratio_latents": Family("", 8, "nn_ratio in latents"),
+    "copied_share": Family("", 9),
+    "copied_share_latents": Family("", 9, "copied share in latents, 0.05 is none"),
+    "psnr": Family("↑", 10, "PSNR, {split}, dB"),
+    "ssim": Family("↑", 11, "SSIM, {split}"),
+    "iou": Family("↑"),
+    "accuracy": Family("↑"),
+    "chamfer": Family("↓"),
+    "rfid": Family("↓"),
+    "rfd": Family("↓"),
+    "mmd": Family("↓"),
+    "cov": Family("↑"),
+    "border_step_ratio": Family("", label="step across cell borders, {split}, share of the originals'"),
 }
+"""By the first words of a metric's name; a name that is not here is shown as it is, after the others."""
 
 
-_LESS_IS_BETTER = ("fid", "fd_", "kid", "kd_", "rfid", "rfd_", "mmd", "chamfer", "emd")
-
-
-_MORE_IS_BETTER = ("precision", "recall", "density", "coverage", "cov", "psnr", "ssim", "iou", "accuracy")
-
-
-_ORDER = ("fid", "fd_", "kid", "kd_", "precision", "recall", "density", "coverage", "nn_", "copied", "psnr", "ssim")
-
-
-_AFTER = {
+CONTROLS_OF_SAMPLES = {
     "gaussian": "Gaussian latents",
     "pca": "Gaussian over PCA",
     "floor": "real against real",
     "copies": "copies of training instances",
-    "encoder": "encoder alone",
-    "inner_loop": "inner loop alone",
 }
 
 
-_WITHIN = {"pca": "PCA, as many numbers", "mean": "mean of the training set", "floor": "real against real"}
+CONTROLS_OF_RECONSTRUCTIONS = {
+    "encoder": "encoder alone",
+    "inner_loop": "inner loop alone",
+    "pca": "PCA, as many numbers",
+    "mean": "mean of the training set",
+    "floor": "real against real",
+}
+
+
+_SPLITS = {"train": "training", "heldout": "held-out", "test": "test"}
+
+
+def _any(words: Iterable[str]) -> str:
+    return f"({'|'.join(words)})"
+
+
+_SAMPLES_KEY = re.compile(f"(.+?)(?:_{_any(CONTROLS_OF_SAMPLES)})?")
+
+
+_RECONSTRUCTIONS_KEY = re.compile(
+    f"(.+?)(?:_{_any(CONTROLS_OF_RECONSTRUCTIONS)})?_{_any(_SPLITS)}(?:_{_any(CONTROLS_OF_RECONSTRUCTIONS)})?"
+)
+"""The control stands before the split or after it."""
 
 
 _ELSEWHERE = ("seconds", "peak_rss_mb", "images_per_second")  # not quality
 
 
-_DETAILS = ("_std", "_test", "_subset_mean", "_test_encoder", "_test_inner_loop", "border_step_ratio_train")
+@dataclass(frozen=True)
+class Metric:
+    """One number of an evaluation, with what its key in ``metrics.json`` says of it.
+
+    Attributes:
+        key: all of it.
+        name: what is measured, such as "psnr" or "fd_lite0".
+        split: of reconstructions "train", "heldout" or "test"; "" of samples.
+        subject: the control that was measured; "" for the samples or reconstructions themselves.
+        value: the number.
+        std: its standard error, where it is known.
+    """
+
+    key: str
+    name: str
+    split: str
+    subject: str
+    value: float
+    std: float | None
+
+    @property
+    def identity(self) -> tuple[str, str, str]:
+        """What is the same in all evaluations that have this metric."""
+        return self.name, self.split, self.subject
+
+    @property
+    def family(self) -> Family:
+        """That of the most words the name begins with."""
+        words = self.name.split("_")
+        heads = ("_".join(words[:count]) for count in range(len(words), 0, -1))
+        return next((FAMILIES[head] for head in heads if head in FAMILIES), Family(""))
+
+    @property
+    def label(self) -> str:
+        """As in a table, with an arrow towards better."""
+        exact = FAMILIES[self.name].label if self.name in FAMILIES and not self.subject else ""
+        label = exact.format(split=_SPLITS.get(self.split)) if exact else self.key
+        return f"{label} {self.family.arrow}".rstrip()
+
+    @property
+    def is_detail(self) -> bool:
+        """Whether tables leave it out."""
+        return (
+            self.split == "test"
+            or self.key.endswith("_subset_mean")
+            or (self.name, self.split) == ("border_step_ratio", "train")
+            or self.key in _ELSEWHERE
+        )
+
+    def controls(self) -> dict[str, str]:
+        """The subjects it may be compared with, each with its label, in the order of a table."""
+        return CONTROLS_OF_RECONSTRUCTIONS if self.split else CONTROLS_OF_SAMPLES
+
+    def __str__(self) -> str:
+        return f"{self.value:.4g}" + (f" ± {self.std:.1g}" if self.std is not None else "")
+
+
+def metrics_of(evaluation: Mapping[str, Any]) -> Iterator[Metric]:
+    """Reads every metric of an evaluation, the content of a ``metrics.json``, in its order."""
+    for key, value in evaluation.items():
+        if not isinstance(value, float) or key.endswith("_std"):
+            continue
+        std = evaluation.get(f"{key}_std")
+        if match := _RECONSTRUCTIONS_KEY.fullmatch(key):
+            name, before, split, after = match.groups()
+            yield Metric(key, name, split, before or after or "", value, std)
+        elif match := _SAMPLES_KEY.fullmatch(key):
+            name, control = match.groups()
+            yield Metric(key, name, "", control or "", value, std)
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """One figure of every evaluation.
+    """One metric of every evaluation.
 
     Attributes:
         label: with an arrow towards better.
         cells: one for each evaluation, "–" where it is unknown.
-        control: whether it is a control of the figure above.
+        control: whether it is a control of the metric above.
     """
 
     label: str
@@ -64,18 +177,24 @@ class TableRow:
 
 
 def table_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[TableRow]:
-    """The rows of a table of evaluations, each the content of a ``metrics.json``."""
+    """Makes the rows of a table of evaluations, each the content of a ``metrics.json``."""
+    columns = [{metric.identity: metric for metric in metrics_of(evaluation)} for evaluation in evaluations]
+    metrics = {identity: metric for column in columns for identity, metric in column.items()}
     rows = []
-    for name in _metrics(evaluations):
-        rows.append(TableRow(_label(name), [_cell(metrics, name) for metrics in evaluations]))
-        for label, control in _controls(name):
-            if any(control in metrics for metrics in evaluations):
-                rows.append(TableRow(label, [_cell(metrics, control) for metrics in evaluations], control=True))
+    for metric in sorted(metrics.values(), key=lambda metric: metric.family.rank):
+        is_control = metric.subject and (metric.name, metric.split, "") in metrics
+        if is_control or metric.is_detail:
+            continue
+        rows.append(TableRow(metric.label, [str(column.get(metric.identity, "–")) for column in columns]))
+        for subject, label in metric.controls().items():
+            control = (metric.name, metric.split, subject)
+            if control in metrics and not metric.subject:
+                rows.append(TableRow(label, [str(column.get(control, "–")) for column in columns], control=True))
     return rows
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[TableRow]) -> str:
-    """The table in Markdown; controls are in italics."""
+    """Writes the table in Markdown; controls are in italics."""
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
         label = f"*– {row.label}*" if row.control else row.label
@@ -84,50 +203,18 @@ def markdown_table(head: Sequence[str], rows: Sequence[TableRow]) -> str:
 
 
 def protocol_line(protocol: Mapping[str, Any]) -> str:
-    """What the numbers were measured under, in a sentence."""
+    """Says in a sentence what the numbers were measured under."""
     return "Protocol: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in protocol.items()) + "."
 
 
 def evaluation_markdown(metrics: Mapping[str, Any], name: str) -> str:
-    """One evaluation: its table, protocol, warnings and command."""
+    """Writes one evaluation: its table, protocol, warnings and command."""
     parts = [markdown_table(["figure", name], table_rows([metrics]))]
     parts += [f"**{warning}**\n" for warning in metrics.get("warnings", [])]
     if "protocol" in metrics:
         parts.append(protocol_line(metrics["protocol"]) + "\n")
     parts.append(f"`{metrics['command']}`\n")
     return "\n".join(parts)
-
-
-def _metrics(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of all figures that get a row of their own."""
-    names = dict.fromkeys(
-        name for metrics in evaluations for name, value in metrics.items() if isinstance(value, float)
-    )
-    controls = {control for name in names for _, control in _controls(name)}
-    splits = [name for name in names if name not in controls and name not in _ELSEWHERE]
-    shown = [name for name in splits if not name.endswith(_DETAILS)]
-    return sorted(shown, key=lambda name: next((i for i, word in enumerate(_ORDER) if name.startswith(word)), 99))
-
-
-def _controls(name: str) -> Iterator[tuple[str, str]]:
-    """Label and name of every control that a figure may have."""
-    for ending, label in _AFTER.items():
-        yield label, f"{name}_{ending}"
-    head, _, part = name.rpartition("_")
-    for word, label in _WITHIN.items():
-        yield label, f"{head}_{word}_{part}"
-
-
-def _label(name: str) -> str:
-    arrow = " ↓" if name.startswith(_LESS_IS_BETTER) else " ↑" if name.startswith(_MORE_IS_BETTER) else ""
-    return _LABELS.get(name, name) + arrow
-
-
-def _cell(metrics: Mapping[str, Any], name: str) -> str:
-    if name not in metrics:
-        return "–"
-    spread = metrics.get(f"{name}_std")
-    return f"{metrics[name]:.4g}" + (f" ± {spread:.1g}" if spread is not None else "")
 
 
 LABELS = {
@@ -151,7 +238,7 @@ _QUALITIES = ("fid", "fd_lite0", "mmd_chamfer", "psnr_heldout", "iou_heldout")
 
 
 def comparison_plot(evaluations: Mapping[str, Mapping[str, Any]]) -> bytes | None:
-    """A PNG of quality against what it costs, a panel for each kind of cost; None if no evaluation is of a model.
+    """Plots quality against what it costs, a panel for each kind of cost; None if no evaluation is of a model.
 
     Args:
         evaluations: name → content of ``metrics.json``.
@@ -183,12 +270,12 @@ def comparison_plot(evaluations: Mapping[str, Mapping[str, Any]]) -> bytes | Non
 def curve_plot(
     rows: list[dict[str, Any]], stage: str, names: list[str], vertical: str, logarithmic: bool = False
 ) -> bytes | None:
-    """A PNG of figures ``names`` of one stage over its steps; None if the stage has none of them.
+    """Plots metrics ``names`` of one command over its steps; None if it has none of them.
 
     Args:
         rows: of ``metrics.jsonl``.
         stage: the command's name.
-        names: the figures, as in the rows.
+        names: the metrics, as in the rows.
         vertical: label of the vertical axis, with its unit.
         logarithmic: vertical axis.
     """

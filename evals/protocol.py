@@ -6,7 +6,6 @@ from typing import Literal
 
 import tyro
 
-from evals.features.resize import RESIZES, Resize
 from latent_prior.diffusion import INFERENCE_STEPS
 from mnif.utils.errors import UserError
 
@@ -79,11 +78,6 @@ class Protocol:
     num_samples: int
     neighbours: int
 
-    @property
-    def resizing(self) -> Resize:
-        """The filter."""
-        return RESIZES[self.resize]
-
 
 PRESETS = {
     "offline": Protocol("lite0", "bicubic-antialias", 128, True, "half", 1000, 5),
@@ -96,7 +90,7 @@ PRESETS = {
 
 
 def protocol_of(arguments: EvalArguments) -> Protocol:
-    """The preset with what the flags change in it.
+    """Returns the preset with what the flags change in it.
 
     Raises:
         UserError: a number is out of range.

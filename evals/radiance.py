@@ -9,11 +9,12 @@ import numpy as np
 import torch
 
 from evals.baselines import gaussian_latents
-from evals.evaluator import Measurement
-from evals.features.extractor import FeatureCache, IndexedImages, extractor_by_name, stated
+from evals.evaluator import Evaluator, register_evaluator
+from evals.features.extractor import FeatureCache, IndexedImages, extractor_by_name
+from evals.features.resize import RESIZES
 from evals.image_sets import novelty_metrics
 from evals.image_sources import sample_images
-from evals.loaded_run import LoadedRun, drawn_latents, load_run
+from evals.loaded_run import SPLITS, LoadedRun, drawn_latents, evenly, load_run
 from evals.metrics.frechet import Moments, frechet_distance, moments_of
 from evals.metrics.neighbours import memorisation_metrics
 from evals.metrics.reconstruction import SSIM_WINDOW, joined, mean_metrics, psnr_per_image, ssim_per_image
@@ -24,13 +25,16 @@ from mnif.data.views import ViewData, load_views
 from mnif.signals.radiance import RadianceField
 from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_folder
-from mnif.utils.pixels import image_grid, save_image
+from mnif.utils.pixels import image_grid, save_image, to_uint8
 from mnif.utils.process import Processes, progress_bar
 
-_OBJECTS = 64  # of a side, evenly spread; what rendering costs
+_OBJECTS = 64  # of a split, evenly spread; what rendering costs
 
 
 _SHOWN = 12
+
+
+_VIEWS = 8  # of each object, evenly spread; more of the same object tell little
 
 
 @dataclass(frozen=True)
@@ -38,67 +42,66 @@ class ViewReconstructions:
     """Measures one model's renderings of a reference.
 
     Attributes:
-        stages: the model.
+        run: the model.
         data: the reference.
-        sides: [N] of :class:`mnif.data.dataset.Split`.
+        splits: [N] of :class:`mnif.data.dataset.Split`.
         refinement_steps: for latents of objects not trained on.
-        pictures: folder for originals above renderings.
+        output_dir: gets pictures of originals above renderings.
     """
 
     run: LoadedRun
     data: ViewData
     splits: np.ndarray
     refinement_steps: int
-    pictures: Path
+    output_dir: Path
 
     def metrics(self) -> dict[str, float]:
-        """PSNR in dB and SSIM on [0, 1] of every side that has objects, means over objects with standard errors.
+        """Measures PSNR in dB and SSIM on [0, 1] of every split, means over objects with standard errors.
 
         ``psnr_novel_views_…`` is of the views that the model's ``held_out_views`` keep back from fitting and encoding,
         ``psnr_…`` of up to four of the others. ``…_nearest_…`` shows the picture of the same object whose camera is
         nearest instead; ``…_mean_…`` the mean training object from that camera, if all objects have the same cameras.
         """
-        found: dict[str, float] = {}
-        for part, split in (("train", Split.TRAIN), ("heldout", Split.HELD_OUT), ("test", Split.TEST)):
+        metrics: dict[str, float] = {}
+        for name, split in SPLITS.items():
             if (self.splits == split).any():
-                found |= self._side(part, split)
-        return found
+                metrics |= self._metrics_of_split(name, split)
+        return metrics
 
-    def _side(self, part: str, split: Split) -> dict[str, float]:
+    def _metrics_of_split(self, split_name: str, split: Split) -> dict[str, float]:
         chosen = np.flatnonzero(self.splits == split)
         _, latents = self.run.latents(self.data, self.splits, split, self.refinement_steps)
-        picked = np.unique(np.linspace(0, len(chosen) - 1, min(_OBJECTS, len(chosen))).round().astype(int))
         signal = self.run.signal
         assert isinstance(signal, RadianceField)
         count = self.data.images.shape[1]
         given = count - signal.held_out_views
-        views = {"": np.unique(np.linspace(0, given - 1, min(4, given)).round().astype(int))}
+        views = {"": evenly(given, 4)}
         if signal.held_out_views:
             views["novel_views_"] = np.arange(given, count)
         means = self._mean_views()
         scores: dict[str, list[dict[str, np.ndarray]]] = {}
         shown = []
-        for place in progress_bar(picked, desc=f"rendering {part}", unit="object"):
+        for place in progress_bar(evenly(len(chosen), _OBJECTS), desc=f"rendering {split_name}", unit="object"):
             row = chosen[place]
-            for which, numbers in views.items():
+            for kind, numbers in views.items():
                 truth = self.data.images[row, numbers] / 255
                 drawn = rendered(self.run, latents[place : place + 1], self.data, row, numbers) / 255
-                ways = {"": drawn}
-                if which:
-                    ways["nearest_"] = self.data.images[row, self._nearest(row, numbers, given)] / 255
+                pictures = {"": drawn}
+                if kind:
+                    pictures["nearest_"] = self.data.images[row, self._nearest(row, numbers, given)] / 255
                     shown.append((truth[0], drawn[0]))
                 if means is not None:
-                    ways["mean_"] = means[numbers]
-                for way, pictures in ways.items():
-                    scores.setdefault(which + way, []).append(_scores(pictures, truth))
-        self._save_image(part, shown)
-        found: dict[str, float] = {}
+                    pictures["mean_"] = means[numbers]
+                for subject, values in pictures.items():
+                    scores.setdefault(kind + subject, []).append(_scores(values, truth))
+        self._save_image(split_name, shown)
+        metrics: dict[str, float] = {}
         for name, parts in scores.items():
-            found |= mean_metrics(joined(parts), f"{name}{part}")
-        return found
+            metrics |= mean_metrics(joined(parts), f"{name}{split_name}")
+        return metrics
 
     def _mean_views(self) -> np.ndarray | None:
-        """[V, H, W, 3] in [0, 1] over training objects, or None if their cameras differ."""
+        """Averages the views of training objects, [V, H, W, 3] in [0, 1]; None if their cameras differ."""
         poses = np.asarray(self.data.poses)
         train = np.flatnonzero(self.splits == Split.TRAIN)
         if not len(train) or np.abs(poses - poses[:1]).max() > 1e-4:
@@ -109,95 +112,116 @@ class ViewReconstructions:
         return total / len(train) / 255
 
     def _nearest(self, row: int, views: np.ndarray, given: int) -> np.ndarray:
-        """The given view of the object whose camera stands nearest to each of ``views``."""
+        """Finds the given view of the object whose camera stands nearest to each of ``views``."""
         cameras = self.data.poses[row, :, :3, 3]
         return np.linalg.norm(cameras[views, None] - cameras[None, :given], axis=-1).argmin(axis=1)
 
-    def _save_image(self, part: str, shown: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    def _save_image(self, split_name: str, shown: list[tuple[np.ndarray, np.ndarray]]) -> None:
         if not shown:
             return
-        some = [shown[row] for row in np.linspace(0, len(shown) - 1, min(_SHOWN, len(shown))).round().astype(int)]
-        sheet = np.concatenate([np.stack([pair[0] for pair in some]), np.stack([pair[1] for pair in some])])
-        pixels = (sheet * 255).round().astype(np.uint8)
-        save_image(self.pictures / f"novel_views_{part}.png", image_grid(pixels, columns=len(some)))
+        originals, drawn = zip(*(shown[row] for row in evenly(len(shown), _SHOWN)), strict=True)
+        pixels = (np.stack([*originals, *drawn]) * 255).round().astype(np.uint8)
+        save_image(self.output_dir / f"novel_views_{split_name}.png", image_grid(pixels, columns=len(drawn)))
 
 
 @torch.no_grad()
 def rendered(run: LoadedRun, latent: torch.Tensor, data: ViewData, row: int, views: np.ndarray) -> np.ndarray:
-    """What a latent [1, D] shows to some of the cameras of an object: [views, H, W, 3] uint8."""
+    """Renders a latent [1, D] for some of the cameras of an object: [views, H, W, 3] uint8."""
     signal, decoder = run.signal, run.decoder
     assert isinstance(signal, RadianceField)
     batch = {name: torch.from_numpy(np.array(array[row : row + 1])) for name, array in data.arrays().items()}
     batch = {name: tensor.to(decoder.device) for name, tensor in batch.items()}
     cameras = signal.observe_views(batch, views.tolist()).query
     colours = signal.render_views(decoder, decoder.coefficients(latent.to(decoder.device)), cameras)[0]
-    return (colours.clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu().numpy()
+    return to_uint8(colours)
 
 
 def _scores(pictures: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
-    """One number for an object: the mean over its views."""
+    """Scores one object by the means over its views, [1] each."""
     scores = {"psnr": psnr_per_image(pictures, truth)}
     if min(truth.shape[1:3]) >= SSIM_WINDOW:
         scores["ssim"] = ssim_per_image(pictures, truth)
     return {name: values.mean(keepdims=True) for name, values in scores.items()}
 
 
-_VIEWS = 8  # of each object, evenly spread; more of the same object tell little
-
-
-def of_model(arguments: EvalArguments) -> Measurement:
-    """Held-out views of a model of radiance fields, and its samples if it has a prior.
+@register_evaluator
+class RadianceEvaluator(Evaluator):
+    """Measures a model of radiance fields by held-out views and, if it has a prior, samples; or pictures of objects.
 
     Raises:
-        UserError: the model, the reference or the extractor cannot be had.
+        UserError: the model, the samples, which are pictures of one size from whatever cameras, or the reference
+            cannot be had.
     """
-    assert arguments.model is not None
-    run = load_run(arguments.model)
-    data = run.signal.load_like(arguments.reference)
-    assert isinstance(data, ViewData)
-    measured = sha256_of_folder(arguments.model)
 
-    def metrics(processes: Processes) -> dict[str, Any]:
+    signal = "radiance"
+
+    def __init__(self, arguments: EvalArguments) -> None:
+        super().__init__(arguments)
+        self.subject: LoadedRun | IndexedImages
+        if arguments.model is not None:
+            self.subject = load_run(arguments.model)
+            data = self.subject.signal.load_like(arguments.reference)
+            assert isinstance(data, ViewData)
+            self.data, self.measured = data, sha256_of_folder(arguments.model)
+        else:
+            assert arguments.samples is not None
+            self.subject = sample_images(arguments.samples)
+            self.data = load_views(arguments.reference, self.subject.size)
+            self.measured = self.subject.fingerprint
+
+    def inputs(self) -> dict[str, str]:
+        """Returns the fingerprints of model or samples and of the reference."""
+        return {"measured": self.measured, "reference_fingerprint": self.data.fingerprint()}
+
+    def evaluate(self, processes: Processes) -> dict[str, Any]:
+        """Measures the samples, if there are any, and a model's views of the reference.
+
+        Raises:
+            UserError: there are too few objects, or the extractor cannot be had.
+        """
+        if isinstance(self.subject, LoadedRun):
+            return self._evaluate_model(self.subject, processes)
+        comparison = ViewComparison(self.arguments, self.data, processes)
+        images = self.subject.first(comparison.count(None) * len(comparison.views))
+        metrics = comparison.distances({"": comparison.cache.features(images, "samples")})
+        splits = self.data.split(self.arguments.held_out_fraction, self.arguments.test_fraction)
+        return metrics | {"protocol": comparison.protocol() | self._protocol(splits)}
+
+    def _evaluate_model(self, run: LoadedRun, processes: Processes) -> dict[str, Any]:
+        arguments, data = self.arguments, self.data
         run.to(processes.device)
         splits = run.splits(data, arguments.held_out_fraction, arguments.test_fraction)
-        found: dict[str, Any] = {}
+        metrics, protocol = {}, {}
         if run.pipeline is not None:
-            room = _Room(arguments, data, processes)
-            count = room.count(arguments.num_samples)
+            comparison = ViewComparison(arguments, data, processes)
+            count = comparison.count(arguments.num_samples)
             latents = drawn_latents(run.pipeline, count, arguments.seed, arguments.num_inference_steps)
-            found |= room.compared(_drawn_sets(run, latents, arguments.seed), run, splits, measured)
-            found["protocol"] = room.protocol()
+            sets = _drawn_sets(run, latents, arguments.seed)
+            metrics, protocol = comparison.metrics(sets, run, splits, self.measured), comparison.protocol()
             if run.table is not None and run.table.held_out.any():
-                found |= memorisation_metrics(latents.cpu().numpy(), run.table)
+                metrics |= memorisation_metrics(latents.cpu().numpy(), run.table)
         if not processes.is_main:
             return {}
-        found |= ViewReconstructions(run, data, splits, arguments.refinement_steps, arguments.output_dir).metrics()
-        return found | {"protocol": found.get("protocol", {}) | _protocol(arguments, data, splits)}
+        steps, output_dir = arguments.refinement_steps, arguments.output_dir
+        metrics |= ViewReconstructions(run, data, splits, steps, output_dir).metrics()
+        return metrics | {"protocol": protocol | self._protocol(splits)}
 
-    return Measurement(_inputs(data, measured), metrics)
-
-
-def of_samples(arguments: EvalArguments) -> Measurement:
-    """Pictures of drawn objects, whatever cameras they are from.
-
-    Raises:
-        UserError: the samples are not pictures of one size, or the reference or the extractor cannot be had.
-    """
-    assert arguments.samples is not None
-    pictures = sample_images(arguments.samples)
-    data = load_views(arguments.reference, pictures.size)
-
-    def metrics(processes: Processes) -> dict[str, Any]:
-        room = _Room(arguments, data, processes)
-        features = room.bench.features(pictures.first(room.count(None) * len(room.views)), "samples")
-        splits = data.split(arguments.held_out_fraction, arguments.test_fraction)
-        return room.distances({"": features}) | {"protocol": room.protocol() | _protocol(arguments, data, splits)}
-
-    return Measurement(_inputs(data, pictures.fingerprint), metrics)
+    def _protocol(self, splits: np.ndarray) -> dict[str, Any]:
+        """Returns all that another number must share to be comparable."""
+        height, width = self.data.images.shape[2:4]
+        return {
+            "reference": self.arguments.reference,
+            "resolution": f"{height}×{width}",
+            "psnr": "of pictures in [0, 1], mean over views, then over objects",
+            "seed": self.arguments.seed,
+            "train_objects": int((splits == Split.TRAIN).sum()),
+            "held_out_objects": int((splits == Split.HELD_OUT).sum()),
+            "test_objects": int((splits == Split.TEST).sum()),
+        }
 
 
-class _Room:
-    """The real views, and what renderings are to them: one half of the designs is compared with, the other the floor.
+class ViewComparison:
+    """Compares renderings with real views: those of one half of the designs; the other half is the floor.
 
     Raises:
         UserError: there are too few objects, or the extractor cannot be had.
@@ -206,10 +230,9 @@ class _Room:
     def __init__(self, arguments: EvalArguments, data: ViewData, processes: Processes) -> None:
         protocol = protocol_of(arguments)
         extractor = extractor_by_name(protocol.extractor, arguments.inception_weights, processes.device)
-        self.arguments, self.data = arguments, data
-        self.bench = FeatureCache(protocol, extractor, processes, arguments.output_dir / ".parts")
-        count = data.images.shape[1]
-        self.views = np.unique(np.linspace(0, count - 1, min(_VIEWS, count)).round().astype(int))
+        self.data, self.output_dir = data, arguments.output_dir
+        self.cache = FeatureCache(protocol.resize, extractor, processes, arguments.output_dir / ".parts")
+        self.views = evenly(data.images.shape[1], _VIEWS)
         half = data.held_out(0.5)
         order = np.random.default_rng(0).permutation(len(data))
         self.reference, self.floor = order[half[order]], order[~half[order]]
@@ -220,59 +243,66 @@ class _Room:
         """Objects in each compared set but the reference."""
         return min(wanted or len(self.floor), len(self.floor))
 
-    def compared(
+    def metrics(
         self, sets: dict[str, torch.Tensor], run: LoadedRun, splits: np.ndarray, measured: str
     ) -> dict[str, Any]:
-        """Distances of rendered latents, how near samples lie to training objects, and a picture of both."""
+        """Measures distances of rendered latents and how near samples lie to training objects, and shows both.
+
+        Args:
+            sets: what a set's metrics end with ("" for the samples, "_gaussian" …) → latents [n, D].
+            run: the model that renders them.
+            splits: [N] of :class:`mnif.data.dataset.Split`.
+            measured: fingerprint of the model.
+        """
         rendering = {name: self._rendered(run, latents, f"{measured} {name}") for name, latents in sets.items()}
-        features = {name: self.bench.features(source, f"views{name}") for name, source in rendering.items()}
-        found = self.distances(features)
-        if not self.bench.processes.is_main:
-            return found
+        features = {name: self.cache.features(source, f"views{name}") for name, source in rendering.items()}
+        metrics = self.distances(features)
+        if not self.cache.processes.is_main:
+            return metrics
         real, train = self._by_object(self._real()), np.flatnonzero(splits == Split.TRAIN)
         if len(train):
             held_out = real[splits == Split.HELD_OUT]
             novelty, nearest = novelty_metrics(self._by_object(features[""]), held_out, real[train])
-            found |= novelty
+            metrics |= novelty
             first = range(min(_SHOWN, len(sets[""])))
             above = [rendering[""].read(range(row * len(self.views), row * len(self.views) + 1))[0] for row in first]
             below = [self.data.images[train[nearest[row]], self.views[0]] for row in first]
-            save_image(self.arguments.output_dir / "nearest.png", image_grid([*above, *below], columns=len(above)))
-        return found
+            save_image(self.output_dir / "nearest.png", image_grid([*above, *below], columns=len(above)))
+        return metrics
 
     def distances(self, features: dict[str, np.ndarray]) -> dict[str, Any]:
-        """The Fréchet distance of each set of features, of the floor and of the mean view, with standard errors."""
+        """Measures the Fréchet distance of each set of features, of the floor and of the mean view."""
         real, views = self._real(), len(self.views)
-        if not self.bench.processes.is_main:
+        if not self.cache.processes.is_main:
             return {}
         by_view = real.reshape(len(self.data), views, -1)
         reference = moments_of(by_view[self.reference].reshape(-1, real.shape[1]))
         count = min(len(rows) for rows in features.values())
         sets = features | {"_floor": by_view[self.floor].reshape(-1, real.shape[1])[:count]}
-        name = self.bench.extractor.frechet
-        found: dict[str, Any] = {}
+        name = self.cache.extractor.frechet
+        metrics: dict[str, Any] = {}
         for ending, rows in sets.items():
-            found[f"{name}{ending}"] = frechet_distance(moments_of(rows), reference)
+            metrics[f"{name}{ending}"] = frechet_distance(moments_of(rows), reference)
             if (spread := self._spread(rows, reference)) is not None:
-                found[f"{name}{ending}_std"] = spread
+                metrics[f"{name}{ending}_std"] = spread
         if (mean := self._mean_view_features()) is not None:
-            found[f"{name}_mean"] = frechet_distance(moments_of(mean), reference)
-        dimension, warnings = self.bench.extractor.dimension, []
+            metrics[f"{name}_mean"] = frechet_distance(moments_of(mean), reference)
+        dimension, warnings = self.cache.extractor.dimension, []
         if count < dimension:
             warnings = [f"{count} views in each set are fewer than the {dimension} features: {name} is biased up"]
-        return found | {"warnings": warnings}
+        return metrics | {"warnings": warnings}
 
     def protocol(self) -> dict[str, Any]:
-        """What another distance must share to be comparable."""
+        """Returns what another distance must share to be comparable."""
         size = (self.data.images.shape[2], self.data.images.shape[3])
-        return stated(self.bench.protocol, self.bench.extractor, size) | {
+        return self.cache.protocol(size) | {
             "views_of_each_object": len(self.views),
             "reference_objects": len(self.reference),
             "reference_part": "half",
         }
 
     def _real(self) -> np.ndarray:
-        """Features of the chosen views of every real object, object by object."""
+        """Computes the features of the chosen views of every real object, object by object."""
         images, views = self.data.images, self.views
 
         def read(rows: range) -> np.ndarray:
@@ -281,17 +311,17 @@ class _Room:
         height, width = images.shape[2:4]
         key = f"{self.data.fingerprint()} views {views.tolist()}"
         source = IndexedImages(len(self.data) * len(views), (height, width), key, read)
-        return self.bench.features(source, "real views", keep=True)
+        return self.cache.features(source, "real views", keep=True)
 
     def _rendered(self, run: LoadedRun, latents: torch.Tensor, name: str) -> IndexedImages:
-        """What latents show to the cameras of the floor's objects, one after the other."""
+        """Renders latents for the cameras of the floor's objects, one after the other."""
         views, data, floor = self.views, self.data, self.floor
 
         def read(rows: range) -> np.ndarray:
             pictures = []
             for number in range(rows.start // len(views), -(-rows.stop // len(views))):
-                arguments = [row % len(views) for row in rows if row // len(views) == number]
-                pictures.append(rendered(run, latents[number : number + 1], data, floor[number], views[arguments]))
+                wanted = [row % len(views) for row in rows if row // len(views) == number]
+                pictures.append(rendered(run, latents[number : number + 1], data, floor[number], views[wanted]))
             return np.concatenate(pictures)
 
         height, width = data.images.shape[2:4]
@@ -300,7 +330,7 @@ class _Room:
         return IndexedImages(len(latents) * len(views), (height, width), key, read)
 
     def _mean_view_features(self) -> np.ndarray | None:
-        """Of the mean of the floor's objects from each camera, one picture a camera; None if the cameras differ."""
+        """Computes the features of the floor's mean from each camera; None if the cameras differ."""
         poses = np.asarray(self.data.poses)
         if np.abs(poses - poses[:1]).max() > 1e-4 or len(self.views) < 2:
             return None
@@ -308,15 +338,15 @@ class _Room:
         for row in self.floor:
             total += self.data.images[row, self.views]
         pictures = (total / len(self.floor)).round().astype(np.uint8)
-        extractor = self.bench.extractor
-        return np.concatenate([*extractor.features(pictures, self.bench.protocol.resizing)])
+        extractor = self.cache.extractor
+        return np.concatenate([*extractor.features(pictures, RESIZES[self.cache.resize])])
 
     def _by_object(self, features: np.ndarray) -> np.ndarray:
-        """The mean over the views of each object, [objects, D]."""
+        """Averages features over the views of each object, [objects, D]."""
         return features.reshape(-1, len(self.views), features.shape[1]).mean(axis=1)
 
     def _spread(self, rows: np.ndarray, reference: Moments) -> float | None:
-        """The standard error that comes from the choice of objects; all views of an object go together."""
+        """Estimates the standard error that the choice of objects gives; all views of an object go together."""
         views = len(self.views)
         blocks = len(rows) // (views * GROUPS)
         if not blocks:
@@ -326,27 +356,9 @@ class _Room:
 
 
 def _drawn_sets(run: LoadedRun, latents: torch.Tensor, seed: int) -> dict[str, torch.Tensor]:
-    """Latents of samples and of their controls: a Gaussian's, and those of training objects."""
+    """Collects latents [n, D] of samples and of their controls: a Gaussian's, and those of training objects."""
     sets = {"": latents}
     if run.table is not None:
         sets["_gaussian"] = torch.from_numpy(gaussian_latents(run.table, len(latents), seed))
         sets["_reconstructed"] = run.table.train[: len(latents)]
     return sets
-
-
-def _protocol(arguments: EvalArguments, data: ViewData, splits: np.ndarray) -> dict[str, Any]:
-    """All that another number must share to be comparable."""
-    height, width = data.images.shape[2:4]
-    return {
-        "reference": arguments.reference,
-        "resolution": f"{height}×{width}",
-        "psnr": "of pictures in [0, 1], mean over views, then over objects",
-        "seed": arguments.seed,
-        "train_objects": int((splits == Split.TRAIN).sum()),
-        "held_out_objects": int((splits == Split.HELD_OUT).sum()),
-        "test_objects": int((splits == Split.TEST).sum()),
-    }
-
-
-def _inputs(data: ViewData, measured: str) -> dict[str, str]:
-    return {"measured": measured, "reference_fingerprint": data.fingerprint()}

@@ -20,7 +20,7 @@ K = TypeVar("K")
 
 
 def measured_latencies(pipeline: MNIFPipeline, bundle: Path | None, steps: int) -> list[dict[str, str | float]]:
-    """Median milliseconds of drawing 1 and 32 pictures, from noise and from coefficients, per runtime.
+    """Measures median milliseconds of drawing 1 and 32 pictures, from noise and from coefficients, per runtime.
 
     The runtimes take turns, round by round, so that a machine whose speed drifts drifts for all.
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from evals.metrics.neighbours import novelty_ratio
 from evals.metrics.shapes import Metric, distance_matrix, set_metrics, surfaces_of_grids
-from evals.metrics.uncertainty import spread_over_halves
 from mnif.data.dataset import Split
 from mnif.data.voxels import VoxelData
 from mnif.utils.errors import UserError
@@ -44,7 +44,7 @@ class RealShapes:
 
 
 def real_shapes(data: VoxelData, splits: np.ndarray) -> RealShapes:
-    """Reference and floor, whole designs on either side, in random order.
+    """Chooses reference and floor, whole designs on either side, in random order.
 
     Raises:
         UserError: there are too few shapes.
@@ -64,10 +64,10 @@ def real_shapes(data: VoxelData, splits: np.ndarray) -> RealShapes:
 def comparison_metrics(
     drawn: Mapping[str, np.ndarray], real: RealShapes, metric: Metric, points: int | None = None
 ) -> dict[str, float]:
-    """MMD, COV and 1-NNA of each drawn set, and of the floor, with their standard errors.
+    """Measures MMD, COV and 1-NNA of each drawn set, and of the floor, with their standard errors.
 
     Args:
-        drawn: what a set's figures end with ("" for the samples, "_gaussian" …) → [S, P, 3] points.
+        drawn: what a set's metrics end with ("" for the samples, "_gaussian" …) → [S, P, 3] points.
         real: the real shapes.
         metric: of distances.
         points: take the first so many of each shape; default: all.
@@ -79,41 +79,32 @@ def comparison_metrics(
     count = set_size(drawn, real)
     reference = real.reference[:count, :points]
     among_real = distance_matrix(reference, metric=metric, exact="minima", title="real shapes")
-    found: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     for ending, shapes in sets.items():
         some, title = shapes[:count, :points], f"{metric}{ending}"
         to_real = distance_matrix(some, reference, metric, "minima", title)
         among_drawn = distance_matrix(some, metric=metric, exact="minima", title=title)
         for name, value in set_metrics(to_real, among_drawn, among_real).items():
-            figure, _, spread = name.partition("_")
             if np.isfinite(value):
-                found[f"{figure}_{metric}{ending}" + (f"_{spread}" if spread else "")] = value
-    return found
+                measure, _, spread = name.partition("_")
+                metrics[f"{measure}_{metric}{ending}" + (f"_{spread}" if spread else "")] = value
+    return metrics
 
 
 def set_size(drawn: Mapping[str, np.ndarray], real: RealShapes) -> int:
-    """How many shapes of each set are compared."""
+    """Returns how many shapes of each set are compared: as many as the smallest has."""
     return min(len(real.reference), len(real.floor), *(len(shapes) for shapes in drawn.values()))
 
 
-@dataclass(frozen=True)
-class Novelty:
-    """Whether drawn shapes are new.
-
-    Attributes:
-        figures: ``nn_ratio``, the median distance of drawn shapes to their nearest training shapes over that of
-            held-out shapes to theirs, with its standard error; ``nn_ratio_copies``, what copies of training shapes
-            would score; ``copied_share``, the share of drawn shapes nearer than all but 5 % of held-out ones.
-            Distances are roots of chamfer distances. Empty if nothing was held out.
-        nearest: the row of the nearest training shape for each drawn one, [S].
-    """
-
-    metrics: dict[str, float]
-    nearest: np.ndarray
-
-
-def novelty_of(drawn: np.ndarray, data: VoxelData, splits: np.ndarray) -> Novelty:
+def shape_novelty(drawn: np.ndarray, data: VoxelData, splits: np.ndarray) -> tuple[dict[str, float], np.ndarray]:
     """Compares drawn shapes [S, P, 3] with all training shapes; those without a surface do not count.
+
+    Returns:
+        ``nn_ratio``, the median distance of drawn shapes to their nearest training shapes over that of held-out shapes
+        to theirs, with its standard error; ``nn_ratio_copies``, what copies of training shapes would score;
+        ``copied_share``, the share of drawn shapes nearer than all but 5 % of held-out ones. Distances are roots of
+        chamfer distances. All this is missing if nothing was held out. And the row of the nearest training shape for
+        each drawn one, [S].
 
     Raises:
         UserError: there are no training shapes.
@@ -123,23 +114,24 @@ def novelty_of(drawn: np.ndarray, data: VoxelData, splits: np.ndarray) -> Novelt
         raise UserError(f"--reference {data.name}: no shape of it was trained on; lower --held_out_fraction")
     copies = _points(data, train[:: -(-len(train) // len(drawn))], "copy of ")
     queries = {"drawn": drawn, "held out": _points(data, held_out), "copies": copies}
-    found, nearest = _nearest(np.concatenate([*queries.values()]), data, train)
+    distances, nearest = _nearest(np.concatenate([*queries.values()]), data, train)
     ends = np.cumsum([len(points) for points in queries.values()])
-    samples, unseen, again = (part[np.isfinite(part)] for part in np.split(found, ends[:-1]))
+    samples, unseen, again = (part[np.isfinite(part)] for part in np.split(distances, ends[:-1]))
     metrics: dict[str, float] = {}
     if len(unseen) and len(samples):
         unit = float(np.median(unseen))
+        ratio, std = novelty_ratio(samples, unit)
         metrics = {
-            "nn_ratio": float(np.median(samples)) / unit,
-            "nn_ratio_std": spread_over_halves(samples, lambda some: float(np.median(some))) / unit,
+            "nn_ratio": ratio,
+            "nn_ratio_std": std,
             "nn_ratio_copies": float(np.median(again)) / unit,
             "copied_share": float((samples < np.quantile(unseen, _COPIED_QUANTILE)).mean()),
         }
-    return Novelty(metrics, nearest[: len(drawn)])
+    return metrics, nearest[: len(drawn)]
 
 
 def _nearest(queries: np.ndarray, data: VoxelData, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The root of each query's chamfer distance to its nearest training shape, and that shape's row."""
+    """Finds the nearest training shape of each query: the root of its chamfer distance, and its row, [Q] each."""
     distances, nearest = np.full(len(queries), np.inf), np.full(len(queries), train[0])
     for start in range(0, len(train), _CHUNK):
         some = train[start : start + _CHUNK]
@@ -151,7 +143,7 @@ def _nearest(queries: np.ndarray, data: VoxelData, train: np.ndarray) -> tuple[n
 
 
 def _points(data: VoxelData, rows: np.ndarray, prefix: str = "") -> np.ndarray:
-    """Points on the surfaces of real shapes."""
+    """Samples points on the surfaces of real shapes, [rows, P, 3]."""
     shown = progress_bar(rows, desc="surfaces", unit="shape", leave=False)
     grids = (data.occupancy(slice(row, row + 1))[0].astype(np.float32) for row in shown)
     return surfaces_of_grids(grids, [prefix + data.ids[row] for row in rows], level=0.5).points

@@ -23,7 +23,7 @@ _GRID_SUFFIXES = (".npz", ".npy", ".binvox")
 _NEEDS = '"voxels" or "occupancy", occupancies in [0, 1], [R, R, R] or [N, R, R, R]'
 
 
-_ROOM = 1 + 1e-3  # a mesh may leave the cube by its rounding
+_BOUND = 1 + 1e-3  # a mesh may leave the cube by its rounding
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class ShapeFiles:
     meshes: bool
 
     def fingerprint(self) -> str:
-        """Of names and contents."""
+        """Hashes names and contents."""
         source = Path(self.source)
         return sha256_of_folder(source) if source.is_dir() else sha256_of_file(source)
 
     def surfaces(self, count: int) -> Surfaces:
-        """Of the first ``count`` shapes, or of all if there are fewer.
+        """Samples the surfaces of the first ``count`` shapes, or of all if there are fewer.
 
         Raises:
             UserError: a file is damaged, holds something else or is of another size than the first; a mesh leaves the
@@ -60,7 +60,7 @@ class ShapeFiles:
         return surfaces_of_grids(grids, [f"drawn {row}" for row in range(len(grids))], level=0.5)
 
     def _grids(self) -> Iterator[np.ndarray]:
-        """[R, R, R] each, all of one size."""
+        """Reads grids [R, R, R], all of one size."""
         first: tuple[Path, int] | None = None
         for path in self.paths:
             for grid in _grids_in(path):
@@ -71,7 +71,7 @@ class ShapeFiles:
 
 
 def shape_files(source: str) -> ShapeFiles:
-    """The drawn shapes of a folder (its sub-folders, if it holds none itself), or of one file of grids.
+    """Finds the drawn shapes of a folder (of its sub-folders, if it holds none itself), or of one file of grids.
 
     Raises:
         UserError: there are none, or both grids and meshes.
@@ -91,7 +91,7 @@ def shape_files(source: str) -> ShapeFiles:
 
 
 def _grids_in(path: Path) -> np.ndarray:
-    """[N, R, R, R] float32."""
+    """Reads grids [N, R, R, R] float32."""
     if path.suffix.lower() == ".binvox":
         return read_binvox(path)[None].astype(np.float32)
     if path.suffix.lower() == ".npy":
@@ -114,7 +114,7 @@ def _grids_in(path: Path) -> np.ndarray:
 def _mesh_in_cube(path: Path) -> tuple[np.ndarray, np.ndarray]:
     vertices, faces = read_mesh(path)
     farthest = np.abs(vertices[faces]).max()
-    if farthest > _ROOM:
+    if farthest > _BOUND:
         raise UserError(
             f"{path}: a corner has the coordinate {farthest:.3g}; drawn meshes lie in the cube [-1, 1]³, "
             "as `mnif decode` writes them"

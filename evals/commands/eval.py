@@ -1,4 +1,4 @@
-"""`mnif eval`: measures samples and reconstructions, each figure beside its controls; several side by side."""
+"""`mnif eval`: measures samples and reconstructions, each metric beside its controls; several side by side."""
 
 import os
 import shutil
@@ -9,16 +9,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evals import images
-from evals.evaluator import Measurement, room_of
-from evals.metrics.frechet import is_statistics
+from evals.evaluator import SUBJECTS, evaluator_of
 from evals.metrics.neighbours import copying_verdict
-from evals.presentation import comparison_plot, evaluation_markdown, markdown_table, protocol_line, table_rows
+from evals.presentation import (
+    comparison_plot,
+    evaluation_markdown,
+    markdown_table,
+    metrics_of,
+    protocol_line,
+    table_rows,
+)
 from evals.protocol import EvalArguments, protocol_of
 from mnif import __version__
-from mnif.models.io import load_component
-from mnif.models.mnif_model import MNIFModel
-from mnif.signals.registry import detect_signal, signal_of_model
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError
 from mnif.utils.files import read_json, write_json, written_atomically
@@ -35,7 +37,7 @@ class Evaluation:
     Attributes:
         name: what sets it apart.
         folder: where its ``metrics.json`` is.
-        figures: its content.
+        metrics: its content.
     """
 
     name: str
@@ -44,7 +46,7 @@ class Evaluation:
 
 
 def to_evaluate(flags: EvalArguments) -> list[EvalArguments]:
-    """The evaluations that ``--reference`` asks for, one of each path, into folders of their own."""
+    """Lists the evaluations that ``--reference`` asks for, one of each path, into folders of their own."""
     names = _names(flags.compared)
     return [
         replace(flags, compared=[], output_dir=flags.output_dir / name, **_subject(path))
@@ -88,7 +90,7 @@ def compare(paths: Sequence[Path], output: Path) -> None:
 
 
 def _subject(path: Path) -> dict[str, Any]:
-    """What a path is, as a flag."""
+    """Tells what a path is, as a flag."""
     if (path / "model").is_dir():
         return {"model": path / "model"}
     if (path / "model_index.json").is_file():
@@ -108,7 +110,7 @@ def _folder_of(path: Path) -> Path:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The paths without what all have in common."""
+    """Names the paths by what they do not have in common."""
     absolute = [path.absolute() for path in paths]
     if len(set(absolute)) < len(absolute):
         raise UserError("the same folder is given twice; there is nothing to compare")
@@ -118,7 +120,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _common_protocol(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
-    """What all were measured under; numbers of different protocols do not belong in one table."""
+    """Returns what all were measured under; numbers of different protocols do not belong in one table."""
     first, *others = evaluations
     protocol = first.metrics.get("protocol", {})
     for other in others:
@@ -132,16 +134,13 @@ def _common_protocol(evaluations: Sequence[Evaluation]) -> dict[str, Any]:
     return {name: value for name, value in protocol.items() if name not in _MAY_DIFFER}
 
 
-_SUBJECTS = ("model", "samples", "bundle")
-
-
 def main(arguments: list[str]) -> None:
     """Runs `mnif eval`."""
     flags = parse_arguments(EvalArguments, arguments, "mnif eval")
     if not flags.compared:
         evaluate(flags)
         return
-    if any(getattr(flags, flag) is not None for flag in _SUBJECTS):
+    if any(getattr(flags, flag) is not None for flag in SUBJECTS):
         raise UserError("give either folders to compare, or one of --model, --samples and --bundle")
     several = to_evaluate(flags) if flags.reference else []
     for one in (flags, *several):
@@ -156,7 +155,7 @@ def main(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: EvalArguments) -> None:
-    """Writes ``metrics.json``, its figures as ``metrics.md``, and pictures to ``arguments.output_dir``.
+    """Writes ``metrics.json``, its metrics as ``metrics.md``, and pictures to ``arguments.output_dir``.
 
     Raises:
         UserError: model, samples or reference cannot be read or do not fit each other, or the folder is another
@@ -166,8 +165,8 @@ def evaluate(arguments: EvalArguments) -> None:
     check_output_folder(arguments.output_dir, "eval")
     arguments = replace(arguments, num_samples=protocol_of(arguments).num_samples)
     processes = Processes()
-    measurement = _measurement(arguments)
-    inputs = _flags(arguments) | {"version": __version__} | measurement.inputs
+    evaluator = evaluator_of(arguments)
+    inputs = _flags(arguments) | {"version": __version__} | evaluator.inputs()
     path = arguments.output_dir / "metrics.json"
     if path.exists() and read_json(path).get("inputs") == inputs:
         if processes.is_main:
@@ -176,10 +175,10 @@ def evaluate(arguments: EvalArguments) -> None:
             print(f"{path}: measured here before with these inputs; nothing to do")
         return
     if not processes.is_main:
-        measurement.metrics(processes)
+        evaluator.evaluate(processes)
         return
     with output_folder_of(arguments.output_dir, "eval"):
-        metrics = measurement.metrics(processes) | {
+        metrics = evaluator.evaluate(processes) | {
             "inputs": inputs,
             "seconds": round(time.perf_counter() - started, 1),
             "peak_rss_mb": peak_memory_megabytes(),
@@ -194,32 +193,12 @@ def evaluate(arguments: EvalArguments) -> None:
 
 
 def _print(metrics: dict[str, Any]) -> None:
-    for name, value in metrics.items():
-        if isinstance(value, float) and not name.endswith("_std"):
-            spread = metrics.get(f"{name}_std")
-            print(f"  {name:32} {value:10.4g}" + (f" ± {spread:.2g}" if spread is not None else ""))
+    for metric in metrics_of(metrics):
+        print(f"  {metric.key:32} {metric.value:10.4g}" + (f" ± {metric.std:.2g}" if metric.std is not None else ""))
     for warning in metrics.get("warnings", []):
         print(f"warning: {warning}")
     if verdict := copying_verdict(metrics):
         print(f"  this prior {verdict}")
-
-
-def _measurement(arguments: EvalArguments) -> Measurement:
-    """What the room of the signal at hand makes of the flags."""
-    if not arguments.reference:
-        raise UserError("give --reference, the data set to compare with")
-    given = [flag for flag in _SUBJECTS if getattr(arguments, flag) is not None]
-    if len(given) != 1:
-        raise UserError("give one of --model RUN/model, --samples FOLDER and --bundle BUNDLE")
-    if arguments.bundle is not None:
-        return images.of_bundle(arguments)
-    if arguments.samples is not None:
-        of_pictures = is_statistics(Path(arguments.reference))
-        signal = "image" if of_pictures else detect_signal(arguments.reference)
-        return room_of(signal, f"--reference {arguments.reference}").of_samples(arguments)
-    assert arguments.model is not None
-    decoder = load_component(MNIFModel, arguments.model, "decoder")
-    return room_of(signal_of_model(decoder).name, f"--model {arguments.model}").of_model(arguments)
 
 
 def _flags(arguments: EvalArguments) -> dict[str, str]:

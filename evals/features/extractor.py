@@ -1,8 +1,8 @@
 """Feature extractors by name: pictures → vectors that distances are taken in.
 
 Each is a class of its own: :mod:`evals.features.lite0` comes with its weights and works offline,
-:mod:`evals.features.inception` is the network of FID. Another one is a subclass of :class:`Extractor` and a line in
-``_EXTRACTORS``.
+:mod:`evals.features.inception` is the network of FID. Another one is a subclass of :class:`Extractor` that
+:func:`extractor_by_name` knows.
 """
 
 import hashlib
@@ -10,23 +10,18 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
 
-from evals.features.resize import Resize
-from evals.protocol import Protocol
+from evals.features.resize import RESIZES, Resize
 from latent_prior.sampling import CHUNK
 from mnif.utils.errors import UserError
 from mnif.utils.files import cache_folder
 from mnif.utils.process import Processes, progress_bar
 from mnif.utils.resumable import compute_in_chunks
-
-_EXTRACTORS = {"lite0": "evals.features.lite0:Lite0", "inception": "evals.features.inception:Inception"}
-
 
 _PICTURES_AT_ONCE = 256
 
@@ -38,7 +33,7 @@ class Extractor(ABC):
         name: as on the command line.
         frechet: what a Fréchet distance in its features is called; "fid" is Inception's alone.
         kernel: what a kernel distance is called; "kid" likewise.
-        suffix: what other figures in its features end with.
+        suffix: what other metrics in its features end with.
         dimension: features of a picture.
         size: pixels per axis that it looks at.
     """
@@ -52,11 +47,11 @@ class Extractor(ABC):
 
     @abstractmethod
     def protocol(self) -> dict[str, str]:
-        """What a stored number must state of the extractor: network, hash of the weights, normalisation."""
+        """Returns what a stored number must state of the extractor: network, hash of the weights, normalisation."""
 
     @abstractmethod
     def features(self, images: np.ndarray, resize: Resize) -> Iterator[np.ndarray]:
-        """Features of pictures [N, H, W, 3], uint8 or float32 in 0..255, as batches [n, dimension] float32 in order.
+        """Yields features of pictures [N, H, W, 3], uint8 or float32 in 0..255: [n, dimension] float32, in order.
 
         Resizing goes on while the network is at work.
         """
@@ -68,7 +63,7 @@ def extractor_by_name(
     device: torch.device | str = "cpu",
     grey: float = 128.0,
 ) -> Extractor:
-    """An extractor, with its weights found and checked.
+    """Makes an extractor, with its weights found and checked.
 
     Args:
         name: "lite0" or "inception".
@@ -79,17 +74,21 @@ def extractor_by_name(
     Raises:
         UserError: there is no such extractor, or its weights are missing or not the standard ones.
     """
-    if name not in _EXTRACTORS:
-        raise UserError(f"--extractor {name}: must be one of {', '.join(_EXTRACTORS)}")
-    module, _, kind = _EXTRACTORS[name].partition(":")
-    extractor = getattr(import_module(module), kind)
-    return extractor() if name == "lite0" else extractor(inception_weights, device, grey)
+    if name == "lite0":  # the networks are imported only if they are used
+        from evals.features.lite0 import Lite0
+
+        return Lite0()
+    if name == "inception":
+        from evals.features.inception import Inception
+
+        return Inception(inception_weights, device, grey)
+    raise UserError(f"--extractor {name}: must be one of lite0, inception")
 
 
 def extract_features(
     images: np.ndarray, extractor: Extractor, resize: Resize, progress: bool = True, description: str = "features"
 ) -> np.ndarray:
-    """The features of pictures; neither batches nor threads change them.
+    """Computes the features of pictures; neither batches nor threads change them.
 
     Args:
         images: [N, H, W, 3], RGB, of any size: uint8, or float32 in 0..255.
@@ -138,36 +137,35 @@ class IndexedImages:
     read: Callable[[range], np.ndarray]
 
     def first(self, count: int) -> "IndexedImages":
-        """Only the first ``count`` of them."""
+        """Returns only the first ``count`` of them."""
         return IndexedImages(min(count, self.count), self.size, self.fingerprint, self.read)
 
 
 T = TypeVar("T")
 
 
-def stated(protocol: Protocol, extractor: Extractor, size: tuple[int, int]) -> dict[str, str]:
-    """What another number must agree in to be comparable, for pictures of a size."""
-    return extractor.protocol() | {"resize": protocol.resize, "resolution": f"{size[0]}×{size[1]}"}
-
-
 @dataclass(frozen=True)
 class FeatureCache:
-    """What every set of pictures goes through.
+    """Numbers of pictures, kept on disk: what every set of pictures goes through.
 
     Attributes:
-        protocol: how they are compared.
-        extractor: its extractor, loaded.
+        resize: one of :data:`evals.features.resize.RESIZES`, by name.
+        extractor: of features, loaded.
         processes: who share the work; all call the same methods in the same order.
         scratch: folder for what a later command does not need; it is what a killed evaluation continues from.
     """
 
-    protocol: Protocol
+    resize: str
     extractor: Extractor
     processes: Processes
     scratch: Path
 
+    def protocol(self, size: tuple[int, int]) -> dict[str, str]:
+        """Returns what another number must agree in to be comparable, for pictures of a size [height, width]."""
+        return self.extractor.protocol() | {"resize": self.resize, "resolution": f"{size[0]}×{size[1]}"}
+
     def features(self, pictures: IndexedImages, description: str, keep: bool = False) -> np.ndarray:
-        """Features of pictures, memory-mapped: [count, D] float32.
+        """Computes features of pictures, or finds them: [count, D] float32, memory-mapped.
 
         Args:
             pictures: of one size.
@@ -176,9 +174,9 @@ class FeatureCache:
         """
 
         def compute(images: np.ndarray) -> np.ndarray:
-            return extract_features(images, self.extractor, self.protocol.resizing, progress=False)
+            return extract_features(images, self.extractor, RESIZES[self.resize], progress=False)
 
-        key = [pictures.fingerprint, pictures.count, stated(self.protocol, self.extractor, pictures.size)]
+        key = [pictures.fingerprint, pictures.count, self.protocol(pictures.size)]
         width = self.extractor.dimension
         return self.rows(key, pictures.count, width, pictures.read, compute, f"features: {description}", keep)
 
@@ -192,7 +190,7 @@ class FeatureCache:
         description: str,
         keep: bool = False,
     ) -> np.ndarray:
-        """Any numbers [count, width] of pictures, shared out likewise; ``key`` is all that they depend on."""
+        """Computes any numbers [count, width] of pictures likewise; ``key`` is all that they depend on."""
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         folder = cache_folder() / "features" if keep else self.scratch
         path, chunks = folder / f"{name}.npy", self.scratch / f"{name}.chunks"

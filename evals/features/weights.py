@@ -47,7 +47,7 @@ INCEPTION = PublishedWeights(
 
 
 def found_weights(weights: PublishedWeights, given: Path | None = None) -> Path:
-    """The file: ``given``, else the one the environment names, else the cached one, else downloaded to the cache.
+    """Finds the file: ``given``, else what the environment names, else the cached one, else it is downloaded.
 
     Raises:
         UserError: the file named does not exist or has another hash, or it cannot be downloaded.

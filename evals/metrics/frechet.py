@@ -81,7 +81,7 @@ class MomentSums:
         self.outer += other.outer
 
     def moments(self) -> Moments:
-        """Mean and covariance of all samples so far.
+        """Computes mean and covariance of all samples so far.
 
         Raises:
             UserError: fewer than two samples.
@@ -93,7 +93,7 @@ class MomentSums:
 
 
 def moments_of(features: np.ndarray) -> Moments:
-    """Mean and covariance of ``features`` [N, D], read a few thousand rows at a time.
+    """Computes mean and covariance of ``features`` [N, D], read a few thousand rows at a time.
 
     Raises:
         UserError: not two-dimensional, fewer than two samples, or values that are not finite.
@@ -107,7 +107,7 @@ def moments_of(features: np.ndarray) -> Moments:
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
-    """The squared Fréchet distance between two Gaussians, at least 0.
+    """Computes the squared Fréchet distance between two Gaussians, at least 0.
 
     tr (Σ₁ Σ₂)^½ is the sum of the square roots of the eigenvalues of Σ₂^½ Σ₁ Σ₂^½, which is symmetric: unlike the root
     of the product itself it cannot come out complex. Where both sides have fewer samples than features, it is the
@@ -126,12 +126,12 @@ def frechet_distance(a: Moments, b: Moments) -> float:
         if not (np.isfinite(moments.mean).all() and np.isfinite(moments.covariance).all()):
             raise UserError("Fréchet distance: the moments hold NaN or infinity; compute them again")
     trace = np.trace(a.covariance) + np.trace(b.covariance)
-    distance = np.square(a.mean - b.mean).sum() + trace - 2 * _overlap(a, b)
+    distance = np.square(a.mean - b.mean).sum() + trace - 2 * _trace_of_root(a, b)
     return max(float(distance), 0.0)  # analytically never negative, so what is below zero is rounding
 
 
 def frechet_distance_from_features(x: np.ndarray, y: np.ndarray) -> float:
-    """The squared Fréchet distance between ``x`` [N, D] and ``y`` [M, D], at least 0.
+    """Computes the squared Fréchet distance between ``x`` [N, D] and ``y`` [M, D], at least 0.
 
     Raises:
         UserError: not two-dimensional, different dimensions, fewer than two samples, or values that are not finite.
@@ -155,12 +155,12 @@ def save_moments(path: Path, moments: Moments, protocol: Mapping[str, str]) -> N
 
 
 def is_statistics(path: Path) -> bool:
-    """Whether a file holds statistics rather than data."""
+    """Tells whether a file holds statistics rather than data."""
     return path.suffix == ".npz" and path.is_file() and "mu" in npz_names(path)
 
 
 def load_moments(path: Path, protocol: Mapping[str, str]) -> Moments:
-    """The moments :func:`save_moments` wrote under a protocol that agrees in everything ``protocol`` states.
+    """Loads what :func:`save_moments` wrote under a protocol that agrees in everything ``protocol`` states.
 
     Raises:
         UserError: the file is missing or broken, or states another protocol or none.
@@ -177,8 +177,8 @@ def load_moments(path: Path, protocol: Mapping[str, str]) -> Moments:
     return moments
 
 
-def _overlap(a: Moments, b: Moments) -> float:
-    """tr (Σ₁ Σ₂)^½."""
+def _trace_of_root(a: Moments, b: Moments) -> float:
+    """Computes tr (Σ₁ Σ₂)^½."""
     if a.factor is not None and b.factor is not None:
         return float(np.linalg.svd(a.factor @ b.factor.T, compute_uv=False).sum())
     if b.factor is not None:
@@ -201,7 +201,7 @@ def _without_tiny_negatives(eigenvalues: np.ndarray) -> np.ndarray:
 
 
 def checked_features(features: np.ndarray, dimension: int | None = None) -> np.ndarray:
-    """Features in float64.
+    """Converts features to float64.
 
     Raises:
         UserError: not [N, D], or values that are not finite.

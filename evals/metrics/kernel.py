@@ -16,7 +16,7 @@ _TILE = 2048
 
 
 def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """The unbiased estimate from all pairs of ``x`` [N, D] and ``y`` [M, D] but those of a sample with itself.
+    """Estimates it without bias from all pairs of ``x`` [N, D] and ``y`` [M, D] but those of a sample with itself.
 
     Memory does not grow with N or M: kernels are summed up in tiles.
 
@@ -30,7 +30,7 @@ def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def kernel_distance_with_spread(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """The distance, and the standard error that the choice of ``x`` gives it (:mod:`evals.metrics.uncertainty`).
+    """Computes the distance and the standard error that the choice of ``x`` gives it.
 
     Raises:
         UserError: as :func:`kernel_distance`, or fewer than two samples in a half of ``x``.
@@ -54,7 +54,7 @@ def kernel_distance_with_spread(x: np.ndarray, y: np.ndarray) -> tuple[float, fl
 def kernel_distance_of_subsets(
     x: np.ndarray, y: np.ndarray, subsets: int = 100, size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Mean and standard deviation over random subsets of both sides, as the distance is usually published.
+    """Computes mean and standard deviation over random subsets of both sets, as is usually published.
 
     Args:
         x: [N, D].

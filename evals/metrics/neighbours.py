@@ -12,7 +12,7 @@ from mnif.utils.errors import UserError
 def nearest_neighbour_distances(
     queries: np.ndarray, references: np.ndarray, chunk: int = 256
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest reference of every query, exactly.
+    """Finds the nearest reference of every query, exactly.
 
     Args:
         queries: [N, D].
@@ -47,28 +47,26 @@ def nearest_neighbour_distances(
     return distances, indices
 
 
-def nearest_neighbour_ratio(samples: np.ndarray, held_out: np.ndarray, train: np.ndarray) -> float:
-    """How close samples come to training instances, by the measure of real instances that were held out.
+def novelty_ratio(distances: np.ndarray, unit: float) -> tuple[float, float]:
+    """Tells how close samples come to training instances, by the measure of real instances that were held out.
 
-    The median distance of samples to their nearest training instance over the median distance of held-out instances to
-    theirs. About 1: samples are as new as real unseen data. Well below 1: training instances are copied. Above 1:
-    samples lie away from the data.
+    About 1: samples are as new as real unseen data. Well below 1: training instances are copied. Above 1: samples lie
+    away from the data.
 
     Args:
-        samples: [N, D] features or pixels of generated instances.
-        held_out: [H, D] of real instances that were kept out of training, without their near duplicates.
-        train: [R, D] of the training instances.
+        distances: [N] from each sample to its nearest training instance.
+        unit: the median of such distances of held-out instances (:func:`unit_of_novelty`).
 
-    Raises:
-        UserError: as :func:`unit_of_novelty`, or no samples.
+    Returns:
+        The median of the distances in this unit, and its standard error.
     """
-    if not len(samples):
-        raise UserError("nn_ratio: 0 samples; some are needed")
-    return float(np.median(nearest_neighbour_distances(samples, train)[0])) / unit_of_novelty(held_out, train)
+    return float(np.median(distances)) / unit, spread_over_halves(
+        distances, lambda some: float(np.median(some))
+    ) / unit
 
 
 def unit_of_novelty(held_out: np.ndarray, train: np.ndarray) -> float:
-    """The median distance of held-out instances to their nearest training instance, which novelty is measured by.
+    """Computes the median distance of held-out instances to their nearest training instance: novelty's unit.
 
     Raises:
         UserError: as :func:`nearest_neighbour_distances`; no held-out instances; or half of them are training
@@ -82,55 +80,51 @@ def unit_of_novelty(held_out: np.ndarray, train: np.ndarray) -> float:
     return unit
 
 
-def copied_share(samples: np.ndarray, held_out: np.ndarray, train: np.ndarray, quantile: float = 0.05) -> float:
-    """The share of samples that lie nearer to training instances than all but a few held-out instances do.
+def are_copies(distances: np.ndarray, held_out: np.ndarray, train: np.ndarray, quantile: float = 0.05) -> np.ndarray:
+    """Tells which samples lie nearer to training instances than all but a few held-out instances do, [N] bool.
 
-    A median hides a prior that copies half of the time and draws something unseen the other half; this does not. A
-    prior that draws as new instances as the held-out ones has a share of ``quantile``.
+    A median hides a prior that copies half of the time and draws something unseen the other half; the share of these
+    does not. A prior that draws as new instances as the held-out ones has a share of ``quantile``.
 
     Args:
-        samples, held_out, train: as in :func:`nearest_neighbour_ratio`.
+        distances: [N] from each sample to its nearest training instance.
+        held_out: [H, D] of real instances that were kept out of training, without their near duplicates.
+        train: [R, D] of the training instances.
         quantile: how many of the held-out instances may be nearer than the threshold.
 
     Raises:
-        UserError: as :func:`nearest_neighbour_distances`, or no samples or held-out instances.
+        UserError: as :func:`nearest_neighbour_distances`.
     """
-    if not (len(samples) and len(held_out)):
-        raise UserError(f"copied share: {len(samples)} samples, {len(held_out)} held-out instances; both are needed")
-    return float(are_copies(nearest_neighbour_distances(samples, train)[0], held_out, train, quantile).mean())
-
-
-def are_copies(distances: np.ndarray, held_out: np.ndarray, train: np.ndarray, quantile: float = 0.05) -> np.ndarray:
-    """Which samples :func:`copied_share` counts, [N] bool, by their distances [N] to the nearest training instance."""
     return distances < np.quantile(nearest_neighbour_distances(held_out, train)[0], quantile)
 
 
 COPYING_BELOW = 0.9
 
 
-EXPECTED_SHARE = 0.05  # of samples that do not copy, by the definition of copied_share
+EXPECTED_SHARE = 0.05  # of samples that do not copy, by the definition of are_copies
 
 
 def memorisation_metrics(samples: np.ndarray, table: LatentTable) -> dict[str, float]:
-    """How near sampled latents [N, D] lie to training latents, by the measure of held-out ones, with standard errors.
+    """Measures how near sampled latents [N, D] lie to training ones, in units of held-out ones, with standard errors.
 
     All are standardised per dimension, as the prior sees them.
     """
-    mean, std = (statistic.numpy() for statistic in table.mean_and_std())
-    parts = (samples, table.latents[table.held_out].numpy(), table.train.numpy())
-    drawn, held_out, train = ((part - mean) / std for part in parts)
+    mean, scale = (statistic.numpy() for statistic in table.mean_and_std())
+    sets = (samples, table.latents[table.held_out].numpy(), table.train.numpy())
+    drawn, held_out, train = ((latents - mean) / scale for latents in sets)
     distances, _ = nearest_neighbour_distances(drawn, train)
-    unit, copies = unit_of_novelty(held_out, train), are_copies(distances, held_out, train)
+    ratio, std = novelty_ratio(distances, unit_of_novelty(held_out, train))
+    copies = are_copies(distances, held_out, train)
     return {
-        "nn_ratio_latents": float(np.median(distances)) / unit,
-        "nn_ratio_latents_std": spread_over_halves(distances, lambda some: float(np.median(some))) / unit,
+        "nn_ratio_latents": ratio,
+        "nn_ratio_latents_std": std,
         "copied_share_latents": float(copies.mean()),
         "copied_share_latents_std": standard_error(copies),
     }
 
 
 def copying_verdict(metrics: dict[str, Any]) -> str | None:
-    """What the memorisation figures say, in words; None if they are missing.
+    """Says in words what the metrics of memorisation mean; None if they are missing.
 
     In pictures the decoder's blur keeps even a copy away from its original, so the smaller of the two ratios counts.
     """

@@ -15,8 +15,8 @@ _TILE = 1024
 
 
 @dataclass(frozen=True, eq=False)
-class Overlap:
-    """What each instance says of the overlap of two sets; every figure is the mean of one of these.
+class PrecisionRecall:
+    """What each instance says of the overlap of two sets; every metric is the mean of one of these.
 
     Attributes:
         precision: [N] bool, which samples lie in a real instance's ball.
@@ -31,14 +31,16 @@ class Overlap:
     coverage: np.ndarray
 
 
-def overlap(samples: np.ndarray, real: np.ndarray, neighbours: int, real_reach: np.ndarray | None = None) -> Overlap:
-    """Looks at every pair, exactly, in tiles: memory does not grow with the number of pairs.
+def precision_recall(
+    samples: np.ndarray, real: np.ndarray, neighbours: int, real_radii: np.ndarray | None = None
+) -> PrecisionRecall:
+    """Compares every pair, exactly, in tiles: memory does not grow with the number of pairs.
 
     Args:
         samples: [N, D] features.
         real: [M, D].
         neighbours: k, the neighbour a ball reaches to.
-        real_reach: ``reach(real, neighbours)``, if it is known already.
+        real_radii: ``knn_radii(real, neighbours)``, if it is known already.
 
     Raises:
         UserError: a set has no k-th neighbour, different dimensions, or values that are not finite.
@@ -48,22 +50,22 @@ def overlap(samples: np.ndarray, real: np.ndarray, neighbours: int, real_reach: 
             f"--neighbours {neighbours}: must be at least 1 and less than both counts, {len(samples)} samples and "
             f"{len(real)} real instances"
         )
-    real_reach = reach(real, neighbours) if real_reach is None else real_reach
-    sample_reach = reach(samples, neighbours)
+    real_radii = knn_radii(real, neighbours) if real_radii is None else real_radii
+    sample_radii = knn_radii(samples, neighbours)
     inside, met = np.zeros(len(samples), dtype=np.int64), np.zeros(len(real), dtype=bool)
     covered = np.zeros(len(real), dtype=bool)
     for rows in _tiles(len(samples)):
         for columns in _tiles(len(real)):
             squares = _squared_distances(samples[rows], real[columns])
-            in_real = squares < real_reach[columns]
+            in_real = squares < real_radii[columns]
             inside[rows] += in_real.sum(axis=1)
             covered[columns] |= in_real.any(axis=0)
-            met[columns] |= (squares < sample_reach[rows, None]).any(axis=0)
-    return Overlap(inside > 0, inside / neighbours, met, covered)
+            met[columns] |= (squares < sample_radii[rows, None]).any(axis=0)
+    return PrecisionRecall(inside > 0, inside / neighbours, met, covered)
 
 
-def reach(features: np.ndarray, neighbours: int) -> np.ndarray:
-    """Squared distance of every instance to its k-th nearest of the others, [N]."""
+def knn_radii(features: np.ndarray, neighbours: int) -> np.ndarray:
+    """Finds the squared distance of every instance [N, D] to its k-th nearest of the others, [N]."""
     squared = np.empty(len(features))
     for rows in _tiles(len(features)):
         nearest = np.empty((rows.stop - rows.start, 0))

@@ -6,13 +6,13 @@ from torch import Tensor
 
 from evals.metrics.uncertainty import standard_error
 from mnif.signals.base import intersection_over_union, psnr
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, require
 
 SSIM_WINDOW = 11
 
 
 def psnr_per_image(images: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of each image: −10 log₁₀ of its mean squared error, with a peak of 1.
+    """Computes the peak signal-to-noise ratio of each image: −10 log₁₀ of its mean squared error, with a peak of 1.
 
     Args:
         images: [N, ...] floats, [N, H, W, C] for pictures; clipped to [0, 1] first, as a screen would.
@@ -34,7 +34,9 @@ def psnr_per_image(images: np.ndarray, references: np.ndarray) -> np.ndarray:
 
 
 def ssim_per_image(images: np.ndarray, references: np.ndarray) -> np.ndarray:
-    """Structural similarity of each picture (Wang et al., IEEE TIP 2004), by torchmetrics; a Gaussian of 11 pixels.
+    """Computes the structural similarity of each picture by torchmetrics (Wang et al., IEEE TIP 2004).
+
+    The window is a Gaussian of 11 pixels.
 
     Args:
         images: [N, H, W, C] floats, clipped to [0, 1] first, at least 11 pixels high and wide.
@@ -50,12 +52,9 @@ def ssim_per_image(images: np.ndarray, references: np.ndarray) -> np.ndarray:
     _check_same_shape("SSIM", images, references)
     if images.ndim != 4 or min(images.shape[1:3]) < SSIM_WINDOW:
         raise UserError(f"SSIM: {list(images.shape)}; [N, H, W, C] of {SSIM_WINDOW} pixels or more is needed")
-    try:
-        from torchmetrics.functional.image import structural_similarity_index_measure
-    except ImportError:
-        raise UserError(
-            'SSIM: the package "torchmetrics" is missing; run: pip install "mnif-diffusion[eval]"'
-        ) from None
+    require("torchmetrics", "eval", "SSIM")
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     values, targets = (
         torch.from_numpy(np.clip(part, 0, 1).astype(np.float32)).permute(0, 3, 1, 2) for part in (images, references)
     )
@@ -64,17 +63,8 @@ def ssim_per_image(images: np.ndarray, references: np.ndarray) -> np.ndarray:
     return np.atleast_1d(found.numpy())
 
 
-def mean_image_psnr(train: np.ndarray, images: np.ndarray) -> float:
-    """The least any code must beat: mean PSNR in dB of ``images`` when each is shown as the mean of ``train``.
-
-    Both are [N, ...] floats in [0, 1], of one shape but for their number.
-    """
-    mean = train.mean(axis=0, dtype=np.float64)
-    return float(psnr_per_image(np.broadcast_to(mean, images.shape), images).mean())
-
-
 def border_step_ratio(reconstructions: np.ndarray, originals: np.ndarray, cells: int) -> float:
-    """Whether seams show where cells meet: the mean absolute step across cell borders over that of the originals.
+    """Tells whether seams show where cells meet: the mean absolute step across borders over that of the originals.
 
     About 1: no seams. Above 1: steps that the originals do not have. Below 1: borders are smoother than the originals.
 
@@ -101,7 +91,7 @@ def border_step_ratio(reconstructions: np.ndarray, originals: np.ndarray, cells:
 
 
 def _border_step(images: np.ndarray, cells: int) -> np.float64:
-    """The mean absolute difference across interior borders."""
+    """Averages the absolute differences across interior borders."""
     images = np.asarray(images, dtype=np.float64)
     rows = np.arange(1, cells) * (images.shape[1] // cells)
     columns = np.arange(1, cells) * (images.shape[2] // cells)
@@ -119,7 +109,7 @@ PROTOCOL = "PSNR of occupancies in [0, 1], clipped, peak 1; inside is above one 
 
 
 def occupancy_scores(values: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
-    """``psnr`` in dB, ``iou`` and ``accuracy`` of each shape, [B] float64.
+    """Computes ``psnr`` in dB, ``iou`` and ``accuracy`` of each shape, [B] float64.
 
     Args:
         values: [B, R, R, R, 1], larger inside, 0 on the surface.
@@ -134,13 +124,13 @@ def occupancy_scores(values: Tensor, targets: Tensor) -> dict[str, np.ndarray]:
 
 
 def joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """The scores of batches as those of all shapes."""
+    """Joins the scores of batches to those of all instances, [N] by name."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def mean_metrics(scores: dict[str, np.ndarray], ending: str) -> dict[str, float]:
-    """``NAME_ending`` and its standard error ``NAME_ending_std`` for each score."""
-    found: dict[str, float] = {}
+    """Averages each score [N]: ``NAME_ending``, and its standard error ``NAME_ending_std``."""
+    metrics: dict[str, float] = {}
     for name, numbers in scores.items():
-        found |= {f"{name}_{ending}": float(numbers.mean()), f"{name}_{ending}_std": standard_error(numbers)}
-    return found
+        metrics |= {f"{name}_{ending}": float(numbers.mean()), f"{name}_{ending}_std": standard_error(numbers)}
+    return metrics

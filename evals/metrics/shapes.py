@@ -20,7 +20,7 @@ from scipy.spatial import KDTree
 from scipy.spatial.distance import cdist
 
 from evals.metrics.uncertainty import standard_error
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, require
 from mnif.utils.meshes import mesh_from_values
 from mnif.utils.process import progress_bar
 
@@ -63,7 +63,7 @@ class Surfaces:
 
 
 def surfaces_of_grids(grids: Iterable[np.ndarray], names: list[str], level: float, seed: int = 0) -> Surfaces:
-    """Of values on grids.
+    """Samples points on the surfaces of values on grids.
 
     Args:
         grids: N of [R, R, R], larger inside.
@@ -93,15 +93,14 @@ def surfaces_of_grids(grids: Iterable[np.ndarray], names: list[str], level: floa
 
 
 def surface_points(mesh: Mesh, name: str, seed: int = 0) -> np.ndarray:
-    """[POINTS, 3] float32 on a mesh's faces, chosen by name and seed.
+    """Samples points on a mesh's faces, chosen by name and seed: [POINTS, 3] float32.
 
     Raises:
         UserError: the faces have no area, or trimesh is missing.
     """
-    try:
-        import trimesh
-    except ImportError:
-        raise UserError('surfaces: "trimesh" is missing; run: pip install "mnif-diffusion[voxels]"') from None
+    require("trimesh", "voxels", "surfaces")
+    import trimesh
+
     solid = trimesh.Trimesh(*mesh, process=False)
     if not solid.area > 0:
         raise UserError(f"{name}: its faces have no area; remove it")
@@ -123,7 +122,7 @@ _LEAF = 16  # points in a leaf of a tree; the fastest of 8 to 64
 
 
 def chamfer_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Between point sets [P, 3] and [Q, 3], in squared units of their coordinates.
+    """Computes the distance between point sets [P, 3] and [Q, 3], in squared units of their coordinates.
 
     Raises:
         UserError: a set is empty or not three-dimensional, or holds NaN or infinity.
@@ -132,7 +131,7 @@ def chamfer_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def earth_movers_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Between point sets [P, 3], in units of their coordinates, exactly.
+    """Computes the distance between point sets [P, 3], in units of their coordinates, exactly.
 
     Raises:
         UserError: as :func:`chamfer_distance`, or different numbers of points.
@@ -143,7 +142,7 @@ def earth_movers_distance(a: np.ndarray, b: np.ndarray) -> float:
 def distance_matrix(
     a: np.ndarray, b: np.ndarray | None = None, metric: Metric = "chamfer", exact: Exact = "all", title: str = ""
 ) -> np.ndarray:
-    """Distances of every shape of ``a`` (rows) to every shape of ``b`` (columns).
+    """Computes distances of every shape of ``a`` (rows) to every shape of ``b`` (columns).
 
     Args:
         a: [N, P, 3] points; a shape whose points are all NaN has no surface, and is infinitely far from every other.
@@ -184,7 +183,7 @@ def distance_matrix(
 
 
 def _worth_knowing(matrix: np.ndarray, unknown: np.ndarray, exact: Exact) -> np.ndarray:
-    """The pairs to measure next, [N, M] bool; none once the matrix is as exact as asked for.
+    """Chooses the pairs to measure next, [N, M] bool; none once the matrix is as exact as is wanted.
 
     Of the unknown pairs whose bounds do not exceed the least known distance of their row or column, the most promising
     one of each: what it turns out to be rules many others out.
@@ -241,7 +240,7 @@ class _Shape:
         return float(distances[linear_sum_assignment(distances)].mean())
 
     def bound_towards(self, other: "_Shape", power: int) -> float:
-        """At most the mean distance, to a power, from these points to the nearest of the other's.
+        """Bounds from below the mean distance, to a power, from these points to the nearest of the other's.
 
         A point x near a node c of the map is no nearer to a shape than d(c) − |x − c|.
         """
@@ -250,7 +249,10 @@ class _Shape:
 
 
 def _lower_bounds(rows: list[_Shape | None], columns: list[_Shape | None], metric: Metric) -> np.ndarray:
-    """[N, M], 0 where a shape is missing. In a matching no point is nearer to its partner than to the nearest one."""
+    """Bounds the distances from below, [N, M]; 0 where a shape is missing.
+
+    In a matching no point is nearer to its partner than to the nearest one.
+    """
     power, join = (2, np.add) if metric == "chamfer" else (1, np.maximum)
 
     def bounds(one: list[_Shape | None], other: list[_Shape | None]) -> np.ndarray:
@@ -262,7 +264,7 @@ def _lower_bounds(rows: list[_Shape | None], columns: list[_Shape | None], metri
 
 
 def _shapes(points: np.ndarray) -> list[_Shape | None]:
-    """None for a shape without a surface."""
+    """Checks points [N, P, 3]; None stands for a shape without a surface."""
     points = np.asarray(points)
     if points.ndim != 3:
         raise UserError(f"distance of shapes: points are {list(points.shape)}; [shapes, points, 3] is needed")
@@ -271,13 +273,13 @@ def _shapes(points: np.ndarray) -> list[_Shape | None]:
 
 @cache
 def _nodes() -> np.ndarray:
-    """The middles of the cells of [-1, 1]³, [_MAP³, 3]."""
+    """Returns the middles of the cells of [-1, 1]³, [_MAP³, 3]."""
     axis = (np.arange(_MAP) + 0.5) * (2 / _MAP) - 1
     return np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
 
 
 def minimum_matching_distances(to_real: np.ndarray) -> np.ndarray:
-    """The distance of each real shape to the nearest drawn one, [R]; their mean is MMD.
+    """Finds the distance of each real shape to the nearest drawn one, [R]; their mean is MMD.
 
     Args:
         to_real: [S, R] distances from drawn shapes to real ones, inf for a shape without a surface.
@@ -286,8 +288,8 @@ def minimum_matching_distances(to_real: np.ndarray) -> np.ndarray:
     return to_real.min(axis=0)
 
 
-def covered(to_real: np.ndarray) -> np.ndarray:
-    """Which real shapes are the nearest one of some drawn shape, [R] bool; their share is COV.
+def coverage(to_real: np.ndarray) -> np.ndarray:
+    """Tells which real shapes are the nearest one of some drawn shape, [R] bool; their share is COV.
 
     Args:
         to_real: as in :func:`minimum_matching_distances`. A drawn shape without a surface covers nothing.
@@ -299,7 +301,7 @@ def covered(to_real: np.ndarray) -> np.ndarray:
 
 
 def one_nn_accuracy(to_real: np.ndarray, among_drawn: np.ndarray, among_real: np.ndarray) -> np.ndarray:
-    """Which shapes' nearest neighbours are of their own kind, [S + R] bool, drawn ones first; their share is 1-NNA.
+    """Tells which shapes' nearest neighbours are of their kind, [S + R] bool, drawn ones first; the share is 1-NNA.
 
     Args:
         to_real: [S, R], as in :func:`minimum_matching_distances`.
@@ -329,7 +331,7 @@ def one_nn_accuracy(to_real: np.ndarray, among_drawn: np.ndarray, among_real: np
 
 
 def set_metrics(to_real: np.ndarray, among_drawn: np.ndarray, among_real: np.ndarray) -> dict[str, float]:
-    """``mmd``, ``cov`` and ``nna`` with their standard errors ``mmd_std`` …, from three matrices of distances.
+    """Computes ``mmd``, ``cov`` and ``nna`` with their standard errors ``mmd_std`` … from matrices of distances.
 
     Args:
         to_real, among_drawn, among_real: as in :func:`one_nn_accuracy`; entries that are not the least of their row or
@@ -337,7 +339,7 @@ def set_metrics(to_real: np.ndarray, among_drawn: np.ndarray, among_real: np.nda
     """
     scores = {
         "mmd": minimum_matching_distances(to_real),
-        "cov": covered(to_real),
+        "cov": coverage(to_real),
         "nna": one_nn_accuracy(to_real, among_drawn, among_real),
     }
     means = {name: float(values.mean()) for name, values in scores.items()}
@@ -346,7 +348,7 @@ def set_metrics(to_real: np.ndarray, among_drawn: np.ndarray, among_real: np.nda
 
 
 def _to_another(among: np.ndarray) -> np.ndarray:
-    """The distance of each shape to the nearest other one of its kind."""
+    """Finds the distance of each shape to the nearest other one of its kind, [N]."""
     others = among.astype(np.float64, copy=True)
     np.fill_diagonal(others, np.inf)
     return others.min(axis=1)

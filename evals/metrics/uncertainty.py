@@ -1,7 +1,7 @@
-"""How far a figure would move with other samples, and where it goes with ever more of them.
+"""How far a metric would move with other samples, and where it goes with ever more of them.
 
-Samples are dealt to eight groups in turn. The spread of a figure is its standard deviation over eight halves of four
-groups each: where a half is left out, the delete-d jackknife's factor (n − d)/d is 1, so this estimates the figure's
+Samples are dealt to eight groups in turn. The spread of a metric is its standard deviation over eight halves of four
+groups each: where a half is left out, the delete-d jackknife's factor (n − d)/d is 1, so this estimates the metric's
 own standard error (Shao and Wu, Annals of Statistics 1989). The Fréchet distance falls like 1/n as samples are added;
 the line through its values for a quarter, a half, three quarters and all of the groups is followed to 1/n = 0 (Chong
 and Forsyth, Effectively Unbiased FID, CVPR 2020).
@@ -27,7 +27,7 @@ class GroupedFeatures:
         self._sums = [] if self._few is not None else [_sums_of(features, group) for group in range(GROUPS)]
 
     def moments(self, groups: Sequence[int] = range(GROUPS)) -> Moments:
-        """Of the samples of some groups."""
+        """Computes the moments of the samples of some groups."""
         if self._few is not None:
             return moments_of(np.concatenate([self._few[group::GROUPS] for group in groups]))
         whole = MomentSums(len(self._sums[0].total))
@@ -37,12 +37,12 @@ class GroupedFeatures:
 
 
 def frechet_spread(features: GroupedFeatures, reference: Moments) -> float:
-    """The standard error that the choice of samples gives the Fréchet distance; the reference is taken as given."""
+    """Estimates the standard error that the choice of samples gives the Fréchet distance to a given reference."""
     return float(np.std([frechet_distance(features.moments(half), reference) for half in halves()]))
 
 
 def frechet_at_infinity(features: GroupedFeatures, reference: Moments, groups: Sequence[int] = range(GROUPS)) -> float:
-    """The Fréchet distance that ever more samples would come to, if those at hand number more than the features.
+    """Extrapolates the Fréchet distance to ever more samples, if those at hand number more than the features.
 
     Args:
         features: of the samples.
@@ -59,28 +59,28 @@ def frechet_at_infinity(features: GroupedFeatures, reference: Moments, groups: S
 
 
 def frechet_at_infinity_spread(features: GroupedFeatures, reference: Moments) -> float:
-    """The standard error of :func:`frechet_at_infinity`, too large by a third because halves make noisier lines."""
+    """Estimates the standard error of :func:`frechet_at_infinity`; a third too large, as halves make noisier lines."""
     return float(np.std([frechet_at_infinity(features, reference, half) for half in halves()]))
 
 
-def spread_over_halves(values: np.ndarray, figure: Callable[[np.ndarray], float]) -> float:
-    """The standard error of a figure of ``values`` [N], such as their median."""
+def spread_over_halves(values: np.ndarray, metric: Callable[[np.ndarray], float]) -> float:
+    """Estimates the standard error of a metric of ``values`` [N], such as their median."""
     groups = [values[group::GROUPS] for group in range(GROUPS)]
-    return float(np.std([figure(np.concatenate([groups[g] for g in half])) for half in halves()]))
+    return float(np.std([metric(np.concatenate([groups[g] for g in half])) for half in halves()]))
 
 
 def standard_error(values: np.ndarray) -> float:
-    """Of the mean of ``values`` [N]."""
+    """Computes the standard error of the mean of ``values`` [N]."""
     return float(np.std(values, dtype=np.float64) / np.sqrt(max(len(values) - 1, 1)))
 
 
 def halves() -> list[list[int]]:
-    """Eight choices of four groups; every group is in four of them."""
+    """Returns eight choices of four groups; every group is in four of them."""
     return _runs(range(GROUPS), GROUPS // 2)
 
 
 def _runs(groups: Sequence[int], size: int) -> list[list[int]]:
-    """Every run of neighbours, the first after the last; all groups are in equally many."""
+    """Returns every run of neighbours, the first after the last; all groups are in equally many."""
     return [[groups[(start + place) % len(groups)] for place in range(size)] for start in range(len(groups))]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from evals.presentation import table_rows
+from evals.presentation import metrics_of, table_rows
 from mnif.cli import main
 from scripts.refresh_results import BEGIN, END, refresh
 
@@ -44,6 +44,30 @@ def test_figures_stand_above_their_controls() -> None:
         ("PSNR, held-out, dB ↑", ["24.5", "–"], False),
         ("PCA, as many numbers", ["22.5", "–"], True),
     ]
+
+
+def test_keys_say_what_was_measured_of_what() -> None:
+    keys = {
+        "fd_lite0": ("fd_lite0", "", ""),
+        "fd_lite0_gaussian": ("fd_lite0", "", "gaussian"),
+        "mmd_chamfer_floor": ("mmd_chamfer", "", "floor"),
+        "nn_ratio_latents": ("nn_ratio_latents", "", ""),
+        "psnr_heldout": ("psnr", "heldout", ""),
+        "psnr_heldout_inner_loop": ("psnr", "heldout", "inner_loop"),
+        "rfd_lite0_pca_train": ("rfd_lite0", "train", "pca"),
+        "psnr_novel_views_mean_test": ("psnr_novel_views", "test", "mean"),
+    }
+    evaluation = dict.fromkeys(keys, 1.0) | {"psnr_heldout_std": 0.5, "no_surface_train": 3, "protocol": {}}
+    metrics = {metric.key: metric for metric in metrics_of(evaluation)}
+    assert {key: metric.identity for key, metric in metrics.items()} == keys
+    assert (metrics["psnr_heldout"].std, metrics["fd_lite0"].std) == (0.5, None)
+    assert metrics["psnr_novel_views_mean_test"].family.arrow == "↑"
+    assert metrics["rfd_lite0_pca_train"].label == "rfd_lite0_pca_train ↓"
+
+
+def test_controls_without_what_they_control_stand_alone() -> None:
+    rows = table_rows([{"fd_lite0_floor": 2.0, "unheard_of": 1.0}])
+    assert [(row.label, row.control) for row in rows] == [("fd_lite0_floor ↓", False), ("unheard_of", False)]
 
 
 def test_one_table_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

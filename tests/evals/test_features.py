@@ -6,6 +6,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from PIL import Image, ImageFilter
 
 import evals.features.lite0
+import mnif.utils.errors
 from evals.features.extractor import extract_features, extractor_by_name
 from evals.features.lite0 import WEIGHTS_SHA256, Lite0
 from evals.features.resize import bicubic_antialias
@@ -127,7 +128,7 @@ def test_another_extractor_is_refused() -> None:
 
 def test_missing_weights_name_the_command_that_installs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     evals.features.lite0._session.cache_clear()
-    monkeypatch.setattr(evals.features.lite0, "find_spec", lambda name: None)
+    monkeypatch.setattr(mnif.utils.errors, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "mnif-diffusion\[eval\]"'):
         features(drawings(1))
 

@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 
 from evals.features.extractor import FeatureCache, extractor_by_name
-from evals.images import Reconstructions
-from evals.protocol import PRESETS, EvalArguments
+from evals.images import ImageReconstructions
+from evals.loaded_run import LoadedRun
+from evals.protocol import PRESETS
 from mnif.data.dataset import Split
 from mnif.data.images import ImageData
 from mnif.models.mnif_model import MNIFModel
+from mnif.signals.registry import signal_of_model
 from mnif.utils.process import Processes
 
 
@@ -16,11 +18,11 @@ def test_pca_has_no_more_components_than_there_are_pictures(decoder: MNIFModel, 
     images = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), dtype=np.uint8)
     names = [str(row) for row in range(7)]
     splits = np.where(np.arange(7) < 5, Split.TRAIN, Split.HELD_OUT)
-    bench = FeatureCache(PRESETS["offline"], extractor_by_name("lite0"), Processes(), tmp_path / "parts")
-    arguments = EvalArguments(reference="x", output_dir=tmp_path, refinement_steps=1)
+    protocol, run = PRESETS["offline"], LoadedRun(decoder, signal_of_model(decoder), None, None, None)
+    cache = FeatureCache(protocol.resize, extractor_by_name("lite0"), Processes(), tmp_path / "parts")
     reference = ImageData("x", images, names, names)
     real = np.random.default_rng(1).standard_normal((7, 1280))
-    metrics = Reconstructions(bench, decoder, None, reference, splits, None, arguments, "here").metrics(real)
+    metrics = ImageReconstructions(cache, run, reference, splits, protocol, 1, tmp_path, "here").metrics(real)
     assert metrics["pca_components"] == 5  # of a latent with 12 numbers
     assert metrics["psnr_pca_train"] > 60  # five pictures are spanned exactly
     assert metrics["psnr_pca_heldout"] < 20

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evals.metrics.shapes import covered, distance_matrix, minimum_matching_distances, one_nn_accuracy, set_metrics
+from evals.metrics.shapes import coverage, distance_matrix, minimum_matching_distances, one_nn_accuracy, set_metrics
 from mnif.utils.errors import UserError
 
 # Drawn shapes are rows. Drawn 0 and 1 lie near real 0, drawn 2 lies near nothing; nothing lies near real 2.
@@ -14,7 +14,7 @@ AMONG_REAL = np.array([[0.0, 3.0, 3.5], [3.0, 0.0, 2.5], [3.5, 2.5, 0.0]])
 
 def test_figures_by_hand() -> None:
     np.testing.assert_array_equal(minimum_matching_distances(TO_REAL), [1, 4, 8])
-    np.testing.assert_array_equal(covered(TO_REAL), [True, True, False])
+    np.testing.assert_array_equal(coverage(TO_REAL), [True, True, False])
     # Drawn 0 and 1 find each other, drawn 2 finds real 1; real 0 finds drawn 0, real 1 and 2 each other.
     np.testing.assert_array_equal(
         one_nn_accuracy(TO_REAL, AMONG_DRAWN, AMONG_REAL), [True, True, False, False, True, True]
@@ -30,19 +30,19 @@ def test_the_transposed_matrix_is_told_from_the_right_one() -> None:
     """A model that draws one good shape again and again: coverage must be low and matching must suffer."""
     to_real = np.array([[0.1, 5.0, 6.0], [0.1, 5.1, 6.1], [0.1, 5.2, 6.2]])
     assert minimum_matching_distances(to_real).mean() == pytest.approx((0.1 + 5 + 6) / 3)
-    assert covered(to_real).mean() == pytest.approx(1 / 3)
+    assert coverage(to_real).mean() == pytest.approx(1 / 3)
     assert minimum_matching_distances(to_real.T).mean() == pytest.approx(0.1)  # what the bug would report
     lopsided = np.array([[1.0, 2.0], [3.0, 0.5], [4.0, 5.0]])
-    assert len(minimum_matching_distances(lopsided)) == len(covered(lopsided)) == 2
+    assert len(minimum_matching_distances(lopsided)) == len(coverage(lopsided)) == 2
     np.testing.assert_array_equal(minimum_matching_distances(lopsided), [1, 0.5])
-    np.testing.assert_array_equal(covered(np.array([[1.0, 2.0], [0.5, 3.0], [4.0, 5.0]])), [True, False])
-    np.testing.assert_array_equal(covered(np.array([[1.0, 2.0], [0.5, 3.0], [4.0, 5.0]]).T), [True, True, False])
+    np.testing.assert_array_equal(coverage(np.array([[1.0, 2.0], [0.5, 3.0], [4.0, 5.0]])), [True, False])
+    np.testing.assert_array_equal(coverage(np.array([[1.0, 2.0], [0.5, 3.0], [4.0, 5.0]]).T), [True, True, False])
 
 
 def test_shapes_without_a_surface_cover_nothing_and_are_told_apart() -> None:
     to_real = np.array([[np.inf, np.inf], [2.0, 1.0]])
     among_drawn = np.full((2, 2), np.inf)
-    np.testing.assert_array_equal(covered(to_real), [False, True])
+    np.testing.assert_array_equal(coverage(to_real), [False, True])
     np.testing.assert_array_equal(minimum_matching_distances(to_real), [2, 1])
     assert one_nn_accuracy(to_real, among_drawn, np.array([[0, 5.0], [5.0, 0]])).tolist() == [
         True,
@@ -110,6 +110,6 @@ def test_matrices_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match=r"\[S, R\]"):
         one_nn_accuracy(TO_REAL, AMONG_DRAWN[:2, :2], AMONG_REAL)
     with pytest.raises(UserError, match="NaN"):
-        covered(np.array([[np.nan]]))
+        coverage(np.array([[np.nan]]))
     with pytest.raises(UserError, match=r"\[0, 3\]"):
         minimum_matching_distances(np.empty((0, 3)))
