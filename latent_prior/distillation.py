@@ -59,7 +59,7 @@ _APART = 2**36  # further on begins the noise that is added to samples for the n
 
 @dataclass(frozen=True)
 class Pairs:
-    """What students are shown.
+    """The states that students are shown, and the samples that they are to guess.
 
     Attributes:
         timesteps: [T], from pure noise down; those of the students' scheduler.
@@ -89,7 +89,7 @@ class Teacher:
 
     @torch.no_grad()
     def samples(self, states: Tensor, timestep: int) -> Tensor:
-        """Where the teacher ends, [B, D].
+        """Solves to the end: the teacher's samples [B, D].
 
         Args:
             states: [B, D] standardised latents with the noise of ``timestep`` on the squared-cosine schedule.
@@ -121,7 +121,7 @@ def teacher_pairs(
     timesteps: Sequence[int],
     accelerator: Accelerator,
 ) -> Pairs:
-    """The pairs of ``count`` noises.
+    """Draws the pairs of ``count`` noises.
 
     The teacher draws with the deterministic scheduler of its objective, whatever scheduler it is sampled with, in
     chunks that stay in ``folder``: a stopped command continues, and another one asks for more of the same.
@@ -153,10 +153,7 @@ def teacher_pairs(
     ) as bar:
         for begin in missing[accelerator.process_index :: accelerator.num_processes]:
             noise = _noise(seed, begin, _CHUNK, len(timesteps), pipeline).to(accelerator.device)
-            ends = [teacher.samples(noise[:, 0], timesteps[0])]
-            for place, timestep in enumerate(timesteps[1:], start=1):
-                ends.append(teacher.samples(_noisy(ends[0], noise[:, place], timestep), timestep))
-            chunks.save(begin, torch.stack(ends, dim=1).cpu().numpy())
+            chunks.save(begin, _ends(teacher, noise, timesteps).cpu().numpy())
             bar.update(_CHUNK * accelerator.num_processes)
     accelerator.wait_for_everyone()
     samples, states = torch.from_numpy(chunks.all()[:count]), _noise(seed, 0, count, len(timesteps), pipeline)
@@ -165,8 +162,16 @@ def teacher_pairs(
     return Pairs(torch.tensor(timesteps), states, samples)
 
 
+def _ends(teacher: Teacher, noise: Tensor, timesteps: Sequence[int]) -> Tensor:
+    """Solves from pure noise, and from what came of it with the noise of each further timestep: [B, T, D]."""
+    ends = [teacher.samples(noise[:, 0], timesteps[0])]
+    for place, timestep in enumerate(timesteps[1:], start=1):
+        ends.append(teacher.samples(_noisy(ends[0], noise[:, place], timestep), timestep))
+    return torch.stack(ends, dim=1)
+
+
 def _noise(seed: int, begin: int, count: int, timesteps: int, pipeline: MNIFPipeline) -> Tensor:
-    """Noise number ``begin`` and on, another for each timestep: [count, T, D]."""
+    """Draws noise from number ``begin`` on, another for each timestep: [count, T, D]."""
     latent_dim = pipeline.decoder.config.latent_dim
     starts = (_FIRST + place * _APART + begin for place in range(timesteps))
     drawn = [initial_noise(seed, range(start, start + count), latent_dim) for start in starts]
@@ -174,16 +179,17 @@ def _noise(seed: int, begin: int, count: int, timesteps: int, pipeline: MNIFPipe
 
 
 def _noisy(samples: Tensor, noise: Tensor, timestep: int) -> Tensor:
+    """Mixes samples [B, D] with as much of the noise [B, D] as there is at ``timestep``."""
     alpha, sigma = noise_levels("x0", torch.tensor([timestep], device=samples.device))
     return alpha * samples + sigma * noise
 
 
 class DistillationLoss(nn.Module):
-    """How far a student is from where its teacher ends, from noise and from noisy samples on.
+    """The training loss of a student: how far it is from where its teacher ends, from noise and noisy samples on.
 
     From pure noise this is the regression on pairs of Luhman and Luhman (2021). The other timesteps are those that a
-    student of several steps comes by. What it is asked for there is where the teacher would go from that state, not
-    where the first noise led it, so that a later step can put right what an earlier one has blurred; as in consistency
+    student of several steps comes by. There it learns where the teacher would go from that state, not where the first
+    noise led it, so that a later step can put right what an earlier one has blurred; as in consistency
     models (Song et al., 2023), one student serves all numbers of steps.
 
     Args:
@@ -221,7 +227,7 @@ class DistillationLoss(nn.Module):
 
 
 def student_timesteps(steps: Sequence[int]) -> list[int]:
-    """All timesteps that students of ``steps`` steps come by, from pure noise down."""
+    """Collects the timesteps that students of ``steps`` steps come by, from pure noise down."""
     scheduler, found = student_scheduler(), set()
     for count in steps:
         scheduler.set_timesteps(count)

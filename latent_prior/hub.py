@@ -91,7 +91,7 @@ def write_model_card(run: Path) -> None:
 
 
 def model_card(run: Path) -> ModelCard:
-    """The card of the model in a run folder.
+    """Makes the card of the model in a run folder.
 
     Raises:
         UserError: the run folder lacks a finished stage one.
@@ -127,7 +127,7 @@ def model_card(run: Path) -> ModelCard:
 
 
 def _metrics(recorded: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Numbers by name, those within others' as outer.inner; ``psnr`` in dB, times in seconds, memory in MB."""
+    """Yields numbers by name, nested ones as outer.inner; ``psnr`` in dB, times in seconds, memory in MB."""
     for name, value in sorted(recorded.items()):
         if isinstance(value, dict):
             yield from _metrics(value, f"{prefix}{name}.")
@@ -136,7 +136,7 @@ def _metrics(recorded: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _evaluation(recorded: dict[str, Any]) -> str:
-    """What `mnif eval` measured, beside its protocol and the command."""
+    """Lists what `mnif eval` measured, with its protocol and the command."""
     protocol = ", ".join(f"{name} {value}" for name, value in sorted(recorded.get("protocol", {}).items()))
     measured = {name: value for name, value in recorded.items() if name not in ("protocol", "inputs")}
     lines = [f"- {name}: {value}" for name, value in _metrics(measured)]
@@ -145,7 +145,7 @@ def _evaluation(recorded: dict[str, Any]) -> str:
 
 
 def model_folder(name: str | Path) -> Path:
-    """The folder of a model named by a path, or by ``user/name`` on the hub if there is no such path.
+    """Finds the folder of a model named by a path, or by ``user/name`` on the hub if there is no such path.
 
     Raises:
         UserError: the hub cannot be reached, or has no such model.

@@ -18,7 +18,7 @@ from latent_prior.sampling import CHUNK
 from mnif.signals.outputs import Animation, MeshFormat, writer_from_flags
 from mnif.signals.registry import signal_of_model
 from mnif.utils.args import parse_arguments
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import flush_everything, read_json, remove_leftovers, sha256_of_folder, write_json
 from mnif.utils.output_folders import check_output_folder
 from mnif.utils.process import command_line, peak_memory_megabytes, progress_bar
@@ -26,7 +26,7 @@ from mnif.utils.process import command_line, peak_memory_megabytes, progress_bar
 _COMPONENTS = ("decoder", "denoiser", "scheduler", "student", "student_scheduler")
 
 
-_PATIENCE = timedelta(days=7)  # processes wait for the slowest of them
+_PATIENCE = timedelta(days=7)  # that processes wait for the slowest of them
 
 
 @dataclass(kw_only=True)
@@ -92,25 +92,14 @@ def sample(arguments: SampleArguments) -> None:
     if arguments.scheduler:
         pipeline.scheduler = scheduler_by_name(arguments.scheduler, pipeline.scheduler)
     samples = _samples(arguments, pipeline)
-    denoiser, scheduler = pipeline.select_denoiser(arguments.num_inference_steps, samples.options["use_student"])
+    _, scheduler = pipeline.select_denoiser(arguments.num_inference_steps, samples.options["use_student"])
     if arguments.interpolate and adds_noise(scheduler):
         raise UserError(
             f"--interpolate: {type(scheduler).__name__} adds noise in every step; name another --scheduler, "
             "such as DDIMScheduler"
         )
-    requested = {
-        "model_sha256": [sha256_of_folder(model / name) for name in _COMPONENTS if (model / name).is_dir()],
-        "seed": arguments.seed,
-        "num_inference_steps": arguments.num_inference_steps,
-        "scheduler": type(scheduler).__name__,
-        "denoiser": "student" if denoiser is pipeline.student else "teacher",
-        "truncation": arguments.truncation,
-        "format": arguments.format,
-    } | asdict(samples.writer)
-    if arguments.format != "folder":
-        requested |= {"num_samples": arguments.num_samples, "shard_size": arguments.shard_size}
-    output = arguments.output_dir
-    _check_same_samples(output, requested, samples.any_there())
+    requested = _requested(arguments, model, samples)
+    _check_same_samples(samples, requested)
 
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
     missing = {chunk: samples.missing(chunk) for chunk in samples.chunks()}  # as all find it, for none writes yet
@@ -118,13 +107,12 @@ def sample(arguments: SampleArguments) -> None:
     if state.is_main_process:
         for folder in samples.folders():
             remove_leftovers(folder)
-        write_json(output / "samples.json", requested)
+        write_json(samples.output / "samples.json", requested)
     state.wait_for_everyone()
     pipeline.to(state.device)
     pipeline.set_progress_bar_config(disable=True)
     started = time.perf_counter()
-    todo = [chunk for chunk, count in missing.items() if count]
-    unseen = _write(samples, todo[state.process_index :: state.num_processes], missing, state)
+    unseen = _write(samples, missing, state)
     flush_everything()
     unseen = sum(gather_object([unseen]))
     if not state.is_main_process:
@@ -139,19 +127,14 @@ def sample(arguments: SampleArguments) -> None:
 
 def _check(arguments: SampleArguments) -> None:
     for flag in ("num_samples", "num_inference_steps", "batch_size", "shard_size", "interpolate"):
-        value = getattr(arguments, flag)
-        if value is not None and value < 1:
-            raise UserError(f"--{flag} {value}: must be at least 1")
-    if arguments.grid < 0:
-        raise UserError(f"--grid {arguments.grid}: must be at least 0")
+        check_at_least(1, **{flag: getattr(arguments, flag)})
+    check_at_least(0, grid=arguments.grid, seed=arguments.seed)
     if arguments.interpolate and arguments.num_samples < 2:
         raise UserError("--interpolate: --num_samples 2 at least are needed")
     if arguments.shard_size % CHUNK:
         raise UserError(f"--shard_size {arguments.shard_size}: must be a multiple of {CHUNK}")
     if not 0 <= arguments.truncation <= 1:
         raise UserError(f"--truncation {arguments.truncation:g}: must lie between 0 and 1")
-    if arguments.seed < 0:
-        raise UserError(f"--seed {arguments.seed}: must be at least 0")
     if arguments.format == "npz":
         for flag in ("mesh", "turntable", "frames"):
             if getattr(arguments, flag) is not None:
@@ -159,7 +142,7 @@ def _check(arguments: SampleArguments) -> None:
 
 
 def _samples(arguments: SampleArguments, pipeline: MNIFPipeline) -> Samples:
-    """What is drawn and where it goes."""
+    """Puts together what is drawn and where it goes."""
     signal = signal_of_model(pipeline.decoder)
     return FORMATS[arguments.format](
         output=arguments.output_dir,
@@ -178,8 +161,34 @@ def _samples(arguments: SampleArguments, pipeline: MNIFPipeline) -> Samples:
     )
 
 
-def _write(samples: Samples, chunks: list[range], missing: dict[range, int], state: PartialState) -> int:
-    """Writes chunks of samples; counts the samples of which there was nothing to show."""
+def _requested(arguments: SampleArguments, model: Path, samples: Samples) -> dict[str, Any]:
+    """Lists what the bytes of samples depend on; samples.json holds it."""
+    pipeline = samples.pipeline
+    denoiser, scheduler = pipeline.select_denoiser(arguments.num_inference_steps, samples.options["use_student"])
+    requested = {
+        "model_sha256": [sha256_of_folder(model / name) for name in _COMPONENTS if (model / name).is_dir()],
+        "seed": arguments.seed,
+        "num_inference_steps": arguments.num_inference_steps,
+        "scheduler": type(scheduler).__name__,
+        "denoiser": "student" if denoiser is pipeline.student else "teacher",
+        "truncation": arguments.truncation,
+        "format": arguments.format,
+    } | asdict(samples.writer)
+    if arguments.format != "folder":
+        requested |= {"num_samples": arguments.num_samples, "shard_size": arguments.shard_size}
+    return requested
+
+
+def _write(samples: Samples, missing: dict[range, int], state: PartialState) -> int:
+    """Writes this process's share of the chunks, and counts the samples of which there was nothing to show.
+
+    Args:
+        samples: what is written.
+        missing: for each chunk, how many of its samples are not there.
+        state: the processes that share the work.
+    """
+    todo = [chunk for chunk, count in missing.items() if count]
+    chunks = todo[state.process_index :: state.num_processes]
     unseen, total = 0, sum(missing[chunk] for chunk in chunks)
     whose = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
     with (
@@ -207,15 +216,15 @@ def _report(samples: Samples, drawn: int, unseen: int, seconds: float) -> None:
     print(f"{output}: {drawn} {unit}s drawn, {rate:.0f} a second{without}")
 
 
-def _check_same_samples(output: Path, requested: dict[str, Any], some_are_there: bool) -> None:
+def _check_same_samples(samples: Samples, requested: dict[str, Any]) -> None:
     """Refuses to fill up a folder whose samples came from another model, seed or setting."""
-    record = output / "samples.json"
+    record = samples.output / "samples.json"
     before = read_json(record) if record.exists() else {}
-    if not some_are_there and before.get("format", requested["format"]) == requested["format"]:
+    if not samples.any_there() and before.get("format", requested["format"]) == requested["format"]:
         return
     for name, value in requested.items():
         if before.get(name) != value:
             raise UserError(
-                f"{output} holds samples drawn with {name} {before.get(name, 'unknown')!s:.24}, not {value!s:.24}; "
-                "choose another --output_dir or empty it"
+                f"{samples.output} holds samples drawn with {name} {before.get(name, 'unknown')!s:.24}, "
+                f"not {value!s:.24}; choose another --output_dir or empty it"
             )
