@@ -21,8 +21,8 @@ from evals.features.resize import bicubic_antialias
 from evals.image_sources import sample_images
 from evals.metrics.frechet import frechet_distance, moments_of
 from evals.metrics.precision_recall import precision_recall
-from evals.shards import computed_in_shards
 from mnif.utils.process import Processes
+from mnif.utils.resumable import compute_in_chunks
 
 GENERATOR = np.random.default_rng(0)
 
@@ -81,9 +81,9 @@ def overlapped(folder: Path) -> None:
 
     def reading_ahead() -> float:
         with TemporaryDirectory() as scratch:
-            path, pieces = Path(scratch) / "features.npy", Path(scratch) / "pieces"
+            path, chunks = Path(scratch) / "features.npy", Path(scratch) / "chunks"
             count, width = samples.count, extractor.dimension
-            found = computed_in_shards(path, pieces, count, width, samples.read, features, Processes(), "features")
+            found = compute_in_chunks(path, chunks, count, width, 64, samples.read, features, Processes(), "features")
             return float(found.mean())
 
     features(samples.read(range(8)))
@@ -94,7 +94,7 @@ def overlapped(folder: Path) -> None:
         f"features of {samples.count} pictures of {samples.size[0]}×{samples.size[1]}, reading alone {reading:.1f} s"
     )
     print(f"  read, then computed                     {slow:8.1f} s")
-    print(f"  read ahead while computing              {fast:8.1f} s, pieces kept on disk")
+    print(f"  read ahead while computing              {fast:8.1f} s, chunks kept on disk")
 
 
 def main() -> None:

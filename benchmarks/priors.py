@@ -25,7 +25,7 @@ from latent_prior.commands.distill import DistillArguments, distill
 from latent_prior.commands.prior import fit_prior, parse_prior_arguments
 from latent_prior.distillation import energy_distance
 from latent_prior.pipeline import load_pipeline
-from latent_prior.sampling import ExactSampler
+from latent_prior.sampling import sample_latents
 from mnif.utils.args import parse_arguments
 from mnif.utils.files import read_json, write_json
 
@@ -101,7 +101,7 @@ def trial(arguments: Arguments, judge: Judge, variant: str, seed: int, results: 
         pipeline = load_pipeline(run / "model")
         pipeline.set_progress_bar_config(disable=True)
         started = time.perf_counter()
-        latents = ExactSampler(pipeline, seed, steps, use_student=use_student).samples(arguments.num_samples)
+        latents = sample_latents(pipeline, seed, range(arguments.num_samples), steps, use_student=use_student)
         metrics = {"seconds_of_drawing": time.perf_counter() - started} | judge.of_latents(latents.numpy())
         standardised = (pipeline.denoiser.standardised(some) for some in (latents, judge.table.train[::2]))
         metrics["energy_distance"] = energy_distance(*standardised)

@@ -4,7 +4,7 @@ import numpy as np
 
 from evals.features.extractor import FeatureCache
 from latent_prior.pipeline import MNIFPipeline
-from latent_prior.sampling import BLOCK, ExactSampler
+from latent_prior.sampling import sample_latents
 from mnif.latents.table import LatentTable
 
 
@@ -13,15 +13,14 @@ def prior_latents(
 ) -> np.ndarray:
     """The latents of samples 0 to ``count`` of ``seed``, [count, D] float32, memory-mapped.
 
-    Sample i is the one of `mnif sample`, whichever process draws it; a shard of rows is a block of samples.
+    Sample i is the one of `mnif sample`, whichever process draws it.
     """
     pipeline.set_progress_bar_config(disable=True)
-    drawing, width = ExactSampler(pipeline, seed, steps), pipeline.decoder.config.latent_dim
 
     def drawn(rows: range) -> np.ndarray:
-        return drawing.block(rows.start // BLOCK)[: len(rows)].cpu().numpy()
+        return sample_latents(pipeline, seed, rows, steps).cpu().numpy()
 
-    key = [fingerprint, "prior", seed, steps]
+    key, width = [fingerprint, "prior", seed, steps], pipeline.decoder.config.latent_dim
     return cache.rows(key, count, width, lambda rows: rows, drawn, "sampling")
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
-from latent_prior.sampling import BLOCK, ExactSampler
+from latent_prior.sampling import CHUNK, sample_latents
 from mnif.data.batches import ArrayDataset, array_dataset
 from mnif.data.dataset import Dataset, Split
 from mnif.latents.inference import LatentInit, infer_latents, load_latent_init
@@ -18,6 +18,7 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Signal
 from mnif.signals.registry import signal_of_model
 from mnif.utils.process import progress_bar
+from mnif.utils.resumable import chunks_of
 
 SPLITS = {"train": Split.TRAIN, "heldout": Split.HELD_OUT, "test": Split.TEST}
 """As names of metrics have them."""
@@ -116,6 +117,5 @@ def load_run(model: Path, prior_needed: bool = False) -> LoadedRun:
 def drawn_latents(pipeline: MNIFPipeline, count: int, seed: int, steps: int) -> Tensor:
     """The latents of samples 0 to ``count`` of ``seed`` as `mnif sample` draws them, [count, D]."""
     pipeline.set_progress_bar_config(disable=True)
-    drawing = ExactSampler(pipeline, seed, steps)
-    blocks = progress_bar(range(-(-count // BLOCK)), desc="sampling", unit="block")
-    return torch.cat([drawing.block(number) for number in blocks])[:count]
+    chunks = progress_bar(chunks_of(range(count), CHUNK), desc="sampling", unit="chunk")
+    return torch.cat([sample_latents(pipeline, seed, chunk, steps) for chunk in chunks])

@@ -21,15 +21,13 @@ from export.graphs.sampler import browser_specs, for_decoder, sampler_spec
 from export.graphs.specs import GraphSpec
 from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.pipeline import MNIFPipeline
-from latent_prior.sampling import initial_noise
+from latent_prior.sampling import initial_noise, sample_latents
 from mnif.latents.table import LatentTable
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.radiance import RadianceField
 from mnif.signals.registry import signal_of_model
 from mnif.utils.errors import UserError
 from mnif.utils.files import flush_to_disk, read_json, sha256_of_file, write_json
-
-_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -45,20 +43,10 @@ class Dataset:
     labels: list[dict[str, Any]]
 
 
-@torch.no_grad()
 def sampled(pipeline: MNIFPipeline, count: int, num_inference_steps: int, seed: int, least: int) -> Dataset:
     """Samples 0 to ``count`` - 1 of ``seed``, the same that `mnif sample` draws, and latents of ``least`` samples."""
-    total = max(count, least)
-    parts: list[Tensor] = []
-    for begin in range(0, total, _BATCH):
-        noise = initial_noise(seed, range(begin, min(begin + _BATCH, total)), pipeline.decoder.config.latent_dim)
-        parts += pipeline(
-            latents=torch.from_numpy(noise),
-            num_inference_steps=num_inference_steps,
-            output_type="latent",
-            return_dict=False,
-        )
-    return Dataset(torch.cat(parts), [{"seed": seed, "sample": index} for index in range(count)])
+    latents = sample_latents(pipeline, seed, range(max(count, least)), num_inference_steps)
+    return Dataset(latents, [{"seed": seed, "sample": index} for index in range(count)])
 
 
 def of_table(decoder: MNIFModel, path: Path, count: int, ids: Sequence[str] | None, least: int) -> Dataset:

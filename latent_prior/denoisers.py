@@ -6,6 +6,7 @@ Han, Generative Neural Fields by Mixtures of Neural Implicit Functions, NeurIPS 
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +182,11 @@ class PaperDenoiser(Denoiser):
         return self.write(F.silu(self.norm(hidden)))
 
 
-KINDS: tuple[type[Denoiser], ...] = (ResMLPDenoiser, PaperDenoiser)
+DenoiserName = Literal["modulated", "paper"]
+
+
+DENOISERS: dict[DenoiserName, type[Denoiser]] = {"modulated": ResMLPDenoiser, "paper": PaperDenoiser}
+"""What `mnif prior --denoiser` names; a new one is added to both, with its flags to `mnif prior`."""
 
 
 def load_denoiser(folder: Path, name: str = "denoiser") -> Denoiser:
@@ -196,7 +201,7 @@ def load_denoiser(folder: Path, name: str = "denoiser") -> Denoiser:
     """
     config = folder / name / "config.json"
     named = read_json(config).get("_class_name") if config.is_file() else ResMLPDenoiser.__name__
-    kinds = {kind.__name__: kind for kind in KINDS}
+    kinds = {kind.__name__: kind for kind in DENOISERS.values()}
     if named not in kinds:
         raise UserError(f"{config}: a {named} is no denoiser; {' or '.join(kinds)} is needed")
     return load_component(kinds[named], folder, name)

@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -35,17 +37,63 @@ INFERENCE_STEPS = 8
 """The default of sampling: samples of emoji are as near to the data with 8 steps as with 20 (docs/performance.md)."""
 
 
-_PREDICTION_TYPES: dict[Objective, str] = {"x0": "sample", "v": "v_prediction"}
-
-
 _SQUARED_COSINE = {"num_train_timesteps": TRAIN_TIMESTEPS, "beta_schedule": "squaredcos_cap_v2"}
+
+
+def _diffusion_scheduler(prediction_type: str, ancestral: bool) -> SchedulerMixin:
+    settings = {**_SQUARED_COSINE, "prediction_type": prediction_type, "timestep_spacing": "trailing"}
+    if ancestral:
+        return DDPMScheduler(**settings, variance_type="fixed_large", clip_sample=False)
+    return UniPCMultistepScheduler(**settings, solver_order=2, final_sigmas_type="zero")
+
+
+def _flow_scheduler(prediction_type: str, ancestral: bool) -> SchedulerMixin:
+    if ancestral:
+        raise UserError("--sampler ancestral: a flow is sampled without noise; take --objective x0 or v")
+    return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_TIMESTEPS)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a denoiser learns to predict from α x₀ + σ ε.
+
+    Attributes:
+        words: name it in a message.
+        prediction_type: the name it has in the configs of diffusers' schedulers.
+        target: gives it, [B, D], for x₀ [B, D], ε [B, D], α [B, 1] and σ [B, 1].
+        scheduler: makes the scheduler that samples the denoiser, for the prediction type and whether it is ancestral.
+        is_flow: α = 1 − σ, with σ = timestep / 1000 for any number of them; else α² + σ² = 1 on the squared-cosine
+            schedule (Nichol and Dhariwal, 2021), whose timesteps are whole numbers.
+    """
+
+    words: str
+    prediction_type: str
+    target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    scheduler: Callable[[str, bool], SchedulerMixin] = _diffusion_scheduler
+    is_flow: bool = False
+
+
+OBJECTIVES: dict[Objective, Prediction] = {
+    "x0": Prediction("the clean latent", "sample", lambda clean, noise, alpha, sigma: clean),
+    "v": Prediction(
+        "the velocity of a diffusion", "v_prediction", lambda clean, noise, alpha, sigma: alpha * noise - sigma * clean
+    ),
+    "flow": Prediction(
+        "the velocity of a straight flow",
+        "flow_prediction",
+        lambda clean, noise, alpha, sigma: noise - clean,
+        _flow_scheduler,
+        is_flow=True,
+    ),
+}
+"""What `mnif prior --objective` names; a new one is added here and to :data:`Objective`."""
 
 
 def sampling_scheduler(objective: Objective, ancestral: bool = False) -> SchedulerMixin:
     """The scheduler that samples a denoiser trained with ``objective``.
 
-    ``"x0"`` and ``"v"`` are sampled by UniPC (Zhao et al., 2023) on the squared-cosine schedule (Nichol and Dhariwal,
-    2021), ``"flow"`` by Euler steps of the flow (Lipman et al., 2023).
+    ``"x0"`` and ``"v"`` are sampled by UniPC (Zhao et al., 2023), ``"flow"`` by Euler steps of the flow (Lipman et
+    al., 2023).
 
     Args:
         objective: what the denoiser predicts.
@@ -54,22 +102,8 @@ def sampling_scheduler(objective: Objective, ancestral: bool = False) -> Schedul
     Raises:
         UserError: a flow has no ancestral sampling.
     """
-    if objective == "flow":
-        if ancestral:
-            raise UserError("--sampler ancestral: a flow is sampled without noise; take --objective x0 or v")
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=TRAIN_TIMESTEPS)
-    predicts = {"prediction_type": _PREDICTION_TYPES[objective]}
-    if ancestral:
-        return DDPMScheduler(
-            **_SQUARED_COSINE,
-            **predicts,
-            variance_type="fixed_large",
-            clip_sample=False,
-            timestep_spacing="trailing",
-        )
-    return UniPCMultistepScheduler(
-        **_SQUARED_COSINE, **predicts, solver_order=2, timestep_spacing="trailing", final_sigmas_type="zero"
-    )
+    prediction = OBJECTIVES[objective]
+    return prediction.scheduler(prediction.prediction_type, ancestral)
 
 
 def student_scheduler() -> SchedulerMixin:
@@ -81,43 +115,43 @@ def objective_of(scheduler: SchedulerMixin) -> Objective:
     """What a denoiser predicts that is sampled by ``scheduler``.
 
     Raises:
-        UserError: it wants the noise, which no denoiser here predicts.
+        UserError: the scheduler wants something that no denoiser here predicts, such as the noise.
     """
-    if "FlowMatch" in type(scheduler).__name__:
+    if "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas"):
         return "flow"
     wanted = scheduler.config.get("prediction_type", "epsilon")
-    for objective, prediction_type in _PREDICTION_TYPES.items():
-        if wanted == prediction_type:
+    for objective, prediction in OBJECTIVES.items():
+        if wanted == prediction.prediction_type:
             return objective
     raise UserError(f"{type(scheduler).__name__} with prediction_type {wanted!r}: denoisers here do not predict that")
 
 
 def noise_levels(objective: Objective, timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """Shares of the clean latent and of noise in a noisy one, at the scheduler's timesteps [B], 0 to 1000."""
-    if objective == "flow":
+    """Shares α of the clean latent and σ of noise in a noisy one, at the scheduler's timesteps [B], 0 to 1000."""
+    if OBJECTIVES[objective].is_flow:
         noise = timestep / TRAIN_TIMESTEPS
         return 1 - noise, noise
     product = _squared_cosine().to(timestep.device)[timestep.long()]
     return product.sqrt(), (1 - product).sqrt()
 
 
-def penalty(error: Tensor, kind: LossType, scale: float = 0.03) -> Tensor:
+def penalty(error: Tensor, loss_type: LossType, scale: float = 0.03) -> Tensor:
     """The size of errors [B, D], one number each [B].
 
     Args:
         error: of standardised latents.
-        kind: ``"mse"``, the mean square, or ``"pseudo-huber"``, √(mean square + scale²) − scale (Song and Dhariwal,
-            2024), which grows with the error and not with its square, so that outliers weigh less.
+        loss_type: ``"mse"``, the mean square, or ``"pseudo-huber"``, √(mean square + scale²) − scale (Song and
+            Dhariwal, 2024), which grows with the error and not with its square, so that outliers weigh less.
         scale: where pseudo-Huber turns from square to linear, in standard deviations of a latent.
     """
     square = error.square().mean(dim=1)
-    return square if kind == "mse" else (square + scale**2).sqrt() - scale
+    return square if loss_type == "mse" else (square + scale**2).sqrt() - scale
 
 
 class DenoisingLoss(nn.Module):
     """The training loss of a denoiser, called on the decoder's latents.
 
-    The denoiser sees α x₀ + σ ε and predicts, by ``objective``,
+    The denoiser sees α x₀ + σ ε and predicts, by ``objective`` (:data:`OBJECTIVES`),
 
     - ``"x0"``: x₀, on the squared-cosine schedule;
     - ``"v"``: the velocity α ε − σ x₀ on the same schedule (Salimans and Ho, 2022);
@@ -134,7 +168,7 @@ class DenoisingLoss(nn.Module):
         objective: what it predicts.
         weighting: of errors at different times.
         snr_limit: bounds the weight of nearly clean inputs.
-        size: what is made of an error (:func:`penalty`).
+        loss_type: what is made of an error (:func:`penalty`).
         latent_noise: standard deviation of the noise added to standardised latents while training: no two steps see
             the same latent, so that copying one does not pay.
     """
@@ -145,12 +179,12 @@ class DenoisingLoss(nn.Module):
         objective: Objective,
         weighting: Weighting = "snr-plus-one",
         snr_limit: float = 5.0,
-        size: LossType = "mse",
+        loss_type: LossType = "mse",
         latent_noise: float = 0.0,
     ):
         super().__init__()
         self.denoiser, self.objective, self.weighting, self.snr_limit = denoiser, objective, weighting, snr_limit
-        self.size, self.latent_noise = size, latent_noise
+        self.loss_type, self.latent_noise = loss_type, latent_noise
 
     def forward(self, latents: Tensor) -> Tensor:
         """Mean loss of latents [B, D], with noise and times from torch's generator."""
@@ -162,21 +196,17 @@ class DenoisingLoss(nn.Module):
 
     def at(self, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """The loss of each latent [B] for given noise [B, D] and times [B] in [0, 1)."""
-        clean = self.denoiser.standardised(latents)
-        timestep = time * TRAIN_TIMESTEPS if self.objective == "flow" else (time * TRAIN_TIMESTEPS).long()
+        prediction, clean = OBJECTIVES[self.objective], self.denoiser.standardised(latents)
+        timestep = time * TRAIN_TIMESTEPS
+        timestep = timestep if prediction.is_flow else timestep.long()
         alpha, sigma = noise_levels(self.objective, timestep)
         noisy = alpha[:, None] * clean + sigma[:, None] * noise
-        if self.objective == "x0":
-            target = clean
-        elif self.objective == "v":
-            target = alpha[:, None] * noise - sigma[:, None] * clean
-        else:
-            target = noise - clean
-        error = penalty(self.denoiser(noisy, timestep) - target, self.size)
+        target = prediction.target(clean, noise, alpha[:, None], sigma[:, None])
+        error = penalty(self.denoiser(noisy, timestep) - target, self.loss_type)
         return self._weight(alpha, sigma) * error
 
     def _weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:
-        """What an error of the prediction counts, [B]."""
+        """The weight [B] of each latent's error."""
         if self.weighting == "plain":
             return torch.ones_like(sigma)
         snr = (alpha / sigma).square()
@@ -201,18 +231,6 @@ def _squared_cosine() -> Tensor:
     return DDPMScheduler(**_SQUARED_COSINE).alphas_cumprod
 
 
-_PREDICTS = {"x0": "the clean latent", "v": "the velocity of a diffusion", "flow": "the velocity of a straight flow"}
-
-
-def predicted_by(scheduler: SchedulerMixin) -> str:
-    """What a denoiser predicts that is sampled by ``scheduler``: ``"x0"``, ``"v"`` or ``"flow"``.
-
-    Raises:
-        UserError: something that no denoiser here predicts.
-    """
-    return "flow" if scheduler.config.get("use_flow_sigmas") else objective_of(scheduler)
-
-
 def scheduler_by_name(name: str, current: SchedulerMixin) -> SchedulerMixin:
     """A diffusers scheduler with the settings of ``current``, for the same denoiser.
 
@@ -228,20 +246,22 @@ def scheduler_by_name(name: str, current: SchedulerMixin) -> SchedulerMixin:
     kind: Any = getattr(diffusers, name, None)
     if SchedulerMixin not in getattr(kind, "__mro__", ()) or "Inverse" in name:  # those run from samples to noise
         raise UserError(f"--scheduler {name}: diffusers has no such scheduler; try {type(current).__name__}")
-    predicts, taken = predicted_by(current), inspect.signature(kind.__init__).parameters
+    prediction, taken = OBJECTIVES[objective_of(current)], inspect.signature(kind.__init__).parameters
+    fits = name.startswith("FlowMatch") if prediction.is_flow else {"beta_schedule", "prediction_type"} <= taken.keys()
     settings = {key: value for key, value in current.config.items() if key in taken and value is not None}
-    settings |= {key: value for key, value in {"clip_sample": False}.items() if key in taken}
-    if predicts == "flow" and "use_flow_sigmas" in taken:
+    if "clip_sample" in taken:
+        settings["clip_sample"] = False
+    if prediction.is_flow and "use_flow_sigmas" in taken:
         shift = current.config.get("shift", current.config.get("flow_shift", 1.0))
-        settings |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
-    elif (predicts == "flow") != name.startswith("FlowMatch") or not taken.keys() & {"shift", "beta_schedule"}:
-        raise UserError(f"--scheduler {name} does not fit: the denoiser predicts {_PREDICTS[predicts]}")
+        settings |= {"prediction_type": prediction.prediction_type, "use_flow_sigmas": True, "flow_shift": shift}
+    elif not fits:
+        raise UserError(f"--scheduler {name} does not fit: the denoiser predicts {prediction.words}")
     try:
         scheduler = kind(**settings)
-        _try(scheduler)
-    except (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        _dry_run(scheduler)
+    except Exception:  # that a class knows no such prediction_type shows in its steps, each time by another error
         raise UserError(
-            f"--scheduler {name} does not fit: it takes no denoiser that predicts {_PREDICTS[predicts]}"
+            f"--scheduler {name} does not fit: it takes no denoiser that predicts {prediction.words}"
         ) from None
     if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
         raise UserError(
@@ -254,7 +274,7 @@ def adds_noise(scheduler: SchedulerMixin) -> bool:
     """Whether the steps of ``scheduler`` draw noise, so that a sample needs a generator."""
     generator = torch.Generator().manual_seed(0)
     before = generator.get_state()
-    _try(scheduler, generator)
+    _dry_run(scheduler, generator)
     return not torch.equal(before, generator.get_state())
 
 
@@ -263,8 +283,13 @@ def takes_generator(scheduler: SchedulerMixin) -> bool:
     return "generator" in inspect.signature(scheduler.step).parameters
 
 
-def _try(scheduler: SchedulerMixin, generator: torch.Generator | None = None) -> None:
-    """Three steps of a copy, from one number."""
+def _dry_run(scheduler: SchedulerMixin, generator: torch.Generator | None = None) -> None:
+    """Takes three steps with a copy, from one number.
+
+    Raises:
+        ValueError: the steps change the shape or end in NaN or infinity.
+        Exception: whatever the scheduler raises.
+    """
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(3)
     options = {"generator": generator} if takes_generator(scheduler) else {}

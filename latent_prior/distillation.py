@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from latent_prior.denoisers import Denoiser
 from latent_prior.diffusion import (
+    OBJECTIVES,
     LossType,
     Objective,
     noise_levels,
@@ -23,7 +24,7 @@ from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
 from mnif.utils.files import sha256_of_folder
 from mnif.utils.process import progress_bar
-from mnif.utils.resumable import Parts
+from mnif.utils.resumable import Chunks
 
 
 @torch.no_grad()
@@ -47,7 +48,7 @@ def _mean_within(points: Tensor) -> Tensor:
     return torch.nn.functional.pdist(points).sum() * 2 / (count * (count - 1))
 
 
-_PART = 1024  # samples at a time, whatever the number of processes: rounding depends on the size of a batch
+_CHUNK = 1024  # samples at a time, whatever the number of processes: rounding depends on the size of a batch
 
 
 _FIRST = 2**40  # number of the first sample that is drawn for students; nobody's own samples come that far
@@ -95,7 +96,7 @@ class Teacher:
             timestep: for ``"x0"`` and ``"v"`` one of those of ``steps`` steps.
         """
         scheduler, begin = sampling_scheduler(self.objective), 0
-        if self.objective == "flow":
+        if OBJECTIVES[self.objective].is_flow:
             alpha, sigma = (level.item() for level in noise_levels("x0", torch.tensor([timestep])))
             level = sigma / (alpha + sigma)  # where on the straight path to noise the same mixture lies
             states = states / (alpha + sigma)
@@ -123,10 +124,10 @@ def teacher_pairs(
     """The pairs of ``count`` noises.
 
     The teacher draws with the deterministic scheduler of its objective, whatever scheduler it is sampled with, in
-    parts that stay in ``folder``: a stopped command continues, and another one asks for more of the same.
+    chunks that stay in ``folder``: a stopped command continues, and another one asks for more of the same.
 
     Args:
-        folder: where the parts are kept.
+        folder: where the chunks are kept.
         model: the model folder.
         pipeline: what is in it.
         count: of noises.
@@ -139,26 +140,26 @@ def teacher_pairs(
     teacher = Teacher(denoiser, objective_of(pipeline.scheduler), steps)
     search = {"teacher": sha256_of_folder(model / "denoiser"), "seed": seed, "steps": steps}
     with accelerator.main_process_first():
-        parts = Parts(folder, search | {"timesteps": list(timesteps)})
-    begins = range(0, count, _PART)
-    missing = [begin for begin in begins if begin not in parts]
+        chunks = Chunks(folder, "latents", search | {"timesteps": list(timesteps)})
+    begins = range(0, count, _CHUNK)
+    missing = [begin for begin in begins if begin not in chunks]
     accelerator.wait_for_everyone()
     with progress_bar(
-        total=len(begins) * _PART,
-        initial=(len(begins) - len(missing)) * _PART,
+        total=len(begins) * _CHUNK,
+        initial=(len(begins) - len(missing)) * _CHUNK,
         desc="teacher's samples",
         unit="noise",
         disable=not accelerator.is_local_main_process,
     ) as bar:
         for begin in missing[accelerator.process_index :: accelerator.num_processes]:
-            noise = _noise(seed, begin, _PART, len(timesteps), pipeline).to(accelerator.device)
+            noise = _noise(seed, begin, _CHUNK, len(timesteps), pipeline).to(accelerator.device)
             ends = [teacher.samples(noise[:, 0], timesteps[0])]
             for place, timestep in enumerate(timesteps[1:], start=1):
                 ends.append(teacher.samples(_noisy(ends[0], noise[:, place], timestep), timestep))
-            parts.save(begin, torch.stack(ends, dim=1))
-            bar.update(_PART * accelerator.num_processes)
+            chunks.save(begin, torch.stack(ends, dim=1).cpu().numpy())
+            bar.update(_CHUNK * accelerator.num_processes)
     accelerator.wait_for_everyone()
-    samples, states = parts.all()[:count], _noise(seed, 0, count, len(timesteps), pipeline)
+    samples, states = torch.from_numpy(chunks.all()[:count]), _noise(seed, 0, count, len(timesteps), pipeline)
     for place, timestep in enumerate(timesteps[1:], start=1):
         states[:, place] = _noisy(samples[:, 0], states[:, place], timestep)
     return Pairs(torch.tensor(timesteps), states, samples)
@@ -188,15 +189,15 @@ class DistillationLoss(nn.Module):
     Args:
         student: what learns; it predicts the clean latent.
         timesteps: [T], of the states; one half of a batch starts at the first, pure noise, if there are others.
-        size: what is made of an error.
+        loss_type: what is made of an error (:func:`latent_prior.diffusion.penalty`).
     """
 
     timesteps: Tensor
     shares: Tensor
 
-    def __init__(self, student: Denoiser, timesteps: Tensor, size: LossType = "mse"):
+    def __init__(self, student: Denoiser, timesteps: Tensor, loss_type: LossType = "mse"):
         super().__init__()
-        self.student, self.size = student, size
+        self.student, self.loss_type = student, loss_type
         shares = torch.ones(len(timesteps))
         shares[0] = max(len(timesteps) - 1, 1)
         self.register_buffer("timesteps", timesteps)
@@ -208,7 +209,7 @@ class DistillationLoss(nn.Module):
         row = torch.arange(len(states), device=states.device)
         place = torch.multinomial(self.shares, len(states), replacement=True)
         guess = self.student(states[row, place], self.timesteps[place])
-        return penalty(guess - samples[row, place], self.size).mean()
+        return penalty(guess - samples[row, place], self.loss_type).mean()
 
     @torch.no_grad()
     def errors(self, states: Tensor, samples: Tensor) -> dict[str, float]:

@@ -5,10 +5,9 @@ The card says what a model was learned from and how, what was measured, and unde
 
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, snapshot_download
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
@@ -19,6 +18,18 @@ from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 from mnif.utils.files import read_json, written_atomically
+
+_FILES = ["*.json", "*.safetensors", "*.md"]  # what is fetched: never pickles or code
+
+
+_SECONDS = 10.0  # that the hub may take to answer
+
+
+_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
+
+
+_TROUBLES = (HTTPError, OSError, ValueError)  # every error of huggingface-hub is one of these
+
 
 # Of the built-in sets; whoever learns from data of their own knows its licence, and this program does not.
 _LICENCES = {
@@ -64,7 +75,7 @@ looked at. SHA-256 of the data as read: `{{ fingerprint }}`.
 
 ## Figures
 
-{{ figures }}
+{{ metrics }}
 
 {{ evaluation }}
 
@@ -92,7 +103,7 @@ def model_card(run: Path) -> ModelCard:
     table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint())
     licence, words = _LICENCES.get(table.data, (None, None))
     evaluated = run / "eval" / "metrics.json"
-    values = [f"- {name}: {value}" for name, value in _metrics(metrics)]
+    lines = [f"- {name}: {value}" for name, value in _metrics(metrics)]
     return ModelCard.from_template(
         ModelCardData(
             license=licence,
@@ -110,7 +121,7 @@ def model_card(run: Path) -> ModelCard:
         held_out=int(table.held_out.sum()),
         fingerprint=record.get("fit", {}).get("inputs", {}).get("data_fingerprint", "unknown"),
         commands="\n".join(record[stage]["command"] for stage in _STAGES if stage in record),
-        values="\n".join(values),
+        metrics="\n".join(lines),
         evaluation=_evaluation(read_json(evaluated)) if evaluated.exists() else "Samples have not been measured yet.",
         licence=words
         or f"None is stated: the licence of the data, {table.data}, tells what may be done with samples.",
@@ -133,22 +144,6 @@ def _evaluation(recorded: dict[str, Any]) -> str:
     lines = [f"- {name}: {value}" for name, value in _metrics(measured)]
     head = f"Measured by `{recorded['command']}`" + (f" ({protocol})" if protocol else "") + ":"
     return "\n".join([head, "", *lines])
-
-
-if TYPE_CHECKING:
-    from latent_prior.pipeline import MNIFPipeline
-
-
-_FILES = ["*.json", "*.safetensors", "*.md"]  # never pickles or code
-
-
-_SECONDS = 10.0  # that the hub may take to answer
-
-
-_OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
-
-
-_TROUBLES = (HTTPError, OSError, ValueError)  # every error of huggingface-hub is one of these
 
 
 def model_folder(name: str | Path) -> Path:
@@ -196,11 +191,12 @@ def downloaded(repo_id: str, **options: Any) -> Path:
         ) from None
 
 
-def upload(pipeline: "MNIFPipeline", repo_id: str, private: bool | None = None, **options: Any) -> str:
-    """Uploads a pipeline, with a card of the run it was loaded from, or the card of the folder if there is no run.
+def upload(folder: Path, source: Path, repo_id: str, private: bool | None = None, **options: Any) -> str:
+    """Uploads a model folder with its card: that of the run it came from or, if there is no run, the one it had there.
 
     Args:
-        pipeline: what is saved.
+        folder: what is uploaded; gets the card.
+        source: the model folder that the model was loaded from; may be missing.
         repo_id: ``user/name``, made if it is missing.
         private: whether a new repository is.
         options: ``commit_message``, ``token``, ``create_pr``.
@@ -211,19 +207,16 @@ def upload(pipeline: "MNIFPipeline", repo_id: str, private: bool | None = None, 
     Raises:
         UserError: the hub cannot be reached or refuses.
     """
+    if (source.parent / "run.json").is_file():
+        model_card(source.parent).save(folder / "README.md")
+    elif (source / "README.md").is_file():
+        shutil.copy(source / "README.md", folder)
     api = HfApi(token=options.pop("token", None))
-    source = Path(str(pipeline.config.get("_name_or_path", "")))
-    with tempfile.TemporaryDirectory() as folder:
-        pipeline.save_pretrained(folder)
-        if (source.parent / "run.json").is_file():
-            model_card(source.parent).save(Path(folder) / "README.md")
-        elif (source / "README.md").is_file():
-            shutil.copy(source / "README.md", folder)
-        try:
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options).commit_url)
-        except _TROUBLES as error:
-            raise UserError(f"{repo_id}: not uploaded ({_first_line(error)}); is `hf auth login` done?") from None
+    try:
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **options).commit_url)
+    except _TROUBLES as error:
+        raise UserError(f"{repo_id}: not uploaded ({_first_line(error)}); is `hf auth login` done?") from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,8 +1,7 @@
 """Noise to pictures: the diffusers pipeline that holds decoder, denoiser and scheduler."""
 
-from collections.abc import Callable
+import tempfile
 from dataclasses import dataclass
-from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from latent_prior.denoisers import Denoiser, load_denoiser
-from latent_prior.diffusion import INFERENCE_STEPS, predicted_by, takes_generator
+from latent_prior.diffusion import INFERENCE_STEPS, objective_of, takes_generator
 from latent_prior.hub import downloaded, upload
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
@@ -68,7 +67,7 @@ class MNIFPipeline(DiffusionPipeline):
         student_scheduler: SchedulerMixin | None = None,
     ):
         super().__init__()
-        self._prediction = predicted_by(scheduler)
+        self._objective = objective_of(scheduler)
         _check_fingerprints(decoder, denoiser, *([student] if student is not None else []))
         self.register_modules(
             decoder=decoder,
@@ -117,36 +116,71 @@ class MNIFPipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument is out of range.
             UserError: the scheduler does not fit what the denoiser predicts.
+
+        Example:
+            >>> import torch
+            >>> from latent_prior.diffusion import sampling_scheduler
+            >>> from latent_prior.denoisers import ResMLPDenoiser
+            >>> from latent_prior.pipeline import MNIFPipeline
+            >>> from mnif.models.mnif_model import MNIFModel
+            >>> decoder = MNIFModel(resolution=16, latent_dim=12)
+            >>> denoiser = ResMLPDenoiser(latent_dim=12, decoder_fingerprint=decoder.fingerprint())
+            >>> pipeline = MNIFPipeline(decoder, denoiser, sampling_scheduler("x0"))
+            >>> pipeline.set_progress_bar_config(disable=True)
+            >>> images = pipeline(batch_size=2, generator=torch.Generator().manual_seed(0), resolution=48).images
+            >>> [image.size for image in images]
+            [(48, 48), (48, 48)]
+
+            A model that was trained is loaded by ``MNIFPipeline.from_pretrained("RUN/model")``.
         """
+        # 1. Check the arguments
         check_output_type(signal_of_model(self.decoder), output_type)
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps {num_inference_steps}: at least 1 step is needed")
         if not 0 <= truncation <= 1:
             raise ValueError(f"truncation {truncation}: must lie between 0 and 1")
+
+        # 2. Choose teacher or student
         denoiser, scheduler = self.select_denoiser(num_inference_steps, use_student)
+
+        # 3. Prepare the noise
         if latents is None:
             shape = (batch_size, self.decoder.config.latent_dim)
             latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=denoiser.dtype)
         else:
             latents = latents.to(self._execution_device, denoiser.dtype)
 
+        # 4. Denoise
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
-        step: Callable = partial(scheduler.step, generator=generator) if takes_generator(scheduler) else scheduler.step
+        options = {"generator": generator} if takes_generator(scheduler) else {}
         for timestep in self.progress_bar(scheduler.timesteps):
-            latents = step(denoiser(latents, timestep), timestep, latents).prev_sample
-        latents = denoiser.to_latents(truncation * latents)  # whose mean is 0 before they are the decoder's
+            latents = scheduler.step(denoiser(latents, timestep), timestep, latents, **options).prev_sample
 
+        # 5. Truncate standardised latents, whose mean is 0, and give them the decoder's mean and scale
+        latents = denoiser.to_latents(truncation * latents)
+
+        # 6. Decode
         images = postprocess(self.decoder, latents, output_type, resolution, views)
         self.maybe_free_model_hooks()
         return MNIFPipelineOutput(images=images) if return_dict else (images,)
 
     def select_denoiser(self, steps: int, use_student: bool | None = None) -> tuple[Denoiser, SchedulerMixin]:
-        """The denoiser that draws in ``steps`` steps, and its scheduler; arguments and errors are those of a call."""
+        """Chooses the denoiser that draws in ``steps`` steps, and its scheduler.
+
+        Args:
+            steps: denoising steps, at least 1.
+            use_student: whether it is the student; default: if there is one that was distilled for this number of
+                steps.
+
+        Raises:
+            ValueError: there is no student to use.
+            UserError: the scheduler does not fit what the denoiser predicts.
+        """
         if use_student and self.student is None:
             raise ValueError("use_student: there is none; `mnif distill` makes one")
         if use_student or (use_student is None and self.student and steps in self.student.config.distilled_steps):
             return self.student, self.student_scheduler
-        if predicted_by(self.scheduler) != self._prediction:
+        if objective_of(self.scheduler) != self._objective:
             raise UserError(
                 f"{type(self.scheduler).__name__} does not fit what the denoiser predicts; "
                 "take latent_prior.diffusion.scheduler_by_name(name, pipeline.scheduler)"
@@ -175,7 +209,10 @@ class MNIFPipeline(DiffusionPipeline):
         Raises:
             UserError: the hub cannot be reached or refuses.
         """
-        return upload(self, repo_id, **options)
+        source = Path(str(self.config.get("_name_or_path", "")))
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(Path(folder), source, repo_id, **options)
 
 
 def load_pipeline(folder: Path) -> MNIFPipeline:

@@ -1,23 +1,24 @@
 """Samples as files: one by one in a folder, in tar shards, or as one .npz file; all of them atomic and resumable.
 
-The samples are cut into units that are written at a time. What a killed command leaves behind are whole units and, in
-a folder, whole files; the next one writes the rest.
+The samples are cut into chunks, each written at a time. What a killed command leaves behind are whole chunks and, in a
+folder, whole files; the next one writes the rest.
 """
 
-import contextlib
 import tarfile
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from latent_prior.sampling import BLOCK, ExactSampler, initial_noise, slerp
+from latent_prior.pipeline import MNIFPipeline
+from latent_prior.sampling import CHUNK, denoised, initial_noise, sample_latents, slerp
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Signal
 from mnif.signals.outputs import (
@@ -32,6 +33,7 @@ from mnif.signals.outputs import (
 from mnif.signals.radiance import RadianceField
 from mnif.utils.files import temporary_folder, was_written, written_atomically
 from mnif.utils.pixels import image_grid, save_animation, save_image, to_uint8
+from mnif.utils.resumable import Chunks, chunks_of
 
 
 @dataclass(frozen=True)
@@ -41,127 +43,132 @@ class Samples(ABC):
     Args:
         output: the folder.
         count: how many.
-        drawing: draws their latents.
+        pipeline: draws their latents.
+        seed: of the noise.
+        options: of drawing: ``num_inference_steps``, ``truncation`` and ``use_student``, as of the pipeline.
         signal: the model's.
-        showing: how one is shown.
+        writer: makes files of one sample.
         at_once: pictures that are decoded at a time.
-        unit: samples that are written at a time, a multiple of the block of :mod:`latent_prior.sampling`.
+        chunk_size: samples that are written at a time, a multiple of :data:`latent_prior.sampling.CHUNK`.
     """
 
     output: Path
     count: int
-    drawing: ExactSampler
+    pipeline: MNIFPipeline
+    seed: int
+    options: Mapping[str, Any]
     signal: Signal
     writer: OutputWriter
     at_once: int
-    unit: int = BLOCK
+    chunk_size: int = CHUNK
 
     @property
     def decoder(self) -> MNIFModel:
-        """That of the pipeline."""
-        return self.drawing.pipeline.decoder
+        """The decoder of the pipeline."""
+        return self.pipeline.decoder
 
-    def units(self) -> range:
-        """Their numbers."""
-        return range(-(-self.count // self.unit))
-
-    def of_unit(self, number: int) -> range:
-        """The samples in it."""
-        return range(number * self.unit, min((number + 1) * self.unit, self.count))
+    def chunks(self) -> list[range]:
+        """The samples, cut into what is written at a time."""
+        return chunks_of(range(self.count), self.chunk_size)
 
     def folders(self) -> list[Path]:
-        """Those that files are written to, of this and every other format."""
+        """The folders that files are written to, in this and every other format."""
         inside = [path for path in self.output.glob("[0-9]" * 6) if path.is_dir()]
         return [self.output, self.output / "parts", self.output / "preview", *inside]
 
     @abstractmethod
-    def missing(self, number: int) -> int:
-        """How many samples of a unit are not there yet."""
+    def missing(self, chunk: range) -> int:
+        """Counts the samples of a chunk that are not there yet."""
 
     @abstractmethod
     def any_there(self) -> bool:
         """Whether the folder holds samples."""
 
     @abstractmethod
-    def write(self, number: int) -> Iterator[str | None]:
-        """Writes what is missing of a unit, and says of each sample None or why there is nothing to show of it."""
+    def write(self, chunk: range) -> Iterator[str | None]:
+        """Writes what is missing of a chunk, and says of each sample None or why there is nothing to show of it."""
 
     def finish(self) -> None:  # noqa: B027
-        """Completes the whole once all units are written, if there is anything to do."""
+        """Completes the whole once all chunks are written, if there is anything to do."""
 
-    def _blocks(self, number: int) -> Iterator[tuple[range, Tensor]]:
-        """A unit's samples and the latents of their block, [64, D], of which the last may be more than there are."""
-        samples = self.of_unit(number)
-        for first in range(samples.start, samples.stop, BLOCK):
-            yield range(first, min(first + BLOCK, samples.stop)), self.drawing.block(first // BLOCK)
+    def _drawn(self, chunk: range) -> Iterator[tuple[range, Tensor]]:
+        """Draws the samples of a chunk, as many at a time as are drawn together.
+
+        Yields:
+            Some of the samples, and the latents [64, D] from the first of them on, of which the last may be more than
+            there are: decoding rounds as drawing does, so it gets the same number of rows always.
+        """
+        for samples in chunks_of(chunk, CHUNK):
+            together = range(samples.start, samples.start + CHUNK)
+            yield samples, sample_latents(self.pipeline, self.seed, together, **self.options)
 
 
 class FolderOfSamples(Samples):
     """000000.png ... and whatever else a signal is shown by, named by the samples' numbers."""
 
     def files(self, sample: int) -> list[str]:
-        """Of one sample, below the folder."""
+        """The files of one sample, below the folder."""
         return self.writer.files(f"{sample:06d}")
 
-    def _lacks(self, sample: int) -> bool:
+    def _is_missing(self, sample: int) -> bool:
         return not all(was_written(self.output / file) for file in self.files(sample))
 
-    def missing(self, number: int) -> int:
-        """Those that lack a file."""
-        return sum(map(self._lacks, self.of_unit(number)))
+    def missing(self, chunk: range) -> int:
+        """Counts the samples that lack a file."""
+        return sum(map(self._is_missing, chunk))
 
     def any_there(self) -> bool:
         """Whether a name begins with six digits."""
         return any(self.output.glob("[0-9]" * 6 + "*"))
 
-    def write(self, number: int) -> Iterator[str | None]:
+    def write(self, chunk: range) -> Iterator[str | None]:
         """Writes the files that are missing."""
-        for samples, latents in self._blocks(number):
-            lacking = [sample for sample in samples if self._lacks(sample)]
-            yield from self._write_files(self.output, lacking, latents, samples.start)
+        for samples, latents in self._drawn(chunk):
+            missing = [sample for sample in samples if self._is_missing(sample)]
+            yield from self._write_files(self.output, missing, latents, samples.start)
 
     def _write_files(self, folder: Path, samples: list[int], latents: Tensor, first: int) -> Iterator[str | None]:
         """Writes the files of ``samples``, whose latents are those from ``first`` on."""
-        if isinstance(self.writer, ImageWriter):
-            rows, resolution = [sample - first for sample in samples], scalar_or_list(self.writer.resolution)
-            parts = decode_images(self.decoder, latents, resolution, self.at_once, rows)
-            pictures = (picture for part in parts for picture in to_uint8(part))
+        rows = [sample - first for sample in samples]
+        if isinstance(self.writer, ImageWriter):  # decoded many at a time
+            resolution = scalar_or_list(self.writer.resolution)
+            decoded = decode_images(self.decoder, latents, resolution, self.at_once, rows)
+            pictures = (picture for batch in decoded for picture in to_uint8(batch))
             for sample, picture in zip(samples, pictures, strict=True):
                 save_image(folder / f"{sample:06d}.png", picture[..., 0] if picture.shape[-1] == 1 else picture)
                 yield None
             return
-        for sample in samples:
-            latent = latents[sample - first : sample - first + 1]
-            yield self.writer.write(self.decoder, self.signal, latent, folder, f"{sample:06d}")
+        for sample, row in zip(samples, rows, strict=True):
+            yield self.writer.write(self.decoder, self.signal, latents[row : row + 1], folder, f"{sample:06d}")
 
 
 class TarShards(FolderOfSamples):
     """samples-00000.tar ... as WebDataset reads them: a sample's files are neighbours of one name up to its first dot.
 
-    Owner and times are left out, so that the same samples make the same bytes.
+    A shard holds a chunk. Owner and times are left out, so that the same samples make the same bytes.
     """
 
-    def path(self, number: int) -> Path:
-        """Of a shard."""
-        return self.output / f"samples-{number:05d}.tar"
+    def path(self, chunk: range) -> Path:
+        """The shard of a chunk."""
+        return self.output / f"samples-{chunk.start // self.chunk_size:05d}.tar"
 
-    def missing(self, number: int) -> int:
-        """All of a shard or nothing."""
-        return 0 if self.path(number).exists() else len(self.of_unit(number))
+    def missing(self, chunk: range) -> int:
+        """Counts all samples of a chunk or none."""
+        return 0 if self.path(chunk).exists() else len(chunk)
 
     def any_there(self) -> bool:
         """Whether there are shards."""
         return any(self.output.glob("samples-*.tar"))
 
-    def write(self, number: int) -> Iterator[str | None]:
+    def write(self, chunk: range) -> Iterator[str | None]:
         """Writes a shard."""
-        path = self.path(number)
+        path = self.path(chunk)
         with (
             temporary_folder(path) as folder,
             written_atomically(path) as temporary,
             tarfile.open(temporary, "w") as archive,
         ):
-            for samples, latents in self._blocks(number):
+            for samples, latents in self._drawn(chunk):
                 yield from self._write_files(folder, list(samples), latents, samples.start)
                 for sample in samples:
                     self._move(archive, folder, sample)
@@ -177,7 +184,7 @@ class TarShards(FolderOfSamples):
 
 
 class NpzOfSamples(Samples):
-    """samples.npz with one array, which `mnif fit`, `mnif encode` and `mnif eval` read, made of parts at the end.
+    """samples.npz with one array, which `mnif fit`, `mnif encode` and `mnif eval` read, made of chunks at the end.
 
     ``images`` [N, H, W, C] uint8 of pictures, ``voxels`` [N, R, R, R] bool of shapes, ``views`` [N, V, H, W, 3] uint8
     of objects; ``pictures`` [N, H, W, 3] uint8 of other signals.
@@ -185,32 +192,32 @@ class NpzOfSamples(Samples):
 
     @property
     def path(self) -> Path:
-        """Of the file."""
+        """The file that is made."""
         return self.output / "samples.npz"
 
-    def part(self, number: int) -> Path:
-        """Of a part, which is there until the whole is."""
-        return self.output / "parts" / f"{number:05d}.npy"
+    @property
+    def kept(self) -> Chunks:
+        """The chunks, which are there until the whole is."""
+        return Chunks(self.output / "parts", "samples")
 
-    def missing(self, number: int) -> int:
-        """All of a part or nothing."""
-        return 0 if self.path.exists() or self.part(number).exists() else len(self.of_unit(number))
+    def missing(self, chunk: range) -> int:
+        """Counts all samples of a chunk or none."""
+        return 0 if self.path.exists() or chunk.start in self.kept else len(chunk)
 
     def any_there(self) -> bool:
-        """Whether there is the file or a part of it."""
-        return self.path.exists() or any(self.output.glob("parts/*.npy"))
+        """Whether there is the file or a chunk of it."""
+        return self.path.exists() or bool(self.kept)
 
-    def write(self, number: int) -> Iterator[str | None]:
-        """Writes a part."""
+    def write(self, chunk: range) -> Iterator[str | None]:
+        """Writes a chunk."""
         arrays = []
-        for samples, latents in self._blocks(number):
+        for samples, latents in self._drawn(chunk):
             arrays.append(self._arrays(latents, len(samples)))
             yield from [None] * len(samples)
-        with written_atomically(self.part(number)) as temporary, temporary.open("wb") as file:
-            np.save(file, np.concatenate(arrays), allow_pickle=False)
+        self.kept.save(chunk.start, np.concatenate(arrays))
 
     def _arrays(self, latents: Tensor, count: int) -> np.ndarray:
-        """What the first ``count`` of a block are shown by."""
+        """What the first ``count`` of ``latents`` are shown by."""
         if isinstance(self.writer, ImageWriter):
             parts = decode_images(
                 self.decoder, latents, scalar_or_list(self.writer.resolution), self.at_once, range(count)
@@ -228,17 +235,14 @@ class NpzOfSamples(Samples):
         return np.concatenate([self.signal.pictures(self.decoder, latent) for latent in each])
 
     def finish(self) -> None:
-        """Puts the parts together, one in memory at a time."""
+        """Puts the chunks together, one in memory at a time."""
         if not self.path.exists():
             self._join()
-        for number in self.units():
-            self.part(number).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # somebody else has files there, or it is gone
-            (self.output / "parts").rmdir()
+        self.kept.remove()
 
     def _join(self) -> None:
         name = {"image": "images", "voxels": "voxels", "radiance": "views"}.get(self.signal.name, "pictures")
-        first = np.load(self.part(0), mmap_mode="r", allow_pickle=False)
+        first = self.kept.load(0)
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (self.count, *first.shape[1:])}
         entry = zipfile.ZipInfo(f"{name}.npy")  # of no date
         with (
@@ -247,8 +251,8 @@ class NpzOfSamples(Samples):
             archive.open(entry, "w", force_zip64=True) as file,
         ):
             np.lib.format.write_array_header_1_0(file, header)
-            for number in self.units():
-                file.write(np.load(self.part(number), allow_pickle=False).tobytes())
+            for chunk in self.chunks():
+                file.write(self.kept.load(chunk.start).tobytes())
 
 
 FORMATS: dict[str, type[Samples]] = {"folder": FolderOfSamples, "tar": TarShards, "npz": NpzOfSamples}
@@ -261,8 +265,8 @@ _ROWS = 8  # ways on the sheet of an interpolation
 def save_preview(samples: Samples, count: int) -> None:
     """Writes preview/grid.png, the first ``count`` samples at the training resolution."""
     count = min(count, samples.count)
-    latents = samples.drawing.samples(count)
-    pictures = np.concatenate([samples.signal.pictures(samples.decoder, latent) for latent in latents.split(64)])
+    latents = sample_latents(samples.pipeline, samples.seed, range(count), **samples.options)
+    pictures = np.concatenate([samples.signal.pictures(samples.decoder, latent) for latent in latents.split(CHUNK)])
     sheet = image_grid(pictures, columns=min(count, 8), scale=_scale(pictures))
     save_image(samples.output / "preview" / "grid.png", sheet)
 
@@ -275,10 +279,11 @@ def save_interpolation(samples: Samples, steps: int) -> None:
     cut into ``steps`` parts.
     """
     count = min(samples.count, _ROWS + 1)
-    noise = initial_noise(samples.drawing.seed, range(count), samples.decoder.config.latent_dim)
+    noise = initial_noise(samples.seed, range(count), samples.decoder.config.latent_dim)
     ways = []
     for start, end in pairwise(noise):
-        latents = samples.drawing.latents(torch.from_numpy(slerp(start, end, np.linspace(0, 1, steps + 1))))
+        way = torch.from_numpy(slerp(start, end, np.linspace(0, 1, steps + 1)))
+        latents = denoised(samples.pipeline, way, **samples.options)
         ways.append(samples.signal.pictures(samples.decoder, latents))
     pictures = np.concatenate(ways)
     folder, scale = samples.output / "preview", _scale(pictures)

@@ -2,18 +2,20 @@
 
 Noise is a function of seed and sample number, the same on every machine. Matrix products run in other kernels for
 other numbers of rows, and those round differently: the same sample drawn alone and among 64 differs by about 1e-6. So
-samples are always drawn in the same company: number i in block i // 64, which is drawn whole even if only one of it is
+samples are always drawn in the same company: number i in chunk i // 64, which is drawn whole even if only one of it is
 wanted, and on one thread. What is drawn then depends on seed and number alone, on one and the same kind of machine and
 version of PyTorch, and not on the number of processes or threads or on what was drawn before.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from latent_prior.diffusion import INFERENCE_STEPS
 from latent_prior.pipeline import MNIFPipeline
 from mnif.utils.errors import UserError
 from mnif.utils.process import one_thread
@@ -52,64 +54,65 @@ def slerp(start: np.ndarray, end: np.ndarray, fractions: np.ndarray) -> np.ndarr
     return ((np.sin((1 - t) * angle) * first + np.sin(t * angle) * last) / np.sin(angle)).astype(np.float32)
 
 
-BLOCK = 64
+CHUNK = 64
 """Samples that are drawn together."""
 
 
-@dataclass(frozen=True)
-class ExactSampler:
-    """Draws the samples of one seed.
+def sample_latents(
+    pipeline: MNIFPipeline,
+    seed: int,
+    indices: Iterable[int],
+    num_inference_steps: int = INFERENCE_STEPS,
+    **options: Any,
+) -> Tensor:
+    """Draws the latents of samples ``indices`` of ``seed``: [N, D] on the pipeline's device.
+
+    Every chunk that one of them lies in is drawn whole, so ask for neighbours together.
 
     Args:
         pipeline: what draws.
-        seed: of the noise.
-        num_inference_steps: at least 1.
-        truncation: as of the pipeline.
-        use_student: likewise.
+        seed: of the noise, at least 0.
+        indices: at least one number from 0 on; a range may begin and end anywhere.
+        num_inference_steps: denoising steps, at least 1.
+        options: ``truncation`` and ``use_student``, as of the pipeline.
+
+    Raises:
+        UserError: the latents hold NaN or infinity.
     """
-
-    pipeline: MNIFPipeline
-    seed: int
-    num_inference_steps: int
-    truncation: float = 1.0
-    use_student: bool | None = None
-
-    def block(self, number: int) -> Tensor:
-        """The latents of samples ``number`` · 64 to ``number`` · 64 + 63: [64, D].
-
-        Raises:
-            UserError: they hold NaN or infinity.
-        """
-        indices = range(number * BLOCK, (number + 1) * BLOCK)
-        noise = torch.tensor(initial_noise(self.seed, indices, self.pipeline.decoder.config.latent_dim))
-        return self.latents(noise, step_generators(self.seed, indices))
-
-    def samples(self, count: int) -> Tensor:
-        """The latents of the first ``count`` samples, [count, D]."""
-        return torch.cat([self.block(number) for number in range(-(-count // BLOCK))])[:count]
-
-    def latents(self, noise: Tensor, generators: list[torch.Generator] | None = None) -> Tensor:
-        """The latents [B, D] that become of noise [B, D]."""
-        with one_thread():
-            (latents,) = self.pipeline(
-                latents=noise,
-                generator=generators,
-                num_inference_steps=self.num_inference_steps,
-                truncation=self.truncation,
-                output_type="latent",
-                use_student=self.use_student,
-                return_dict=False,
-            )
-        if not latents.isfinite().all():
-            raise UserError(
-                f"the denoiser draws NaN or infinity with {self.num_inference_steps} steps of "
-                f"{type(self.pipeline.scheduler).__name__}; take another number of steps or another scheduler"
-            )
-        return latents
+    latent_dim, drawn = pipeline.decoder.config.latent_dim, []
+    for number, wanted in groupby(indices, lambda index: index // CHUNK):
+        chunk = range(number * CHUNK, (number + 1) * CHUNK)
+        noise = torch.tensor(initial_noise(seed, chunk, latent_dim))
+        latents = denoised(pipeline, noise, num_inference_steps, generator=step_generators(seed, chunk), **options)
+        drawn.append(latents[[index - chunk.start for index in wanted]])
+    return torch.cat(drawn)
 
 
-def draw(pipeline: MNIFPipeline, seed: int, indices: range, steps: int) -> Tensor:
-    """The standardised latents of samples ``indices`` of ``seed``, [N, D] on the CPU."""
-    noise = torch.from_numpy(initial_noise(seed, indices, pipeline.decoder.config.latent_dim))
-    (latents,) = pipeline(latents=noise, num_inference_steps=steps, output_type="latent", return_dict=False)
-    return pipeline.denoiser.standardised(latents).cpu()
+def denoised(
+    pipeline: MNIFPipeline, noise: Tensor, num_inference_steps: int = INFERENCE_STEPS, **options: Any
+) -> Tensor:
+    """Draws the latents [B, D] that become of noise [B, D], on one thread.
+
+    Args:
+        pipeline: what draws.
+        noise: standard normal.
+        num_inference_steps: denoising steps, at least 1.
+        options: ``generator``, ``truncation`` and ``use_student``, as of the pipeline.
+
+    Raises:
+        UserError: the latents hold NaN or infinity.
+    """
+    with one_thread():
+        (latents,) = pipeline(
+            latents=noise,
+            num_inference_steps=num_inference_steps,
+            output_type="latent",
+            return_dict=False,
+            **options,
+        )
+    if not latents.isfinite().all():
+        raise UserError(
+            f"the denoiser draws NaN or infinity with {num_inference_steps} steps of "
+            f"{type(pipeline.scheduler).__name__}; take another number of steps or another scheduler"
+        )
+    return latents

@@ -5,6 +5,7 @@ import io
 import platform
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
+from torch import Tensor
 
 from evals.metrics.neighbours import copying_verdict
 from evals.presentation import curve_plot, protocol_line, table_rows
@@ -19,7 +21,8 @@ from evals.timing import measured_latencies
 from export.device.bundle import BundleError, BundleFolder
 from latent_prior.diffusion import INFERENCE_STEPS
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
-from latent_prior.sampling import initial_noise
+from latent_prior.sampling import denoised, initial_noise, sample_latents, slerp
+from mnif.signals.outputs import postprocess
 from mnif.training.run_record import read_metrics_log
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError
@@ -119,30 +122,23 @@ def _steps_of(manifest: dict[str, Any] | None, steps: int) -> int:
     return max(manifest["sampling"]["num_inference_steps"]) if manifest else steps
 
 
+@torch.no_grad()
 def _drawn_images(pipeline: MNIFPipeline, seed: int, steps: int) -> dict[str, str]:
     """Samples, the same sample at several resolutions, and a walk between samples, as data URIs."""
     pipeline.set_progress_bar_config(disable=True)
 
-    def draw(noise: np.ndarray, resolution: int | None = None) -> np.ndarray:
-        (images,) = pipeline(
-            latents=torch.from_numpy(noise), num_inference_steps=steps, resolution=resolution, return_dict=False
-        )
-        return np.stack([np.asarray(image) for image in images])
+    def sheet(latents: Tensor, columns: int, resolution: int | None = None) -> str:
+        images = postprocess(pipeline.decoder, latents, "pil", resolution)
+        return _data_uri(image_grid([np.asarray(image) for image in images], columns=columns))
 
-    noise = initial_noise(seed, range(96), pipeline.decoder.config.latent_dim)
-    pictures = {"samples": _data_uri(image_grid(draw(noise), columns=16))}
-    for resolution in RESOLUTIONS:
-        pictures[f"at_{resolution}"] = _data_uri(image_grid(draw(noise[:4], resolution), columns=4))
-    walk = np.concatenate([_between(noise[i], noise[i + 1], 8) for i in range(4)])
-    pictures["interpolation"] = _data_uri(image_grid(draw(walk), columns=8))
-    return pictures
-
-
-def _between(a: np.ndarray, b: np.ndarray, count: int) -> np.ndarray:
-    """Spherical interpolation [count, D] from noise a to noise b, which keeps its length typical on the way."""
-    angle = np.arccos(np.clip(a @ b / np.linalg.norm(a) / np.linalg.norm(b), -1, 1))
-    t = np.linspace(0, 1, count, dtype=np.float32)[:, None]
-    return ((np.sin((1 - t) * angle) * a + np.sin(t * angle) * b) / np.sin(angle)).astype(np.float32)
+    latents = sample_latents(pipeline, seed, range(96), steps)
+    noise = initial_noise(seed, range(5), pipeline.decoder.config.latent_dim)
+    walk = np.concatenate([slerp(start, end, np.linspace(0, 1, 8)) for start, end in pairwise(noise)])
+    return {
+        "samples": sheet(latents, columns=16),
+        **{f"at_{resolution}": sheet(latents[:4], 4, resolution) for resolution in RESOLUTIONS},
+        "interpolation": sheet(denoised(pipeline, torch.from_numpy(walk), steps), columns=8),
+    }
 
 
 def _stored_images(folder: Path, names: tuple[str, ...]) -> dict[str, str]:

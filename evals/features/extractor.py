@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from evals.features.resize import RESIZES, Resize
-from evals.shards import computed_in_shards
+from latent_prior.sampling import CHUNK
 from mnif.utils.errors import UserError
 from mnif.utils.files import cache_folder
 from mnif.utils.process import Processes, progress_bar
+from mnif.utils.resumable import compute_in_chunks
 
 _PICTURES_AT_ONCE = 256
 
@@ -192,5 +193,5 @@ class FeatureCache:
         """Computes any numbers [count, width] of pictures likewise; ``key`` is all that they depend on."""
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         folder = cache_folder() / "features" if keep else self.scratch
-        path, pieces = folder / f"{name}.npy", self.scratch / f"{name}.pieces"
-        return computed_in_shards(path, pieces, count, width, load, compute, self.processes, description)
+        path, chunks = folder / f"{name}.npy", self.scratch / f"{name}.chunks"
+        return compute_in_chunks(path, chunks, count, width, CHUNK, load, compute, self.processes, description)

@@ -15,7 +15,7 @@ from latent_prior.diffusion import TRAIN_TIMESTEPS, LossType, objective_of, samp
 from latent_prior.distillation import DistillationLoss, energy_distance, student_timesteps, teacher_pairs
 from latent_prior.hub import write_model_card
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
-from latent_prior.sampling import draw
+from latent_prior.sampling import sample_latents
 from mnif.data.batches import ArrayDataset
 from mnif.latents.table import LatentTable
 from mnif.models.io import save_component, save_index
@@ -206,7 +206,7 @@ def energy_distances(
     for name, pipeline in pipelines.items():
         pipeline.set_progress_bar_config(disable=True)
         for steps in sorted({*arguments.student_steps, *([arguments.teacher_steps] if name == "teacher" else [])}):
-            samples = draw(pipeline, arguments.seed, range(_COMPARED), steps)
+            samples = student.standardised(sample_latents(pipeline, arguments.seed, range(_COMPARED), steps))
             distances[f"{name}_{steps}"] = energy_distance(samples, train_latents)
     rows = student.standardised(table.train).double()
     generator = np.random.default_rng([arguments.seed, 1])

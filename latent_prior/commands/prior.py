@@ -13,15 +13,16 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from latent_prior.denoisers import GROUPS, Denoiser, PaperDenoiser, ResMLPDenoiser
+from latent_prior.denoisers import DENOISERS, GROUPS, Denoiser, DenoiserName
 from latent_prior.diffusion import DenoisingLoss, LossType, Objective, Weighting, sampling_scheduler, validation_loss
 from latent_prior.hub import write_model_card
 from latent_prior.pipeline import MNIFPipeline
-from latent_prior.sampling import initial_noise
+from latent_prior.sampling import sample_latents
 from mnif.data.batches import ArrayDataset
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component, save_component, save_index
 from mnif.models.mnif_model import MNIFModel
+from mnif.signals.outputs import postprocess
 from mnif.training.loop import TrainingArguments, make_accelerator, train
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import given_flag, parse_arguments, preset_defaults, read_preset
@@ -57,7 +58,7 @@ class PriorArguments(TrainingArguments):
     sampler: Literal["solver", "ancestral"] = "solver"
     """The scheduler that is stored: a deterministic one of few steps, or the paper's DDPM of 1000."""
 
-    denoiser: Literal["modulated", "paper"] = "modulated"
+    denoiser: DenoiserName = "modulated"
     """Blocks scaled and shifted by the time, or the paper's network."""
     width: int = 512
     """Hidden units of the denoiser."""
@@ -202,10 +203,9 @@ def make_denoiser(arguments: PriorArguments, table: LatentTable) -> Denoiser:
     """The denoiser, freshly drawn, with the statistics of the table's training latents."""
     shape: dict[str, Any] = {"latent_dim": table.latents.shape[1], "width": arguments.width, "depth": arguments.depth}
     shape["decoder_fingerprint"] = table.fingerprint
-    if arguments.denoiser == "paper":
-        denoiser: Denoiser = PaperDenoiser(**shape)
-    else:
-        denoiser = ResMLPDenoiser(**shape, dropout=arguments.dropout)
+    if arguments.denoiser == "modulated":
+        shape["dropout"] = arguments.dropout
+    denoiser = DENOISERS[arguments.denoiser](**shape)
     mean, std = table.mean_and_std()
     denoiser.latent_mean.copy_(mean)
     denoiser.latent_std.copy_(std)
@@ -221,6 +221,7 @@ def _extra_latents(arguments: PriorArguments, table: LatentTable) -> list[Tensor
     return [LatentTable.load(path, table.fingerprint).train for path in arguments.extra_latents or []]
 
 
+@torch.no_grad()
 def _finish(arguments: PriorArguments, decoder: MNIFModel, denoiser: Denoiser, seconds: float) -> None:
     """Completes the model folder to a pipeline and shows some samples."""
     run = arguments.run
@@ -228,8 +229,7 @@ def _finish(arguments: PriorArguments, decoder: MNIFModel, denoiser: Denoiser, s
     add_prior(run / "model", MNIFPipeline(decoder, denoiser, scheduler))
     pipeline = MNIFPipeline(decoder, denoiser, sampling_scheduler(arguments.objective))
     pipeline.set_progress_bar_config(disable=True)
-    noise = torch.from_numpy(initial_noise(arguments.seed, range(64), denoiser.config.latent_dim))
-    (images,) = pipeline(latents=noise, return_dict=False)
+    images = postprocess(decoder, sample_latents(pipeline, arguments.seed, range(64)), "pil")
     save_image(run / "samples" / "samples.png", image_grid([np.asarray(i) for i in images], 16, scale=2))
     metrics = {
         "seconds": round(seconds, 1),

@@ -14,7 +14,7 @@ from latent_prior.diffusion import INFERENCE_STEPS, adds_noise, scheduler_by_nam
 from latent_prior.hub import model_folder
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from latent_prior.sample_writers import FORMATS, Samples, save_interpolation, save_preview
-from latent_prior.sampling import BLOCK, ExactSampler
+from latent_prior.sampling import CHUNK
 from mnif.signals.outputs import Animation, MeshFormat, writer_from_flags
 from mnif.signals.registry import signal_of_model
 from mnif.utils.args import parse_arguments
@@ -92,7 +92,7 @@ def sample(arguments: SampleArguments) -> None:
     if arguments.scheduler:
         pipeline.scheduler = scheduler_by_name(arguments.scheduler, pipeline.scheduler)
     samples = _samples(arguments, pipeline)
-    denoiser, scheduler = pipeline.select_denoiser(arguments.num_inference_steps, samples.drawing.use_student)
+    denoiser, scheduler = pipeline.select_denoiser(arguments.num_inference_steps, samples.options["use_student"])
     if arguments.interpolate and adds_noise(scheduler):
         raise UserError(
             f"--interpolate: {type(scheduler).__name__} adds noise in every step; name another --scheduler, "
@@ -113,7 +113,7 @@ def sample(arguments: SampleArguments) -> None:
     _check_same_samples(output, requested, samples.any_there())
 
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
-    missing = [samples.missing(number) for number in samples.units()]  # as all processes find it, for none writes yet
+    missing = {chunk: samples.missing(chunk) for chunk in samples.chunks()}  # as all find it, for none writes yet
     state.wait_for_everyone()
     if state.is_main_process:
         for folder in samples.folders():
@@ -123,14 +123,14 @@ def sample(arguments: SampleArguments) -> None:
     pipeline.to(state.device)
     pipeline.set_progress_bar_config(disable=True)
     started = time.perf_counter()
-    todo = [number for number, count in enumerate(missing) if count]
+    todo = [chunk for chunk, count in missing.items() if count]
     unseen = _write(samples, todo[state.process_index :: state.num_processes], missing, state)
     flush_everything()
     unseen = sum(gather_object([unseen]))
     if not state.is_main_process:
         return
     samples.finish()
-    _report(samples, sum(missing), unseen, time.perf_counter() - started)
+    _report(samples, sum(missing.values()), unseen, time.perf_counter() - started)
     if arguments.grid:
         save_preview(samples, arguments.grid)
     if arguments.interpolate:
@@ -146,8 +146,8 @@ def _check(arguments: SampleArguments) -> None:
         raise UserError(f"--grid {arguments.grid}: must be at least 0")
     if arguments.interpolate and arguments.num_samples < 2:
         raise UserError("--interpolate: --num_samples 2 at least are needed")
-    if arguments.shard_size % BLOCK:
-        raise UserError(f"--shard_size {arguments.shard_size}: must be a multiple of {BLOCK}")
+    if arguments.shard_size % CHUNK:
+        raise UserError(f"--shard_size {arguments.shard_size}: must be a multiple of {CHUNK}")
     if not 0 <= arguments.truncation <= 1:
         raise UserError(f"--truncation {arguments.truncation:g}: must lie between 0 and 1")
     if arguments.seed < 0:
@@ -164,23 +164,23 @@ def _samples(arguments: SampleArguments, pipeline: MNIFPipeline) -> Samples:
     return FORMATS[arguments.format](
         output=arguments.output_dir,
         count=arguments.num_samples,
-        drawing=ExactSampler(
-            pipeline,
-            arguments.seed,
-            arguments.num_inference_steps,
-            arguments.truncation,
-            use_student=False if arguments.scheduler else None,
-        ),
+        pipeline=pipeline,
+        seed=arguments.seed,
+        options={
+            "num_inference_steps": arguments.num_inference_steps,
+            "truncation": arguments.truncation,
+            "use_student": False if arguments.scheduler else None,
+        },
         signal=signal,
         writer=writer_from_flags(arguments, signal),
         at_once=arguments.batch_size,
-        unit=BLOCK if arguments.format == "folder" else arguments.shard_size,
+        chunk_size=CHUNK if arguments.format == "folder" else arguments.shard_size,
     )
 
 
-def _write(samples: Samples, numbers: list[int], missing: list[int], state: PartialState) -> int:
-    """Writes units of samples; counts those of which there was nothing to show."""
-    unseen, total = 0, sum(missing[number] for number in numbers)
+def _write(samples: Samples, chunks: list[range], missing: dict[range, int], state: PartialState) -> int:
+    """Writes chunks of samples; counts the samples of which there was nothing to show."""
+    unseen, total = 0, sum(missing[chunk] for chunk in chunks)
     whose = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
     with (
         progress_bar(
@@ -188,8 +188,8 @@ def _write(samples: Samples, numbers: list[int], missing: list[int], state: Part
         ) as bar,
         torch.no_grad(),
     ):
-        for number in numbers:
-            for why in samples.write(number):
+        for chunk in chunks:
+            for why in samples.write(chunk):
                 unseen += why is not None
                 bar.update()
     return unseen

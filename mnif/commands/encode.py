@@ -24,7 +24,7 @@ from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_file, sha256_of_folder, write_json
 from mnif.utils.output_folders import check_output_folder, output_folder_of
 from mnif.utils.process import command_line, peak_memory_megabytes, progress_bar
-from mnif.utils.resumable import Parts
+from mnif.utils.resumable import Chunks
 
 REFINEMENT_STEPS = {"fast": 0, "balanced": 60, "best": 300}
 
@@ -119,17 +119,17 @@ def _find(
     search = {"steps": steps, "model": sha256_of_folder(arguments.model), "data": data.fingerprint()}
     search |= {name: str(value) for name, value in asdict(arguments).items() if name != "output_dir"}
     search |= {"mask": sha256_of_file(arguments.mask)} if arguments.mask is not None else {}
-    parts = Parts(output / ".parts", search)
+    chunks = Chunks(output / ".parts", "latents", search)
     with progress_bar(total=len(rows), desc="finding latents", unit=signal.noun) as bar:
         for begin in range(0, len(rows), arguments.batch_size):
             batch = rows.subset(np.arange(begin, min(begin + arguments.batch_size, len(rows))))
-            if begin not in parts:
+            if begin not in chunks:
                 (latents,) = infer_latents(
                     decoder, signal, batch, latent_init, steps, arguments.refinement_learning_rate, len(batch), observe
                 )
-                parts.save(begin, latents)
+                chunks.save(begin, latents.cpu().numpy())
             bar.update(len(batch))
-    found = parts.all()
+    found = torch.from_numpy(chunks.all())
     seconds = time.perf_counter() - started
     metrics = evaluate_latents(decoder, signal, rows, found)
     held_out = torch.zeros(len(found), dtype=torch.bool)
@@ -150,7 +150,7 @@ def _find(
             "peak_rss_mb": peak_memory_megabytes(),
         },
     )
-    parts.remove()
+    chunks.remove()
     shown = ", ".join(f"{name} {values.double().mean():.3f}" for name, values in metrics.items())
     print(f"{output}: {len(found)} latents, {shown} on average")
     if badly:

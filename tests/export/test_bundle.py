@@ -3,6 +3,7 @@ import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ import torch
 from onnx import numpy_helper
 from safetensors.numpy import load_file
 
+from export.bundle import sampled
 from export.commands.export import ExportArguments, export_bundle
 from export.device import runtime
 from export.graphs import fields
@@ -19,7 +21,7 @@ from export.graphs.sampler import for_decoder
 from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import student_scheduler
 from latent_prior.pipeline import MNIFPipeline
-from latent_prior.sampling import initial_noise
+from latent_prior.sampling import initial_noise, sample_latents
 from mnif.cli import main
 from mnif.latents.table import LatentTable
 from mnif.models.io import save_component
@@ -157,6 +159,25 @@ def test_baked_graphs_after_the_first_few_are_only_checked_for_finite_weights(
     assert not (tmp_path / "broken").exists()
 
 
+def test_baked_samples_are_those_of_mnif_sample_to_the_last_bit(
+    pipeline: MNIFPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[torch.Tensor] = []
+
+    def watched(*arguments: Any, **options: Any) -> torch.Tensor:
+        drawn.append(sample_latents(*arguments, **options))
+        return drawn[-1]
+
+    pipeline.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("latent_prior.sample_writers.sample_latents", watched)
+    flags = ["--num_samples", "70", "--seed", "5", "--num_inference_steps", "3", "--grid", "0"]
+    assert main(["sample", "--model", f"{tmp_path}/model", "--output_dir", f"{tmp_path}/drawn", *flags]) == 0
+    baked = sampled(pipeline, 70, 3, 5, least=3)
+    assert torch.equal(baked.latents, torch.cat(drawn)[:70])
+    assert torch.equal(sampled(pipeline, 1, 3, 5, least=3).latents, drawn[0][:3])
+    assert baked.labels[69] == {"seed": 5, "sample": 69}
+
+
 @pytest.mark.parametrize(("channels", "resolution"), [(1, [9, 14]), (3, [12]), (4, [16])])
 def test_padded_values_have_four_channels(
     pipeline: MNIFPipeline, options: ExportArguments, channels: int, resolution: list[int]
@@ -246,8 +267,12 @@ def test_graphs_that_differ_from_float64_are_not_written(
 
 
 def test_a_model_that_gives_no_numbers_is_refused(pipeline: MNIFPipeline, options: ExportArguments) -> None:
-    pipeline.denoiser.latent_mean.fill_(float("nan"))
+    with torch.no_grad():
+        pipeline.decoder.bases[0].fill_(float("nan"))
     with pytest.raises(UserError, match="differs from float64 by nan"):
+        export_bundle(pipeline, options)
+    pipeline.denoiser.latent_mean.fill_(float("nan"))
+    with pytest.raises(UserError, match="the denoiser draws NaN or infinity with 3 steps"):
         export_bundle(pipeline, options)
 
 

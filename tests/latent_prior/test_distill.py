@@ -163,7 +163,7 @@ def test_students_of_an_exact_teacher_reach_it_and_gain_from_more_steps() -> Non
 def test_pairs_are_kept_continued_and_belong_to_their_teacher(
     pipeline: MNIFPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(latent_prior.distillation, "_PART", 4)
+    monkeypatch.setattr(latent_prior.distillation, "_CHUNK", 4)
     solved: list[int] = []
 
     def counted(teacher: Teacher, states: torch.Tensor, timestep: int) -> torch.Tensor:
@@ -182,7 +182,7 @@ def test_pairs_are_kept_continued_and_belong_to_their_teacher(
     assert some.states.shape == some.samples.shape == (6, 2, 12)
     assert solved == [999, 499] * 2
     more = pairs(10)
-    assert solved == [999, 499] * 3  # only the third part is new
+    assert solved == [999, 499] * 3  # only the third chunk is new
     assert torch.equal(more.samples[:6], some.samples)
     assert torch.equal(more.states[:6], some.states)
     noise = some.states[:, 0]

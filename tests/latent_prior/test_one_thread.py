@@ -6,7 +6,7 @@ import torch
 from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
-from latent_prior.sampling import ExactSampler
+from latent_prior.sampling import sample_latents
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.outputs import decode_images
 from mnif.utils.errors import UserError
@@ -35,7 +35,7 @@ def test_pictures_are_the_same_on_one_thread_and_on_two() -> None:
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            latents = ExactSampler(pipeline, seed=0, num_inference_steps=4).samples(64)
+            latents = sample_latents(pipeline, 0, range(64), num_inference_steps=4)
             with torch.no_grad():
                 drawn.append((latents, torch.cat([*decode_images(decoder, latents)])))
     finally:

@@ -1,3 +1,4 @@
+import doctest
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from latent_prior.commands.prior import add_prior
 from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import scheduler_by_name, student_scheduler
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
-from latent_prior.sampling import initial_noise, slerp, step_generators
+from latent_prior.sampling import CHUNK, initial_noise, sample_latents, slerp, step_generators
 from mnif.models.io import save_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.outputs import check_output_type, decode_images, postprocess
@@ -29,6 +30,12 @@ def test_output_types_agree(pipeline: MNIFPipeline) -> None:
     np.testing.assert_array_equal(np.asarray(pictures["pil"][1]), (pictures["np"][1] * 255).round().astype(np.uint8))
     decoded = (pipeline.decoder(pictures["latent"]) / 2 + 0.5).clamp(0, 1).detach()
     torch.testing.assert_close(decoded, torch.from_numpy(pictures["np"]))
+
+
+def test_the_example_in_the_docstring_runs() -> None:
+    example = doctest.DocTestParser().get_doctest(str(MNIFPipeline.__call__.__doc__), {}, "call", None, None)
+    assert len(example.examples) > 1
+    assert doctest.DocTestRunner().run(example) == (0, len(example.examples))
 
 
 def test_generator_steps_resolution_and_return_dict(pipeline: MNIFPipeline) -> None:
@@ -79,6 +86,16 @@ def test_sample_depends_on_seed_and_number_alone(pipeline: MNIFPipeline) -> None
     together = pipeline(latents=torch.from_numpy(noise), output_type="latent").images
     alone = pipeline(latents=torch.from_numpy(noise[3:4]), output_type="latent").images
     torch.testing.assert_close(together[3:4], alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scheduler", ["UniPCMultistepScheduler", "DDPMScheduler"])
+def test_samples_are_the_same_to_the_last_bit_in_whatever_company(pipeline: MNIFPipeline, scheduler: str) -> None:
+    pipeline.scheduler = scheduler_by_name(scheduler, pipeline.scheduler)
+    whole = sample_latents(pipeline, 7, range(3 * CHUNK), 4, truncation=0.9)
+    assert whole.shape == (192, 12)
+    for indices in (range(1), range(60, 70), range(100, 150), range(63, 129), [191, 3, 5], [150, 2, 149]):
+        assert torch.equal(sample_latents(pipeline, 7, indices, 4, truncation=0.9), whole[[*indices]])
+    assert not torch.allclose(sample_latents(pipeline, 8, range(1), 4), whole[:1])
 
 
 def test_loading_names_what_is_missing(pipeline: MNIFPipeline, tmp_path: Path) -> None:

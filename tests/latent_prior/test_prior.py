@@ -11,6 +11,7 @@ from PIL import Image
 from latent_prior.commands.prior import parse_prior_arguments
 from latent_prior.denoisers import Denoiser, PaperDenoiser, ResMLPDenoiser
 from latent_prior.diffusion import (
+    OBJECTIVES,
     DenoisingLoss,
     Objective,
     noise_levels,
@@ -25,8 +26,6 @@ from mnif.latents.table import LatentTable
 from mnif.models.io import save_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
-
-OBJECTIVES: list[Objective] = ["x0", "v", "flow"]
 
 
 class Knowing(Denoiser):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,27 +19,27 @@ from safetensors.torch import load_file, save_file
 from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
-from latent_prior.sampling import ExactSampler, initial_noise
+from latent_prior.sampling import initial_noise, sample_latents
 from mnif.cli import main
 from mnif.data.images import load_images
 from mnif.data.voxels import load_voxels
 from mnif.models.mnif_model import MNIFModel
 
-# Runs a `mnif` command that is killed at its fourth block of samples.
+# Runs a `mnif` command that is killed at its fourth chunk of samples.
 KILLED = """
 import os, signal, sys
-from latent_prior.sampling import Drawing
+from latent_prior import sample_writers
 from mnif.cli import main
 
-block, numbers = Drawing.block, []
+sample_latents, drawn = sample_writers.sample_latents, []
 
-def killed(self, number):
-    numbers.append(number)
-    if len(numbers) == 4:
+def killed(pipeline, seed, indices, **options):
+    drawn.append(indices)
+    if len(drawn) == 4:
         os.kill(os.getpid(), signal.SIGKILL)
-    return block(self, number)
+    return sample_latents(pipeline, seed, indices, **options)
 
-Drawing.block = killed
+sample_writers.sample_latents = killed
 sys.exit(main(sys.argv[1:]))
 """
 STOCHASTIC = ["--scheduler", "DDPMScheduler", "--num_inference_steps", "5"]
@@ -102,7 +103,7 @@ def error_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_bytes_depend_on_seed_and_number_alone(model: Path, tmp_path: Path) -> None:
-    """Not on how many are drawn or decoded at a time, nor on which of a block are there already."""
+    """Not on how many are drawn or decoded at a time, nor on which of a chunk are there already."""
     many = draw(model, tmp_path / "many", 100, *STOCHASTIC)
     few = draw(model, tmp_path / "few", 7, "--batch_size", "3", *STOCHASTIC)
     assert len(many) == 100
@@ -122,7 +123,7 @@ def test_bytes_do_not_depend_on_where_weights_lie_in_their_files(touchy: Path, t
         model = with_longer_headers(touchy, characters)
         pipeline = MNIFPipeline.from_pretrained(model)
         pipeline.set_progress_bar_config(disable=True)
-        latents.append(ExactSampler(pipeline, seed=0, num_inference_steps=2).block(0))
+        latents.append(sample_latents(pipeline, 0, range(64), num_inference_steps=2))
         pictures.append(draw(model, tmp_path / f"drawn-{characters}", 256, "--num_inference_steps", "5"))
     assert all(torch.equal(each, latents[0]) for each in latents)
     assert all(each == pictures[0] for each in pictures)
@@ -194,16 +195,16 @@ def test_a_stopped_command_continues(
 ) -> None:
     flags = ["--format", format, "--shard_size", "128", "--resolution", "8"]
     whole = draw(model, tmp_path / "whole", 300, *flags)
-    block, drawn = ExactSampler.block, []
+    drawn: list[range] = []
 
-    def stopped(self: ExactSampler, number: int) -> torch.Tensor:
-        drawn.append(number)
+    def stopped(pipeline: MNIFPipeline, seed: int, indices: range, **options: Any) -> torch.Tensor:
+        drawn.append(indices)
         if len(drawn) == 4:
             raise KeyboardInterrupt
-        return block(self, number)
+        return sample_latents(pipeline, seed, indices, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ExactSampler, "block", stopped)
+        patch.setattr("latent_prior.sample_writers.sample_latents", stopped)
         command = ["sample", "--model", str(model), "--output_dir", f"{tmp_path}/parts", "--num_samples", "300"]
         assert main([*command, *flags]) == 130
     parts = contents(tmp_path / "parts")

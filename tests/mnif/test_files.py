@@ -4,11 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from latent_prior.pipeline import MNIFPipeline
 from mnif.utils.files import folder_written_atomically, written_atomically
-from mnif.utils.resumable import Parts
 
 
 def test_file_stays_old_when_the_disk_fills(tmp_path: Path) -> None:
@@ -78,20 +76,6 @@ def test_a_folder_whose_place_was_never_taken_comes_back(tmp_path: Path, monkeyp
             (temporary / "a").write_text("new")
         assert (path / "a").read_text() == "old"
         assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
-
-
-def test_parts_of_another_search_go_and_nothing_else_does(tmp_path: Path) -> None:
-    parts = Parts(tmp_path / "pairs", {"seed": 0})
-    parts.save(0, torch.zeros(2, 3))
-    (tmp_path / "pairs/notes.txt").write_text("mine")
-    (tmp_path / "pairs/mine.safetensors").write_text("mine")
-    assert 0 in Parts(tmp_path / "pairs", {"seed": 0})
-    parts = Parts(tmp_path / "pairs", {"seed": 1})
-    assert 0 not in parts
-    parts.save(0, torch.ones(2, 3))
-    assert torch.equal(parts.all(), torch.ones(2, 3))
-    parts.remove()
-    assert sorted(path.name for path in (tmp_path / "pairs").iterdir()) == ["mine.safetensors", "notes.txt"]
 
 
 def test_model_survives_a_disk_that_fills_during_a_save(pipeline: MNIFPipeline, tmp_path: Path) -> None:

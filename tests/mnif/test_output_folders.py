@@ -204,7 +204,7 @@ def test_a_command_that_fails_at_once_leaves_no_folder(
     def stopped(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mnif.commands.encode.Parts", stopped)
+    monkeypatch.setattr("mnif.commands.encode.Chunks", stopped)
     words = command("encode", tmp_path / "out", filled / "fit", picture_folder)
     assert main(words) == 130
     assert not (tmp_path / "out").exists()
