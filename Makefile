@@ -37,4 +37,4 @@ lint: install
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

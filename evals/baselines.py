@@ -20,8 +20,8 @@ def prior_latents(
     def drawn(rows: range) -> np.ndarray:
         return sample_latents(pipeline, seed, rows, steps).cpu().numpy()
 
-    key, width = [fingerprint, "prior", seed, steps], pipeline.decoder.config.latent_dim
-    return cache.rows(key, count, width, lambda rows: rows, drawn, "sampling")
+    key = [fingerprint, "prior", seed, steps]
+    return cache.rows(key, count, pipeline.decoder.config.latent_dim, lambda rows: rows, drawn, "sampling")
 
 
 def gaussian_latents(table: LatentTable, count: int, seed: int) -> np.ndarray:

@@ -21,10 +21,12 @@ from torch import Tensor
 from mnif.cli import main
 from mnif.data.dataset import Dataset
 from mnif.data.images import files_by_name
+from mnif.data.source import DataSource
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import GridSignal, Observation
 from mnif.signals.registry import register_signal
 from mnif.utils.errors import UserError
+from mnif.utils.pixels import as_axes
 
 _LENGTH = 2048  # samples of a clip unless --resolution says otherwise
 
@@ -48,7 +50,7 @@ class AudioData(Dataset):
     groups: list[str]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """The samples."""
+        """Returns the samples."""
         return {"samples": self.samples}
 
 
@@ -70,7 +72,7 @@ def load_audio(source: str, length: int) -> AudioData:
 
 
 def _clip(path: Path, length: int) -> tuple[np.ndarray, int]:
-    """The first ``length`` samples, int16, and the rate."""
+    """Reads the first ``length`` samples, int16, and the rate."""
     try:
         with wave.open(str(path)) as clip:
             channels, width, rate, *_ = clip.getparams()
@@ -106,6 +108,11 @@ class Audio(GridSignal):
         self.rate = rate
 
     @classmethod
+    def recognizes(cls, source: DataSource) -> bool:
+        """Recognizes folders of WAV files."""
+        return ".wav" in source.file_suffixes
+
+    @classmethod
     def load(cls, source: str, options: Mapping[str, Any]) -> AudioData:
         """Reads clips of ``resolution`` samples, 2048 unless given."""
         length, *more = options["resolution"] or [_LENGTH]
@@ -119,27 +126,27 @@ class Audio(GridSignal):
         return cls(data.samples.shape[1], stride=options["stride"], rate=data.rate)
 
     def load_like(self, source: str) -> AudioData:
-        """Clips of the model's length and rate."""
-        assert isinstance(self.resolution, int)
-        data = load_audio(source, self.resolution)
+        """Reads clips of the model's length and rate."""
+        (length,) = as_axes(self.resolution, 1)
+        data = load_audio(source, length)
         if data.rate != self.rate:
             raise UserError(f"--data {source}: {data.rate} samples a second where the model has {self.rate}")
         return data
 
     def settings(self) -> dict[str, Any]:
-        """Resolution, channels, stride and rate."""
+        """Returns resolution, channels, stride and rate."""
         return super().settings() | {"rate": self.rate}
 
     def observe(self, batch: Mapping[str, Tensor]) -> Observation:
-        """``samples`` [B, T] int16 → [B, T, 1] in [-1, 1]."""
+        """Maps ``samples`` [B, T] int16 to [B, T, 1] in [-1, 1]."""
         return self.on_grid(batch["samples"][..., None].float() / 32768)
 
-    def pictures(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
-        """The waveforms."""
+    def images(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
+        """Draws the waveforms."""
         return _waveforms(decoder(latents))
 
     def original_images(self, batch: Mapping[str, Tensor]) -> np.ndarray:
-        """The originals' waveforms."""
+        """Draws the originals' waveforms."""
         return _waveforms(self.observe(batch).values)
 
 

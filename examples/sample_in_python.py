@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latent_prior.pipeline import MNIFPipeline
+from latent_prior import MNIFPipeline
 from latent_prior.sampling import initial_noise, slerp
 
 

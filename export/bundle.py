@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from export.device.bundle import ENGINES, UNFINISHED
-from export.graphs.fields import Resolution, baked_specs, decoder_spec, padded
+from export.graphs.fields import Resolution, baked_specs, decoder_spec, widen_channels
 from export.graphs.radiance import baked_radiance_specs, radiance_specs
 from export.graphs.sampler import browser_specs, for_decoder, sampler_spec
 from export.graphs.specs import GraphSpec
@@ -31,7 +31,7 @@ from mnif.utils.files import flush_to_disk, read_json, sha256_of_file, write_jso
 
 
 @dataclass(frozen=True)
-class Dataset:
+class ExportedInstances:
     """Latents, and what the manifest says of each that is baked.
 
     Attributes:
@@ -43,14 +43,18 @@ class Dataset:
     labels: list[dict[str, Any]]
 
 
-def sampled(pipeline: MNIFPipeline, count: int, num_inference_steps: int, seed: int, least: int) -> Dataset:
-    """Samples 0 to ``count`` - 1 of ``seed``, the same that `mnif sample` draws, and latents of ``least`` samples."""
+def sample_instances(
+    pipeline: MNIFPipeline, count: int, num_inference_steps: int, seed: int, least: int
+) -> ExportedInstances:
+    """Draws samples 0 to ``count`` - 1 of ``seed`` as `mnif sample` does, and latents of ``least`` samples."""
     latents = sample_latents(pipeline, seed, range(max(count, least)), num_inference_steps)
-    return Dataset(latents, [{"seed": seed, "sample": index} for index in range(count)])
+    return ExportedInstances(latents, [{"seed": seed, "sample": index} for index in range(count)])
 
 
-def of_table(decoder: MNIFModel, path: Path, count: int, ids: Sequence[str] | None, least: int) -> Dataset:
-    """Rows of a latent table: those of ``ids``, or the first ``count``; and latents of ``least`` rows if there are.
+def instances_of_table(
+    decoder: MNIFModel, path: Path, count: int, ids: Sequence[str] | None, least: int
+) -> ExportedInstances:
+    """Takes rows of a latent table, those of ``ids`` or the first ``count``, and latents of ``least`` rows if it can.
 
     Raises:
         UserError: no such table or id, or the table belongs to another decoder.
@@ -65,11 +69,11 @@ def of_table(decoder: MNIFModel, path: Path, count: int, ids: Sequence[str] | No
                 raise UserError(f"--ids {id}: not in {path}, which begins with {', '.join(table.ids[:3])}")
         rows = [place[id] for id in ids]
     further = [row for row in range(len(table.ids)) if row not in set(rows)][: max(least - len(rows), 0)]
-    return Dataset(table.latents[rows + further], [{"id": table.ids[row]} for row in rows])
+    return ExportedInstances(table.latents[rows + further], [{"id": table.ids[row]} for row in rows])
 
 
-def noise_alone(decoder: MNIFModel, count: int, seed: int) -> Tensor:
-    """Latents [count, D] for the reference of a decoder that comes with neither prior nor latent table."""
+def reference_latents(decoder: MNIFModel, count: int, seed: int) -> Tensor:
+    """Draws latents [count, D] for the reference of a decoder with neither prior nor latent table."""
     return torch.from_numpy(initial_noise(seed, range(count), decoder.config.latent_dim))
 
 
@@ -105,22 +109,22 @@ class Selection:
     browser: bool = False
 
     def specs(self) -> Iterator[GraphSpec]:
-        """Decoder, samplers, what radiance fields have besides, and the baked instances.
+        """Yields decoder, samplers, what radiance fields have besides, and the baked instances.
 
         Raises:
             UserError: the latent table does not fit, the scheduler cannot be exported, or float32 is not enough.
         """
-        decoder = padded(self.decoder) if self.pad_channels else self.decoder
+        decoder = widen_channels(self.decoder) if self.pad_channels else self.decoder
         signal, instances = signal_of_model(decoder), self._instances()
         shown = instances.latents[:_REFERENCES]
         yield decoder_spec(decoder, shown, self.resolution)
         if self.pipeline is not None:
             resolution = None if isinstance(signal, RadianceField) else self.resolution
             for count in self.steps:
-                yield sampler_spec(self._drawing(decoder, count), count, resolution, self.seed)
+                yield sampler_spec(self._pipeline_for(decoder, count), count, resolution, self.seed)
             if self.browser:
                 count = self.steps[-1]
-                yield from browser_specs(self._drawing(decoder, count), count, self.resolution, self.seed)
+                yield from browser_specs(self._pipeline_for(decoder, count), count, self.resolution, self.seed)
         if isinstance(signal, RadianceField):
             yield from radiance_specs(decoder, signal, shown, self.seed)
         latents, labels = instances.latents[: len(instances.labels)], instances.labels
@@ -128,8 +132,8 @@ class Selection:
         if isinstance(signal, RadianceField):
             yield from baked_radiance_specs(decoder, signal, latents, labels, self.seed)
 
-    def _drawing(self, decoder: MNIFModel, steps: int) -> MNIFPipeline:
-        """What draws in ``steps``: the student where it was distilled for them, as in the pipeline itself."""
+    def _pipeline_for(self, decoder: MNIFModel, steps: int) -> MNIFPipeline:
+        """Picks what draws in ``steps``: the student where it was distilled for them, as the pipeline itself does."""
         assert self.pipeline is not None
         denoiser, scheduler = self.pipeline.denoiser, self.pipeline.scheduler
         student = self.pipeline.student
@@ -140,17 +144,17 @@ class Selection:
                 f"{type(denoiser).__name__} cannot be exported; `mnif distill` makes a student that can, for "
                 "--num_inference_steps 1, 2 or 4"
             )
-        drawing = MNIFPipeline(decoder, for_decoder(denoiser, decoder), scheduler)
-        drawing.set_progress_bar_config(disable=True)
-        return drawing
+        pipeline = MNIFPipeline(decoder, for_decoder(denoiser, decoder), scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
-    def _instances(self) -> Dataset:
-        """What is baked, with as many further latents as references need."""
+    def _instances(self) -> ExportedInstances:
+        """Collects what is baked, with as many further latents as references need."""
         if self.table is not None:
-            return of_table(self.decoder, self.table, self.num_baked, self.ids, _REFERENCES)
+            return instances_of_table(self.decoder, self.table, self.num_baked, self.ids, _REFERENCES)
         if self.pipeline is not None:
-            return sampled(self.pipeline, self.num_baked, self.steps[-1], self.seed, _REFERENCES)
-        return Dataset(noise_alone(self.decoder, _REFERENCES, self.seed), [])
+            return sample_instances(self.pipeline, self.num_baked, self.steps[-1], self.seed, _REFERENCES)
+        return ExportedInstances(reference_latents(self.decoder, _REFERENCES, self.seed), [])
 
 
 COMMANDS = ("build", "sample", "verify", "bench")
@@ -211,12 +215,12 @@ def put_in_place(new: Path, output: Path) -> list[str]:
 
 
 def is_as_written(path: Path, entry: dict[str, Any]) -> bool:
-    """Whether a file is there and what a manifest's entry says of it."""
+    """Tells whether a file is there and what a manifest's entry says of it."""
     return path.is_file() and path.stat().st_size == entry["bytes"] and sha256_of_file(path) == entry["sha256"]
 
 
 def _files_of_bundle(output: Path) -> dict[str, Any]:
-    """What the manifest there names, as far as it lies below the folder; nothing where there is none."""
+    """Reads what the manifest there names, as far as it lies below the folder; nothing where there is none."""
     manifest = read_json(output / MANIFEST) if (output / MANIFEST).is_file() else {}
     files = manifest.get("files") if isinstance(manifest, dict) else {}
     return {name: entry for name, entry in files.items() if _is_inside(name)} if isinstance(files, dict) else {}

@@ -19,7 +19,7 @@ from mnif.utils.process import command_line
 
 
 def manifest_of(selection: Selection) -> dict[str, Any]:
-    """Everything but the graphs, which are to be added, the inputs, the files and the digest."""
+    """Describes a model: all but the graphs, which are to be added, the inputs, the files and the digest."""
     config, pipeline = selection.decoder.config, selection.pipeline
     resolution = selection.resolution
     sizes = [resolution] * config.dimensions if isinstance(resolution, int) else list(resolution)
@@ -60,7 +60,7 @@ def manifest_of(selection: Selection) -> dict[str, Any]:
 
 
 def graph_entry(variant: GraphVariant) -> dict[str, Any]:
-    """What the manifest says of one graph."""
+    """Describes one graph."""
     spec = variant.spec
     return {
         "kind": spec.kind,
@@ -84,7 +84,7 @@ def graph_entry(variant: GraphVariant) -> dict[str, Any]:
 
 
 def source_revision() -> str | None:
-    """The git commit these sources were read from, "-dirty" behind it if they were changed; None outside of git."""
+    """Finds the git commit of these sources, "-dirty" behind it if they were changed; None outside of git."""
     here = Path(__file__).resolve()
     try:
         # An installed copy may lie inside someone else's repository, which does not track this file.

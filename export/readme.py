@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+from export.graphs.specs import KINDS
+from mnif.signals.registry import signal_class
+
 
 def bundle_readme(manifest: dict[str, Any]) -> str:
-    """Markdown for a manifest (without files and digest), to be read by whoever unpacks the bundle on a board."""
+    """Writes Markdown for a manifest (without files and digest), for whoever unpacks the bundle on a board."""
     graphs = manifest["graphs"]
     shown = {name: graph for name, graph in graphs.items() if graph["reference"] is not None}
-    kinds = [kind for kind in _KINDS if any(graph["kind"] == kind for graph in graphs.values())]
+    kinds = [kind for kind in KINDS if any(graph["kind"] == kind for graph in graphs.values())]
     return _TEXT.format(
         version=manifest["package"]["version"],
         rows="\n".join(_row(graph) for graph in shown.values()),
@@ -23,7 +26,7 @@ def bundle_readme(manifest: dict[str, Any]) -> str:
 
 
 def trtexec_command(name: str, graph: Mapping[str, Any]) -> str:
-    """The line that builds and times one graph's engine with TensorRT, to be run in the bundle folder."""
+    """Writes the line that builds and times one graph's engine with TensorRT, to be run in the bundle folder."""
     shapes = [
         f"--{flag}Shapes={','.join(f'{source}:{_by(sizes[key])}' for source, sizes in graph['profile'].items())}"
         for flag, key in (("min", "minimum"), ("opt", "optimum"), ("max", "maximum"))
@@ -53,7 +56,7 @@ def _further(count: int) -> str:
 
 def _kind(kind: str, manifest: dict[str, Any]) -> str:
     sampling, grid = manifest["sampling"], manifest["grid"]
-    return f"- **{kind}**: " + _KINDS[kind].format(
+    return f"- **{kind}**: " + KINDS[kind].description.format(
         steps=" or ".join(map(str, sampling["num_inference_steps"])) if sampling else "",
         scheduler=sampling["scheduler"] if sampling else "",
         end="coefficients" if manifest["radiance"] else "values on the grid",
@@ -64,7 +67,7 @@ def _kind(kind: str, manifest: dict[str, Any]) -> str:
 
 def _values(manifest: dict[str, Any]) -> str:
     channels, stored = manifest["values"]["channels"], manifest["values"]["padded_channels"]
-    text = _MEANING.get(manifest["signal"], "Values lie in about [-1, 1].")
+    text = signal_class(manifest["signal"]).values_note
     return text if channels == stored else f"{text} Of {stored} channels the first {channels} count, the others are 0."
 
 
@@ -79,28 +82,6 @@ def _gate(manifest: dict[str, Any]) -> str:
         "that the graphs parse and compile, and says nothing of a board's speed. Its plans would not run on a Jetson "
         "and are not kept; seconds and sizes stand in `manifest.json`."
     )
-
-
-_KINDS = {
-    "sampler": "standard normal noise to {end}, {steps} steps of {scheduler} unrolled.",
-    "decoder": "mixture coefficients to values on the grid, {grid} points.",
-    "rays": "origins and directions (of length one) to colours, in world coordinates, the volume rendering inside.",
-    "points": "points of the world to colours and densities.",
-    "prior": "standard normal noise to the coefficients that *field* takes, for the page in examples/browser.",
-    "field": "coefficients and coordinates (as *baked* has them) to every cell's values, likewise.",
-    "baked": "one instance as {cells} coordinate network(s), one per cell, at any resolution. Each cell is asked at "
-    "its own coordinates, [-1, 1] across the cell; `device/` lays out the points and blends neighbouring cells.",
-}
-
-
-_MEANING = {
-    "image": "Values lie in about [-1, 1]; a pixel is `round(clip(value, -1, 1) * 127.5 + 127.5)`. Coordinate 0 runs "
-    "down the rows, coordinate 1 along the columns; the centre of pixel r of n lies at (r + 1/2) / n.",
-    "voxels": "A value above 0 is inside the shape, below is outside. Coordinate k runs along axis k; the centre of "
-    "voxel r of n lies at (r + 1/2) / n.",
-    "radiance": "Colours lie in about [-1, 1], densities are per unit of the world; the fourth channel of raw values "
-    "becomes a density in *points* and *rays* alone.",
-}
 
 
 _PRECISIONS = {

@@ -10,8 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-SERVED = ("decoder", "sampler")  # kinds of graphs
-
+from export.graphs.specs import KINDS
 
 _TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int64": "TYPE_INT64", "int32": "TYPE_INT32"}
 
@@ -27,7 +26,7 @@ def write_model_repository(bundle: Path, graphs: dict[str, dict[str, Any]]) -> N
         graphs: the manifest's graphs (:mod:`export.device.bundle`).
     """
     for name, graph in graphs.items():
-        if graph["kind"] not in SERVED:
+        if not KINDS[graph["kind"]].served:
             continue
         model = bundle / "triton" / name
         (model / "1").mkdir(parents=True)
@@ -62,7 +61,7 @@ def _zeros(tensor: dict[str, Any]) -> str:
 
 
 def _kind(tensor: dict[str, Any]) -> str:
-    """Type and shape without the batch, which Triton puts in front."""
+    """Writes type and shape without the batch, which Triton puts in front."""
     sizes = [size if isinstance(size, int) else -1 for size in tensor["shape"][1:]]
     return f"data_type: {_TYPES[tensor['type']]} dims: {sizes}"
 

@@ -16,6 +16,7 @@ from mnif import __version__
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
+from mnif.signals.registry import signal_class
 from mnif.utils.errors import UserError
 from mnif.utils.files import read_json, written_atomically
 
@@ -37,9 +38,6 @@ _LICENCES = {
     "furniture": ("cc-by-3.0", "Sweet Home 3D's libraries, CC0 and CC-BY 3.0"),
     "furniture-views": ("cc-by-3.0", "Sweet Home 3D's libraries, CC0 and CC-BY 3.0"),
 }
-
-
-_PIPELINE_TAGS = {"image": "unconditional-image-generation"}
 
 
 _STAGES = {"fit": "stage one", "prior": "stage two", "distill": "student"}
@@ -108,7 +106,7 @@ def model_card(run: Path) -> ModelCard:
         ModelCardData(
             license=licence,
             library_name="diffusers",
-            pipeline_tag=_PIPELINE_TAGS.get(decoder.config.signal),
+            pipeline_tag=signal_class(decoder.config.signal).pipeline_tag,
             tags=["mnif", "neural-fields", "implicit-neural-representations", decoder.config.signal],
         ),
         template_str=_TEMPLATE,

@@ -20,19 +20,9 @@ from torch import Tensor
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import CHUNK, denoised, initial_noise, sample_latents, slerp
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.base import Signal
-from mnif.signals.outputs import (
-    ImageWriter,
-    MeshWriter,
-    OutputWriter,
-    ViewWriter,
-    decode_grid,
-    decode_images,
-    scalar_or_list,
-)
-from mnif.signals.radiance import RadianceField
+from mnif.signals.base import OutputWriter, Signal
 from mnif.utils.files import temporary_folder, was_written, written_atomically
-from mnif.utils.pixels import image_grid, save_animation, save_image, to_uint8
+from mnif.utils.pixels import image_grid, save_animation, save_image
 from mnif.utils.resumable import Chunks, chunks_of
 
 
@@ -129,17 +119,8 @@ class FolderOfSamples(Samples):
 
     def _write_files(self, folder: Path, samples: list[int], latents: Tensor, first: int) -> Iterator[str | None]:
         """Writes the files of ``samples``, whose latents are those from ``first`` on."""
-        rows = [sample - first for sample in samples]
-        if isinstance(self.writer, ImageWriter):  # decoded many at a time
-            resolution = scalar_or_list(self.writer.resolution)
-            decoded = decode_images(self.decoder, latents, resolution, self.at_once, rows)
-            pictures = (picture for batch in decoded for picture in to_uint8(batch))
-            for sample, picture in zip(samples, pictures, strict=True):
-                save_image(folder / f"{sample:06d}.png", picture[..., 0] if picture.shape[-1] == 1 else picture)
-                yield None
-            return
-        for sample, row in zip(samples, rows, strict=True):
-            yield self.writer.write(self.decoder, self.signal, latents[row : row + 1], folder, f"{sample:06d}")
+        names = {sample - first: f"{sample:06d}" for sample in samples}
+        yield from self.writer.write_each(self.decoder, self.signal, latents, folder, names, self.at_once)
 
 
 class TarShards(FolderOfSamples):
@@ -212,27 +193,9 @@ class NpzOfSamples(Samples):
         """Writes a chunk."""
         arrays = []
         for samples, latents in self._drawn(chunk):
-            arrays.append(self._arrays(latents, len(samples)))
+            arrays.append(self.writer.to_array(self.decoder, self.signal, latents, len(samples), self.at_once))
             yield from [None] * len(samples)
         self.kept.save(chunk.start, np.concatenate(arrays))
-
-    def _arrays(self, latents: Tensor, count: int) -> np.ndarray:
-        """What the first ``count`` of ``latents`` are shown by."""
-        if isinstance(self.writer, ImageWriter):
-            parts = decode_images(
-                self.decoder, latents, scalar_or_list(self.writer.resolution), self.at_once, range(count)
-            )
-            return np.concatenate([to_uint8(part) for part in parts])
-        each = latents[:count].split(1)
-        if isinstance(self.writer, MeshWriter):
-            resolution = scalar_or_list(self.writer.resolution)
-            values = (decode_grid(self.decoder, latent, resolution)[..., 0] for latent in each)
-            return np.concatenate([(cube > 0).cpu().numpy() for cube in values])
-        if isinstance(self.writer, ViewWriter) and isinstance(self.signal, RadianceField):
-            height = self.writer.resolution[0] if self.writer.resolution else None
-            camera = (self.writer.views, self.writer.elevation, height)
-            return np.concatenate([self.signal.turntable(self.decoder, latent, *camera) for latent in each])
-        return np.concatenate([self.signal.pictures(self.decoder, latent) for latent in each])
 
     def finish(self) -> None:
         """Puts the chunks together, one in memory at a time."""
@@ -241,10 +204,9 @@ class NpzOfSamples(Samples):
         self.kept.remove()
 
     def _join(self) -> None:
-        name = {"image": "images", "voxels": "voxels", "radiance": "views"}.get(self.signal.name, "pictures")
         first = self.kept.load(0)
         header = {"descr": first.dtype.str, "fortran_order": False, "shape": (self.count, *first.shape[1:])}
-        entry = zipfile.ZipInfo(f"{name}.npy")  # of no date
+        entry = zipfile.ZipInfo(f"{self.writer.array_name}.npy")  # of no date
         with (
             written_atomically(self.path) as temporary,
             zipfile.ZipFile(temporary, "w") as archive,
@@ -266,7 +228,7 @@ def save_preview(samples: Samples, count: int) -> None:
     """Writes preview/grid.png, the first ``count`` samples at the training resolution."""
     count = min(count, samples.count)
     latents = sample_latents(samples.pipeline, samples.seed, range(count), **samples.options)
-    pictures = np.concatenate([samples.signal.pictures(samples.decoder, latent) for latent in latents.split(CHUNK)])
+    pictures = np.concatenate([samples.signal.images(samples.decoder, latent) for latent in latents.split(CHUNK)])
     sheet = image_grid(pictures, columns=min(count, 8), scale=_scale(pictures))
     save_image(samples.output / "preview" / "grid.png", sheet)
 
@@ -284,7 +246,7 @@ def save_interpolation(samples: Samples, steps: int) -> None:
     for start, end in pairwise(noise):
         way = torch.from_numpy(slerp(start, end, np.linspace(0, 1, steps + 1)))
         latents = denoised(samples.pipeline, way, **samples.options)
-        ways.append(samples.signal.pictures(samples.decoder, latents))
+        ways.append(samples.signal.images(samples.decoder, latents))
     pictures = np.concatenate(ways)
     folder, scale = samples.output / "preview", _scale(pictures)
     save_image(folder / "interpolation.png", image_grid(pictures, columns=steps + 1, scale=scale))

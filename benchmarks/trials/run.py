@@ -23,7 +23,7 @@ from torch.nn.utils import clip_grad_norm_
 from variants import VARIANTS, Variant
 
 from evals.metrics.reconstruction import border_step_ratio
-from mnif.commands.fit import DECODER_SETTINGS, make_method, make_optimizers, parse_fit_arguments
+from mnif.commands.fit import DECODER_SETTINGS, make_method, parse_fit_arguments
 from mnif.data.batches import ArrayDataset, ShuffledBatches, array_dataset
 from mnif.data.dataset import Split
 from mnif.latents.inference import evaluate_latents, infer_latents
@@ -32,7 +32,7 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import GridSignal, Observation, Signal
 from mnif.signals.image import Image
 from mnif.signals.registry import signal_class
-from mnif.training.methods import LearningMethod
+from mnif.training.methods import LearningMethod, make_optimizers
 from mnif.utils.process import progress_bar
 
 from muon import Muon  # isort: skip
@@ -126,7 +126,9 @@ def _with_values(observation: Observation, change: Callable[[Tensor], Tensor]) -
 
 def _train(fit: Any, variant: Variant, method: LearningMethod, rows: ArrayDataset) -> None:
     """The product's loop without checkpoints: same batches, clipping and schedule."""
-    optimizers = [*_muon(variant, method), *make_optimizers(fit, method)]
+    use_muon = fit.matrix_optimizer == "muon"
+    usual = make_optimizers(method, fit.learning_rate, fit.basis_learning_rate, fit.adam_beta2, use_muon)
+    optimizers = [*_muon(variant, method), *usual]
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     parameters = list(method.parameters())
     batches = ShuffledBatches(len(rows), fit.train_batch_size, fit.seed, 0, fit.max_train_steps)

@@ -12,8 +12,7 @@ from export.bundle import MANIFEST, Selection, is_as_written, put_in_place, writ
 from export.device.bundle import manifest_digest
 from export.graphs.precision import PARTS, Precision, Storage
 from export.graphs.rtx_check import CompileReport, compile_with_rtx, rtx_is_installed
-from export.graphs.sampler import BROWSER_KINDS
-from export.graphs.specs import GraphVariant, variants
+from export.graphs.specs import KINDS, GraphVariant, make_variants
 from export.manifest import graph_entry, manifest_of
 from export.readme import bundle_readme
 from export.triton import write_model_repository
@@ -74,13 +73,11 @@ class ExportArguments:
     installed. Of the baked graphs the first alone is compiled."""
 
     def precisions_for(self, kind: str) -> tuple[Sequence[Precision], Storage | None]:
-        """Precisions and storage of a kind of graphs, None for what is multiplied.
-
-        A browser computes in float32, so its graphs have that alone.
-        """
-        if kind == "sampler":
+        """Precisions and storage of a kind of graphs, None for what is multiplied."""
+        chosen = KINDS[kind].precision
+        if chosen == "sampler":
             return self.sampler_precision, self.sampler_storage
-        return (["fp32"] if kind in BROWSER_KINDS else self.precision), None
+        return (["fp32"] if chosen == "fp32" else self.precision), None
 
 
 def selection_of(model: MNIFPipeline | MNIFModel, options: ExportArguments) -> Selection:
@@ -192,26 +189,7 @@ def export_bundle(
     with temporary_folder(output) as folder:
         (folder / "onnx").mkdir()
         manifest = manifest_of(selection) | {"inputs": inputs or {}}
-        reference: dict[str, Any] = {}
-        unmeasured = 0
-        for spec in selection.specs():
-            for variant in variants(spec, *options.precisions_for(spec.kind)):
-                path = folder / "onnx" / f"{variant.name}.onnx"
-                onnx.save_model(variant.model, path)
-                gated = compiles and (spec.instance is None or spec.name.startswith("baked_0000"))
-                report = compile_with_rtx(path, spec.profile) if gated else None
-                manifest["precision"][variant.precision] = PARTS[variant.precision]
-                manifest["graphs"][variant.name] = graph_entry(variant)
-                manifest["measured"][variant.name] = {"tensorrt_rtx": None if report is None else asdict(report)}
-                if spec.reference is None:
-                    unmeasured += 1
-                else:
-                    print(_line(variant, report))
-            if spec.reference is not None:
-                arrays = spec.reference.inputs | spec.reference.outputs
-                reference |= {f"{spec.reference.prefix}.{name}": array for name, array in arrays.items()}
-        if unmeasured:
-            print(f"{unmeasured} further baked graphs: the same nodes with other weights, all of them finite")
+        reference = _write_graphs(selection, options, folder, manifest, compiles)
         np.savez_compressed(folder / "reference.npz", **reference)
         _write_weights(selection.decoder, folder / "weights.safetensors")
         write_device_files(folder)
@@ -232,6 +210,33 @@ def export_bundle(
     if others:
         first = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
         print(f"{options.output_dir}: {len(others)} files that are not the bundle's stay as they are: {first}")
+
+
+def _write_graphs(
+    selection: Selection, options: ExportArguments, folder: Path, manifest: dict[str, Any], compiles: bool
+) -> dict[str, Any]:
+    """Writes ``onnx/`` and a line for each graph, adds the graphs to the manifest, and returns the references."""
+    reference: dict[str, Any] = {}
+    unmeasured = 0
+    for spec in selection.specs():
+        for variant in make_variants(spec, *options.precisions_for(spec.kind)):
+            path = folder / "onnx" / f"{variant.name}.onnx"
+            onnx.save_model(variant.model, path)
+            gated = compiles and (spec.instance is None or spec.name.startswith("baked_0000"))
+            report = compile_with_rtx(path, spec.profile) if gated else None
+            manifest["precision"][variant.precision] = PARTS[variant.precision]
+            manifest["graphs"][variant.name] = graph_entry(variant)
+            manifest["measured"][variant.name] = {"tensorrt_rtx": None if report is None else asdict(report)}
+            if spec.reference is None:
+                unmeasured += 1
+            else:
+                print(_line(variant, report))
+        if spec.reference is not None:
+            arrays = spec.reference.inputs | spec.reference.outputs
+            reference |= {f"{spec.reference.prefix}.{name}": array for name, array in arrays.items()}
+    if unmeasured:
+        print(f"{unmeasured} further baked graphs: the same nodes with other weights, all of them finite")
+    return reference
 
 
 def _check_output(output: Path) -> None:

@@ -39,7 +39,7 @@ def _inspect(options: Any) -> int:
 
 
 def bundle_lines(folder: BundleFolder) -> list[str]:
-    """What the manifest says: the model, the grid, and a line for every graph."""
+    """Lists what the manifest says: the model, the grid, and a line for every graph."""
     manifest = folder.manifest
     files = entry(manifest, "files", kind=dict)
     grid = manifest["grid"]
@@ -61,7 +61,7 @@ def bundle_lines(folder: BundleFolder) -> list[str]:
 
 
 def plan_lines(path: Path, kernels: bool) -> list[str]:
-    """What a plan's sidecar says, each kernel with what was fused into it if asked for.
+    """Lists what a plan's sidecar says, each kernel with what was fused into it if asked for.
 
     Raises:
         PlanRefused: the sidecar is missing, or was not written here.
@@ -86,7 +86,7 @@ def plan_lines(path: Path, kernels: bool) -> list[str]:
 
 
 def kernel_summary(kernels: list[dict[str, Any]]) -> str:
-    """How many kernels of which kind, and what they write, for one call: those of the last profile."""
+    """Counts the kernels of each kind, and what they write, for one call: those of the last profile."""
     if not kernels:
         return "the builder did not print its kernels"
     profiles = 1 + max(kernel["profile"] for kernel in kernels)

@@ -1,7 +1,8 @@
-"""A graph in OpenVINO on the CPU, fast for fields: sines as polynomials, one compilation for each shape.
+"""A graph in whatever is here: TensorRT, ONNX Runtime or OpenVINO.
 
-OpenVINO calls the C library for every sine, and that is where a field's time goes. Written as multiplications and
-additions, and with sizes known, OpenVINO makes one vectorised loop of them.
+In OpenVINO, sines are polynomials and each shape has a compilation of its own: OpenVINO calls the C library for every
+sine, and that is where a field's time goes. Written as multiplications and additions, and with sizes known, it makes
+one vectorised loop of them.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ class OpenVinoGraph:
         self._requests: OrderedDict[tuple, Any] = OrderedDict()
 
     def __call__(self, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """The outputs in the graph's order."""
+        """Runs the graph and returns its outputs in order."""
         request = self._request({name: list(array.shape) for name, array in arrays.items()})
         request.infer(arrays, share_inputs=True, share_outputs=True)
         return [request.get_output_tensor(index).data.copy() for index in range(len(self._model.outputs))]
@@ -163,12 +164,12 @@ class OnnxRuntimeGraph:
             raise BundleError(f"not a usable graph ({reason})") from None
 
     def __call__(self, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """The outputs in the graph's order."""
+        """Runs the graph and returns its outputs in order."""
         return self._session.run(None, arrays)
 
 
 def load_graph(folder: BundleFolder, name: str, backend: str = "auto", threads: int = 0) -> Any:
-    """A graph of a bundle ready to run, a function from inputs by name to the outputs in order.
+    """Loads a graph of a bundle: a function from inputs by name to the outputs in order.
 
     Args:
         folder: the bundle.

@@ -1,4 +1,7 @@
-"""What a measurement was made on: device, JetPack, power mode, processor, versions, memory."""
+"""`mnif bench`, on a device `python3 device/bench.py`: times a bundle's graphs in every backend.
+
+Beside the times stands what they were measured on: device, JetPack, power mode, processor, versions, memory.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backends import BACKENDS, BackendMissing, load_graph
-from .bundle import BundleError, BundleFolder, check_least, entry, write_json
+from .bundle import BundleError, BundleFolder, check_at_least, entry, write_json
 from .cli import Parser, columns, run_command
 from .cuda import Cuda, CudaError, find_gpu
 from .plans import PlanRefused
 
 
 def describe_machine() -> dict[str, Any]:
-    """Facts that belong beside every measured number; what cannot be found out is None."""
+    """Collects the facts that belong beside every measured number; what cannot be found out is None."""
     try:
         _, gpu = find_gpu()
         graphics, no_gpu = gpu._asdict(), None
@@ -43,7 +46,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def package_version(name: str) -> str | None:
-    """Of an installed module, which is imported for it; None where there is none."""
+    """Asks a module for its version, importing it; None where it is not installed."""
     if name == "numpy":
         return np.__version__
     try:
@@ -53,7 +56,7 @@ def package_version(name: str) -> str | None:
 
 
 def peak_memory_megabytes() -> float:
-    """The most memory this process has held."""
+    """Tells the most memory this process has held."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
@@ -73,7 +76,7 @@ def _text(path: Path) -> str | None:
 
 
 def _output(command: list[str]) -> str | None:
-    """What a command of the system prints, on one line."""
+    """Runs a command of the system and returns what it prints, on one line; None where it fails."""
     try:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
@@ -110,9 +113,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _bench(options: Any) -> int:
     folder = BundleFolder(options.bundle)
-    check_least("rounds", options.rounds, 1)
+    check_at_least("rounds", options.rounds, 1)
     for size in options.batch_sizes:
-        check_least("batch_sizes", size, 1)
+        check_at_least("batch_sizes", size, 1)
     machine = describe_machine()
     print(_headline(machine))
     subjects: list[Subject] = []
@@ -137,7 +140,7 @@ def _bench(options: Any) -> int:
 
 
 def _typical(folder: BundleFolder) -> list[str]:
-    """The first graph of each kind, precision and number of steps."""
+    """Names the first graph of each kind, precision and number of steps."""
     first: dict[tuple, str] = {}
     for name, graph in sorted(entry(folder.manifest, "graphs", kind=dict).items()):
         key = (graph["kind"], graph["precision"], graph["storage"], graph["steps"], graph["instance"] is None)
@@ -146,7 +149,7 @@ def _typical(folder: BundleFolder) -> list[str]:
 
 
 def _subjects(folder: BundleFolder, name: str, backend: str, batch_sizes: list[int], threads: int) -> list[Subject]:
-    """A graph at each batch size; one without a batch at its best shape. TensorRT with and without a CUDA graph."""
+    """Loads a graph for each batch size (without a batch, its best shape); TensorRT with and without a CUDA graph."""
     graph = folder.graph(name)
     batched = any("batch" in each["shape"] for each in graph["inputs"])
     best = next(iter(graph["profile"].values()))["optimum"]
@@ -165,7 +168,7 @@ def _subjects(folder: BundleFolder, name: str, backend: str, batch_sizes: list[i
 
 
 def _inputs(graph: dict[str, Any], size: int) -> dict[str, np.ndarray]:
-    """Uniform numbers in [-1, 1] of the best shapes, ``size`` along the batch."""
+    """Draws uniform numbers in [-1, 1] of the best shapes, ``size`` along the batch."""
     random = np.random.default_rng(0)
     arrays = {}
     for tensor in graph["inputs"]:
@@ -176,7 +179,7 @@ def _inputs(graph: dict[str, Any], size: int) -> dict[str, np.ndarray]:
 
 
 def _times(subjects: list[Subject], rounds: int) -> tuple[np.ndarray, np.ndarray]:
-    """Host and device milliseconds, [subjects, rounds]; the device's are NaN on a CPU."""
+    """Measures host and device milliseconds, [subjects, rounds]; the device's are NaN on a CPU."""
     host, device = np.empty((2, len(subjects), rounds))
     for round_number in range(-_WARM_UP, rounds):
         for index, subject in enumerate(subjects):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from .bundle import ENGINES, BundleError, BundleFolder, entry, write_whole
+from .bundle import ENGINES, BundleError, BundleFolder, entry, write_atomically
 from .cli import Parser, run_command
 from .cuda import CudaError, Gpu, find_gpu
 from .plans import PlanRefused, environment, plan_key, read_plan, state_folder, write_plan
@@ -94,7 +94,7 @@ def _build_one(folder: BundleFolder, name: str, module: Any, gpu: Gpu | None, op
         targets,
     )
     if cache is not None and plan.timing_cache is not None:
-        write_whole(cache, plan.timing_cache)
+        write_atomically(cache, plan.timing_cache)
     kernels = [kernel._asdict() for kernel in kernels_of_log(plan.log)]
     report = {**plan.settings, "seconds": plan.seconds, "built_at": _now(), "kernels": kernels}
     write_plan(path, plan.content, facts, report, plan.log)
@@ -107,7 +107,7 @@ def _build_one(folder: BundleFolder, name: str, module: Any, gpu: Gpu | None, op
 
 
 def graph_profiles(graph: dict[str, Any], batch_sizes: list[int]) -> list[dict[str, Any]]:
-    """The manifest's profile, before it one for each batch size; for a graph without a batch, one for its best shape.
+    """Lists a profile for each batch size (without a batch, one for the best shape), then the manifest's.
 
     A profile with one shape lets TensorRT fit its kernels to it, and the runtime keep one CUDA graph for it.
     """

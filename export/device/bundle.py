@@ -1,4 +1,4 @@
-"""Files that are either old and whole or new and whole, after a power cut too."""
+"""The bundle as a folder: its manifest, checked, and files written so that a power cut leaves the old or the new."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 
-def write_whole(path: Path, content: bytes, flush: bool = True) -> None:
+def write_atomically(path: Path, content: bytes, flush: bool = True) -> None:
     """Writes a file under a temporary name beside its own, then renames it; its folder is made if it is missing.
 
     Args:
@@ -37,7 +37,7 @@ def write_whole(path: Path, content: bytes, flush: bool = True) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes indented JSON."""
-    write_whole(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+    write_atomically(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
 SCHEMA = 2
@@ -47,7 +47,7 @@ UNFINISHED = "unfinished"
 
 
 def manifest_digest(manifest: dict) -> str:
-    """The SHA-256 of a manifest without its own ``digest``; it finds damage, it does not prove where it came from."""
+    """Hashes a manifest without its own ``digest`` (SHA-256); it finds damage, it does not prove an origin."""
     rest = {key: value for key, value in manifest.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -100,7 +100,7 @@ class BundleFolder:
         self.manifest: dict[str, Any] = manifest
 
     def graph(self, name: str) -> dict[str, Any]:
-        """What the manifest says of a graph.
+        """Looks up what the manifest says of a graph.
 
         Raises:
             BundleError: there is no such graph.
@@ -111,7 +111,7 @@ class BundleFolder:
         return entry(graphs, name, kind=dict)
 
     def find_graphs(self, kind: str, **wanted: Any) -> list[str]:
-        """Names of the graphs that take any instance, at least one.
+        """Names the graphs that take any instance, at least one.
 
         Args:
             kind: such as ``"decoder"``.
@@ -132,20 +132,20 @@ class BundleFolder:
         return found
 
     def onnx_sha256(self, name: str) -> str:
-        """The hash of a graph's file as the manifest has it."""
+        """Looks up the hash of a graph's file in the manifest."""
         return entry(self.manifest, "files", entry(self.graph(name), "file", kind=str), "sha256", kind=str)
 
     def onnx(self, name: str) -> bytes:
-        """A graph's file."""
+        """Reads a graph's file."""
         return self.read(entry(self.graph(name), "file", kind=str))
 
     def reference(self) -> dict[str, np.ndarray]:
-        """Fixed inputs and their outputs in float64, by the names the manifest explains."""
+        """Reads fixed inputs and their outputs in float64, by the names the manifest explains."""
         with np.load(io.BytesIO(self.read("reference.npz")), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
 
     def read(self, file: str) -> bytes:
-        """A file's bytes, the very ones that were hashed.
+        """Reads a file's bytes, the very ones that were hashed.
 
         Args:
             file: path inside the bundle, as the manifest lists it.
@@ -166,7 +166,11 @@ class BundleFolder:
 
 
 def entry(table: dict[str, Any], *keys: str, kind: type[T]) -> T:
-    """What a manifest holds under ``keys``, which must be of ``kind``."""
+    """Looks up what a manifest holds under ``keys``, which must be of ``kind``.
+
+    Raises:
+        BundleError: there is nothing of that kind.
+    """
     found: object = table
     for key in keys:
         found = found.get(key) if isinstance(found, dict) else None
@@ -175,7 +179,7 @@ def entry(table: dict[str, Any], *keys: str, kind: type[T]) -> T:
     return found
 
 
-def check_least(name: str, value: int, least: int) -> None:
+def check_at_least(name: str, value: int, least: int) -> None:
     """Refuses a number that is too small.
 
     Raises:

@@ -23,14 +23,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=f"mnif {command}", description=description)
 
     def add_bundle(self) -> None:
-        """The flag for the bundle; a copy inside a bundle's ``device/`` knows its own."""
+        """Adds the flag for the bundle; a copy inside a bundle's ``device/`` knows its own."""
         own = Path(__file__).resolve().parents[3]
         inside = (own / "manifest.json").is_file()
         here = own if inside else None
         self.add_argument("--bundle", type=Path, default=here, required=not inside, help="the bundle's folder")
 
     def error(self, message: str) -> NoReturn:
-        """What :func:`run_command` shows."""
+        """Raises what :func:`run_command` shows."""
         raise BundleError(message)
 
 
@@ -51,6 +51,6 @@ def run_command(parser: Parser, arguments: list[str] | None, work: Callable[[Any
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines whose cells stand under each other."""
+    """Lays rows out as lines whose cells stand under each other."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]

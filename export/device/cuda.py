@@ -1,9 +1,7 @@
 """The little of CUDA a runtime needs, straight from the driver's library: buffers, a stream, graphs, events.
 
 The driver (``libcuda.so.1``) is on every machine that can run an engine, JetPack or desktop, so nothing has to be
-installed for it. This file stands by itself (Python 3.8, NumPy) and is copied into every bundle's ``device/``.
-
-Functions are those of the CUDA Driver API, 11.4 and later. Everything runs on device 0.
+installed for it. Functions are those of the CUDA Driver API, 11.4 and later. Everything runs on device 0.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ class CudaError(BundleError):
 
 
 class Gpu(NamedTuple):
-    """Device 0.
+    """What the driver says of device 0.
 
     Attributes:
         name: as the driver has it, "Orin" for instance.
@@ -71,7 +69,7 @@ class Cuda:
         self._call("cuCtxSetCurrent", context)
 
     def gpu(self) -> Gpu:
-        """What the driver says of device 0."""
+        """Asks the driver about device 0."""
         name, version, memory = ctypes.create_string_buffer(256), ctypes.c_int(), ctypes.c_size_t()
         self._call("cuDeviceGetName", name, 256, self._device)
         self._call("cuDriverGetVersion", ctypes.byref(version))
@@ -89,13 +87,13 @@ class Cuda:
         )
 
     def memory_used_bytes(self) -> int:
-        """Of the device, by all processes."""
+        """Memory of the device that all processes together use."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self._call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
         return total.value - free.value
 
     def buffer(self, count: int) -> Buffer:
-        """Room for ``count`` float32 numbers on the device and, pinned, on the host."""
+        """Makes room for ``count`` float32 numbers on the device and, pinned, on the host."""
         device, host = ctypes.c_uint64(), ctypes.c_void_p()
         self._call("cuMemAlloc_v2", ctypes.byref(device), ctypes.c_size_t(4 * count))
         self._call("cuMemHostAlloc", ctypes.byref(host), ctypes.c_size_t(4 * count), 0)
@@ -108,7 +106,7 @@ class Cuda:
         self._call("cuMemFreeHost", ctypes.c_void_p(buffer.host))
 
     def stream(self) -> int:
-        """A new stream, beside the default one."""
+        """Makes a stream beside the default one."""
         stream = ctypes.c_void_p()
         self._call("cuStreamCreate", ctypes.byref(stream), _NON_BLOCKING)
         return stream.value or 0
@@ -128,11 +126,11 @@ class Cuda:
         self._call("cuStreamSynchronize", ctypes.c_void_p(stream))
 
     def begin_capture(self, stream: int) -> None:
-        """From here on the stream's work is noted instead of done."""
+        """Has the stream's work noted instead of done from here on."""
         self._call("cuStreamBeginCapture_v2", ctypes.c_void_p(stream), _CAPTURE_THREAD_LOCAL)
 
     def end_capture(self, stream: int) -> int:
-        """The noted work as an executable graph."""
+        """Ends the noting and returns the work as an executable graph."""
         graph, executable = ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuStreamEndCapture", ctypes.c_void_p(stream), ctypes.byref(graph))
         try:
@@ -151,7 +149,7 @@ class Cuda:
         self._call("cuGraphExecDestroy", ctypes.c_void_p(graph))
 
     def event(self) -> int:
-        """A new event that keeps the time."""
+        """Makes an event that keeps the time."""
         event = ctypes.c_void_p()
         self._call("cuEventCreate", ctypes.byref(event), 0)
         return event.value or 0
@@ -161,7 +159,7 @@ class Cuda:
         self._call("cuEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(stream))
 
     def milliseconds(self, start: int, end: int) -> float:
-        """Between two events that have been passed."""
+        """Measures the time between two events that have been passed."""
         elapsed = ctypes.c_float()
         self._call("cuEventElapsedTime", ctypes.byref(elapsed), ctypes.c_void_p(start), ctypes.c_void_p(end))
         return elapsed.value
@@ -179,7 +177,7 @@ class Cuda:
 
 
 class Buffer(NamedTuple):
-    """The same room on both sides.
+    """Room for the same numbers on the device and on the host.
 
     Attributes:
         device: address on the device.
@@ -193,7 +191,7 @@ class Buffer(NamedTuple):
 
 
 def find_gpu() -> tuple[Cuda, Gpu]:
-    """The driver and device 0.
+    """Opens the driver and asks it about device 0.
 
     Raises:
         CudaError: there is none.

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .bundle import BundleError, write_json, write_whole
+from .bundle import BundleError, write_atomically, write_json
 from .cuda import Gpu
 
 _KEY_BYTES = 32
@@ -38,7 +38,7 @@ class PlanRefused(BundleError):  # noqa: N818
 
 
 def environment(module: Any, gpu: Gpu | None) -> dict[str, Any]:
-    """What a plan depends on beside its graph and flags."""
+    """Names what a plan depends on beside its graph and flags."""
     return {
         "builder": module.__name__,
         "builder_version": module.__version__,
@@ -48,7 +48,7 @@ def environment(module: Any, gpu: Gpu | None) -> dict[str, Any]:
 
 
 def plan_key(facts: dict[str, Any]) -> str:
-    """One hash of everything a plan is built from; plans of one key are interchangeable."""
+    """Hashes everything a plan is built from; plans of one key are interchangeable."""
     return hashlib.sha256(_canonical(facts)).hexdigest()
 
 
@@ -72,13 +72,13 @@ def write_plan(path: Path, plan: bytes, facts: dict[str, Any], report: dict[str,
     for left in path.parent.glob(".*.tmp"):  # by a build that was killed
         if re.fullmatch(re.escape(f".{path.name}") + r"(\.json|\.log)?\.\d+\.tmp", left.name):
             left.unlink()
-    write_whole(path, plan)
-    write_whole(log_path(path), "".join(line + "\n" for line in log).encode())
+    write_atomically(path, plan)
+    write_atomically(log_path(path), "".join(line + "\n" for line in log).encode())
     write_json(sidecar_path(path), sidecar)
 
 
 def read_plan(path: Path, facts: dict[str, Any]) -> bytes:
-    """A plan that may be handed to TensorRT.
+    """Reads a plan that may be handed to TensorRT.
 
     Args:
         path: ``engines/NAME.plan``.
@@ -103,7 +103,7 @@ def read_plan(path: Path, facts: dict[str, Any]) -> bytes:
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """What a plan was built from, if the seal is this user's.
+    """Reads what a plan was built from, if the seal is this user's.
 
     Raises:
         PlanRefused: the sidecar is missing, no JSON, or not sealed here.
@@ -123,17 +123,17 @@ def read_sidecar(path: Path) -> dict[str, Any]:
 
 
 def sidecar_path(path: Path) -> Path:
-    """Of a plan."""
+    """Names the file that says what a plan was built from."""
     return path.with_name(path.name + ".json")
 
 
 def log_path(path: Path) -> Path:
-    """Of a plan's build."""
+    """Names the file with what the builder printed."""
     return path.with_name(path.name + ".log")
 
 
 def state_folder() -> Path:
-    """Where this user's key and timing caches lie: ``MNIF_STATE``, or ``mnif`` in the user's state folder."""
+    """Finds where this user's key and timing caches lie: ``MNIF_STATE``, or ``mnif`` in the user's state folder."""
     own = os.environ.get("MNIF_STATE")
     return Path(own) if own else Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local/state") / "mnif"
 
@@ -143,7 +143,7 @@ def _seal(sidecar: dict[str, Any]) -> str:
 
 
 def _own_key() -> bytes:
-    """This user's key, made at first use and readable by nobody else."""
+    """Reads this user's key, made at first use and readable by nobody else."""
     path = state_folder() / "plan.key"
     try:
         if not path.exists():

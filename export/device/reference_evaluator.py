@@ -15,16 +15,18 @@ from onnx.reference.op_run import OpRun
 
 
 class DequantizeLinear(OpRun):
-    """What the reference evaluator lacks below opset 19: int8 · scale along an axis, without a zero point."""
+    """Multiplies int8 by scales along an axis, without a zero point; the evaluator lacks it below opset 19."""
 
     op_domain = ""
 
-    def _run(self, whole: Any, scale: Any, axis: Any = None, **later: Any) -> tuple:
-        return (whole.astype(np.float32) * scale.reshape([-1 if each == axis else 1 for each in range(whole.ndim)]),)
+    def _run(self, integers: Any, scale: Any, axis: Any = None, **later: Any) -> tuple:
+        return (
+            integers.astype(np.float32) * scale.reshape([-1 if each == axis else 1 for each in range(integers.ndim)]),
+        )
 
 
 class MatMul(OpRun):
-    """A product with float32 sums, rounded to its inputs' type at the end; NumPy's own is the same but slower."""
+    """Multiplies with float32 sums, rounded to the inputs' type at the end; NumPy's own is the same but slower."""
 
     op_domain = ""
 
@@ -33,7 +35,7 @@ class MatMul(OpRun):
 
 
 class Gemm(OpRun):
-    """The same for alpha · (left @ right) + beta · bias."""
+    """Computes alpha · (left @ right) + beta · bias in the same way."""
 
     op_domain = ""
 
@@ -45,7 +47,7 @@ class Gemm(OpRun):
 
 
 def evaluate(model: onnx.ModelProto, inputs: dict) -> dict:
-    """A graph's outputs by name."""
+    """Evaluates a graph and returns its outputs by name."""
     names = [output.name for output in model.graph.output]
     evaluator = ReferenceEvaluator(model, new_ops=[DequantizeLinear, MatMul, Gemm])
     return dict(zip(names, evaluator.run(None, dict(inputs))))

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple, Sequence
 import numpy as np
 
 from .backends import load_graph
-from .bundle import BundleError, BundleFolder, check_least, entry, write_whole
+from .bundle import BundleError, BundleFolder, check_at_least, entry, write_atomically
 
 
 class AxisCells(NamedTuple):
-    """One axis of pixels as its cells see it.
+    """The points of one axis by cell, and how its pixels are blended.
 
     Attributes:
         coordinates: [cells, points], in each cell's own [-1, 1]; may reach past it by the overlap.
@@ -31,14 +31,14 @@ class AxisCells(NamedTuple):
 
 
 def axis_cells(resolution: int, cells: int, overlap: float) -> AxisCells:
-    """The points each cell is asked at along one axis, and for each pixel the one or two values that make it.
+    """Lays out the points each cell is asked at along one axis, and the one or two values that make each pixel.
 
     Args:
         resolution: pixels along the axis, at least 1.
         cells: cells along the axis.
         overlap: how far a cell reaches over its borders, as a fraction of its width.
     """
-    check_least("resolution", resolution, 1)
+    check_at_least("resolution", resolution, 1)
     position = (np.arange(resolution) + 0.5) * cells / resolution
     reach = max(overlap - 1e-9, 0.0) if cells > 1 else 0.0  # a pixel on the very rim has weight 0 and is left out
     start = np.ceil((np.arange(cells) - reach) * resolution / cells - 0.5).astype(np.int64)
@@ -59,7 +59,7 @@ def axis_cells(resolution: int, cells: int, overlap: float) -> AxisCells:
 
 
 def cell_points(axes: Sequence[AxisCells]) -> np.ndarray:
-    """The points of all cells: [cells of all axes, points of all axes, dimensions] float32, the last axis fastest."""
+    """Lists the points of all cells, [cells, points, dimensions] float32 over all axes, the last axis fastest."""
     counts, points = zip(*[axis.coordinates.shape for axis in axes])
     cell = np.array(list(itertools.product(*map(range, counts))))
     point = np.array(list(itertools.product(*map(range, points))))
@@ -67,8 +67,8 @@ def cell_points(axes: Sequence[AxisCells]) -> np.ndarray:
     return np.stack(coordinates, axis=-1).astype(np.float32)
 
 
-def blended(values: np.ndarray, axes: Sequence[AxisCells]) -> np.ndarray:
-    """Values at :func:`cell_points`, [cells, points, channels], to [resolution, ..., resolution, channels]."""
+def blend(values: np.ndarray, axes: Sequence[AxisCells]) -> np.ndarray:
+    """Blends values at :func:`cell_points`, [cells, points, channels], to [resolution, ..., resolution, channels]."""
     dimensions = len(axes)
     counts, points = zip(*[axis.coordinates.shape for axis in axes])
     values = values.reshape([*counts, *points, values.shape[-1]])
@@ -83,7 +83,7 @@ def blended(values: np.ndarray, axes: Sequence[AxisCells]) -> np.ndarray:
 
 
 def to_uint8(values: np.ndarray) -> np.ndarray:
-    """Values in about [-1, 1] → uint8 of the same shape, clipped and rounded."""
+    """Clips and rounds values in about [-1, 1] to uint8 of the same shape."""
     return np.round(np.clip(values, -1, 1) * 127.5 + 127.5).astype(np.uint8)
 
 
@@ -99,7 +99,7 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
     header = struct.pack(">IIBBBBB", width, height, 8, (0, 4, 2, 6)[channels - 1], 0, 0, 0)
     rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows.tobytes())) + chunk(b"IEND", b"")
-    write_whole(path, b"\x89PNG\r\n\x1a\n" + body, flush=False)
+    write_atomically(path, b"\x89PNG\r\n\x1a\n" + body, flush=False)
 
 
 def load_bundle(folder: str | Path, backend: str = "auto", threads: int = 0) -> Bundle:
@@ -113,7 +113,7 @@ def load_bundle(folder: str | Path, backend: str = "auto", threads: int = 0) -> 
     Raises:
         BundleError: the manifest is missing, of another schema, or changed.
     """
-    check_least("threads", threads, 0)
+    check_at_least("threads", threads, 0)
     return Bundle(BundleFolder(folder), backend, threads)
 
 
@@ -159,13 +159,13 @@ class Bundle:
         return self.graph(name)(given)
 
     def graph(self, name: str) -> Any:
-        """The loaded graph (:func:`export.device.backends.load_graph`)."""
+        """Loads a graph (:func:`export.device.backends.load_graph`), once."""
         if name not in self._graphs:
             self._graphs[name] = load_graph(self.folder, name, self._backend, self._threads)
         return self._graphs[name]
 
     def cut(self, values: np.ndarray) -> np.ndarray:
-        """Values without the channels that only fill up to four."""
+        """Cuts off the channels that only fill up to four."""
         return values[..., : entry(self.manifest, "values", "channels", kind=int)]
 
 
@@ -181,7 +181,7 @@ class Decoder:
         self._bundle, self.name = bundle, bundle.folder.find_graphs("decoder", precision=precision)[0]
 
     def __call__(self, coefficients: np.ndarray) -> np.ndarray:
-        """Coefficients [B, cells, layers, bases] → values [B, resolution, ..., channels] in about [-1, 1]."""
+        """Decodes coefficients [B, cells, layers, bases]: values [B, resolution, ..., channels] in about [-1, 1]."""
         return self._bundle.cut(self._bundle.run(self.name, coefficients)[0])
 
 
@@ -201,7 +201,7 @@ class Sampler:
         self._gives_values = bundle.folder.graph(self.name)["outputs"][0]["name"] == "values"
 
     def __call__(self, num_samples: int, seed: int = 0, start: int = 0, batch_size: int = 16) -> np.ndarray:
-        """Samples ``start`` to ``start + num_samples - 1`` of ``seed``.
+        """Draws samples ``start`` to ``start + num_samples - 1`` of ``seed``.
 
         Returns:
             Values [N, resolution, ..., channels] in about [-1, 1]; of a radiance field coefficients
@@ -211,8 +211,8 @@ class Sampler:
             BundleError: a number is out of range, or the graph's file is missing or changed.
         """
         for name, value, least in (("num_samples", num_samples, 1), ("seed", seed, 0), ("start", start, 0)):
-            check_least(name, value, least)
-        check_least("batch_size", batch_size, 1)
+            check_at_least(name, value, least)
+        check_at_least("batch_size", batch_size, 1)
         parts = []
         end = start + num_samples
         for begin in range(start, end, batch_size):
@@ -236,16 +236,16 @@ class BakedInstance:
         self._bundle, self.name = bundle, name
 
     def __call__(self, resolution: int | list[int]) -> np.ndarray:
-        """Values [resolution, ..., channels] in about [-1, 1]; one number is pixels along every axis."""
+        """Evaluates values [resolution, ..., channels] in about [-1, 1]; one number is pixels along every axis."""
         grid = entry(self._bundle.manifest, "grid", kind=dict)
         cells, dimensions = entry(grid, "cells", kind=int), entry(grid, "dimensions", kind=int)
         sizes = [resolution] * dimensions if isinstance(resolution, int) else resolution
         axes = [axis_cells(size, cells, float(grid["overlap"])) for size in sizes]
-        return self._bundle.cut(blended(self._bundle.run(self.name, cell_points(axes))[0], axes))
+        return self._bundle.cut(blend(self._bundle.run(self.name, cell_points(axes))[0], axes))
 
 
 def initial_noise(seed: int, indices: range, latent_dim: int) -> np.ndarray:
-    """Standard normal noise for samples ``indices`` of ``seed``: [N, latent_dim] float32.
+    """Draws standard normal noise for samples ``indices`` of ``seed``: [N, latent_dim] float32.
 
     Sample i depends on seed and i alone, so pictures do not change with the batch size.
     """
@@ -275,7 +275,7 @@ class Camera:
         self._name = name or bundle.folder.find_graphs("rays", precision=precision)[0]
 
     def __call__(self, coefficients: np.ndarray | None, azimuth: float, elevation: float = 30.0) -> np.ndarray:
-        """One view.
+        """Renders one view.
 
         Args:
             coefficients: [1, cells, layers, bases]; None for a baked instance.
@@ -301,7 +301,7 @@ class Camera:
 def turntable_rays(
     azimuth: float, elevation: float, distance: float, intrinsics: list[float], size: list[int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Origins and directions [height · width, 3] through the centres of all pixels, row by row.
+    """Casts rays through the centres of all pixels, row by row: origins and directions [height · width, 3].
 
     Args:
         azimuth: degrees from +z towards +x.

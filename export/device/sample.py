@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .backends import BACKENDS
-from .bundle import BundleError, write_whole
+from .bundle import BundleError, write_atomically
 from .cli import Parser, run_command
 from .runtime import Bundle, Camera, Sampler, load_bundle, to_uint8, write_png
 
@@ -50,14 +50,14 @@ def _sample(options: Any) -> int:
         else:
             content = io.BytesIO()
             np.save(content, each)
-            write_whole(options.output_dir / f"{index:06d}.npy", content.getvalue(), flush=False)
+            write_atomically(options.output_dir / f"{index:06d}.npy", content.getvalue(), flush=False)
     kind = "pictures" if shown[0].dtype == np.uint8 else "volumes"
     print(f"{options.output_dir}: {len(shown)} {kind} drawn, {len(shown) / seconds:.1f} a second")
     return 0
 
 
 def _shown(bundle: Bundle, drawn: np.ndarray, precision: str | None) -> np.ndarray:
-    """Pictures uint8; of voxels the values as they are; of radiance fields one view each."""
+    """Makes pictures uint8, of radiance fields one view each; the values of voxels stay as they are."""
     if bundle.manifest["radiance"] is not None:
         camera = Camera(bundle, precision)
         return np.stack([to_uint8(camera(coefficients[None], azimuth=30.0)) for coefficients in drawn])

@@ -49,7 +49,7 @@ class Plan(NamedTuple):
 
 
 def find_builder(wanted: str = "auto") -> ModuleType:
-    """TensorRT's module.
+    """Imports TensorRT's module.
 
     Args:
         wanted: ``"tensorrt"``, ``"tensorrt_rtx"``, or ``"auto"`` for the first of them that is installed.
@@ -80,7 +80,7 @@ def is_rtx(module: Any) -> bool:
 
 
 def version_of(module: Any) -> tuple[int, int]:
-    """Major and minor version."""
+    """Reads a module's major and minor version."""
     found = re.match(r"(\d+)\.(\d+)", str(module.__version__))
     if found is None:
         raise BundleError(f"{module.__name__} has a version that cannot be read: {module.__version__}")
@@ -201,13 +201,13 @@ def _set_targets(module: Any, config: Any, wanted: Sequence[str]) -> None:
 
 
 def compute_capabilities(module: Any) -> list[str]:
-    """All GPUs TensorRT-RTX builds for, such as ``"8.6"``, but Turing's 7.5: it has no float32 product there."""
+    """Lists the GPUs TensorRT-RTX builds for, such as ``"8.6"``, but Turing's 7.5: no float32 product there."""
     numbers = sorted(int(name[2:]) for name in module.ComputeCapability.__members__ if name.startswith("SM"))
     return [f"{number // 10}.{number % 10}" for number in numbers if number != 75]
 
 
 def _builder(module: Any, logger: Any) -> Any:
-    """A builder; without a GPU some versions raise and others give None."""
+    """Makes a builder; without a GPU some versions raise and others give None."""
     reason = "it gives no reason"
     try:
         builder = module.Builder(logger)
@@ -230,7 +230,7 @@ def _complaint(parser: Any, logger: Any) -> str:
 
 @lru_cache(maxsize=None)
 def builder_logger(module: Any) -> Any:
-    """The one logger of a module: TensorRT keeps the first one of a process for good."""
+    """Makes the one logger of a module: TensorRT keeps the first one of a process for good."""
 
     class Logger(module.ILogger):
         """Keeps what is said, errors apart for the one line a user is shown."""
@@ -263,17 +263,11 @@ _TYPE = re.compile(r"Datatype: (\w+)")
 _NODE = re.compile(r"\[ONNX Layer: (.*?)\]")
 
 
-_PARSED = re.compile(r"(?P<name>\S+) \[(?P<operator>\w+)\] (?P<side>inputs|outputs): (?P<tensors>.*)")
-
-
-_PARSED_TYPE = re.compile(r"\)\[(\w+)\]")
-
-
 _NO_WORK = "shape_call"  # works sizes out on the host
 
 
 class Kernel(NamedTuple):
-    """One launch.
+    """A kernel, which one launch runs.
 
     Attributes:
         profile: number of the optimisation profile it belongs to; each has kernels of its own.
@@ -293,7 +287,7 @@ class Kernel(NamedTuple):
 
 
 def kernels_of_log(lines: Sequence[str]) -> list[Kernel]:
-    """The kernels of an engine in the order of their launch; none if the builder did not print them."""
+    """Reads the kernels of an engine in the order of their launch; none if the builder did not print them."""
     kernels = []
     for line in "\n".join(lines).split("\n"):
         found = _KERNEL.match(line)
@@ -304,14 +298,3 @@ def kernels_of_log(lines: Sequence[str]) -> list[Kernel]:
             number = int(profile.group(1)) if profile else 0
             kernels.append(Kernel(number, found["name"], found["kind"], types[0] + types[1], types[2], nodes))
     return kernels
-
-
-def node_types_of_log(lines: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Node → (operator, type of its first input) as the parser understood the graph, such as ("Sin", "FLOAT")."""
-    types = {}
-    for line in lines:
-        found = _PARSED.match(line)
-        if found is not None and found["side"] == "inputs":
-            first = _PARSED_TYPE.findall(found["tensors"])
-            types[found["name"]] = (found["operator"], first[0] if first else "")
-    return types

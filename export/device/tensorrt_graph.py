@@ -63,38 +63,38 @@ class TensorRTGraph:
             raise BundleError(f"TensorRT {self.version} refuses the plan: {reason}")
         self._stream = cuda.stream()
         self._start, self._end = cuda.event(), cuda.event()
-        self._lanes: dict[int, _ProfileContext] = {}
+        self._contexts: dict[int, _ProfileContext] = {}
         self.device_milliseconds = 0.0
 
     def __call__(self, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
-        """The outputs in the graph's order."""
+        """Runs the engine and returns the outputs in the graph's order."""
         shapes = {name: tuple(arrays[name].shape) for name in self._inputs}
-        lane = self._lane(shapes)
+        context = self._context_for(shapes)
         for name in self._inputs:
-            lane.buffers[name].pinned[: arrays[name].size] = arrays[name].ravel()
+            context.buffers[name].pinned[: arrays[name].size] = arrays[name].ravel()
         self._cuda.record(self._start, self._stream)
-        if self.use_cuda_graph and lane.graph is not None:
-            self._cuda.launch(lane.graph, self._stream)
+        if self.use_cuda_graph and context.graph is not None:
+            self._cuda.launch(context.graph, self._stream)
         else:
-            lane.enqueue(self._stream)
+            context.enqueue(self._stream)
         self._cuda.record(self._end, self._stream)
         self._cuda.wait(self._stream)
         self.device_milliseconds = self._cuda.milliseconds(self._start, self._end)
-        return [lane.output(name) for name in self._outputs]
+        return [context.output(name) for name in self._outputs]
 
-    def _lane(self, shapes: Shapes) -> _ProfileContext:
-        """The lane of the tightest profile that takes the shapes, ready for them."""
+    def _context_for(self, shapes: Shapes) -> _ProfileContext:
+        """Returns the context of the tightest profile that takes the shapes, ready for them."""
         index = self._profile(shapes)
-        if index not in self._lanes:
-            self._lanes[index] = _ProfileContext(
+        if index not in self._contexts:
+            self._contexts[index] = _ProfileContext(
                 self._engine, self._cuda, index, self._inputs, self._outputs, self._stream
             )
-        lane = self._lanes[index]
-        if lane.shapes != shapes:
-            lane.set_shapes(shapes, self._stream)
+        context = self._contexts[index]
+        if context.shapes != shapes:
+            context.set_shapes(shapes, self._stream)
             if self.use_cuda_graph:
-                lane.capture(self._stream)
-        return lane
+                context.capture(self._stream)
+        return context
 
     def _profile(self, shapes: Shapes) -> int:
         candidates = []
@@ -114,7 +114,7 @@ class TensorRTGraph:
 
 
 class _ProfileContext:
-    """One profile: a context, its buffers, and the work for its present shapes."""
+    """The execution context of one profile, with its buffers and the work for its present shapes."""
 
     def __init__(
         self, engine: Any, cuda: Cuda, profile: int, inputs: Sequence[str], outputs: Sequence[str], stream: int
@@ -159,7 +159,7 @@ class _ProfileContext:
                 LOGGER.warning("no CUDA graph: %s; kernels are started one by one", reason)
 
     def enqueue(self, stream: int) -> None:
-        """Inputs to the device, the engine, outputs to the host."""
+        """Queues the copies of inputs to the device, the engine, and the copies of outputs to the host."""
         for name in self._inputs:
             self._cuda.to_device(self.buffers[name], prod(self._sizes[name]), stream)
         if not self.context.execute_async_v3(stream):
@@ -168,7 +168,7 @@ class _ProfileContext:
             self._cuda.to_host(self.buffers[name], prod(self._sizes[name]), stream)
 
     def output(self, name: str) -> np.ndarray:
-        """A copy of an output of the latest work."""
+        """Copies an output of the latest work."""
         size = self._sizes[name]
         return self.buffers[name].pinned[: prod(size)].reshape(size).copy()
 
@@ -181,7 +181,7 @@ class _ProfileContext:
 
 
 def load_tensorrt_graph(folder: BundleFolder, name: str, use_cuda_graph: bool = True) -> TensorRTGraph:
-    """The engine of a graph, from a plan that was built here from what is here.
+    """Loads the engine of a graph, from a plan that was built here from what is here.
 
     Raises:
         CudaError: there is no GPU.

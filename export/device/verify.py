@@ -16,12 +16,12 @@ from .plans import PlanRefused
 
 
 def peak_of(exact: np.ndarray) -> float:
-    """2, the width of [-1, 1], or twice the largest magnitude where that is above 1 (densities, coefficients)."""
+    """Tells the peak of a PSNR: 2, the width of [-1, 1], or twice the largest magnitude where that is above 1."""
     return 2 * max(1.0, float(np.abs(exact).max()))
 
 
 def psnr(values: np.ndarray, exact: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB, 206 at most for a peak of 2."""
+    """Computes the peak signal-to-noise ratio in dB, 206 at most for a peak of 2."""
     error = float(np.mean((values.astype(np.float64) - exact) ** 2))
     return float(10 * np.log10(peak_of(exact) ** 2 / max(error, 1e-20)))
 
@@ -33,7 +33,7 @@ _PEAK = 2.0  # values lie in [-1, 1]
 
 
 class Check(NamedTuple):
-    """One graph in one backend.
+    """What one graph answers in one backend, beside its limits.
 
     Attributes:
         graph, backend, precision: which.
@@ -57,7 +57,7 @@ class Check(NamedTuple):
 
     @property
     def excess(self) -> float:
-        """How far beyond the limits, 1 on the limit; for finding the worst."""
+        """How far beyond the limits it is, 1 on the limit; for finding the worst."""
         if math.isnan(self.max_abs):
             return math.inf
         return max(self.max_abs / self.limit_abs, 10 ** ((self.limit_psnr - self.psnr) / 20))

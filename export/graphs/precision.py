@@ -42,26 +42,27 @@ _HIDDEN = re.compile(r"layer_[1-9]\d*/product|step_\d+/.+")
 _LARGE = 4096  # numbers; smaller matrices are not worth a node
 
 
-_WHOLE = ("denoiser.blocks.", "decoder.coefficient_map.")  # what int8 holds; all else is float16 then
+_INT8_WEIGHTS = ("denoiser.blocks.", "decoder.coefficient_map.")  # what int8 holds; all else is float16 then
 
 
 def hidden_products(model: onnx.ModelProto) -> list[str]:
-    """Names of the products that *mixed* takes in float16: hidden layers of fields, and those of the denoiser."""
+    """Names the products that *mixed* takes in float16: hidden layers of fields, and those of the denoiser."""
     return [
         node.name for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and _HIDDEN.fullmatch(node.name)
     ]
 
 
-def variant(model: onnx.ModelProto, precision: Precision, storage: Storage) -> onnx.ModelProto:
-    """A float32 graph in another precision, its large matrices in another storage."""
+def convert(model: onnx.ModelProto, precision: Precision, storage: Storage) -> onnx.ModelProto:
+    """Converts a float32 graph to another precision, its large matrices to another storage."""
     if precision == "fp32":
-        return stored(model, storage)
-    # Constants that mixed has narrowed to float16 need no widening; int8 goes first, as it narrows them further.
-    return mixed(stored(model, storage)) if storage == "int8" else stored(mixed(model), storage)
+        return quantize_weights(model, storage)
+    if storage == "int8":  # it goes first, as it narrows constants further than mixed precision does
+        return to_mixed_precision(quantize_weights(model, storage))
+    return quantize_weights(to_mixed_precision(model), storage)  # constants in float16 already need no widening
 
 
-def mixed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A float32 graph with its hidden products in float16.
+def to_mixed_precision(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Copies a float32 graph with its hidden products in float16.
 
     Constants that only such products read are stored in float16; it loses nothing more.
     """
@@ -83,7 +84,7 @@ def mixed(model: onnx.ModelProto) -> onnx.ModelProto:
                 _replace(constants[name], numpy_helper.to_array(constants[name]).astype(np.float16))
             else:
                 halves[name] = f"{name}/float16"
-                nodes.append(_cast(name, halves[name], TensorProto.FLOAT16))
+                nodes.append(_cast_node(name, halves[name], TensorProto.FLOAT16))
         return halves[name]
 
     for node in model.graph.node:
@@ -97,15 +98,15 @@ def mixed(model: onnx.ModelProto) -> onnx.ModelProto:
         product.output[:] = [raw]
         bias = node.input[2] if len(node.input) > 2 else None
         nodes.append(product)
-        nodes.append(_cast(raw, output if bias is None else f"{output}/product", TensorProto.FLOAT))
+        nodes.append(_cast_node(raw, output if bias is None else f"{output}/product", TensorProto.FLOAT))
         if bias is not None:
             nodes.append(helper.make_node("Add", [f"{output}/product", bias], [output], name=f"{output}/biased"))
     _set_nodes(result, nodes)
     return result
 
 
-def stored(model: onnx.ModelProto, storage: Storage) -> onnx.ModelProto:
-    """A float32 graph whose large matrices are kept in fewer bits and widened by a node of their own.
+def quantize_weights(model: onnx.ModelProto, storage: Storage) -> onnx.ModelProto:
+    """Copies a float32 graph with its large matrices kept in fewer bits, each widened by a node of its own.
 
     The first layer's bases are left as they are.
     """
@@ -122,28 +123,28 @@ def stored(model: onnx.ModelProto, storage: Storage) -> onnx.ModelProto:
         if array.dtype != np.float32 or array.ndim != 2 or array.size < _LARGE or name in first:
             continue
         widened[name] = f"{name}/float32"
-        if storage == "int8" and name.startswith(_WHOLE):
-            whole, scale = quantised(array)
-            _replace(tensor, whole)
+        if storage == "int8" and name.startswith(_INT8_WEIGHTS):
+            integers, scale = quantize_matrix(array)
+            _replace(tensor, integers)
             result.graph.initializer.append(numpy_helper.from_array(scale, f"{name}/scale"))
             inputs = [name, f"{name}/scale"]
             nodes.append(helper.make_node("DequantizeLinear", inputs, [widened[name]], name=widened[name], axis=0))
         else:
             _replace(tensor, array.astype(np.float16))
-            nodes.append(_cast(name, widened[name], TensorProto.FLOAT))
+            nodes.append(_cast_node(name, widened[name], TensorProto.FLOAT))
     for node in result.graph.node:
         node.input[:] = [widened.get(name, name) for name in node.input]
     _set_nodes(result, [*nodes, *result.graph.node])
     return result
 
 
-def quantised(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A matrix [out, in] → int8 of the same shape and scales [out] float32: matrix ≈ int8 · scale, row by row."""
+def quantize_matrix(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds a matrix [out, in] to int8 with scales [out] float32: matrix ≈ int8 · scale, row by row."""
     scale = np.maximum(np.abs(matrix).max(axis=1), 1e-12).astype(np.float32) / np.float32(127)
     return np.clip(np.round(matrix / scale[:, None]), -127, 127).astype(np.int8), scale
 
 
-def _cast(source: str, output: str, kind: int) -> onnx.NodeProto:
+def _cast_node(source: str, output: str, kind: int) -> onnx.NodeProto:
     return helper.make_node("Cast", [source], [output], name=f"{source}/cast", to=kind)
 
 

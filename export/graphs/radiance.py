@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from export.graphs.builder import GraphBuilder, Shape
-from export.graphs.fields import all_layers, baked_layers, coefficient_shape, evaluated
+from export.graphs.fields import all_layers, baked_layers, coefficient_shape, evaluate_layers
 from export.graphs.specs import REFERENCED_BAKED, GraphSpec, Profile, profile_of, reference_of
 from mnif.models.mnif_model import MNIFModel
 from mnif.models.siren import BakedField
@@ -32,7 +31,7 @@ _TINY = 1e-10  # as in mnif.signals.volume_rendering, instead of a direction's e
 
 
 def points_graph(decoder: MNIFModel, signal: RadianceField, field: BakedField | None = None) -> onnx.ModelProto:
-    """``coefficients``, ``points`` → ``colours``, ``density``: the points' places, colours and densities.
+    """Builds ``coefficients``, ``points`` → ``colours``, ``density``.
 
     They are [batch, points, 3], [batch, points, 3] and [batch, points, 1]. Points are in
     world coordinates, densities per unit of them.
@@ -42,18 +41,18 @@ def points_graph(decoder: MNIFModel, signal: RadianceField, field: BakedField | 
         signal: its signal.
         field: one instance's networks: no ``coefficients`` then, and no axis ``batch``.
     """
-    nodes = GraphBuilder()
-    values = _values(nodes, decoder, signal, field, _with_batch(nodes, "points", field))
-    colours, density = _colours_and_density(nodes, signal, values)
+    builder = GraphBuilder()
+    values = _values(builder, decoder, signal, field, _with_batch(builder, "points", field))
+    colours, density = _colours_and_density(builder, signal, values)
     if field is not None:
-        colours, density = (nodes.squeeze(each, [0], f"{each}/alone") for each in (colours, density))
+        colours, density = (builder.squeeze(each, [0], f"{each}/alone") for each in (colours, density))
     shape: Shape = _batched(field, ["points", 3])
     results = {"colours": (colours, shape), "density": (density, [*shape[:-1], 1])}
-    return nodes.model("points", _sources(decoder, field) | {"points": shape}, results)
+    return builder.model("points", _sources(decoder, field) | {"points": shape}, results)
 
 
 def rays_graph(decoder: MNIFModel, signal: RadianceField, field: BakedField | None = None) -> onnx.ModelProto:
-    """``coefficients``, ``origins``, ``directions`` → ``colours``, the last three [batch, rays, 3].
+    """Builds ``coefficients``, ``origins``, ``directions`` → ``colours``, the last three [batch, rays, 3].
 
     Origins are in world coordinates, directions of length one.
 
@@ -62,28 +61,28 @@ def rays_graph(decoder: MNIFModel, signal: RadianceField, field: BakedField | No
         signal: its signal.
         field: one instance's networks: no ``coefficients`` then, and no axis ``batch``.
     """
-    nodes = GraphBuilder()
-    origins, directions = (_with_batch(nodes, name, field) for name in ("origins", "directions"))
-    near, length = _interval(nodes, signal, origins, directions)
+    builder = GraphBuilder()
+    origins, directions = (_with_batch(builder, name, field) for name in ("origins", "directions"))
+    near, length = _interval(builder, signal, origins, directions)
     middles = (np.arange(signal.samples, dtype=np.float32) + np.float32(0.5)) / np.float32(signal.samples)
-    place = nodes.constant("depths/place", middles)
-    depths = nodes.add("Add", [near, nodes.add("Mul", [length, place], "depths/along")], "depths")
+    place = builder.constant("depths/place", middles)
+    depths = builder.add("Add", [near, builder.add("Mul", [length, place], "depths/along")], "depths")
 
-    along = nodes.add(
+    along = builder.add(
         "Mul",
-        [nodes.unsqueeze(directions, [-2], "points/directions"), nodes.unsqueeze(depths, [-1], "points/depths")],
+        [builder.unsqueeze(directions, [-2], "points/directions"), builder.unsqueeze(depths, [-1], "points/depths")],
         "points/along",
     )
-    points = nodes.add("Add", [nodes.unsqueeze(origins, [-2], "points/origins"), along], "points/by_ray")
-    values = _values(nodes, decoder, signal, field, nodes.reshape(points, (0, -1, 3), "points"))
-    values = nodes.reshape(values, (0, -1, signal.samples, 4), "values/by_ray")
-    colours, density = _colours_and_density(nodes, signal, values)
-    seen = _composited(nodes, signal, colours, nodes.squeeze(density, [-1], "density/by_ray"), length)
+    points = builder.add("Add", [builder.unsqueeze(origins, [-2], "points/origins"), along], "points/by_ray")
+    values = _values(builder, decoder, signal, field, builder.reshape(points, (0, -1, 3), "points"))
+    values = builder.reshape(values, (0, -1, signal.samples, 4), "values/by_ray")
+    colours, density = _colours_and_density(builder, signal, values)
+    seen = _composite(builder, signal, colours, builder.squeeze(density, [-1], "density/by_ray"), length)
     if field is not None:
-        seen = nodes.squeeze(seen, [0], "seen/alone")
+        seen = builder.squeeze(seen, [0], "seen/alone")
     shape: Shape = _batched(field, ["rays", 3])
     sources = _sources(decoder, field) | {"origins": shape, "directions": shape}
-    return nodes.model("rays", sources, {"colours": (seen, shape)})
+    return builder.model("rays", sources, {"colours": (seen, shape)})
 
 
 def _sources(decoder: MNIFModel, field: BakedField | None) -> dict[str, Shape]:
@@ -94,98 +93,104 @@ def _batched(field: BakedField | None, shape: list[int | str]) -> list[int | str
     return shape if field is not None else ["batch", *shape]
 
 
-def _with_batch(nodes: GraphBuilder, source: str, field: BakedField | None) -> str:
-    """An input as [batch, n, 3]."""
-    return source if field is None else nodes.unsqueeze(source, [0], f"{source}/batch")
+def _with_batch(builder: GraphBuilder, source: str, field: BakedField | None) -> str:
+    """Gives a baked graph's input [n, 3] a batch of one; that of any instance has its batch."""
+    return source if field is None else builder.unsqueeze(source, [0], f"{source}/batch")
 
 
 def _values(
-    nodes: GraphBuilder, decoder: MNIFModel, signal: RadianceField, field: BakedField | None, points: str
+    builder: GraphBuilder, decoder: MNIFModel, signal: RadianceField, field: BakedField | None, points: str
 ) -> str:
-    """What the fields say at points [batch, n, 3] of the world: [batch, n, 4]."""
-    layers = all_layers(nodes, decoder, "coefficients") if field is None else baked_layers(nodes, field)
-    inside = nodes.add("Mul", [points, nodes.number(1 / signal.bound)], "field/points")
-    by_cell = nodes.unsqueeze(inside, [1], "field/by_cell")
+    """Evaluates the fields at points [batch, n, 3] of the world: [batch, n, 4]."""
+    layers = all_layers(builder, decoder, "coefficients") if field is None else baked_layers(builder, field)
+    inside = builder.add("Mul", [points, builder.number(1 / signal.bound)], "field/points")
+    by_cell = builder.unsqueeze(inside, [1], "field/by_cell")
     if decoder.config.cells == 1:
-        return nodes.squeeze(evaluated(nodes, by_cell, layers, decoder.config.output_sine), [1], "field/values")
+        return builder.squeeze(
+            evaluate_layers(builder, by_cell, layers, decoder.config.output_sine), [1], "field/values"
+        )
     cells = torch.cartesian_prod(*[torch.arange(decoder.config.cells)] * 3)
     offset = (decoder.config.cells - 1 - 2 * cells)[None, :, None].float()
-    scaled = nodes.add("Mul", [by_cell, nodes.number(decoder.config.cells)], "field/scaled")
-    local = nodes.add("Add", [scaled, nodes.constant("field/offset", offset)], "field/coordinates")
-    answers = evaluated(nodes, local, layers, decoder.config.output_sine)
-    shares = _shares(nodes, decoder, inside, cells)
-    return nodes.reduce_sum(nodes.add("Mul", [answers, shares], "field/shared"), 1, "field/values", keep=False)
+    scaled = builder.add("Mul", [by_cell, builder.number(decoder.config.cells)], "field/scaled")
+    local = builder.add("Add", [scaled, builder.constant("field/offset", offset)], "field/coordinates")
+    answers = evaluate_layers(builder, local, layers, decoder.config.output_sine)
+    weights = _cell_weights(builder, decoder, inside, cells)
+    return builder.reduce_sum(builder.add("Mul", [answers, weights], "field/shared"), 1, "field/values", keep=False)
 
 
-def _shares(nodes: GraphBuilder, decoder: MNIFModel, points: str, cells: torch.Tensor) -> str:
-    """Each cell's share of the value at points [batch, n, 3]: [batch, cells, n, 1], summing to 1 over the cells.
+def _cell_weights(builder: GraphBuilder, decoder: MNIFModel, points: str, cells: torch.Tensor) -> str:
+    """Adds the weights of the cells at points [batch, n, 3]: [batch, cells, n, 1], summing to 1 over the cells.
 
-    On one axis, a ramp runs up at each border; a cell's share is its own ramp minus that of the next one.
+    On one axis, a ramp runs up at each border; a cell's weight is its own ramp minus that of the next one.
     """
     config = decoder.config
     # A ramp of no width is a step that belongs to the right cell, as in mnif.models.cell_grid.
     steepness, middle = (1 / (2 * config.overlap), 0.5) if config.overlap > 0 else (1e12, 1.0)
     borders = torch.arange(1, config.cells, dtype=torch.float32)
-    position = nodes.add("Mul", [points, nodes.number(config.cells / 2)], "shares/scaled")
-    position = nodes.add("Add", [position, nodes.number(config.cells / 2)], "shares/position")
-    apart = nodes.unsqueeze(position, [1], "shares/apart")
-    distance = nodes.add("Sub", [apart, nodes.constant("shares/borders", borders[:, None, None])], "shares/distance")
-    steep = nodes.add("Mul", [distance, nodes.number(steepness)], "shares/steep")
-    shifted = nodes.add("Add", [steep, nodes.number(middle)], "shares/shifted")
-    ramp = nodes.add("Clip", [shifted, nodes.scalar(0.0), nodes.scalar(1.0)], "shares/ramp")
-    ends = {"first": nodes.number(1.0), "last": nodes.number(0.0)}
-    blank = nodes.add("Mul", [apart, nodes.number(0.0)], "shares/blank")
-    full, none = (nodes.add("Add", [blank, value], f"shares/{name}") for name, value in ends.items())
-    left = nodes.add("Concat", [full, ramp], "shares/left", axis=1)
-    right = nodes.add("Concat", [ramp, none], "shares/right", axis=1)
-    by_axis = nodes.add("Sub", [left, right], "shares/by_axis")  # [batch, cells per axis, n, 3]
-    share = ""
-    for axis, name in enumerate(nodes.split(by_axis, (1, 1, 1), [f"shares/axis_{axis}" for axis in range(3)])):
-        number = nodes.constant(f"shares/cell_{axis}", cells[:, axis])
-        of_cell = nodes.add("Gather", [name, number], f"shares/of_cell_{axis}", axis=1)
-        share = nodes.add("Mul", [share, of_cell], f"shares/up_to_{axis}") if share else of_cell
-    return share
+    position = builder.add("Mul", [points, builder.number(config.cells / 2)], "shares/scaled")
+    position = builder.add("Add", [position, builder.number(config.cells / 2)], "shares/position")
+    apart = builder.unsqueeze(position, [1], "shares/apart")
+    distance = builder.add(
+        "Sub", [apart, builder.constant("shares/borders", borders[:, None, None])], "shares/distance"
+    )
+    steep = builder.add("Mul", [distance, builder.number(steepness)], "shares/steep")
+    shifted = builder.add("Add", [steep, builder.number(middle)], "shares/shifted")
+    ramp = builder.add("Clip", [shifted, builder.scalar(0.0), builder.scalar(1.0)], "shares/ramp")
+    ends = {"first": builder.number(1.0), "last": builder.number(0.0)}
+    blank = builder.add("Mul", [apart, builder.number(0.0)], "shares/blank")
+    full, none = (builder.add("Add", [blank, value], f"shares/{name}") for name, value in ends.items())
+    left = builder.add("Concat", [full, ramp], "shares/left", axis=1)
+    right = builder.add("Concat", [ramp, none], "shares/right", axis=1)
+    by_axis = builder.add("Sub", [left, right], "shares/by_axis")  # [batch, cells per axis, n, 3]
+    weight = ""
+    for axis, name in enumerate(builder.split(by_axis, (1, 1, 1), [f"shares/axis_{axis}" for axis in range(3)])):
+        number = builder.constant(f"shares/cell_{axis}", cells[:, axis])
+        of_cell = builder.add("Gather", [name, number], f"shares/of_cell_{axis}", axis=1)
+        weight = builder.add("Mul", [weight, of_cell], f"shares/up_to_{axis}") if weight else of_cell
+    return weight
 
 
-def _colours_and_density(nodes: GraphBuilder, signal: RadianceField, values: str) -> tuple[str, str]:
-    """Values [..., 4] → colours [..., 3], and density [..., 1] per unit of length in the world."""
-    colours, raw = nodes.split(values, (3, 1), ["colours_of_points", "density/raw"])
-    raised = nodes.add("Mul", [raw, nodes.number(10.0)], "density/raised")
-    soft = nodes.add("Softplus", [nodes.add("Sub", [raised, nodes.number(3.0)], "density/shifted")], "density/soft")
-    return colours, nodes.add("Mul", [soft, nodes.number(2 / signal.bound)], "density/of_points")
+def _colours_and_density(builder: GraphBuilder, signal: RadianceField, values: str) -> tuple[str, str]:
+    """Turns values [..., 4] into colours [..., 3] and density [..., 1] per unit of length in the world."""
+    colours, raw = builder.split(values, (3, 1), ["colours_of_points", "density/raw"])
+    raised = builder.add("Mul", [raw, builder.number(10.0)], "density/raised")
+    soft = builder.add(
+        "Softplus", [builder.add("Sub", [raised, builder.number(3.0)], "density/shifted")], "density/soft"
+    )
+    return colours, builder.add("Mul", [soft, builder.number(2 / signal.bound)], "density/of_points")
 
 
-def _interval(nodes: GraphBuilder, signal: RadianceField, origins: str, directions: str) -> tuple[str, str]:
-    """Where rays enter the cube, and how far they are inside, both [batch, rays, 1].
+def _interval(builder: GraphBuilder, signal: RadianceField, origins: str, directions: str) -> tuple[str, str]:
+    """Finds where rays enter the cube and how far they are inside, both [batch, rays, 1].
 
     As :func:`mnif.signals.volume_rendering.box_intersection` has it, clipped to the signal's near and far.
     """
-    zero, bound = nodes.number(0.0), nodes.number(signal.bound)
-    flat = nodes.add("Less", [nodes.add("Abs", [directions], "box/steepness"), nodes.number(_TINY)], "box/flat")
-    slope = nodes.add("Where", [flat, nodes.number(_TINY), directions], "box/slope")
+    zero, bound = builder.number(0.0), builder.number(signal.bound)
+    flat = builder.add("Less", [builder.add("Abs", [directions], "box/steepness"), builder.number(_TINY)], "box/flat")
+    slope = builder.add("Where", [flat, builder.number(_TINY), directions], "box/slope")
     crossings = []
-    for name, side in (("low", nodes.number(-signal.bound)), ("high", bound)):
-        gap = nodes.add("Sub", [side, origins], f"box/{name}_gap")
-        crossings.append(nodes.add("Div", [gap, slope], f"box/{name}"))
-    first, last = (nodes.add(kind, crossings, f"box/{kind.lower()}") for kind in ("Min", "Max"))
-    entry = nodes.add("ReduceMax", [first], "box/entry", axes=[-1], keepdims=1)
-    near = nodes.add("Max", [entry, zero], "box/near")
-    far = nodes.add("ReduceMin", [last], "box/far", axes=[-1], keepdims=1)
-    along = nodes.reduce_sum(nodes.add("Mul", [origins, directions], "box/products"), -1, "box/along", keep=True)
-    closest = nodes.add("Max", [nodes.add("Neg", [along], "box/behind"), zero], "box/closest")
-    hit = nodes.add("Greater", [far, near], "box/hit")
-    limits = [nodes.scalar(signal.near), nodes.scalar(signal.far)]
+    for name, side in (("low", builder.number(-signal.bound)), ("high", bound)):
+        gap = builder.add("Sub", [side, origins], f"box/{name}_gap")
+        crossings.append(builder.add("Div", [gap, slope], f"box/{name}"))
+    first, last = (builder.add(kind, crossings, f"box/{kind.lower()}") for kind in ("Min", "Max"))
+    entry = builder.add("ReduceMax", [first], "box/entry", axes=[-1], keepdims=1)
+    near = builder.add("Max", [entry, zero], "box/near")
+    far = builder.add("ReduceMin", [last], "box/far", axes=[-1], keepdims=1)
+    along = builder.reduce_sum(builder.add("Mul", [origins, directions], "box/products"), -1, "box/along", keep=True)
+    closest = builder.add("Max", [builder.add("Neg", [along], "box/behind"), zero], "box/closest")
+    hit = builder.add("Greater", [far, near], "box/hit")
+    limits = [builder.scalar(signal.near), builder.scalar(signal.far)]
     near, far = (
-        nodes.add(
-            "Clip", [nodes.add("Where", [hit, end, closest], f"box/{name}_or_closest"), *limits], f"box/{name}_end"
+        builder.add(
+            "Clip", [builder.add("Where", [hit, end, closest], f"box/{name}_or_closest"), *limits], f"box/{name}_end"
         )
         for name, end in (("near", near), ("far", far))
     )
-    return near, nodes.add("Sub", [far, near], "box/length")
+    return near, builder.add("Sub", [far, near], "box/length")
 
 
-def _composited(nodes: GraphBuilder, signal: RadianceField, colours: str, density: str, length: str) -> str:
-    """Colours [batch, rays, samples, 3] and density [batch, rays, samples] → the light of rays [batch, rays, 3].
+def _composite(builder: GraphBuilder, signal: RadianceField, colours: str, density: str, length: str) -> str:
+    """Turns colours [batch, rays, samples, 3] and density [batch, rays, samples] into light [batch, rays, 3].
 
     :func:`mnif.signals.volume_rendering.composite`; what lies before a sample is summed by a product with a triangle
     of ones.
@@ -193,20 +198,20 @@ def _composited(nodes: GraphBuilder, signal: RadianceField, colours: str, densit
     samples = signal.samples
     shares = np.full(samples, 1 / samples, dtype=np.float32)
     shares[-1] /= 2  # depths are the middles of intervals, and the last sample reaches to the end of its own
-    lengths = nodes.add("Mul", [length, nodes.constant("light/shares", shares)], "light/lengths")
-    thickness = nodes.add("Mul", [density, lengths], "light/thickness")
-    triangle = nodes.constant("light/triangle", np.triu(np.ones((samples, samples), dtype=np.float32), 1))
-    before = nodes.add("MatMul", [thickness, triangle], "light/before")
-    reaching = nodes.add("Exp", [nodes.add("Neg", [before], "light/before_negative")], "light/reaching")
-    passing = nodes.add("Exp", [nodes.add("Neg", [thickness], "light/thickness_negative")], "light/passing")
-    kept = nodes.add("Sub", [nodes.number(1.0), passing], "light/kept")
-    weights = nodes.unsqueeze(nodes.add("Mul", [reaching, kept], "light/weights"), [-1], "light/weights_by_colour")
-    weighted = nodes.add("Mul", [colours, weights], "light/weighted")
-    seen = nodes.reduce_sum(weighted, -2, "light/from_samples", keep=False)
-    total = nodes.reduce_sum(thickness, -1, "light/total", keep=True)
-    through = nodes.add("Exp", [nodes.add("Neg", [total], "light/total_negative")], "light/through")
-    background = nodes.number(1.0 if signal.background == "white" else -1.0)
-    return nodes.add("Add", [seen, nodes.add("Mul", [through, background], "light/behind")], "light/seen")
+    lengths = builder.add("Mul", [length, builder.constant("light/shares", shares)], "light/lengths")
+    thickness = builder.add("Mul", [density, lengths], "light/thickness")
+    triangle = builder.constant("light/triangle", np.triu(np.ones((samples, samples), dtype=np.float32), 1))
+    before = builder.add("MatMul", [thickness, triangle], "light/before")
+    reaching = builder.add("Exp", [builder.add("Neg", [before], "light/before_negative")], "light/reaching")
+    passing = builder.add("Exp", [builder.add("Neg", [thickness], "light/thickness_negative")], "light/passing")
+    kept = builder.add("Sub", [builder.number(1.0), passing], "light/kept")
+    weights = builder.unsqueeze(builder.add("Mul", [reaching, kept], "light/weights"), [-1], "light/weights_by_colour")
+    weighted = builder.add("Mul", [colours, weights], "light/weighted")
+    seen = builder.reduce_sum(weighted, -2, "light/from_samples", keep=False)
+    total = builder.reduce_sum(thickness, -1, "light/total", keep=True)
+    through = builder.add("Exp", [builder.add("Neg", [total], "light/total_negative")], "light/through")
+    background = builder.number(1.0 if signal.background == "white" else -1.0)
+    return builder.add("Add", [seen, builder.add("Mul", [through, background], "light/behind")], "light/seen")
 
 
 _REFERENCES = 2  # instances
@@ -224,7 +229,7 @@ _LIMITS = {"rays": (1e-5, 2e-4), "points": (1e-4, 4e-3)}
 
 @torch.no_grad()
 def radiance_specs(decoder: MNIFModel, signal: RadianceField, latents: Tensor, seed: int) -> Iterator[GraphSpec]:
-    """*rays* and *points* of any instance; ``latents`` [n, D] make the references."""
+    """Yields *rays* and *points* of any instance; ``latents`` [n, D] make the references."""
     coefficients = decoder.coefficients(latents[:_REFERENCES])
     for kind, model in (("rays", rays_graph(decoder, signal)), ("points", points_graph(decoder, signal))):
         places = _places(kind, signal, len(coefficients), seed)
@@ -238,7 +243,7 @@ def radiance_specs(decoder: MNIFModel, signal: RadianceField, latents: Tensor, s
 def baked_radiance_specs(
     decoder: MNIFModel, signal: RadianceField, latents: Tensor, labels: Sequence[dict[str, Any]], seed: int
 ) -> Iterator[GraphSpec]:
-    """*rays* and *points* of each of ``latents`` [n, D], without a batch; the first few have references."""
+    """Yields *rays* and *points* of each of ``latents`` [n, D], without a batch; the first few have references."""
     for index, (latent, label) in enumerate(zip(latents, labels, strict=True)):
         coefficients = decoder.coefficients(latent[None])
         baked = decoder.bake(coefficients)
@@ -257,7 +262,7 @@ def baked_radiance_specs(
 
 
 def _places(kind: str, signal: RadianceField, count: int, seed: int) -> dict[str, Tensor]:
-    """Rays of whole pictures from around, or points all over the cube, [count, places, 3] each."""
+    """Picks rays of pictures from all around, or points all over the cube, [count, places, 3] each."""
     if kind == "points":
         spread = np.random.default_rng(seed).uniform(-signal.bound, signal.bound, (count, _PLACES, 3))
         return {"points": torch.from_numpy(spread.astype(np.float32))}
@@ -271,29 +276,29 @@ def _places(kind: str, signal: RadianceField, count: int, seed: int) -> dict[str
 def _answers(
     kind: str, decoder: MNIFModel, signal: RadianceField, coefficients: Tensor, places: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """In float64 and in float32."""
+    """Returns what PyTorch answers in float64 and in float32."""
     exact = copy.deepcopy(decoder).double()
     doubled = {name: place.double() for name, place in places.items()}
-    answer = _rendered if kind == "rays" else _asked
+    answer = _render_rays if kind == "rays" else _query_points
     return answer(exact, signal, coefficients.double(), doubled), answer(decoder, signal, coefficients, places)
 
 
-def _rendered(
+def _render_rays(
     decoder: MNIFModel, signal: RadianceField, coefficients: Tensor, places: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     return {"colours": signal.render(decoder, coefficients, Rays(places["origins"], places["directions"]))}
 
 
-def _asked(
+def _query_points(
     decoder: MNIFModel, signal: RadianceField, coefficients: Tensor, places: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     values = decoder.values_at(coefficients, places["points"] / signal.bound)
-    density = F.softplus(10 * values[..., 3:] - 3) * (2 / signal.bound)  # as RadianceField.render has it
+    density = signal.density(values[..., 3:])
     return {"colours": values[..., :3], "density": density}
 
 
 def _profile(decoder: MNIFModel, signal: RadianceField, kind: str, model: onnx.ModelProto) -> Profile:
-    """From one ray or point to as many as all cells can be asked at."""
+    """Profiles a graph from one ray or point to as many as all cells can be asked at."""
     most = _MOST_POINTS // decoder.config.cells**3 // (signal.samples if kind == "rays" else 1)
     most = max(most, 4)
     lengths = {"minimum": 1, "optimum": most // 4, "maximum": most}

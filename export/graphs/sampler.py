@@ -21,15 +21,15 @@ from torch import Tensor
 from export.graphs.builder import GraphBuilder
 from export.graphs.fields import (
     Resolution,
-    _decoded,
-    _grid_shape,
-    _reference_count,
     all_layers,
     baked_profile,
     batch_profile,
     cells_of,
     coefficient_shape,
-    evaluated,
+    decode_on_grid,
+    evaluate_layers,
+    grid_shape,
+    reference_count,
 )
 from export.graphs.specs import GraphSpec, profile_of, reference_of
 from latent_prior.denoisers import ResidualBlock, ResMLPDenoiser
@@ -75,7 +75,7 @@ class LinearSchedulerTable:
     prediction_weights: np.ndarray
 
     def terms(self, step: int, samples: list[T], predictions: list[T]) -> list[tuple[T, float]]:
-        """What the next sample is the sum of: (item, weight) pairs, those with weight zero left out.
+        """Lists what the next sample is the sum of: (item, weight) pairs, those with weight zero left out.
 
         Args:
             step: i, from 0.
@@ -136,7 +136,7 @@ def linear_scheduler_table(scheduler: SchedulerMixin, num_inference_steps: int) 
 
 
 def _trajectory(scheduler: SchedulerMixin) -> tuple[np.ndarray, np.ndarray]:
-    """Samples [steps + 1, elements] and predictions [steps, elements] of one run on random predictions."""
+    """Runs on random predictions: samples [steps + 1, elements] and predictions [steps, elements]."""
     random = np.random.default_rng(0)
     timesteps = scheduler.timesteps
     predictions = random.standard_normal((len(timesteps), _ELEMENTS)) * _LOUDNESS
@@ -150,7 +150,7 @@ def _trajectory(scheduler: SchedulerMixin) -> tuple[np.ndarray, np.ndarray]:
 def sampler_graph(
     pipeline: MNIFPipeline, steps: LinearSchedulerTable, resolution: Resolution | None
 ) -> onnx.ModelProto:
-    """``noise`` [batch, latent_dim] → ``values`` [batch, *resolution, channels], batch dynamic.
+    """Builds ``noise`` [batch, latent_dim] → ``values`` [batch, *resolution, channels], batch dynamic.
 
     Args:
         pipeline: decoder and denoiser.
@@ -161,85 +161,89 @@ def sampler_graph(
         UserError: the resolution is below 1.
     """
     decoder, denoiser = pipeline.decoder, pipeline.denoiser
-    nodes = GraphBuilder()
+    builder = GraphBuilder()
     samples = ["noise"]
     predictions: list[str] = []
     for step, timestep in enumerate(steps.timesteps):
-        predictions.append(_denoised(nodes, denoiser, samples[-1], float(timestep), f"step_{step}"))
-        samples.append(nodes.weighted_sum(steps.terms(step, samples, predictions), f"step_{step}/next"))
+        predictions.append(_denoise(builder, denoiser, samples[-1], float(timestep), f"step_{step}"))
+        samples.append(builder.weighted_sum(steps.terms(step, samples, predictions), f"step_{step}/next"))
 
-    spread = nodes.constant("denoiser.latent_std", denoiser.latent_std)
-    mean = nodes.constant("denoiser.latent_mean", denoiser.latent_mean)
-    latents = nodes.add("Add", [nodes.add("Mul", [samples[-1], spread], "latents/spread"), mean], "latents")
-    coefficients = _coefficients(nodes, decoder, latents)
+    spread = builder.constant("denoiser.latent_std", denoiser.latent_std)
+    mean = builder.constant("denoiser.latent_mean", denoiser.latent_mean)
+    latents = builder.add("Add", [builder.add("Mul", [samples[-1], spread], "latents/spread"), mean], "latents")
+    coefficients = _coefficients(builder, decoder, latents)
     if resolution is None:
         shape = coefficient_shape(decoder)
-        apart = nodes.reshape(coefficients, (-1, *(int(size) for size in shape[1:])), "coefficients/apart")
+        apart = builder.reshape(coefficients, (-1, *(int(size) for size in shape[1:])), "coefficients/apart")
         results = {"coefficients": (apart, shape)}
     else:
-        values = _decoded(nodes, decoder, coefficients, resolution)
-        results = {"values": (values, _grid_shape(decoder, resolution))}
-    return nodes.model("sampler", {"noise": ["batch", decoder.config.latent_dim]}, results)
+        values = decode_on_grid(builder, decoder, coefficients, resolution)
+        results = {"values": (values, grid_shape(decoder, resolution))}
+    return builder.model("sampler", {"noise": ["batch", decoder.config.latent_dim]}, results)
 
 
-def _coefficients(nodes: GraphBuilder, decoder: MNIFModel, latents: str) -> str:
-    """Latents [batch, latent_dim] → coefficients [batch, cells · layers · bases], as the model has them."""
+def _coefficients(builder: GraphBuilder, decoder: MNIFModel, latents: str) -> str:
+    """Maps latents [batch, latent_dim] to coefficients [batch, cells · layers · bases], as the model does."""
     config, scale = decoder.config, decoder.config.num_bases**-0.5
     if decoder.coefficient_map is None:
-        factor = nodes.number(scale)
+        factor = builder.number(scale)
         if config.mixing == "average":
-            latents = nodes.add("Add", [latents, nodes.number(1.0)], "coefficients/shifted")
-        return nodes.add("Mul", [latents, factor], "coefficients/flat")
-    mapped = nodes.linear(
+            latents = builder.add("Add", [latents, builder.number(1.0)], "coefficients/shifted")
+        return builder.add("Mul", [latents, factor], "coefficients/flat")
+    mapped = builder.linear(
         latents,
-        nodes.constant("decoder.coefficient_map.weight", decoder.coefficient_map.weight),
-        nodes.constant("decoder.coefficient_map.bias", decoder.coefficient_map.bias),
+        builder.constant("decoder.coefficient_map.weight", decoder.coefficient_map.weight),
+        builder.constant("decoder.coefficient_map.bias", decoder.coefficient_map.bias),
         "coefficients/flat",
         scale=scale,
     )
     if config.coefficient_form == "layer":
         return mapped
-    by_cell = nodes.reshape(mapped, (-1, 1, config.num_bases), "coefficients/shared")
-    return nodes.add("Concat", [by_cell] * len(decoder.bases), "coefficients/by_layer", axis=1)
+    by_cell = builder.reshape(mapped, (-1, 1, config.num_bases), "coefficients/shared")
+    return builder.add("Concat", [by_cell] * len(decoder.bases), "coefficients/by_layer", axis=1)
 
 
 @torch.no_grad()
-def _denoised(nodes: GraphBuilder, denoiser: ResMLPDenoiser, sample: str, timestep: float, name: str) -> str:
-    """One evaluation of the denoiser, [batch, latent_dim] → [batch, latent_dim]."""
+def _denoise(builder: GraphBuilder, denoiser: ResMLPDenoiser, sample: str, timestep: float, name: str) -> str:
+    """Evaluates the denoiser once, [batch, latent_dim] → [batch, latent_dim]."""
     weights = dict(denoiser.named_parameters())
 
-    def stored(parameter: str) -> str:
-        return nodes.constant(f"denoiser.{parameter}", weights[parameter])
+    def weight_named(parameter: str) -> str:
+        return builder.constant(f"denoiser.{parameter}", weights[parameter])
 
     time = denoiser.time_embedding(timestep)
-    hidden = nodes.linear(sample, stored("read.weight"), stored("read.bias"), f"{name}/read")
+    hidden = builder.linear(sample, weight_named("read.weight"), weight_named("read.bias"), f"{name}/read")
     for index, block in enumerate(cast(Iterable[ResidualBlock], denoiser.blocks)):
         here, place = f"{name}/block_{index}", f"blocks.{index}"
         # up((normal · gain) (1 + scale) + shift) = up.weight @ (normal · factor) + up(shift), both constant at a step.
         scale, shift = block.modulation(time).chunk(2, dim=-1)
-        factor = nodes.constant(f"{here}/factor", block.norm.weight * (1 + scale))
-        offset = nodes.constant(f"{here}/offset", block.up(shift))
-        inner = nodes.add("Mul", [_normalised(nodes, hidden, block.norm, here), factor], f"{here}/modulated")
-        inner = nodes.linear(inner, stored(f"{place}.up.weight"), offset, f"{here}/up")
-        inner = nodes.add("Mul", [inner, nodes.add("Sigmoid", [inner], f"{here}/sigmoid")], f"{here}/silu")
-        inner = nodes.linear(inner, stored(f"{place}.down.weight"), stored(f"{place}.down.bias"), f"{here}/down")
-        hidden = nodes.add("Add", [hidden, inner], f"{here}/out")
-    hidden = nodes.add("Mul", [_normalised(nodes, hidden, denoiser.norm, name), stored("norm.weight")], f"{name}/norm")
-    return nodes.linear(hidden, stored("write.weight"), stored("write.bias"), f"{name}/write")
+        factor = builder.constant(f"{here}/factor", block.norm.weight * (1 + scale))
+        offset = builder.constant(f"{here}/offset", block.up(shift))
+        inner = builder.add("Mul", [_normalize(builder, hidden, block.norm, here), factor], f"{here}/modulated")
+        inner = builder.linear(inner, weight_named(f"{place}.up.weight"), offset, f"{here}/up")
+        inner = builder.add("Mul", [inner, builder.add("Sigmoid", [inner], f"{here}/sigmoid")], f"{here}/silu")
+        inner = builder.linear(
+            inner, weight_named(f"{place}.down.weight"), weight_named(f"{place}.down.bias"), f"{here}/down"
+        )
+        hidden = builder.add("Add", [hidden, inner], f"{here}/out")
+    hidden = builder.add(
+        "Mul", [_normalize(builder, hidden, denoiser.norm, name), weight_named("norm.weight")], f"{name}/norm"
+    )
+    return builder.linear(hidden, weight_named("write.weight"), weight_named("write.bias"), f"{name}/write")
 
 
-def _normalised(nodes: GraphBuilder, hidden: str, norm: torch.nn.RMSNorm, name: str) -> str:
-    """x / sqrt(mean(x²) + eps) over the last axis, without the gain."""
-    square = nodes.add("Mul", [hidden, hidden], f"{name}/square")
-    mean = nodes.add("ReduceMean", [square], f"{name}/mean", axes=[-1], keepdims=1)
-    shifted = nodes.add("Add", [mean, nodes.number(cast(float, norm.eps))], f"{name}/mean_and_epsilon")
-    root = nodes.add("Sqrt", [shifted], f"{name}/root")
-    return nodes.add("Div", [hidden, root], f"{name}/normal")
+def _normalize(builder: GraphBuilder, hidden: str, norm: torch.nn.RMSNorm, name: str) -> str:
+    """Divides by the root mean square, x / sqrt(mean(x²) + eps) over the last axis, without the gain."""
+    square = builder.add("Mul", [hidden, hidden], f"{name}/square")
+    mean = builder.add("ReduceMean", [square], f"{name}/mean", axes=[-1], keepdims=1)
+    shifted = builder.add("Add", [mean, builder.number(cast(float, norm.eps))], f"{name}/mean_and_epsilon")
+    root = builder.add("Sqrt", [shifted], f"{name}/root")
+    return builder.add("Div", [hidden, root], f"{name}/normal")
 
 
 @torch.no_grad()
 def for_decoder(denoiser: ResMLPDenoiser, decoder: MNIFModel) -> ResMLPDenoiser:
-    """The same denoiser for a padded decoder, whose fingerprint is another; itself for its own decoder."""
+    """Copies a denoiser for a padded decoder, whose fingerprint is another; its own decoder gets itself."""
     fingerprint = decoder.fingerprint()
     if denoiser.config.decoder_fingerprint == fingerprint:
         return denoiser
@@ -253,20 +257,20 @@ def for_decoder(denoiser: ResMLPDenoiser, decoder: MNIFModel) -> ResMLPDenoiser:
 def sampler_spec(
     pipeline: MNIFPipeline, num_inference_steps: int, resolution: Resolution | None, seed: int
 ) -> GraphSpec:
-    """Noise → values on a grid, or coefficients where ``resolution`` is None.
+    """Specifies noise → values on a grid, or coefficients where ``resolution`` is None.
 
     Raises:
         UserError: the scheduler cannot be exported with so many steps.
     """
     decoder, steps = pipeline.decoder, linear_scheduler_table(pipeline.scheduler, num_inference_steps)
     model = sampler_graph(pipeline, steps, resolution)
-    noise = initial_noise(seed, range(_reference_count(model)), decoder.config.latent_dim)
+    noise = initial_noise(seed, range(reference_count(model)), decoder.config.latent_dim)
     start = torch.from_numpy(noise)
     (latents,) = pipeline(
         latents=start, num_inference_steps=num_inference_steps, output_type="latent", return_dict=False
     )
     exact_decoder = copy.deepcopy(decoder).double()
-    exact_latents = _denoised_exactly(pipeline, steps, start.double())
+    exact_latents = _denoise_exactly(pipeline, steps, start.double())
     output, single, exact = (
         ("coefficients", decoder.coefficients(latents), exact_decoder.coefficients(exact_latents))
         if resolution is None
@@ -278,17 +282,14 @@ def sampler_spec(
     return GraphSpec(name, "sampler", model, batch_profile(model), reference, steps=len(steps.timesteps))
 
 
-def _denoised_exactly(pipeline: MNIFPipeline, steps: LinearSchedulerTable, noise: Tensor) -> Tensor:
-    """Latents from noise [n, D] float64, in float64."""
+def _denoise_exactly(pipeline: MNIFPipeline, steps: LinearSchedulerTable, noise: Tensor) -> Tensor:
+    """Draws latents from noise [n, D] in float64."""
     denoiser = copy.deepcopy(pipeline.denoiser).double()
     samples, predictions = [noise], []
     for step, timestep in enumerate(steps.timesteps):
         predictions.append(denoiser(samples[-1], float(timestep)))
         samples.append(torch.stack([weight * each for each, weight in steps.terms(step, samples, predictions)]).sum(0))
     return denoiser.to_latents(samples[-1])
-
-
-BROWSER_KINDS = ("prior", "field")
 
 
 _LARGEST_BATCH = 4  # of *field*, whose points are many
@@ -304,7 +305,7 @@ _REFERENCE_POINTS = 256  # of each cell
 def browser_specs(
     pipeline: MNIFPipeline, num_inference_steps: int, resolution: Resolution, seed: int
 ) -> Iterator[GraphSpec]:
-    """*prior* and *field* with fixed inputs and exact answers.
+    """Yields *prior* and *field* with fixed inputs and exact answers.
 
     Raises:
         UserError: the scheduler cannot be exported with so many steps.
@@ -316,7 +317,7 @@ def browser_specs(
 
 
 def _field_spec(decoder: MNIFModel, coefficients: Tensor, resolution: Resolution, seed: int) -> GraphSpec:
-    """*field*, asked at places all over the cells."""
+    """Specifies *field*, asked at places all over the cells."""
     shape = (cells_of(decoder), _REFERENCE_POINTS, decoder.config.dimensions)
     places = torch.from_numpy(np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32))
     exact = copy.deepcopy(decoder).double().bake(coefficients.double())(places.double())
@@ -336,17 +337,17 @@ def _field_spec(decoder: MNIFModel, coefficients: Tensor, resolution: Resolution
 
 
 def field_graph(decoder: MNIFModel) -> onnx.ModelProto:
-    """``coefficients``, ``coordinates`` → ``values``, batch and points dynamic.
+    """Builds ``coefficients``, ``coordinates`` → ``values``, batch and points dynamic.
 
     They are [batch, cells, layers, bases], [cells, points, dimensions] in each cell's own [-1, 1], and
     [batch, cells, points, channels].
     """
-    nodes = GraphBuilder()
-    points = nodes.unsqueeze("coordinates", [0], "coordinates_of_all")
-    layers = all_layers(nodes, decoder, "coefficients")
-    values = evaluated(nodes, points, layers, decoder.config.output_sine)
+    builder = GraphBuilder()
+    points = builder.unsqueeze("coordinates", [0], "coordinates_of_all")
+    layers = all_layers(builder, decoder, "coefficients")
+    values = evaluate_layers(builder, points, layers, decoder.config.output_sine)
     cells, config = cells_of(decoder), decoder.config
-    return nodes.model(
+    return builder.model(
         "field",
         {"coefficients": coefficient_shape(decoder), "coordinates": [cells, "points", config.dimensions]},
         {"values": (values, ["batch", cells, "points", config.channels])},

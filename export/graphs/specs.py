@@ -7,7 +7,7 @@ measured along with it, and the tolerance of a graph grows with that. An engine 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -17,28 +17,70 @@ from torch import Tensor
 
 from export.device.reference_evaluator import evaluate
 from export.device.verify import peak_of, psnr
-from export.graphs.precision import Precision, Storage, hidden_products, variant
+from export.graphs.precision import Precision, Storage, convert, hidden_products
 from mnif.utils.errors import UserError
 
 Profile = Mapping[str, Mapping[str, Sequence[int]]]  # input → {"minimum", "optimum", "maximum"} shapes
 
 
-_SIZES = ("minimum", "optimum", "maximum")
+PROFILE_SIZES = ("minimum", "optimum", "maximum")
 
 
 def profile_of(model: onnx.ModelProto, **sizes: Mapping[str, int]) -> Profile:
-    """The profile of a graph whose dynamic axes have, at each size, the lengths given by their names."""
+    """Gives the dynamic axes of a graph's inputs, at each size, the lengths that stand under their names."""
     return {
         source.name: {
-            size: tuple(lengths[axis.dim_param] if axis.dim_param else axis.dim_value for axis in _axes(source))
+            size: tuple(lengths[axis.dim_param] if axis.dim_param else axis.dim_value for axis in axes_of(source))
             for size, lengths in sizes.items()
         }
         for source in model.graph.input
     }
 
 
-def _axes(tensor: onnx.ValueInfoProto) -> Sequence[onnx.TensorShapeProto.Dimension]:
+def axes_of(tensor: onnx.ValueInfoProto) -> Sequence[onnx.TensorShapeProto.Dimension]:
+    """Lists the axes of a graph's input or output."""
     return list(tensor.type.tensor_type.shape.dim)
+
+
+@dataclass(frozen=True)
+class GraphKind:
+    """What a bundle must know of a kind of graphs.
+
+    Attributes:
+        description: for the bundle's README, which fills in {end}, {steps}, {scheduler}, {grid} and {cells}.
+        precision: which flags choose it: ``"graph"`` (--precision), ``"sampler"`` (--sampler_precision and
+            --sampler_storage), or ``"fp32"`` for what is float32 alone.
+        served: it has a dynamic batch and becomes a model in Triton's repository.
+    """
+
+    description: str
+    precision: Literal["graph", "sampler", "fp32"] = "graph"
+    served: bool = False
+
+
+KINDS = {
+    "sampler": GraphKind(
+        "standard normal noise to {end}, {steps} steps of {scheduler} unrolled.", precision="sampler", served=True
+    ),
+    "decoder": GraphKind("mixture coefficients to values on the grid, {grid} points.", served=True),
+    "rays": GraphKind(
+        "origins and directions (of length one) to colours, in world coordinates, the volume rendering inside."
+    ),
+    "points": GraphKind("points of the world to colours and densities."),
+    # A browser computes in float32.
+    "prior": GraphKind(
+        "standard normal noise to the coefficients that *field* takes, for the page in examples/browser.",
+        precision="fp32",
+    ),
+    "field": GraphKind(
+        "coefficients and coordinates (as *baked* has them) to every cell's values, likewise.", precision="fp32"
+    ),
+    "baked": GraphKind(
+        "one instance as {cells} coordinate network(s), one per cell, at any resolution. Each cell is asked at "
+        "its own coordinates, [-1, 1] across the cell; `device/` lays out the points and blends neighbouring cells."
+    ),
+}
+"""Every kind of graphs, in the order of the README; the manifest and :mod:`export.device` know them by these names."""
 
 
 REFERENCED_BAKED = 8  # baked graphs that have a reference; the others are the same graph with other numbers
@@ -74,7 +116,7 @@ class GraphSpec:
 
     Attributes:
         name: ``"decoder"``, ``"sampler_4"``, ``"baked_0000"``, ...
-        kind: as in :mod:`export.device.bundle`.
+        kind: one of :data:`KINDS`.
         model: the graph.
         profile: the shapes to build an engine for.
         reference: what it must answer; None for baked graphs after the first few.
@@ -98,7 +140,7 @@ def reference_of(
     single: Mapping[str, Tensor],
     limits: tuple[float, float] = (1e-5, 2e-4),
 ) -> Reference:
-    """A reference from PyTorch's answers in float64 and in float32.
+    """Makes a reference from PyTorch's answers in float64 and in float32.
 
     Raises:
         UserError: the two differ by more than any tolerance, or are no numbers.
@@ -124,11 +166,11 @@ _FINEST = 100.0  # dB; no backend is asked for more
 
 @dataclass(frozen=True)
 class GraphVariant:
-    """One file of a bundle.
+    """A graph as one file of a bundle has it.
 
     Attributes:
-        name: the case's, with the precision behind it unless that is fp32.
-        case: the graph in float32.
+        name: the spec's, with the precision behind it unless that is fp32.
+        spec: the graph in float32.
         precision: of this variant.
         storage: of its large matrices.
         model: the graph.
@@ -149,10 +191,10 @@ class GraphVariant:
     tolerance: dict[str, float] | None = None
 
 
-def variants(
+def make_variants(
     spec: GraphSpec, precisions: Sequence[Precision], storage: Storage | None = None
 ) -> Iterator[GraphVariant]:
-    """One graph in several precisions, with its large matrices in ``storage``; None stores what is multiplied.
+    """Yields a graph in several precisions, with its large matrices in ``storage``; None stores what is multiplied.
 
     With a reference, each is checked and measured. Without one (further baked graphs, which differ from the first in
     their numbers alone), only that the numbers are finite.
@@ -163,28 +205,28 @@ def variants(
     for precision in precisions:
         name = spec.name if precision == "fp32" else f"{spec.name}_{precision}"
         kept = storage or ("fp32" if precision == "fp32" else "fp16")
-        model = variant(spec.model, precision, kept)
+        model = convert(spec.model, precision, kept)
         half = hidden_products(model) if precision == "mixed" else []
         if spec.reference is None:
             _check_finite(name, model)
             yield GraphVariant(name, spec, precision, kept, model, half)
             continue
         onnx.checker.check_model(model, full_check=True)
-        measured = _measured(name, model, spec.reference, precision, kept)
+        measured = _measure(name, model, spec.reference, precision, kept)
         yield GraphVariant(name, spec, precision, kept, model, half, *measured)
 
 
 def run(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A graph's outputs by ONNX Runtime on the CPU."""
+    """Runs a graph in ONNX Runtime on the CPU and returns its outputs by name."""
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, inputs), strict=True))
 
 
-def _measured(
+def _measure(
     name: str, model: onnx.ModelProto, reference: Reference, precision: Precision, storage: Storage
 ) -> tuple[float, float, dict[str, float]]:
-    """PSNR, largest difference, tolerance."""
+    """Measures a graph against its reference: PSNR in dB, the largest difference, and the tolerance."""
     answers = (run if precision == "fp32" else evaluate)(model, reference.inputs)
     exact = reference.outputs
     error = max(float(np.abs(answers[output] - exact[output]).max()) for output in exact)

@@ -10,7 +10,7 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
-from latent_prior.denoisers import ResMLPDenoiser
+from latent_prior.denoisers import Denoiser, ResMLPDenoiser
 from latent_prior.diffusion import TRAIN_TIMESTEPS, LossType, objective_of, sampling_scheduler, student_scheduler
 from latent_prior.distillation import DistillationLoss, energy_distance, student_timesteps, teacher_pairs
 from latent_prior.hub import write_model_card
@@ -19,16 +19,14 @@ from latent_prior.sampling import sample_latents
 from mnif.data.batches import ArrayDataset
 from mnif.latents.table import LatentTable
 from mnif.models.io import save_component, save_index
-from mnif.training.loop import TrainingArguments, make_accelerator, train
+from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_arguments
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import folder_written_atomically, merge_json, sha256_of_folder
 from mnif.utils.process import peak_memory_megabytes
 
 _HELD_OUT_SHARE = 0.05  # of the pairs
-
-
 _COMPARED = 2000  # samples and latents that distances are taken over
 
 
@@ -102,16 +100,7 @@ def distill(arguments: DistillArguments) -> None:
     )
     drawn = time.perf_counter() - started
     set_seed(arguments.seed)
-    student = ResMLPDenoiser(
-        latent_dim=pairs.states.shape[2],
-        width=arguments.width,
-        depth=arguments.depth,
-        dropout=arguments.dropout,
-        decoder_fingerprint=pipeline.denoiser.config.decoder_fingerprint,
-        distilled_steps=sorted(arguments.student_steps),
-    )
-    student.latent_mean.copy_(pipeline.denoiser.latent_mean)
-    student.latent_std.copy_(pipeline.denoiser.latent_std)
+    student = make_student(arguments, pipeline.denoiser)
     loss = DistillationLoss(student, pairs.timesteps, arguments.loss).to(accelerator.device)
     held_out = max(int(_HELD_OUT_SHARE * arguments.num_pairs), 1)
     accelerator.print(
@@ -120,9 +109,7 @@ def distill(arguments: DistillArguments) -> None:
     )
 
     def validate() -> dict[str, float]:
-        return loss.errors(
-            *(part[:held_out].to(accelerator.device) for part in (pairs.states, pairs.samples)),
-        )
+        return loss.errors(*(part[:held_out].to(accelerator.device) for part in (pairs.states, pairs.samples)))
 
     optimizer = torch.optim.AdamW(
         student.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay, fused=True
@@ -130,11 +117,27 @@ def distill(arguments: DistillArguments) -> None:
     ema = EMAModel(loss.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
     rows = ArrayDataset(states=pairs.states[held_out:], samples=pairs.samples[held_out:])
-    train(accelerator, arguments, loss, [optimizer], rows, run, "distill", validate, ema, "validation_loss")
+    keep_best = "validation_loss"
+    TrainLoop(accelerator, arguments, loss, [optimizer], rows, run, "distill", validate, ema, keep_best).run()
     if accelerator.is_main_process:
         seconds = {"seconds_of_pairs": round(drawn, 1), "seconds": round(time.perf_counter() - started, 1)}
         _finish(arguments, pipeline, student.cpu().eval(), table, seconds)
     accelerator.wait_for_everyone()
+
+
+def make_student(arguments: DistillArguments, teacher: Denoiser) -> ResMLPDenoiser:
+    """The student, freshly drawn, with the statistics of the latents that the teacher learned from."""
+    student = ResMLPDenoiser(
+        latent_dim=teacher.config.latent_dim,
+        width=arguments.width,
+        depth=arguments.depth,
+        dropout=arguments.dropout,
+        decoder_fingerprint=teacher.config.decoder_fingerprint,
+        distilled_steps=sorted(arguments.student_steps),
+    )
+    student.latent_mean.copy_(teacher.latent_mean)
+    student.latent_std.copy_(teacher.latent_std)
+    return student
 
 
 def _check(arguments: DistillArguments) -> None:
@@ -145,9 +148,15 @@ def _check(arguments: DistillArguments) -> None:
         if arguments.teacher_steps % steps:
             given = f"--teacher_steps {arguments.teacher_steps}"
             raise UserError(f"{given}: must be a multiple of each of --student_steps, also of {steps}")
-    for flag in ("teacher_steps", "width", "depth", "max_train_steps", "train_batch_size", "validation_steps"):
-        if getattr(arguments, flag) < 1:
-            raise UserError(f"--{flag} {getattr(arguments, flag)}: must be at least 1")
+    check_at_least(
+        1,
+        teacher_steps=arguments.teacher_steps,
+        width=arguments.width,
+        depth=arguments.depth,
+        max_train_steps=arguments.max_train_steps,
+        train_batch_size=arguments.train_batch_size,
+        validation_steps=arguments.validation_steps,
+    )
     if not 0 <= arguments.dropout < 1:
         raise UserError(f"--dropout {arguments.dropout}: must be at least 0 and below 1")
     if arguments.num_pairs < 2:

@@ -2,13 +2,13 @@
 
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import tyro
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
@@ -23,17 +23,15 @@ from mnif.latents.table import LatentTable
 from mnif.models.io import load_component, save_component, save_index
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.outputs import postprocess
-from mnif.training.loop import TrainingArguments, make_accelerator, train
+from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator, steps_of_epochs
 from mnif.training.run_record import begin_stage, finish_stage
-from mnif.utils.args import given_flag, parse_arguments, preset_defaults, read_preset
-from mnif.utils.errors import UserError
+from mnif.utils.args import parse_given, preset_values, read_preset
+from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import folder_written_atomically, merge_json, read_json, sha256_of_file
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import peak_memory_megabytes
 
 PRESETS = Path(__file__).parents[1] / "presets"
-
-
 _NOT_OF_A_PRESET = {"run", "preset", "extra_latents"}
 
 
@@ -95,27 +93,28 @@ def parse_prior_arguments(arguments: list[str]) -> PriorArguments:
     Raises:
         UserError: a flag or the preset cannot be understood.
     """
-    named = given_flag(arguments, "preset")
-    if named is None or {"-h", "--help"} & set(arguments):
-        parsed = parse_arguments(PriorArguments, arguments, "mnif prior")
-    else:
-        settings = read_preset(named, PRESETS)["arguments"]
-        if given_flag(arguments, "max_train_steps") is not None:
-            settings.pop("num_train_epochs", None)
-        defaults = preset_defaults(PriorArguments, settings, named, "mnif prior", ["run"], _NOT_OF_A_PRESET)
-        parsed = parse_arguments(PriorArguments, arguments, "mnif prior", replace(defaults, run=tyro.MISSING))
+    given, settings = parse_given(PriorArguments, arguments, "mnif prior"), {}
+    if (named := given.get("preset")) is not None:
+        preset = read_preset(named, PRESETS)["arguments"]
+        settings = preset_values(PriorArguments, preset, named, "mnif prior", _NOT_OF_A_PRESET)
+    if "max_train_steps" in given:
+        settings.pop("num_train_epochs", None)
+    parsed = PriorArguments(**settings | given)
     _check(parsed)
     return parsed
 
 
 def _check(arguments: PriorArguments) -> None:
-    for flag in ("width", "depth", "max_train_steps", "num_train_epochs", "train_batch_size", "validation_steps"):
-        value = getattr(arguments, flag)
-        if value is not None and value < 1:
-            raise UserError(f"--{flag} {value}: must be at least 1")
-    for flag in ("latent_noise", "weight_decay"):
-        if not getattr(arguments, flag) >= 0:
-            raise UserError(f"--{flag} {getattr(arguments, flag)}: must be at least 0")
+    check_at_least(
+        1,
+        width=arguments.width,
+        depth=arguments.depth,
+        max_train_steps=arguments.max_train_steps,
+        num_train_epochs=arguments.num_train_epochs,
+        train_batch_size=arguments.train_batch_size,
+        validation_steps=arguments.validation_steps,
+    )
+    check_at_least(0, latent_noise=arguments.latent_noise, weight_decay=arguments.weight_decay)
     if not arguments.snr_limit > 0:
         raise UserError(f"--snr_limit {arguments.snr_limit}: must be above 0")
     if not 0 <= arguments.dropout < 1:
@@ -149,8 +148,8 @@ def fit_prior(arguments: PriorArguments) -> None:
     table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint())
     latents = torch.cat([table.train, *_extra_latents(arguments, table)])
     if arguments.num_train_epochs is not None:
-        per_epoch = max(len(latents) // min(arguments.train_batch_size, len(latents)), 1)
-        arguments.max_train_steps = arguments.num_train_epochs * per_epoch
+        epochs, batch_size = arguments.num_train_epochs, arguments.train_batch_size
+        arguments.max_train_steps = steps_of_epochs(epochs, batch_size, len(latents))
     accelerator = make_accelerator(arguments, run)
     extra = {f"extra_latents_{i}": sha256_of_file(path) for i, path in enumerate(arguments.extra_latents or [])}
     if begin_stage(run, "prior", arguments, {"decoder_fingerprint": table.fingerprint} | extra):
@@ -166,34 +165,19 @@ def fit_prior(arguments: PriorArguments) -> None:
         arguments.loss,
         arguments.latent_noise,
     ).to(accelerator.device)
-    held_out = table.latents[table.held_out] if table.held_out.any() else table.train
     accelerator.print(
         f"{len(latents)} latents to train, {int(table.held_out.sum())} held out; "
         f"denoiser {denoiser.num_parameters():,} parameters"
     )
-
-    def validate() -> dict[str, float]:
-        probes = {"validation_loss": held_out, "validation_loss_train": table.train[: len(held_out)]}
-        return {name: validation_loss(loss, latents.to(accelerator.device)) for name, latents in probes.items()}
-
+    validate = partial(_validation_losses, loss, table, accelerator.device)
     optimizer = torch.optim.AdamW(
         denoiser.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay, fused=True
     )
     ema = EMAModel(loss.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
     keep_best = "validation_loss" if arguments.keep == "best" else None
-    train(
-        accelerator,
-        arguments,
-        loss,
-        [optimizer],
-        ArrayDataset(latents=latents),
-        run,
-        "prior",
-        validate,
-        ema,
-        keep_best,
-    )
+    rows = ArrayDataset(latents=latents)
+    TrainLoop(accelerator, arguments, loss, [optimizer], rows, run, "prior", validate, ema, keep_best).run()
     if accelerator.is_main_process:
         _finish(arguments, decoder, denoiser.cpu().eval(), time.perf_counter() - started)
     accelerator.wait_for_everyone()
@@ -210,6 +194,13 @@ def make_denoiser(arguments: PriorArguments, table: LatentTable) -> Denoiser:
     denoiser.latent_mean.copy_(mean)
     denoiser.latent_std.copy_(std)
     return denoiser
+
+
+def _validation_losses(loss: DenoisingLoss, table: LatentTable, device: torch.device) -> dict[str, float]:
+    """The loss on held-out latents, if there are any, and on as many of those learned from."""
+    held_out = table.latents[table.held_out] if table.held_out.any() else table.train
+    probes = {"validation_loss": held_out, "validation_loss_train": table.train[: len(held_out)]}
+    return {name: validation_loss(loss, latents.to(device)) for name, latents in probes.items()}
 
 
 def _extra_latents(arguments: PriorArguments, table: LatentTable) -> list[Tensor]:

@@ -5,13 +5,14 @@ import io
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mnif.commands.fit import (
     AUGMENTATIONS,
@@ -19,167 +20,35 @@ from mnif.commands.fit import (
     fit,
     make_decoder,
     make_method,
-    make_optimizers,
-    parse_fit_arguments,
+    train_loop,
+    with_preset,
 )
+from mnif.comparison.baselines import baseline_metrics
 from mnif.comparison.robustness import CONDITIONS, conditions_of, robustness, seconds_per_instance
 from mnif.comparison.summary import comparison_table, curves_image
-from mnif.data.batches import ArrayDataset, array_dataset
+from mnif.data.batches import array_dataset
 from mnif.data.dataset import Dataset, Split
 from mnif.latents.inference import load_latent_init
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.base import GridSignal, Signal, psnr
+from mnif.signals.base import Signal
 from mnif.signals.registry import signal_class
-from mnif.training.loop import make_accelerator, train
-from mnif.training.methods import AutoDecoderMethod
+from mnif.training.loop import make_accelerator
 from mnif.training.run_record import read_metrics_log
-from mnif.utils.errors import UserError
+from mnif.utils.args import parse_given, typed_values
+from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import merge_json, read_json, write_json, written_atomically
 from mnif.utils.output_folders import check_output_folder, output_folder_of
-from mnif.utils.process import command_line
-
-_BETWEEN_LOOKS = 5  # steps between two looks at the clock; the first ones are the warm-up
-
-
-_NEVER = 1_000_000_000  # steps
-
-
-def seconds_per_step(arguments: FitArguments, signal: Signal, train_data: Dataset, seconds: float) -> float:
-    """Wall seconds of one optimizer step, loading included; validation and checkpoints are not.
-
-    The real training loop runs in a temporary folder until the clock has been looked at often enough.
-
-    Args:
-        arguments: of the run that is planned.
-        signal: what the data are.
-        train_data: the instances to learn from.
-        seconds: how long to measure, after the warm-up; at least five steps are measured.
-
-    Raises:
-        UserError: training diverges within these steps.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        short = replace(
-            arguments,
-            output_dir=Path(folder),
-            max_train_steps=_NEVER,
-            checkpointing_steps=_NEVER,
-            validation_steps=_BETWEEN_LOOKS,
-            resume_from_checkpoint="latest",
-            report_to=None,
-        )
-        accelerator = make_accelerator(short, short.output_dir)
-        decoder = make_decoder(short, signal)
-        method = make_method(short, decoder, signal, len(train_data), accelerator).to(accelerator.device)
-        rows, optimizers = array_dataset(train_data.arrays()), make_optimizers(short, method)
-        latent_rows = method.rows if isinstance(method, AutoDecoderMethod) else None
-        watch = _Watch(seconds)
-        silence = io.StringIO()  # the loop would show a bar without an end
-        with (
-            contextlib.suppress(_Enough),
-            contextlib.redirect_stdout(silence),
-            contextlib.redirect_stderr(silence),
-        ):
-            train(
-                accelerator,
-                short,
-                method,
-                optimizers,
-                rows,
-                short.output_dir,
-                "fit",
-                watch.look,
-                latent_rows=latent_rows,
-            )
-    return watch.seconds_per_step
-
-
-class _Enough(Exception):  # noqa: N818  # nothing has gone wrong: it is the way out of the loop
-    pass
-
-
-class _Watch:
-    """Stands in for a validation: looks at the clock, and ends the training when it has run for long enough."""
-
-    def __init__(self, seconds: float):
-        self.seconds, self.steps, self.started = seconds, 0, 0.0
-        self.seconds_per_step = 0.0
-
-    def look(self) -> dict[str, float]:
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        now = time.perf_counter()
-        if not self.started:
-            self.started = now
-            return {}
-        self.steps += _BETWEEN_LOOKS
-        self.seconds_per_step = (now - self.started) / self.steps
-        if now - self.started >= self.seconds:
-            raise _Enough
-        return {}
-
-
-def baseline_metrics(
-    signal: Signal, train: ArrayDataset, held_out: ArrayDataset, results: list[dict[str, Any]]
-) -> dict[str, Any]:
-    """The figures of the controls, named as a model's.
-
-    Args:
-        signal: what the rows are; only grids have controls, since views of two objects need not be from one camera.
-        train: the instances learned from.
-        held_out: the others.
-        results: of the runs, with the ``…_pca_…`` figures that `mnif fit` measured, if it did, and ``latent_dim``.
-
-    Returns:
-        ``pca``, a list with one object for each size of latent, and ``mean``, the mean training instance.
-    """
-    if not isinstance(signal, GridSignal):
-        return {"pca": []}
-    (first,) = train.subset(np.arange(1)).batches(1)
-    most = min(len(train), signal.observe(first).values.numel())
-    pca: dict[int, dict[str, Any]] = {}
-    for result in results:
-        metrics = {name.replace("_pca_", "_"): value for name, value in result.items() if "_pca_" in name}
-        if metrics:
-            components = min(result["latent_dim"], most)
-            pca[components] = {"components": components, **metrics}
-    return {"pca": [pca[components] for components in sorted(pca)], "mean": _mean_metrics(signal, train, held_out)}
-
-
-def _mean_metrics(signal: GridSignal, train: ArrayDataset, held_out: ArrayDataset) -> dict[str, float]:
-    """Mean PSNR in dB of the mean training instance, ``psnr_train`` and ``psnr_heldout``."""
-    total: Tensor | None = None
-    for batch in train.batches(256):
-        values = signal.observe(batch).values.double().sum(dim=0)
-        total = values if total is None else total + values
-    assert total is not None
-    mean = (total / len(train)).float()
-    metrics = {}
-    for name, rows in {"train": train, "heldout": held_out}.items():
-        observed = (signal.observe(batch).values for batch in rows.batches(256))
-        quality = torch.cat([psnr(mean.expand_as(values), values) for values in observed])
-        metrics[f"psnr_{name}"] = quality.double().mean().item()
-    return metrics
-
-
-PROGRAM = "mnif compare-fit"
-
+from mnif.utils.process import command_line, default_device
 
 _TRAIN_SECONDS = 480.0
-
-
 _LONGEST_MEASUREMENT = 10.0  # seconds of throw-away steps
-
-
+_BETWEEN_LOOKS = 5  # steps between two looks at the clock; the first ones are the warm-up
+_NEVER = 1_000_000_000  # steps
 _VALIDATIONS = 8  # of a run at least, so that its curve has a shape, unless they would take long:
-
-
 _VALIDATED = 1024  # instances a validation looks at, at most; each costs about a third of one in a step
 
-
 _BUDGETS = ("train_seconds", "max_train_steps", "num_train_epochs")
-
 
 # What is compared on, and what the process can have only once: no variant may differ in it.
 _COMMON = {*_BUDGETS, "data", "output_dir", "signal", "preset", "dry_run", "resolution", "channels", "method"}
@@ -228,7 +97,7 @@ def main(arguments: list[str]) -> None:
 
 
 def compare(flags: CompareArguments, runs: list[Run]) -> None:
-    """Trains every run, measures it, and writes the comparison to ``asked.output_dir``.
+    """Trains every run, measures it, and writes the comparison to ``flags.output_dir``.
 
     Raises:
         UserError: the data cannot be read or nothing of it is held out, a folder is another command's or holds
@@ -266,7 +135,7 @@ def _compare(flags: CompareArguments, runs: list[Run], data: Dataset, train_data
         "max_train_steps": flags.max_train_steps if flags.train_seconds is None else None,
         "num_train_epochs": flags.num_train_epochs,
         "seed": flags.seed,
-        "machine": {"device": _device().type, "threads": torch.get_num_threads()},
+        "machine": {"device": default_device().type, "threads": torch.get_num_threads()},
         "conditions": {name: CONDITIONS[name] for name in conditions_of(signal)},
         "controls": controls,
         "runs": results,
@@ -287,64 +156,54 @@ def parse_compare_arguments(arguments: list[str]) -> tuple[CompareArguments, lis
     Raises:
         UserError: a flag or a variant cannot be understood or used.
     """
-    if _given(arguments, "method"):
+    given = parse_given(CompareArguments, arguments, "mnif compare-fit")
+    if "method" in given:
         raise UserError("--method: give --methods, the ways of learning to compare")
     # Presets choose a method; here all are tried, and the encoder is the one that every flag goes with.
-    flags = parse_fit_arguments([*arguments, "--method", "encoder"], PROGRAM, CompareArguments)
-    budgets = [name for name in _BUDGETS if _given(arguments, name)]
+    flags = with_preset(CompareArguments, given | {"method": "encoder"})
+    budgets = [name for name in _BUDGETS if name in given]
     if len(budgets) > 1:
         raise UserError(f"--{budgets[0]} and --{budgets[1]}: give one of them; it is what every run gets")
     if flags.dry_run:
         raise UserError("--dry_run: is for `mnif fit`, once for each --method")
     if flags.train_seconds is not None and not 0 < flags.train_seconds < float("inf"):
         raise UserError(f"--train_seconds {flags.train_seconds:g}: must be above 0")
-    if flags.probes < 1:
-        raise UserError(f"--probes {flags.probes}: must be at least 1")
+    check_at_least(1, probes=flags.probes)
     if not budgets:
         flags.train_seconds = _TRAIN_SECONDS
     if "num_train_epochs" not in budgets:
         flags.num_train_epochs = None  # a preset's
     variants, methods = dict.fromkeys(flags.variants or [""]), dict.fromkeys(flags.methods)
-    return flags, [_run(arguments, flags, method, variant) for variant in variants for method in methods]
+    return flags, [_run(given, flags, method, variant) for variant in variants for method in methods]
 
 
-def _run(arguments: list[str], flags: CompareArguments, method: str, variant: str) -> Run:
-    """Reads the flags once more, for one method and variant."""
-    own = ["--method", method] + ([] if method == "encoder" else [f"--no_{flag}" for flag in AUGMENTATIONS])
+def _run(given: dict[str, Any], flags: CompareArguments, method: str, variant: str) -> Run:
+    """The run of one method and variant, on top of the flags given."""
+    of_fit = {field.name: given[field.name] for field in fields(FitArguments) if field.name in given}
+    own = {"method": method} | ({} if method == "encoder" else dict.fromkeys(AUGMENTATIONS, False))
     try:
-        parsed = parse_fit_arguments([*arguments, *own, *_flags_of(variant)], PROGRAM, CompareArguments)
+        arguments = with_preset(FitArguments, of_fit | own | _settings_of(variant))
     except UserError as error:
         raise UserError(f"--variants {variant}: {error}" if variant else str(error)) from None
-    fit_arguments = FitArguments(**{field.name: getattr(parsed, field.name) for field in fields(FitArguments)})
     name = f"{method}-{variant}" if variant else method
-    fit_arguments.output_dir = flags.output_dir / name
-    fit_arguments.num_train_epochs = flags.num_train_epochs
-    return Run(name, variant, fit_arguments)
+    arguments.output_dir = flags.output_dir / name
+    arguments.num_train_epochs = flags.num_train_epochs
+    return Run(name, variant, arguments)
 
 
-def _flags_of(variant: str) -> list[str]:
-    """``cells=1,output_sine=true`` → ``--cells 1 --output_sine``."""
-    kinds, flags = {field.name: field.type for field in fields(FitArguments)}, []
+def _settings_of(variant: str) -> dict[str, Any]:
+    """``cells=1,output_sine=true`` → ``{"cells": 1, "output_sine": True}``."""
+    known, settings = {field.name for field in fields(FitArguments)}, {}
     for setting in variant.split(",") if variant else []:
         name, equals, value = setting.partition("=")
-        if name not in kinds:
+        if name not in known:
             raise UserError(f'there is no flag --{name}; settings are written as "cells=1,width=64"')
         if name in _COMMON:
             raise UserError(f"--{name} must be the same for all; give it outside of --variants")
         if not equals or not value:
             raise UserError(f"{name} needs a value, {name}=…")
-        if kinds[name] is not bool:
-            flags += [f"--{name}={value}"]
-        elif value in ("true", "false"):
-            flags += [f"--{name}" if value == "true" else f"--no_{name}"]
-        else:
-            raise UserError(f"{name}={value}: must be true or false")
-    return flags
-
-
-def _given(arguments: list[str], name: str) -> bool:
-    """Whether a flag stands on the command line."""
-    return any(argument.partition("=")[0].replace("-", "_") == f"__{name}" for argument in arguments)
+        settings[name] = value
+    return typed_values(FitArguments, settings)
 
 
 def _result(
@@ -398,10 +257,61 @@ def _planned(flags: CompareArguments, run: Run, data: Dataset, train_data: Datas
     return measured
 
 
+def seconds_per_step(arguments: FitArguments, signal: Signal, train_data: Dataset, seconds: float) -> float:
+    """Wall seconds of one optimizer step, loading included; validation and checkpoints are not.
+
+    The real training loop runs in a temporary folder until the clock has been looked at often enough.
+
+    Args:
+        arguments: of the run that is planned.
+        signal: what the data are.
+        train_data: the instances to learn from.
+        seconds: how long to measure, after the warm-up; at least five steps are measured.
+
+    Raises:
+        UserError: training diverges within these steps.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        short = replace(
+            arguments,
+            output_dir=Path(folder),
+            max_train_steps=_NEVER,
+            checkpointing_steps=_NEVER,
+            validation_steps=_NEVER,
+            resume_from_checkpoint="latest",
+            report_to=None,
+        )
+        accelerator = make_accelerator(short, short.output_dir)
+        decoder = make_decoder(short, signal)
+        method = make_method(short, decoder, signal, len(train_data), accelerator).to(accelerator.device)
+        rows = array_dataset(train_data.arrays())
+        loop = train_loop(short, accelerator, method, rows, validate=dict)
+        silence = io.StringIO()  # the loop would show a bar without an end
+        with (
+            contextlib.redirect_stdout(silence),
+            contextlib.redirect_stderr(silence),
+            contextlib.closing(loop.steps()) as steps,
+        ):
+            started, counted, elapsed = _time_after(steps), 0, 0.0
+            while elapsed < seconds:
+                elapsed = _time_after(steps) - started
+                counted += _BETWEEN_LOOKS
+    return elapsed / counted
+
+
+def _time_after(steps: Iterator[int]) -> float:
+    """The clock in seconds after a few more steps, once the accelerator has done their work."""
+    for _ in islice(steps, _BETWEEN_LOOKS):
+        pass
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
 def _measured(flags: CompareArguments, run: Run, data: Dataset, held_data: Dataset) -> dict[str, float]:
     """Robustness and seconds for each new instance; taken from ``measured.json`` if they are of the same model."""
     folder, arguments = run.arguments.output_dir, run.arguments
-    decoder = load_component(MNIFModel, folder / "model", "decoder").to(_device())
+    decoder = load_component(MNIFModel, folder / "model", "decoder").to(default_device())
     chosen = np.linspace(0, len(held_data) - 1, min(len(held_data), flags.probes)).round().astype(int)
     probes = held_data.rows(chosen)
     subject = {
@@ -409,7 +319,7 @@ def _measured(flags: CompareArguments, run: Run, data: Dataset, held_data: Datas
         "probes": probes.fingerprint(),
         "seed": flags.seed,
         "refinement_steps": arguments.refinement_steps,
-        "device": _device().type,
+        "device": default_device().type,
         "threads": torch.get_num_threads(),
     }
     path = folder / "measured.json"
@@ -418,19 +328,13 @@ def _measured(flags: CompareArguments, run: Run, data: Dataset, held_data: Datas
         return stored["figures"]
     signal = signal_class(flags.signal).from_data(data, asdict(arguments))
     latent_init = load_latent_init(folder / "model", signal, arguments.method)
-    latent_init = None if latent_init is None else latent_init.to(_device())
+    latent_init = None if latent_init is None else latent_init.to(default_device())
     rows, steps = array_dataset(probes.arrays()), arguments.refinement_steps
     metrics = {"latent_dim": decoder.config.latent_dim}
     metrics |= robustness(decoder, signal, rows, latent_init, steps, flags.seed)
     metrics |= seconds_per_instance(decoder, signal, rows, latent_init, steps)
     write_json(path, {"subject": subject, "figures": metrics})
     return metrics
-
-
-def _device() -> torch.device:
-    """Where new instances are looked for: the accelerator, if there is one."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")
 
 
 def _forget_peak_memory() -> None:

@@ -19,18 +19,14 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.signals.outputs import Animation, MeshFormat, writer_from_flags
 from mnif.signals.registry import signal_of_model
 from mnif.utils.args import parse_arguments
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import flush_everything, read_json, remove_leftovers, sha256_of_file, was_written, write_json
 from mnif.utils.output_folders import check_output_folder
 from mnif.utils.pixels import image_grid, save_image
-from mnif.utils.process import command_line, peak_memory_megabytes, progress_bar
+from mnif.utils.process import command_line, default_device, peak_memory_megabytes, progress_bar
 
 _OWN_FILES = ("grid", "grid.png", "metrics.json", "decode.json")  # names that no latent may have
-
-
 _OVERVIEW, _OVERVIEW_PIXELS = 64, 256
-
-
 _LONGEST_NAME = 160  # bytes; file systems allow 255, suffixes included
 
 
@@ -83,7 +79,7 @@ def decode(arguments: DecodeArguments) -> None:
     table = LatentTable.load(arguments.latents, fingerprint)
     rows = _rows(arguments, table)
     names = safe_names(table.ids)
-    decoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    decoder.to(default_device())
 
     output, started = arguments.output_dir, time.perf_counter()
     requested = {"decoder": fingerprint, "latents": sha256_of_file(arguments.latents)} | asdict(writer)
@@ -129,7 +125,7 @@ def decode(arguments: DecodeArguments) -> None:
 
 
 def safe_names(ids: Iterable[str]) -> list[str]:
-    """A file name for each id: what may trouble a file system becomes "_".
+    """Makes a file name for each id: what may trouble a file system becomes "_".
 
     Names that were too long or would be the same as another's, in small letters or capitals, end on part of the id's
     SHA-256, so that a name depends on the ids alone and not on which of them are written.
@@ -147,11 +143,10 @@ def safe_names(ids: Iterable[str]) -> list[str]:
 
 
 def _rows(arguments: DecodeArguments, table: LatentTable) -> list[int]:
-    """The rows of the latents asked for."""
+    """Finds the rows of the latents that ``--ids`` or ``--num`` name."""
     if arguments.ids is None:
         count = 16 if arguments.num is None else arguments.num
-        if count < 1:
-            raise UserError(f"--num {count}: must be at least 1")
+        check_at_least(1, num=count)
         rows = list(range(min(count, len(table.ids))))
     else:
         if arguments.num is not None:
@@ -188,11 +183,11 @@ def _check_same_decoding(output: Path, requested: dict[str, Any], wanted: list[P
                 )
 
 
-def _save_overview(path: Path, pictures: list[Path]) -> None:
-    """The first pictures side by side on white, small ones enlarged and large ones reduced."""
+def _save_overview(path: Path, images: list[Path]) -> None:
+    """Lays the first images side by side on white, small ones enlarged and large ones reduced."""
     shown = []
-    for picture in pictures[:_OVERVIEW]:
-        with Image.open(picture) as image:
+    for image_path in images[:_OVERVIEW]:
+        with Image.open(image_path) as image:
             image.thumbnail((_OVERVIEW_PIXELS, _OVERVIEW_PIXELS))
             opaque = image.convert("RGBA")
         shown.append(np.asarray(Image.alpha_composite(Image.new("RGBA", opaque.size, "white"), opaque).convert("RGB")))

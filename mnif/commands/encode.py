@@ -2,9 +2,10 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from mnif.data.batches import ArrayDataset, array_dataset
 from mnif.data.dataset import Dataset, Split
-from mnif.latents.inference import LatentInit, evaluate_latents, infer_latents, load_latent_init
+from mnif.latents.inference import evaluate_latents, infer_latents, load_latent_init
 from mnif.latents.masks import Observe, masked, read_masks, some_views
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component
@@ -20,10 +21,10 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Signal
 from mnif.signals.registry import signal_of_model
 from mnif.utils.args import parse_arguments
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import sha256_of_file, sha256_of_folder, write_json
 from mnif.utils.output_folders import check_output_folder, output_folder_of
-from mnif.utils.process import command_line, peak_memory_megabytes, progress_bar
+from mnif.utils.process import command_line, default_device, peak_memory_megabytes, progress_bar
 from mnif.utils.resumable import Chunks
 
 REFINEMENT_STEPS = {"fast": 0, "balanced": 60, "best": 300}
@@ -76,90 +77,105 @@ def encode(arguments: EncodeArguments) -> None:
     """
     steps = arguments.refinement_steps
     steps = REFINEMENT_STEPS[arguments.preset] if steps is None else steps
-    if arguments.batch_size < 1:
-        raise UserError(f"--batch_size {arguments.batch_size}: must be at least 1")
-    if steps < 0:
-        raise UserError(f"--refinement_steps {steps}: must be at least 0")
+    check_at_least(1, batch_size=arguments.batch_size)
+    check_at_least(0, refinement_steps=steps)
     if not 0 < arguments.refinement_learning_rate < math.inf:
         raise UserError(f"--refinement_learning_rate {arguments.refinement_learning_rate:g}: must be above 0")
     check_output_folder(arguments.output_dir, "encode")
-    decoder = load_component(MNIFModel, arguments.model, "decoder")
+    device = default_device()
+    decoder = load_component(MNIFModel, arguments.model, "decoder").to(device)
     signal = signal_of_model(decoder)
     latent_init = load_latent_init(arguments.model, signal, arguments.method)
-    data = signal.load_like(arguments.data)
-    if arguments.split != "all":
-        splits = data.split(arguments.held_out_fraction, arguments.test_fraction)
-        data = data.rows(splits == Split[arguments.split.upper()])
-        if not len(data):
-            raise UserError(f"--split {arguments.split}: no {signal.noun} of {arguments.data} is in it")
-    arrays = data.arrays()
-    if arguments.mirror:
-        if signal.mirror_axis is None:
-            raise UserError(f"--mirror: a {signal.noun} cannot be mirrored; leave it out")
-        arrays = {name: np.flip(array, signal.mirror_axis) for name, array in arrays.items()}
-    rows = array_dataset(arrays)
+    latent_init = None if latent_init is None else latent_init.to(device)
+    data = _selected_data(arguments, signal)
+    rows = array_dataset(_arrays(arguments, signal, data))
     observe = _observation(arguments, signal, data, rows)
 
+    def infer(batch: ArrayDataset) -> Tensor:
+        rate = arguments.refinement_learning_rate
+        return torch.cat([*infer_latents(decoder, signal, batch, latent_init, steps, rate, len(batch), observe)])
+
     with output_folder_of(arguments.output_dir, "encode"):
-        _find(arguments, steps, decoder, signal, latent_init, data, rows, observe)
+        started = time.perf_counter()
+        chunks = Chunks(arguments.output_dir / ".parts", "latents", _search(arguments, steps, data))
+        latents = _infer_in_chunks(infer, rows, arguments.batch_size, chunks, signal.noun)
+        seconds = time.perf_counter() - started
+        metrics = evaluate_latents(decoder, signal, rows, latents)
+        held_out = torch.zeros(len(latents), dtype=torch.bool)
+        table = LatentTable(latents, data.ids, held_out, decoder.fingerprint(), data.name)
+        table.save(arguments.output_dir / "latents.safetensors")
+        _report(arguments.output_dir, data.ids, metrics, seconds)
+        chunks.remove()
 
 
-def _find(
-    arguments: EncodeArguments,
-    steps: int,
-    decoder: MNIFModel,
-    signal: Signal,
-    latent_init: LatentInit,
-    data: Dataset,
-    rows: ArrayDataset,
-    observe: Observe | None,
-) -> None:
-    """Finds and writes the latents of ``rows``, those of ``data`` as they are to be seen."""
-    output, started = arguments.output_dir, time.perf_counter()
+def _selected_data(arguments: EncodeArguments, signal: Signal) -> Dataset:
+    """Loads the data, or the part of them that ``--split`` names."""
+    data = signal.load_like(arguments.data)
+    if arguments.split == "all":
+        return data
+    splits = data.split(arguments.held_out_fraction, arguments.test_fraction)
+    data = data.rows(splits == Split[arguments.split.upper()])
+    if not len(data):
+        raise UserError(f"--split {arguments.split}: no {signal.noun} of {arguments.data} is in it")
+    return data
+
+
+def _arrays(arguments: EncodeArguments, signal: Signal, data: Dataset) -> dict[str, np.ndarray]:
+    """Gives the arrays of the data, mirrored where ``--mirror`` says so."""
+    if not arguments.mirror:
+        return data.arrays()
+    if signal.mirror_axis is None:
+        raise UserError(f"--mirror: a {signal.noun} cannot be mirrored; leave it out")
+    return {name: np.flip(array, signal.mirror_axis) for name, array in data.arrays().items()}
+
+
+def _search(arguments: EncodeArguments, steps: int, data: Dataset) -> dict[str, Any]:
+    """Names all that the latents depend on: those of another search are not taken up."""
     search = {"steps": steps, "model": sha256_of_folder(arguments.model), "data": data.fingerprint()}
     search |= {name: str(value) for name, value in asdict(arguments).items() if name != "output_dir"}
-    search |= {"mask": sha256_of_file(arguments.mask)} if arguments.mask is not None else {}
-    chunks = Chunks(output / ".parts", "latents", search)
-    with progress_bar(total=len(rows), desc="finding latents", unit=signal.noun) as bar:
-        for begin in range(0, len(rows), arguments.batch_size):
-            batch = rows.subset(np.arange(begin, min(begin + arguments.batch_size, len(rows))))
+    return search | ({"mask": sha256_of_file(arguments.mask)} if arguments.mask is not None else {})
+
+
+def _infer_in_chunks(
+    infer: Callable[[ArrayDataset], Tensor], rows: ArrayDataset, batch_size: int, chunks: Chunks, noun: str
+) -> Tensor:
+    """Infers the latents of all rows, [N, D], but for batches that ``chunks`` has from a stopped command."""
+    with progress_bar(total=len(rows), desc="finding latents", unit=noun) as bar:
+        for begin in range(0, len(rows), batch_size):
+            batch = rows.subset(np.arange(begin, min(begin + batch_size, len(rows))))
             if begin not in chunks:
-                (latents,) = infer_latents(
-                    decoder, signal, batch, latent_init, steps, arguments.refinement_learning_rate, len(batch), observe
-                )
-                chunks.save(begin, latents.cpu().numpy())
+                chunks.save(begin, infer(batch).cpu().numpy())
             bar.update(len(batch))
-    found = torch.from_numpy(chunks.all())
-    seconds = time.perf_counter() - started
-    metrics = evaluate_latents(decoder, signal, rows, found)
-    held_out = torch.zeros(len(found), dtype=torch.bool)
-    LatentTable(found, data.ids, held_out, decoder.fingerprint(), data.name).save(output / "latents.safetensors")
-    badly = _instances_that_fit_badly(metrics["psnr"], data.ids)
+    return torch.from_numpy(chunks.all())
+
+
+def _report(output: Path, ids: list[str], metrics: dict[str, Tensor], seconds: float) -> None:
+    """Writes metrics.json, prints means, and warns of instances that fit badly."""
+    badly = _instances_that_fit_badly(metrics["psnr"], ids)
     write_json(
         output / "metrics.json",
         {name: values.double().mean().item() for name, values in metrics.items()}
         | {
-            f"{name}_per_instance": dict(zip(data.ids, (round(v, 3) for v in values.tolist()), strict=True))
+            f"{name}_per_instance": dict(zip(ids, (round(v, 3) for v in values.tolist()), strict=True))
             for name, values in metrics.items()
         }
         | {
             "fitting_badly": badly,
-            "images_per_second": len(found) / seconds,
+            "images_per_second": len(ids) / seconds,
             "seconds": round(seconds, 2),
             "command": command_line(),
             "peak_rss_mb": peak_memory_megabytes(),
         },
     )
-    chunks.remove()
-    shown = ", ".join(f"{name} {values.double().mean():.3f}" for name, values in metrics.items())
-    print(f"{output}: {len(found)} latents, {shown} on average")
+    means = ", ".join(f"{name} {values.double().mean():.3f}" for name, values in metrics.items())
+    print(f"{output}: {len(ids)} latents, {means} on average")
     if badly:
         worst = ", ".join(f"{id} ({value:.1f} dB)" for id, value in list(badly.items())[:5])
         print(f"warning: {len(badly)} of them fit much worse than the rest: {worst}")
 
 
 def _observation(arguments: EncodeArguments, signal: Signal, data: Dataset, rows: ArrayDataset) -> Observe | None:
-    """How a batch is observed: whole (None), through masks, or in some views."""
+    """Says how a batch is observed: whole (None), through masks, or in some views."""
     if arguments.mask is not None and arguments.views is not None:
         raise UserError("give either --mask or --views")
     (first,) = rows.subset(np.arange(1)).batches(1)
@@ -167,12 +183,12 @@ def _observation(arguments: EncodeArguments, signal: Signal, data: Dataset, rows
         shape = signal.observe(first).values.shape[1:-1]
         return masked(signal, read_masks(arguments.mask, shape, data.ids))
     if arguments.views is not None:
-        return some_views(signal, arguments.views, first["images"].shape[1] if "images" in first else 0)
+        return some_views(signal, arguments.views, first)
     return None
 
 
 def _instances_that_fit_badly(quality: Tensor, ids: list[str]) -> dict[str, float]:
-    """Instances whose PSNR lies more than three robust standard deviations below the median, the worst first."""
+    """Gives PSNR by id where it lies more than three robust standard deviations below the median, the worst first."""
     median = quality.median()
     spread = 1.4826 * (quality - median).abs().median()
     rows = [row for row in quality.argsort().tolist() if quality[row] < median - 3 * spread]

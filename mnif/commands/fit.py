@@ -1,16 +1,14 @@
 """`mnif fit`: learns the bases and one latent per instance (stage one)."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-import tyro
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import ModelMixin
@@ -19,7 +17,7 @@ from torch import Tensor
 from mnif.data.batches import ArrayDataset, array_dataset
 from mnif.data.dataset import Dataset, Split
 from mnif.latents.embedding import LatentEmbedding
-from mnif.latents.inference import evaluate_latents, infer_latents
+from mnif.latents.inference import LatentInit, evaluate_latents, infer_latents
 from mnif.latents.inner_loop import InnerLoop
 from mnif.latents.pca import pca_metrics
 from mnif.latents.table import LatentTable
@@ -29,12 +27,19 @@ from mnif.signals.base import GridSignal, Observation, Signal
 from mnif.signals.radiance import RadianceField
 from mnif.signals.registry import detect_signal, signal_class
 from mnif.training.checkpoints import newest_checkpoint
-from mnif.training.loop import TrainingArguments, batch_size_of, make_accelerator, train
-from mnif.training.methods import AutoDecoderMethod, EncoderMethod, LearningMethod, MetaMethod
-from mnif.training.muon import Muon
+from mnif.training.loop import TrainingArguments, TrainLoop, batch_size_of, make_accelerator, steps_of_epochs
+from mnif.training.methods import (
+    AutoDecoderMethod,
+    EncoderMethod,
+    LearningMethod,
+    MetaMethod,
+    make_optimizers,
+    mean_psnr,
+    validation_rows,
+)
 from mnif.training.run_record import begin_stage, finish_stage
-from mnif.utils.args import given_flag, parse_arguments, preset_defaults, preset_names, read_preset
-from mnif.utils.errors import UserError
+from mnif.utils.args import parse_given, preset_names, preset_values, read_preset
+from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import merge_json
 from mnif.utils.output_folders import check_output_folder
 from mnif.utils.pixels import image_grid, save_image
@@ -42,12 +47,41 @@ from mnif.utils.process import peak_memory_megabytes
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
-
 AUGMENTATIONS = ("random_flip", "random_colours")
 """Flags that change instances at random (:meth:`mnif.signals.base.Signal.augmentations`)."""
 
+DECODER_SETTINGS = (
+    "num_bases",
+    "width",
+    "depth",
+    "cells",
+    "overlap",
+    "omega",
+    "mixing",
+    "coefficient_form",
+    "output_sine",
+)
+"""The flags that the decoder is made with."""
+
+SUSTAINED = 5e12  # floating-point operations a second: a quarter of an A100's float32 peak
 
 _NOT_OF_A_PRESET = {"data", "output_dir", "signal", "preset"}
+
+_COUNTS = (
+    "num_bases",
+    "width",
+    "latent_dim",
+    "cells",
+    "max_train_steps",
+    "num_train_epochs",
+    "train_batch_size",
+    "stride",
+    "inner_steps",
+    "samples_per_ray",
+    "rays_per_step",
+    "encoder_width",
+    "resolution",
+)  # flags that are at least 1
 
 
 @dataclass(kw_only=True)
@@ -152,36 +186,46 @@ class FitArguments(TrainingArguments):
     """Behind the object, and behind transparent pixels (radiance)."""
 
 
-def parse_fit_arguments(arguments: list[str], program: str = "mnif fit", kind: type = FitArguments) -> Any:
-    """Reads the flags over the defaults of a preset: the one named, or the signal's own.
+T = TypeVar("T", bound=FitArguments)
 
-    Args:
-        arguments: what follows the command.
-        program: for messages.
-        kind: the dataclass, :class:`FitArguments` or one that adds to it.
+
+def parse_fit_arguments(arguments: list[str]) -> FitArguments:
+    """Reads the flags over the defaults of a preset.
 
     Raises:
         UserError: a flag, the preset, or what the data are cannot be understood.
     """
-    plain = {"data": tyro.MISSING, "output_dir": tyro.MISSING}
-    if {"-h", "--help"} & set(arguments):
-        return parse_arguments(kind, arguments, program, kind(**plain))
-    named, data, signal = (given_flag(arguments, name) for name in ("preset", "data", "signal"))
-    if named is not None:
-        preset = _preset(named)
-    elif signal not in (None, "auto"):
-        preset = _preset(signal) if signal in preset_names(PRESETS) else {"signal": signal, "arguments": {}}
-    elif data is not None:
-        preset = _preset(detect_signal(data))
-    else:
-        preset = {"signal": "auto", "arguments": {}}
-    if given_flag(arguments, "max_train_steps") is not None:
-        preset["arguments"].pop("num_train_epochs", None)
-    defaults: Any = preset_defaults(kind, preset["arguments"], named, "mnif fit", plain, _NOT_OF_A_PRESET)
-    parsed = parse_arguments(kind, arguments, program, dataclasses.replace(defaults, **plain, signal=preset["signal"]))
-    parsed.signal = preset["signal"] if parsed.signal == "auto" else parsed.signal
-    _check(parsed)
-    return parsed
+    return with_preset(FitArguments, parse_given(FitArguments, arguments, "mnif fit"))
+
+
+def with_preset(kind: type[T], given: dict[str, Any]) -> T:
+    """The flags given over the defaults of a preset: the one named, or the signal's own.
+
+    Args:
+        kind: the dataclass to make, :class:`FitArguments` or one that adds to it.
+        given: the flags on the command line and their values; ``data`` and ``output_dir`` are among them.
+
+    Raises:
+        UserError: the preset or what the data are cannot be understood, or a flag is out of range.
+    """
+    preset = _preset_for(given)
+    settings = preset_values(kind, preset["arguments"], given.get("preset"), "mnif fit", _NOT_OF_A_PRESET)
+    if "max_train_steps" in given:
+        settings.pop("num_train_epochs", None)
+    arguments = kind(**settings | given)
+    if arguments.signal == "auto":
+        arguments.signal = preset["signal"]
+    _check(arguments)
+    return arguments
+
+
+def _preset_for(given: dict[str, Any]) -> dict[str, Any]:
+    if given.get("preset") is not None:
+        return _preset(given["preset"])
+    signal = given.get("signal", "auto")
+    if signal == "auto":
+        signal = detect_signal(given["data"])
+    return _preset(signal) if signal in preset_names(PRESETS) else {"signal": signal, "arguments": {}}
 
 
 def _preset(name: str) -> dict[str, Any]:
@@ -192,27 +236,17 @@ def _preset(name: str) -> dict[str, Any]:
 
 
 def _check(arguments: FitArguments) -> None:
-    counts = "num_bases width latent_dim cells max_train_steps train_batch_size stride inner_steps samples_per_ray"
-    for flag in (*counts.split(), "rays_per_step", "encoder_width"):
-        if getattr(arguments, flag) < 1:
-            raise UserError(f"--{flag} {getattr(arguments, flag)}: must be at least 1")
-    for flag in ("depth", "refinement_steps", "held_out_views", "latent_noise"):
-        if getattr(arguments, flag) < 0:
-            raise UserError(f"--{flag} {getattr(arguments, flag)}: must be at least 0")
-    if arguments.num_train_epochs is not None and arguments.num_train_epochs < 1:
-        raise UserError(f"--num_train_epochs {arguments.num_train_epochs}: must be at least 1")
-    if any(pixels < 1 for pixels in arguments.resolution or []):
-        raise UserError(f"--resolution {' '.join(map(str, arguments.resolution or []))}: at least 1 pixel is needed")
+    values = asdict(arguments)
+    check_at_least(1, **{flag: values[flag] for flag in _COUNTS})
+    not_negative = ("depth", "refinement_steps", "held_out_views", "latent_noise")
+    check_at_least(0, **{flag: values[flag] for flag in not_negative})
     if not 0 <= arguments.overlap <= 0.5:
         raise UserError(f"--overlap {arguments.overlap}: must lie between 0 and 0.5")
     if not 0 <= arguments.held_out_fraction < 1:
         raise UserError(f"--held_out_fraction {arguments.held_out_fraction}: must be at least 0 and below 1")
     for flag in AUGMENTATIONS:
-        if getattr(arguments, flag) and arguments.method != "encoder":
+        if values[flag] and arguments.method != "encoder":
             raise UserError(f"--{flag} needs --method encoder: otherwise an instance has one latent, not several")
-
-
-SUSTAINED = 5e12  # floating-point operations a second: a quarter of an A100's float32 peak
 
 
 def dry_run_report(arguments: FitArguments, decoder: MNIFModel, signal: Signal, instances: int) -> list[str]:
@@ -265,23 +299,6 @@ def _passes(arguments: FitArguments) -> int:
     return 3 + arguments.inner_steps * (9 if arguments.inner_order == "second" else 3)
 
 
-DECODER_SETTINGS = (
-    "num_bases",
-    "width",
-    "depth",
-    "cells",
-    "overlap",
-    "omega",
-    "mixing",
-    "coefficient_form",
-    "output_sine",
-)
-"""The flags that the decoder is made with."""
-
-
-_PROBES = 512  # instances of each side that a validation looks at
-
-
 def main(arguments: list[str]) -> None:
     """Runs `mnif fit`."""
     fit(parse_fit_arguments(arguments))
@@ -304,8 +321,8 @@ def fit(arguments: FitArguments) -> None:
         raise UserError(f"--data {arguments.data}: no {signal.noun} is left to train on; lower --held_out_fraction")
     train_data = data.rows(splits == Split.TRAIN)
     if arguments.num_train_epochs is not None:
-        per_epoch = max(len(train_data) // min(arguments.train_batch_size, len(train_data)), 1)
-        arguments.max_train_steps = arguments.num_train_epochs * per_epoch
+        epochs, batch_size = arguments.num_train_epochs, arguments.train_batch_size
+        arguments.max_train_steps = steps_of_epochs(epochs, batch_size, len(train_data))
     _augmentations(arguments, signal)
     if arguments.dry_run:
         decoder = make_decoder(arguments, signal)
@@ -325,16 +342,14 @@ def fit(arguments: FitArguments) -> None:
         f"{arguments.data}: {len(rows)} {signal.noun}s to train, {len(held_rows)} held out, "
         f"{(splits == Split.TEST).sum()} kept for a test; decoder {decoder.num_parameters():,} parameters"
     )
-    probes = {"psnr_train": _probe(rows, method, accelerator)}
+    probes = {"psnr_train": validation_rows(rows, method, accelerator)}
     if not isinstance(method, AutoDecoderMethod) and len(held_rows):
-        probes["psnr_heldout"] = _probe(held_rows, method, accelerator)
+        probes["psnr_heldout"] = validation_rows(held_rows, method, accelerator)
 
     def validate() -> dict[str, float]:
-        return {name: _mean_psnr(method, probe, accelerator) for name, probe in probes.items()}
+        return {name: mean_psnr(method, probe, accelerator) for name, probe in probes.items()}
 
-    latent_rows = method.rows if isinstance(method, AutoDecoderMethod) else None
-    optimizers = make_optimizers(arguments, method)
-    train(accelerator, arguments, method, optimizers, rows, run, "fit", validate, latent_rows=latent_rows)
+    train_loop(arguments, accelerator, method, rows, validate).run()
     if accelerator.is_main_process:
         _finish(arguments, data, splits, rows, held_rows, method.to("cpu").eval(), time.perf_counter() - started)
 
@@ -390,46 +405,24 @@ def _augmentations(arguments: FitArguments, signal: Signal) -> list[Callable[[Ob
     return [known[flag] for flag in requested]
 
 
-def make_optimizers(arguments: FitArguments, method: LearningMethod) -> list[torch.optim.Optimizer]:
-    """Adam with a rate for the bases and one for everything else; Muon in its place for narrow matrices."""
-    decoder = method.decoder
-    fields = [*decoder.shared, *decoder.means, *decoder.bases]
-    groups = [{"params": fields, "lr": arguments.basis_learning_rate}]
-    others = method.others()
-    if decoder.coefficient_map is not None:
-        others += decoder.coefficient_map.parameters()
-    by_muon = [parameter for parameter in others if arguments.matrix_optimizer == "muon" and _is_narrow(parameter)]
-    chosen = {id(parameter) for parameter in by_muon}
-    by_adam = [parameter for parameter in others if id(parameter) not in chosen]
-    if by_adam:
-        groups.append({"params": by_adam, "lr": arguments.learning_rate})
-    adam = torch.optim.AdamW(groups, betas=(0.9, arguments.adam_beta2), weight_decay=0.0, fused=True)
-    return [adam, Muon(by_muon, arguments.learning_rate)] if by_muon else [adam]
-
-
-def _is_narrow(parameter: Tensor) -> bool:
-    """Whether it is a matrix that Muon moves in no time; the cost is the cube of the shorter side."""
-    return parameter.ndim == 2 and min(parameter.shape) <= 256
-
-
-def _probe(rows: ArrayDataset, method: LearningMethod, accelerator: Accelerator) -> ArrayDataset:
-    """This process's share of the instances a validation looks at, evenly spread over all of them."""
-    index = torch.linspace(0, len(rows) - 1, min(len(rows), _PROBES)).long()
-    if isinstance(method, AutoDecoderMethod):
-        return rows.subset(index[method.rows.owns(index)].numpy())
-    return rows.subset(index[accelerator.process_index :: accelerator.num_processes].numpy())
-
-
-@torch.no_grad()
-def _mean_psnr(method: LearningMethod, rows: ArrayDataset, accelerator: Accelerator) -> float:
-    """Mean PSNR in dB of instances with the latents that are found for them now, over all processes."""
-    total_and_count = torch.zeros(2, device=accelerator.device)
-    for batch in rows.batches(64, accelerator.device) if len(rows) else ():
-        latents = method.latents(method.signal.observe(batch), batch["row"])
-        values = method.signal.metrics(method.decoder, latents, batch)["psnr"]
-        total_and_count += torch.stack([values.sum(), values.new_tensor(len(values))])
-    total, count = accelerator.reduce(total_and_count, "sum").tolist()
-    return total / count
+def train_loop(
+    arguments: FitArguments,
+    accelerator: Accelerator,
+    method: LearningMethod,
+    rows: ArrayDataset,
+    validate: Callable[[], dict[str, float]],
+) -> TrainLoop:
+    """The loop that trains ``method`` on ``rows``, with the optimizers that the flags ask for."""
+    optimizers = make_optimizers(
+        method,
+        arguments.learning_rate,
+        arguments.basis_learning_rate,
+        arguments.adam_beta2,
+        use_muon=arguments.matrix_optimizer == "muon",
+    )
+    latent_rows = method.rows if isinstance(method, AutoDecoderMethod) else None
+    run = arguments.output_dir
+    return TrainLoop(accelerator, arguments, method, optimizers, rows, run, "fit", validate, latent_rows=latent_rows)
 
 
 def _finish(
@@ -442,65 +435,88 @@ def _finish(
     seconds: float,
 ) -> None:
     """Writes model, latent table, figures and a picture of reconstructions."""
-    run, decoder, signal = arguments.output_dir, method.decoder, method.signal
     started = time.perf_counter()
-    held, train_side = splits == Split.HELD_OUT, splits == Split.TRAIN
-    latent_init = save_model(arguments, method)
+    run, signal = arguments.output_dir, method.signal
+    latent_init = _save_model(run / "model", method)
     # Through the file and back, so that the fingerprint is that of what later commands will load.
     decoder = load_component(MNIFModel, run / "model", "decoder")
-
-    metrics: dict[str, float] = {}
     if isinstance(method, AutoDecoderMethod):
-        of_train = method.rows.read_all(newest_checkpoint(run / "checkpoints" / "fit"))
+        train_latents = method.rows.read_all(newest_checkpoint(run / "checkpoints" / "fit"))
     else:
-        of_train = torch.cat([*infer_latents(decoder, signal, train_rows, latent_init, 0)])
-    of_held = refined = of_train[:0]
-    if held.any():
-        steps = arguments.refinement_steps
-        of_held = refined = torch.cat([*infer_latents(decoder, signal, held_rows, latent_init, steps, progress=True)])
+        train_latents = torch.cat([*infer_latents(decoder, signal, train_rows, latent_init, 0)])
+    first, refined = _held_out_latents(decoder, signal, held_rows, latent_init, arguments.refinement_steps)
+
+    subjects = {}
+    if len(held_rows):
         if latent_init is not None:
-            of_held = torch.cat([*infer_latents(decoder, signal, held_rows, latent_init, 0)])
-            metrics |= _means(evaluate_latents(decoder, signal, held_rows, of_held), f"heldout_{arguments.method}")
-        metrics |= _means(evaluate_latents(decoder, signal, held_rows, refined), "heldout")
-    metrics |= _means(evaluate_latents(decoder, signal, train_rows, of_train), "train")
+            subjects[f"heldout_{arguments.method}"] = held_rows, first
+        subjects["heldout"] = held_rows, refined
+    subjects["train"] = train_rows, train_latents
+    metrics: dict[str, float] = {}
+    for subject, (rows, latents) in subjects.items():
+        metrics |= _means(evaluate_latents(decoder, signal, rows, latents), subject)
     if isinstance(signal, GridSignal):
         metrics |= pca_metrics(signal, train_rows, held_rows, decoder.config.latent_dim)
 
-    kept = train_side | held
-    held_out = torch.from_numpy(held[kept])
-    latents = torch.empty(len(held_out), decoder.config.latent_dim)
-    latents[~held_out], latents[held_out] = of_train, of_held
-    ids = [id for id, keep in zip(data.ids, kept.tolist(), strict=True) if keep]
-    table = LatentTable(latents, ids, held_out, decoder.fingerprint(), data.name)
-    table.save(run / "latents.safetensors")
-    shown = (held_rows, of_held, refined) if held.any() else (train_rows, of_train, of_train)
+    _save_latent_table(run, data, splits, train_latents, first, decoder)
+    shown = (held_rows, first, refined) if len(held_rows) else (train_rows, train_latents, train_latents)
     _save_reconstructions(run, decoder, signal, *shown)
-    field = decoder.bake(decoder.coefficients(latents[:1]))
-    merge_json(
-        run / "metrics.json",
-        metrics
-        | {
-            "seconds": round(seconds + time.perf_counter() - started, 1),
-            "peak_rss_mb": peak_memory_megabytes(),
-            "decoder_parameters": decoder.num_parameters(),
-            "field_parameters": field.parameters_per_field(),
-            "fields_per_instance": decoder.config.cells**decoder.config.dimensions,
-            "multiply_adds_per_value": field.multiply_adds_per_point(),
-        },
-    )
+    seconds += time.perf_counter() - started
+    merge_json(run / "metrics.json", metrics | _costs(decoder, seconds))
     finish_stage(run, "fit")
     shown_metrics = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
     print(f"{run / 'model'}: {shown_metrics}")
 
 
-def save_model(arguments: FitArguments, method: LearningMethod) -> Any:
-    """Writes decoder and whatever finds latents to the model folder; gives the latter, or None."""
-    model = arguments.output_dir / "model"
-    save_component(model, "decoder", method.decoder)
+def _save_model(folder: Path, method: LearningMethod) -> LatentInit:
+    """Writes the decoder and whatever finds latents to the model folder; gives the latter, or None."""
+    save_component(folder, "decoder", method.decoder)
     latent_init = getattr(method, "encoder", None) or getattr(method, "inner_loop", None)
     if isinstance(latent_init, ModelMixin):
-        save_component(model, "inner_loop" if isinstance(latent_init, InnerLoop) else "encoder", latent_init)
+        save_component(folder, "inner_loop" if isinstance(latent_init, InnerLoop) else "encoder", latent_init)
     return latent_init
+
+
+def _held_out_latents(
+    decoder: MNIFModel, signal: Signal, rows: ArrayDataset, latent_init: LatentInit, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Latents [N, D] of held-out instances as they are found at first, and refined.
+
+    Without anything that finds latents at first, both are refined.
+    """
+    if not len(rows):
+        none = torch.empty(0, decoder.config.latent_dim)
+        return none, none
+    refined = torch.cat([*infer_latents(decoder, signal, rows, latent_init, steps, progress=True)])
+    if latent_init is None:
+        return refined, refined
+    return torch.cat([*infer_latents(decoder, signal, rows, latent_init, 0)]), refined
+
+
+def _save_latent_table(
+    run: Path, data: Dataset, splits: np.ndarray, train: Tensor, held_out: Tensor, decoder: MNIFModel
+) -> None:
+    """Writes the latents of the instances learned from and of those held out, in the order of the data."""
+    kept = splits != Split.TEST
+    is_held_out = torch.from_numpy(splits[kept] == Split.HELD_OUT)
+    latents = torch.empty(len(is_held_out), decoder.config.latent_dim)
+    latents[~is_held_out], latents[is_held_out] = train, held_out
+    ids = [id for id, keep in zip(data.ids, kept.tolist(), strict=True) if keep]
+    LatentTable(latents, ids, is_held_out, decoder.fingerprint(), data.name).save(run / "latents.safetensors")
+
+
+def _costs(decoder: MNIFModel, seconds: float) -> dict[str, float]:
+    """What the run took, and what the model and one of its fields are made of."""
+    config = decoder.config
+    field = decoder.bake(decoder.coefficients(torch.zeros(1, config.latent_dim)))
+    return {
+        "seconds": round(seconds, 1),
+        "peak_rss_mb": peak_memory_megabytes(),
+        "decoder_parameters": decoder.num_parameters(),
+        "field_parameters": field.parameters_per_field(),
+        "fields_per_instance": config.cells**config.dimensions,
+        "multiply_adds_per_value": field.multiply_adds_per_point(),
+    }
 
 
 def _means(metrics: dict[str, Tensor], part: str) -> dict[str, float]:
@@ -511,7 +527,7 @@ def _means(metrics: dict[str, Tensor], part: str) -> dict[str, float]:
 
 @torch.no_grad()
 def _save_reconstructions(
-    run: Any, decoder: MNIFModel, signal: Signal, rows: ArrayDataset, latents: Tensor, refined: Tensor
+    run: Path, decoder: MNIFModel, signal: Signal, rows: ArrayDataset, latents: Tensor, refined: Tensor
 ) -> None:
     """Rows of originals, of what the first latents show, and of what refined ones show."""
     pick = np.linspace(0, len(rows) - 1, min(16, len(rows))).astype(int)

@@ -22,19 +22,10 @@ CONDITIONS = {  # what latents are found in
     "shift": "the instance moved around its last axis by an eighth of it (and compared with the same)",
 }
 
-
 _NOISE = 0.2
-
-
 _SHIFT = 8  # one eighth of the axis
-
-
 _BATCH = 32  # instances at a time, and the larger of the two batch sizes that are timed
-
-
 _TIMINGS = 3  # batches whose median counts
-
-
 _PATIENCE = 10.0  # seconds after which no further batch is timed
 
 
@@ -77,7 +68,7 @@ def robustness(
         decoder: the bases.
         signal: what the rows are.
         rows: held-out instances, numbered from 0.
-        finder: of the run; None searches from zero.
+        latent_init: of the run; None searches from zero.
         steps: refinement steps of the run.
         seed: of masks and noise.
     """

@@ -10,13 +10,13 @@ from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
-from mnif import __version__
 from mnif.utils.errors import UserError
 from mnif.utils.files import cache_folder, written_atomically
+from mnif.version import __version__
 
 
 def npz_arrays(path: Path, needs: str) -> dict[str, np.ndarray]:
-    """All arrays of an ``.npz`` file by name.
+    """Reads all arrays of an ``.npz`` file by name.
 
     Args:
         path: the file.
@@ -33,7 +33,7 @@ def npz_arrays(path: Path, needs: str) -> dict[str, np.ndarray]:
 
 
 def npz_names(path: Path) -> set[str]:
-    """The names of the arrays in an ``.npz`` file, without reading them.
+    """Lists the names of the arrays in an ``.npz`` file, without reading them.
 
     Raises:
         UserError: the file is damaged.
@@ -46,7 +46,7 @@ def npz_names(path: Path) -> set[str]:
 
 
 def npy_array(path: Path) -> np.ndarray:
-    """The array of an ``.npy`` file, memory-mapped and copy-on-write.
+    """Opens the array of an ``.npy`` file, memory-mapped and copy-on-write.
 
     Raises:
         UserError: the file is damaged, or holds Python objects.
@@ -61,21 +61,21 @@ def npy_array(path: Path) -> np.ndarray:
 
 
 def ids_and_groups(path: Path, arrays: dict[str, np.ndarray], count: int) -> tuple[list[str], list[str]]:
-    """The arrays ``ids`` and ``groups``; row numbers where there are no ids, the ids where there are no groups.
+    """Takes ids and groups from arrays; row numbers where there are no ids, the ids where there are no groups.
 
     Raises:
         UserError: they are not ``count`` names each.
     """
     ids = [str(id) for id in arrays["ids"].ravel()] if "ids" in arrays else row_names(count)
     groups = [str(group) for group in arrays["groups"].ravel()] if "groups" in arrays else ids
-    for name, found in (("ids", ids), ("groups", groups)):
-        if len(found) != count:
-            raise UserError(f'{path}: "{name}" has {len(found)} names for {count} instances')
+    for name, names in (("ids", ids), ("groups", groups)):
+        if len(names) != count:
+            raise UserError(f'{path}: "{name}" has {len(names)} names for {count} instances')
     return ids, groups
 
 
 def row_names(count: int) -> list[str]:
-    """Ids for instances without names: ``000000``, ``000001``, …"""
+    """Makes ids for instances without names: ``000000``, ``000001``, …"""
     return [f"{row:06d}" for row in range(count)]
 
 
@@ -85,7 +85,7 @@ _DEFAULT_LIMIT_MB = 2048
 def memmap_cached(
     shape: tuple[int, ...], fill: Callable[[np.ndarray], None], key: Iterable[str], keep: bool = False
 ) -> np.ndarray:
-    """An array that ``fill`` writes: in memory, or memory-mapped from the cache folder if it is over the limit.
+    """Lets ``fill`` write an array: in memory, or memory-mapped from the cache folder if it is over the limit.
 
     The limit is 2048 MB, or the environment variable ``MNIF_MEMORY_LIMIT_MB``; the folder is ``data`` in
     :func:`mnif.utils.files.cache_folder`. A file that is already there under the same key is not written again.
@@ -93,7 +93,7 @@ def memmap_cached(
     Args:
         shape: of the array.
         fill: writes every element of a uint8 array of this shape.
-        key: what the content depends on besides the shape (:func:`stamps` of the files, parameters); names the file.
+        key: what the content depends on besides the shape (:func:`file_stamps`, parameters); names the file.
         keep: goes to the cache folder even if it fits into memory, because it takes long to make.
 
     Returns:
@@ -119,7 +119,7 @@ def memmap_cached(
 
 
 def file_stamps(paths: Iterable[Path]) -> list[str]:
-    """One line a file, which changes with its name, size or time of change."""
+    """Makes one line a file, which changes with its name, size or time of change."""
     lines = []
     for path in paths:
         status = path.stat()

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, Sampler
 class ArrayDataset(Dataset[dict[str, Tensor]]):
     """Arrays with the same first axis; a batch is one indexing of each, under the arrays' names.
 
-    Memory-mapped arrays stay on disk; only the rows asked for are read.
+    Memory-mapped arrays stay on disk; only the rows that are indexed are read.
     """
 
     def __init__(self, **arrays: Tensor | np.ndarray):
@@ -28,12 +28,12 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
         return {name: _taken(array, index) for name, array in self.arrays.items()}
 
     def batches(self, batch_size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Tensor]]:
-        """All rows in order, at most ``batch_size`` at a time."""
+        """Yields all rows in order, at most ``batch_size`` at a time."""
         for index in torch.arange(len(self)).split(batch_size):
             yield {name: tensor.to(device) for name, tensor in self.__getitems__(index).items()}
 
     def subset(self, index: np.ndarray) -> "ArrayDataset":
-        """Some of the rows, read when asked for."""
+        """Selects some of the rows, which are read when they are indexed."""
         return _Subset(self, index)
 
 
@@ -75,7 +75,7 @@ class ShuffledBatches(Sampler[list[int]]):
             yield order[step % per_epoch].tolist()
 
     def _epoch(self, epoch: int) -> np.ndarray:
-        """Row numbers [batches of one epoch, batch size]."""
+        """Deals out the row numbers of one epoch, [batches, batch size]."""
         generator = np.random.default_rng([self.seed, epoch])
         lengths = (self.rows - np.arange(self.batch_size) + self.batch_size - 1) // self.batch_size
         keys = generator.random((lengths.max(), self.batch_size))
@@ -90,7 +90,12 @@ def _taken(array: Tensor | np.ndarray, index: Tensor) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(array[index.numpy()]))
 
 
+def evenly_spaced(count: int, wanted: int) -> np.ndarray:
+    """Picks at most ``wanted`` of ``count`` rows, from the first to the last: their numbers, [n] int64 in order."""
+    return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
+
+
 def array_dataset(arrays: Mapping[str, np.ndarray]) -> ArrayDataset:
-    """The arrays of a data set, with each row's number under ``row``."""
+    """Wraps the arrays of a data set, with each row's number under ``row``."""
     count = len(next(iter(arrays.values())))
     return ArrayDataset(row=torch.arange(count), **arrays)

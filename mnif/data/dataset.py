@@ -15,7 +15,7 @@ _CHUNK_BYTES = 1 << 26
 
 
 class Split(IntEnum):
-    """The side of the split an instance is on."""
+    """Which part of a data set an instance belongs to."""
 
     TRAIN = 0
     HELD_OUT = 1
@@ -50,17 +50,17 @@ class Dataset(ABC):
 
     @abstractmethod
     def arrays(self) -> dict[str, np.ndarray]:
-        """What a training row is made of, by the names of the fields; the first axis of each is N."""
+        """Returns what a training row is made of, by the names of the fields; the first axis of each is N."""
 
     def held_out(self, fraction: float) -> np.ndarray:
-        """Which instances are kept out of training: [N] bool, about ``fraction`` of the groups.
+        """Says which instances are kept out of training: [N] bool, about ``fraction`` of the groups.
 
         A group's side depends on its name alone (a hash), so it stays where it is when the data set grows.
         """
         return self._units() < fraction
 
     def split(self, held_out_fraction: float, test_fraction: float) -> np.ndarray:
-        """The side of every instance: [N] int8 of :class:`Split`.
+        """Assigns every instance to a split: [N] int8 of :class:`Split`.
 
         ``HELD_OUT`` is exactly :meth:`held_out`, so a test part can be added without moving what was held out.
 
@@ -87,7 +87,7 @@ class Dataset(ABC):
         return np.array([unit[group] for group in self.groups], dtype=np.float64)
 
     def fingerprint(self) -> str:
-        """The SHA-256 of ids and arrays, read in pieces: a memory-mapped array never is in memory as a whole."""
+        """Computes the SHA-256 of ids and arrays, in chunks: a memory-mapped array never is in memory as a whole."""
         digest = hashlib.sha256("\n".join(self.ids).encode())
         for name, array in self.arrays().items():
             digest.update(f"\n{name} {array.dtype} {list(array.shape)}\n".encode())
@@ -98,7 +98,7 @@ class Dataset(ABC):
         return digest.hexdigest()
 
     def rows(self, selection: np.ndarray) -> Self:
-        """The same kind of data with some of the instances only.
+        """Makes the same kind of data with some of the instances only.
 
         Args:
             selection: [N] bool, or row numbers, none twice.
@@ -142,5 +142,5 @@ def _selected(array: np.ndarray, index: np.ndarray) -> np.ndarray:
 
 
 def _unit_hash(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone."""
+    """Hashes a text to a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64

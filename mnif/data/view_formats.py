@@ -12,20 +12,10 @@ from mnif.utils.errors import UserError
 from mnif.utils.files import read_json
 
 SRN_MARKER = "intrinsics.txt"
-
-
 TRANSFORMS_MARKERS = ("transforms.json", "transforms_train.json")
-
-
 _ROTATION_TOLERANCE = 1e-3
-
-
 _OPENCV_TO_OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
-
-
 _DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
-
-
 _OF_A_FRAME = ("fl_x", "fl_y", "cx", "cy", "camera_angle_x", *_DISTORTION)
 
 
@@ -51,7 +41,7 @@ class PosedImages:
 
 
 def posed_images(source: Path, max_views: int | None) -> list[PosedImages]:
-    """The instances of a folder: the folder itself if it is one, otherwise its sub-folders.
+    """Reads the instances of a folder: the folder itself if it is one, otherwise its sub-folders.
 
     Args:
         source: the folder.
@@ -71,19 +61,19 @@ def posed_images(source: Path, max_views: int | None) -> list[PosedImages]:
 
 
 def instance_folders(source: Path) -> dict[Path, str]:
-    """The folders of instances and the file that marks each; deeper ones only if the upper ones are none."""
+    """Finds the folders of instances and the file that marks each; deeper ones only if the upper ones are none."""
     for pattern in ("", "*/", "**/"):
-        found: dict[Path, str] = {}
+        folders: dict[Path, str] = {}
         for marker in (SRN_MARKER, *TRANSFORMS_MARKERS):
             for path in sorted(source.glob(pattern + marker)):
-                found.setdefault(path.parent, marker)
-        if found:
-            return dict(sorted(found.items()))
+                folders.setdefault(path.parent, marker)
+        if folders:
+            return dict(sorted(folders.items()))
     return {}
 
 
 def _srn_instance(id: str, marker: Path, max_views: int | None) -> PosedImages:
-    """``rgb/*.png``, ``pose/*.txt`` (OpenCV's convention: +z forward, +y down) and ``intrinsics.txt``.
+    """Reads ``rgb/*.png``, ``pose/*.txt`` (OpenCV's convention: +z forward, +y down) and ``intrinsics.txt``.
 
     The lines of the latter: focal length and centre; the grid's centre; scale; height and width; and, in some files,
     1 if the poses are world-to-camera.
@@ -112,7 +102,7 @@ def _srn_instance(id: str, marker: Path, max_views: int | None) -> PosedImages:
 
 
 def _transforms_instance(id: str, marker: Path, max_views: int | None) -> PosedImages:
-    """Blender's (``camera_angle_x``) or nerfstudio's (``fl_x fl_y cx cy w h``) ``transforms.json``."""
+    """Reads Blender's (``camera_angle_x``) or nerfstudio's (``fl_x fl_y cx cy w h``) ``transforms.json``."""
     content = read_json(marker)
     try:
         frames = [(str(f["file_path"]), np.array(f["transform_matrix"], dtype=float)) for f in content["frames"]]
@@ -122,7 +112,7 @@ def _transforms_instance(id: str, marker: Path, max_views: int | None) -> PosedI
     if not frames:
         raise UserError(f"{marker}: has no frames")
     _check_pinhole(content, marker)
-    paths = [_picture(marker, name) for name, _ in frames]
+    paths = [_image_path(marker, name) for name, _ in frames]
     poses = [checked_pose(pose, f"{marker}: frame {name}") for name, pose in frames]
     size = _size(paths[0])
     try:
@@ -159,8 +149,8 @@ def _check_pinhole(content: dict[str, Any], marker: Path) -> None:
             )
 
 
-def _picture(marker: Path, name: str) -> Path:
-    """The picture a frame names, with its suffix or without."""
+def _image_path(marker: Path, name: str) -> Path:
+    """Finds the image a frame names, with its suffix or without."""
     path = marker.parent / name
     for candidate in (path, *(path.with_name(path.name + suffix) for suffix in IMAGE_SUFFIXES)):
         if candidate.is_file():
@@ -169,7 +159,7 @@ def _picture(marker: Path, name: str) -> Path:
 
 
 def checked_pose(pose: np.ndarray, where: str) -> np.ndarray:
-    """The [4, 4] pose as it is.
+    """Returns a [4, 4] pose as it is, once it is checked.
 
     Raises:
         UserError: it is of another shape, not finite, or not a rotation and a place (tolerance 1e-3).
@@ -212,7 +202,7 @@ def _size(path: Path) -> tuple[int, int]:
 
 
 def _scaled(intrinsics: np.ndarray, stated: tuple[float, float], size: tuple[int, int], where: str) -> np.ndarray:
-    """Intrinsics for pictures of the stated height and width, for pictures of another size."""
+    """Scales intrinsics for images of the stated height and width to images of another size."""
     if not np.isfinite(intrinsics).all() or intrinsics[:2].min() <= 0 or min(stated) <= 0:
         raise UserError(f"{where}: focal lengths and sizes must be finite and positive")
     y, x = size[0] / stated[0], size[1] / stated[1]

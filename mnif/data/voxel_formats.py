@@ -18,14 +18,14 @@ import numpy as np
 from scipy.ndimage import binary_fill_holes
 
 from mnif.data.arrays import row_names
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, require
 from mnif.utils.files import written_atomically
 
 _LONGEST_RUN = 255
 
 
 def binvox_resolution(path: Path) -> int:
-    """Cells per axis, from the header alone.
+    """Reads the cells per axis, from the header alone.
 
     Raises:
         UserError: the file is not binvox, or its grid is not a cube.
@@ -35,7 +35,7 @@ def binvox_resolution(path: Path) -> int:
 
 
 def read_binvox(path: Path) -> np.ndarray:
-    """[R, R, R] bool, indexed x, y, z. ``translate`` and ``scale`` are not needed: a grid fills its cube.
+    """Reads a grid [R, R, R] bool, indexed x, y, z. ``translate`` and ``scale`` do not matter: a grid fills its cube.
 
     Version 2 differs in that a cell may hold any value above 0 (the part it belongs to); all of them are occupied.
 
@@ -70,7 +70,7 @@ def write_binvox(path: Path, occupancy: np.ndarray) -> None:
 
 
 def _parsed(path: Path, content: bytes) -> tuple[int, int]:
-    """Cells per axis and where the runs begin."""
+    """Reads a header: cells per axis, and where the runs begin."""
     header, mark, _ = content.partition(b"\ndata\n")
     lines = header.decode("ascii", "replace").splitlines()
     sizes = next((line.split()[1:] for line in lines if line.startswith("dim")), [])
@@ -82,21 +82,18 @@ def _parsed(path: Path, content: bytes) -> tuple[int, int]:
 
 
 _LATTICE = 256
-
-
 _GRIDS = (128, 64, 32, 16, 8)
 
 
 def open_hdf5(path: Path) -> Any:
-    """The file, opened for reading.
+    """Opens a file for reading.
 
     Raises:
         UserError: h5py is not installed, or the file is damaged.
     """
-    try:
-        import h5py
-    except ImportError:
-        raise UserError(f'{path}: "h5py" is missing; run: pip install "mnif-diffusion[voxels]"') from None
+    require("h5py", "voxels", str(path))
+    import h5py
+
     try:
         return h5py.File(path, "r")
     except OSError as error:
@@ -104,7 +101,7 @@ def open_hdf5(path: Path) -> Any:
 
 
 def hdf5_ids(path: Path, count: int) -> list[str]:
-    """The lines of the ``.txt`` file of the same name, or row numbers if there is none.
+    """Reads the lines of the ``.txt`` file of the same name; row numbers if there is none.
 
     Raises:
         UserError: it has another number of lines.
@@ -120,7 +117,7 @@ def hdf5_ids(path: Path, count: int) -> list[str]:
 
 
 def hdf5_grids(path: Path, file: Any, resolution: int | None) -> tuple[int, int, Callable[[int], np.ndarray]]:
-    """How many grids, their resolution, and a function from a row to its grid as the file has it.
+    """Finds how many grids there are, their resolution, and a function from a row to its grid as the file has it.
 
     Where the file has points and values but no ``voxels``, the points are put into a grid: of ``resolution``, or of
     the finest of 128, 64, 32, 16 and 8 cells per axis in which every cell of the first shape has a point.
@@ -159,7 +156,7 @@ def hdf5_grids(path: Path, file: Any, resolution: int | None) -> tuple[int, int,
 
 
 def _covered(path: Path, points: np.ndarray, grid: int) -> float:
-    """The share of the grid's cells that have a point."""
+    """Computes the share of the grid's cells that have a point."""
     return len(np.unique(_cells(path, points, grid))) / grid**3
 
 
@@ -171,7 +168,7 @@ def _cells(path: Path, points: np.ndarray, grid: int) -> np.ndarray:
 
 
 def _scattered(path: Path, row: int, points: np.ndarray, values: np.ndarray, grid: int) -> np.ndarray:
-    """[R, R, R] bool: a cell is occupied if half of its points are."""
+    """Puts points into a grid [R, R, R] bool: a cell is occupied if half of its points are."""
     cells = _cells(path, points, grid)
     values = np.ravel(values)
     if not np.isin(values, (0, 1)).all():
@@ -186,14 +183,12 @@ def _scattered(path: Path, row: int, points: np.ndarray, values: np.ndarray, gri
 
 
 MESH_SUFFIXES = (".obj", ".glb", ".stl", ".ply", ".off")
-
-
 LONGEST_SIDE = 0.9
-"""Of a mesh's bounding box, as a share of the cube's side."""
+"""The longest side of a mesh's bounding box, as a share of the cube's."""
 
 
 def voxelise_mesh(path: Path, resolution: int) -> np.ndarray:
-    """The cells that a mesh's surface passes through, and those it encloses: [R, R, R] bool, indexed x, y, z.
+    """Fills the cells that a mesh's surface passes through or encloses: [R, R, R] bool, indexed x, y, z.
 
     The mesh's bounding box is centred in the cube and its longest side made 0.9 of the cube's; axes stay as the file
     has them. A surface with gaps wider than a cell encloses nothing and stays a shell.
@@ -221,7 +216,7 @@ def voxelise_mesh(path: Path, resolution: int) -> np.ndarray:
 
 
 def _surface_points(triangles: np.ndarray) -> Iterator[np.ndarray]:
-    """Points that cover triangles [F, 3, 3], no place of them farther than half a cell from one; batches [P, 3].
+    """Yields points, in batches [P, 3], that cover triangles [F, 3, 3]: no place is farther than half a cell from one.
 
     That is close enough to leave no gap: where the line between two neighbouring cells' centres meets the surface, a
     point nearer than half a cell lies in one of the two.
@@ -238,15 +233,14 @@ def _surface_points(triangles: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def read_mesh(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Vertices [V, 3] float64 and faces [F, 3], at least one; those used by a face are finite.
+    """Reads vertices [V, 3] float64 and faces [F, 3], at least one; vertices used by a face are finite.
 
     Raises:
         UserError: trimesh is not installed, or the file is damaged, has no faces, or a corner is NaN or infinite.
     """
-    try:
-        import trimesh
-    except ImportError:
-        raise UserError(f'{path}: "trimesh" is missing; run: pip install "mnif-diffusion[voxels]"') from None
+    require("trimesh", "voxels", str(path))
+    import trimesh
+
     try:
         mesh: Any = trimesh.load_mesh(path, process=False, skip_materials=True)
     except Exception as error:  # what its loaders raise is no closed list

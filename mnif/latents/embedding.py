@@ -19,8 +19,6 @@ from mnif.utils.errors import UserError
 from mnif.utils.files import save_tensors
 
 _FORMAT = "mnif-latent-rows/1"
-
-
 _STATE = ("latents", "mean", "square", "steps")
 
 
@@ -66,10 +64,10 @@ class LatentEmbedding:
         self.mean = torch.zeros_like(self.latents)
         self.square = torch.zeros_like(self.latents)
         self.steps = torch.zeros(self.latents.shape[:2], dtype=torch.int32, device=device)
-        self._asked: list[tuple[tuple[Tensor, Tensor], Tensor]] = []
+        self._taken: list[tuple[tuple[Tensor, Tensor], Tensor]] = []
 
     def take(self, rows: Tensor) -> Tensor:
-        """Latents that collect a gradient for :meth:`step`.
+        """Takes latents out, to collect a gradient for :meth:`step`.
 
         Args:
             rows: [B], of this process's lanes, none twice.
@@ -79,15 +77,15 @@ class LatentEmbedding:
         """
         place = self._place(rows)
         taken = self.latents[place].requires_grad_()
-        self._asked.append((place, taken))
+        self._taken.append((place, taken))
         return taken
 
     def read(self, rows: Tensor) -> Tensor:
-        """The latents of ``rows``, [B, D], without a gradient."""
+        """Reads the latents of ``rows``, [B, D], without a gradient."""
         return self.latents[self._place(rows)]
 
     def owns(self, rows: Tensor) -> Tensor:
-        """Which rows are of this process's lanes, [B] bool."""
+        """Says which rows are of this process's lanes, [B] bool."""
         lane = rows % self.lanes
         return (lane >= self.own.start) & (lane < self.own.stop)
 
@@ -113,7 +111,7 @@ class LatentEmbedding:
 
     def forget(self) -> None:
         """Leaves the rows taken since the last step where they are."""
-        self._asked.clear()
+        self._taken.clear()
 
     def save(self, folder: Path) -> None:
         """Writes this process's share to ``folder``, one file for each process."""
@@ -133,7 +131,7 @@ class LatentEmbedding:
                 getattr(self, name)[lane - self.own.start].copy_(file.get_slice(name)[index])
 
     def read_all(self, folder: Path) -> Tensor:
-        """The latents of every row, [N, D], from the files that all processes wrote to ``folder``.
+        """Reads the latents of every row, [N, D], from the files that all processes wrote to ``folder``.
 
         Raises:
             UserError: as :meth:`load`.
@@ -145,19 +143,19 @@ class LatentEmbedding:
         return latents
 
     def _collected(self) -> tuple[tuple[Tensor, Tensor], Tensor]:
-        """Places and gradients of the rows taken since the last step; a row that was taken twice gets the sum."""
-        gradients = [taken.grad for _, taken in self._asked if taken.grad is not None]
-        if len(gradients) != len(self._asked) or not gradients:
+        """Collects places and gradients of the rows taken since the last step; a row taken twice gets the sum."""
+        gradients = [taken.grad for _, taken in self._taken if taken.grad is not None]
+        if len(gradients) != len(self._taken) or not gradients:
             raise RuntimeError("latents were taken, but no loss was differentiated through them")
         if len(gradients) == 1:
-            return self._asked[0][0], gradients[0]
-        places = torch.cat([torch.stack(place) for place, _ in self._asked], dim=1)
+            return self._taken[0][0], gradients[0]
+        places = torch.cat([torch.stack(place) for place, _ in self._taken], dim=1)
         places, which = places.unique(dim=1, return_inverse=True)
         sums = gradients[0].new_zeros(places.shape[1], gradients[0].shape[1])
         return (places[0], places[1]), sums.index_add_(0, which, torch.cat(gradients))
 
     def _stored(self, folder: Path, wanted: range) -> Iterator[tuple[int, Any, int]]:
-        """The ``wanted`` lanes, each with the open file it is in, and where in that file's tensors it is."""
+        """Yields the ``wanted`` lanes, each with the open file it is in, and where in that file's tensors it is."""
         missing = set(wanted)
         for path in sorted(folder.glob("latent-rows-*.safetensors")):
             try:
@@ -171,7 +169,7 @@ class LatentEmbedding:
             raise UserError(f"{folder}: {len(missing)} of {len(wanted)} lanes of latents are missing")
 
     def _lanes_of(self, path: Path, file: Any, wanted: range) -> Iterator[tuple[int, int]]:
-        """The ``wanted`` lanes in a file, and where in its tensors they are."""
+        """Yields the ``wanted`` lanes in a file, and where in its tensors they are."""
         layout = file.metadata() or {}
         if layout.get("format") != _FORMAT:
             raise UserError(f"{path}: not a file of latents (format {layout.get('format')!r})")

@@ -16,13 +16,11 @@ from mnif.utils.errors import UserError
 from mnif.utils.process import progress_bar
 
 LatentInit = PatchEncoder | ViewsEncoder | InnerLoop | nn.Module | None
-
-
 _FROM_ZERO = 5  # a search from zero takes this many times the steps of one that starts near
 
 
 def initial_latents(decoder: MNIFModel, signal: Signal, latent_init: LatentInit, observation: Observation) -> Tensor:
-    """Where a search for latents starts, [B, D]: an encoder's or an inner loop's answer, or zeros without either."""
+    """Gives latents for a search to start at, [B, D]: an encoder's or an inner loop's, or zeros without either."""
     if latent_init is None:
         return observation.values.new_zeros(len(observation.values), decoder.config.latent_dim)
     if isinstance(latent_init, InnerLoop):
@@ -39,7 +37,7 @@ def optimize_latents(
     steps: int,
     learning_rate: float = 0.05,
 ) -> Tensor:
-    """Latents that fit better, by Adam on the latents alone.
+    """Improves latents by Adam on the latents alone.
 
     Errors are summed over instances, all of a batch look at the same random parts, and Adam works number by number,
     so an instance's latent does not depend on which others are in its batch.
@@ -91,7 +89,7 @@ def infer_latents(
         decoder: the bases.
         signal: what the rows are.
         rows: N instances.
-        finder: gives the latents to start from; None starts from zero and takes five times as many steps.
+        latent_init: gives the latents to start from; None starts from zero and takes five times as many steps.
         refinement_steps: of :func:`optimize_latents`.
         refinement_learning_rate: likewise.
         batch_size: instances at a time; changes speed and memory only.
@@ -112,21 +110,21 @@ def infer_latents(
 def evaluate_latents(
     decoder: MNIFModel, signal: Signal, rows: ArrayDataset, latents: Tensor, batch_size: int = 64
 ) -> dict[str, Tensor]:
-    """How well latents fit their rows: for each figure of the signal one number per instance, on the CPU."""
-    found: dict[str, list[Tensor]] = {}
+    """Measures how well latents fit their rows: for each metric of the signal one number per instance, on the CPU."""
+    metrics: dict[str, list[Tensor]] = {}
     for batch, some in zip(rows.batches(batch_size, decoder.device), latents.split(batch_size), strict=True):
         for name, values in signal.metrics(decoder, some.to(decoder.device), batch).items():
-            found.setdefault(name, []).append(values.cpu())
-    return {name: torch.cat(values) for name, values in found.items()}
+            metrics.setdefault(name, []).append(values.cpu())
+    return {name: torch.cat(values) for name, values in metrics.items()}
 
 
 def _generator(step: int) -> torch.Generator:
-    """Parts are drawn the same way for every batch, so the batch does not matter."""
+    """Seeds what a step looks at, the same for every batch, so that the batch does not matter."""
     return torch.Generator().manual_seed(step)
 
 
 def load_latent_init(folder: Path, signal: Signal, method: str = "auto") -> LatentInit:
-    """What finds the latents of new data: the folder's encoder or inner loop, or None for a search from zero.
+    """Loads what finds the latents of new data: the folder's encoder or inner loop, or None for a search from zero.
 
     Args:
         folder: the model folder.
@@ -134,7 +132,7 @@ def load_latent_init(folder: Path, signal: Signal, method: str = "auto") -> Late
         method: "encoder", "meta" or "auto-decoding" (None); "auto" takes what there is.
 
     Raises:
-        UserError: the folder lacks what was asked for.
+        UserError: the folder lacks what ``method`` names.
     """
     name = {"encoder": "encoder", "meta": "inner_loop", "auto-decoding": None}.get(method, "auto")
     if name == "auto":

@@ -45,7 +45,7 @@ class InnerLoop(OwnMemory, ModelMixin, ConfigMixin):
         start: Tensor | None = None,
         second_order: bool = False,
     ) -> Tensor:
-        """Latents [B, D] of a batch.
+        """Infers the latents [B, D] of a batch.
 
         Args:
             decoder: the bases.

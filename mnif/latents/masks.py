@@ -11,17 +11,16 @@ from torch import Tensor
 
 from mnif.data.arrays import npy_array, npz_arrays
 from mnif.signals.base import Observation, Signal
-from mnif.signals.radiance import RadianceField
 from mnif.utils.errors import UserError
 
 Observe = Callable[[Mapping[str, Tensor]], Observation]
 
 
 def read_masks(path: Path, shape: Sequence[int], ids: Sequence[str]) -> np.ndarray:
-    """What was seen: [N, ...] or, if one mask serves all instances, [1, ...]; bool.
+    """Reads what was seen: [N, ...] or, if one mask serves all instances, [1, ...]; bool.
 
     Args:
-        path: a picture (white: seen), an ``.npy`` file, or an ``.npz`` file with ``masks`` and, if they are of single
+        path: an image (white: seen), an ``.npy`` file, or an ``.npz`` file with ``masks`` and, if they are of single
             instances in another order, ``ids``.
         shape: of one instance's grid, without channels.
         ids: of the instances.
@@ -29,14 +28,14 @@ def read_masks(path: Path, shape: Sequence[int], ids: Sequence[str]) -> np.ndarr
     Raises:
         UserError: the file is unreadable, of another shape, lacks an instance, or leaves one with nothing observed.
     """
-    masks, of = _stored_masks(path)
+    masks, masked_ids = _stored_masks(path)
     masks = masks[None] if masks.ndim == len(shape) else masks
     if masks.shape[1:] != tuple(shape):
         raise UserError(f"--mask {path}: masks are {list(masks.shape[1:])}; {list(shape)} is needed")
-    if of is not None:
-        if len(of) != len(masks):
-            raise UserError(f"--mask {path}: {len(masks)} masks with {len(of)} ids")
-        place = {id: row for row, id in enumerate(of)}
+    if masked_ids is not None:
+        if len(masked_ids) != len(masks):
+            raise UserError(f"--mask {path}: {len(masks)} masks with {len(masked_ids)} ids")
+        place = {id: row for row, id in enumerate(masked_ids)}
         missing = [id for id in ids if id not in place]
         if missing:
             raise UserError(f"--mask {path}: no mask for {missing[0]}")
@@ -62,13 +61,19 @@ def masked(signal: Signal, masks: np.ndarray) -> Observe:
     return observe
 
 
-def some_views(signal: Signal, views: Sequence[int], available: int) -> Observe:
+def some_views(signal: Signal, views: Sequence[int], batch: Mapping[str, Tensor]) -> Observe:
     """Observes some views only.
+
+    Args:
+        signal: one that is observed in views.
+        views: their numbers.
+        batch: any rows of the data, to count the views that there are.
 
     Raises:
         UserError: the signal has no views, or not so many.
     """
-    if not isinstance(signal, RadianceField):
+    available = signal.num_views(batch)
+    if not available:
         raise UserError(f"--views: a {signal.noun} has no views; use --mask")
     beyond = [view for view in views if not 0 <= view < available]
     if beyond:
@@ -77,6 +82,7 @@ def some_views(signal: Signal, views: Sequence[int], available: int) -> Observe:
 
 
 def _stored_masks(path: Path) -> tuple[np.ndarray, list[str] | None]:
+    """Reads the masks of a file, bool, and the ids that they are of, if it says so."""
     try:
         if path.suffix == ".npz":
             arrays = npz_arrays(path, "masks")

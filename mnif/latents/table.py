@@ -14,8 +14,6 @@ from mnif.utils.errors import UserError
 from mnif.utils.files import save_tensors, written_atomically
 
 _FORMAT = "mnif-latents/1"
-
-
 _CHUNK = 8192  # rows in float64 at a time
 
 
@@ -43,7 +41,7 @@ class LatentTable:
         return self.latents[~self.held_out] if self.held_out.any() else self.latents
 
     def mean_and_std(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each dimension over the training rows, [D] and [D]."""
+        """Computes mean and standard deviation of each dimension over the training rows, [D] and [D]."""
         total = square = torch.zeros(self.latents.shape[1], dtype=torch.float64)
         for rows in self._train_chunks():
             total = total + rows.sum(dim=0)
@@ -54,7 +52,7 @@ class LatentTable:
         return mean.float(), (square / count).sqrt().clamp_min(1e-6).float()
 
     def _train_chunks(self) -> Iterator[Tensor]:
-        """The training rows in float64, a few at a time: a table may be half of what memory holds."""
+        """Yields the training rows in float64, a few at a time: a table may be half of what memory holds."""
         for latents, held_out in zip(self.latents.split(_CHUNK), self.held_out.split(_CHUNK), strict=True):
             yield latents[~held_out].double()
 
@@ -74,7 +72,7 @@ class LatentTable:
             save_tensors(tensors, temporary, {"format": _FORMAT, "fingerprint": self.fingerprint, "data": self.data})
 
     @classmethod
-    def load(cls, path: Path, fingerprint: str | None = None) -> "LatentTable":
+    def load(cls, path: Path | str, fingerprint: str | None = None) -> "LatentTable":
         """Reads a table.
 
         Args:
@@ -84,6 +82,7 @@ class LatentTable:
         Raises:
             UserError: the file is missing, is no latent table, or belongs to another decoder.
         """
+        path = Path(path)
         if not path.is_file():
             raise UserError(f"{path}: no latent table; `mnif fit` or `mnif encode` writes one")
         try:

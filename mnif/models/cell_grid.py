@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mnif.utils.errors import UserError
+from mnif.utils.pixels import as_axes
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class AxisCells:
     weight: np.ndarray
 
     def pixels_and_weights(self) -> tuple[np.ndarray, np.ndarray]:
-        """The pixel of every point, [cells, points] int64, and how much of it that value makes, float64 in [0, 1].
+        """Finds every point's pixel, [cells, points] int64, and how much of it that value makes, float64 in [0, 1].
 
-        A point outside the domain has a share of 0.
+        A point outside the domain has a weight of 0.
         """
         pixels, weights = np.zeros(self.coordinates.shape, np.int64), np.zeros(self.coordinates.shape)
         number = np.arange(len(self.first))
@@ -50,7 +51,7 @@ class AxisCells:
 
 
 def axis_cells(resolution: int, cells: int, overlap: float, stride: int = 1, phase: int = 0) -> AxisCells:
-    """The points each cell is asked at along one axis, and for each pixel the one or two values that make it.
+    """Finds the points each cell is asked at along one axis, and for each pixel the one or two values that make it.
 
     Args:
         resolution: pixels along the axis, at least 1.
@@ -103,7 +104,7 @@ class CellGrid:
         axes: for each axis ``first`` and ``second``, [resolution] int64, and ``weight``, [resolution], as in
             :class:`AxisCells`.
         pixels: [cells**d · points] int64, the pixel that each point shows, as an index into the flattened grid.
-        shares: [cells**d, points], how much of that pixel the point's value makes; they sum to the number of pixels.
+        weights: [cells**d, points], how much of that pixel the point's value makes; they sum to the number of pixels.
     """
 
     coordinates: Tensor
@@ -114,7 +115,7 @@ class CellGrid:
     weights: Tensor
 
     def gather_points(self, values: Tensor) -> Tensor:
-        """The pixels of a grid that the cells' points show; a point outside the domain gets some pixel.
+        """Gathers the pixels that the cells' points show; a point outside the domain gets some pixel.
 
         Args:
             values: [batch, resolution of axis 1, ..., resolution of axis d, channels].
@@ -161,7 +162,7 @@ def cell_grid(
     stride: int = 1,
     phase: tuple[int, ...] | None = None,
 ) -> CellGrid:
-    """The pixels of a grid, or every ``stride``-th of them along each axis.
+    """Lays out the pixels of a grid, or every ``stride``-th of them along each axis.
 
     Args:
         resolution: pixels along each of ``dimensions`` axes; one number stands for all.
@@ -173,8 +174,7 @@ def cell_grid(
         stride: distance of the pixels taken, a divisor of the resolution; 1 takes all.
         phase: the first pixel taken along each axis, below ``stride``; default 0.
     """
-    resolutions = (resolution,) * dimensions if isinstance(resolution, int) else resolution
-    phases = phase or (0,) * dimensions
+    resolutions, phases = as_axes(resolution, dimensions), phase or (0,) * dimensions
     axes = [axis_cells(n, cells, overlap, stride, start) for n, start in zip(resolutions, phases, strict=True)]
     local = [axis.coordinates for axis in axes]
     if all(np.allclose(rows, rows[:1], atol=1e-12) for rows in local):
@@ -204,7 +204,7 @@ def cell_grid(
 
 
 def _pixels_and_weights(axes: Sequence[AxisCells]) -> tuple[np.ndarray, np.ndarray]:
-    """Those of :class:`CellGrid`: products over the axes of each one's own."""
+    """Multiplies the axes' own pixels and weights to those of a :class:`CellGrid`."""
     pixels, weights = np.zeros((1, 1), np.int64), np.ones((1, 1))
     for axis in axes:
         pixel, share = axis.pixels_and_weights()
@@ -234,7 +234,7 @@ class PointAssignment:
     shape: tuple[int, int]
 
     def gather(self, values: Tensor) -> Tensor:
-        """The fields' values [B · cells**d, slots, channels] → the points' values [B, points, channels]."""
+        """Sums the fields' values [B · cells**d, slots, channels] to the points' values [B, points, channels]."""
         answers = values.flatten(0, 1).index_select(0, self.slot) * self.weight[:, None]
         gathered = answers.new_zeros(self.shape[0] * self.shape[1], answers.shape[1])
         return gathered.index_add(0, self.point, answers).view(*self.shape, -1)

@@ -9,6 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from mnif.models.io import OwnMemory
+from mnif.utils.pixels import as_axes
 
 
 class Patches(nn.Module):
@@ -35,7 +36,7 @@ class Patches(nn.Module):
         self.write = nn.Linear(width, features)
 
     def forward(self, values: Tensor) -> Tensor:
-        """Values [B, ..., C] in [-1, 1] → [B, patches · features]."""
+        """Maps values [B, ..., C] in [-1, 1] to [B, patches · features]."""
         values = F.pad(values, self.padding)
         axes = len(self.shape)
         split = [size for axis in self.shape for size in (self.per_axis, axis)]
@@ -76,8 +77,7 @@ class PatchEncoder(OwnMemory, ModelMixin, ConfigMixin):
         dropout: float = 0.0,
     ):
         super().__init__()
-        axes = [resolution] * dimensions if isinstance(resolution, int) else list(resolution)
-        self.patch_network = Patches(channels, axes, patches, patch_width, patch_features)
+        self.patch_network = Patches(channels, as_axes(resolution, dimensions), patches, patch_width, patch_features)
         self.mix_in = nn.Linear(self.patch_network.outputs, width)
         self.mix_residual = nn.Linear(width, width)
         self.mix_out = nn.Linear(width, latent_dim)
@@ -85,7 +85,7 @@ class PatchEncoder(OwnMemory, ModelMixin, ConfigMixin):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Latents [B, D], each of mean 0 and variance 1.
+        """Infers latents [B, D], each of mean 0 and variance 1.
 
         Args:
             values: [B, ..., C] in [-1, 1], the whole grid.
@@ -124,15 +124,14 @@ class ViewsEncoder(OwnMemory, ModelMixin, ConfigMixin):
         width: int = 512,
     ):
         super().__init__()
-        axes = [resolution] * 2 if isinstance(resolution, int) else list(resolution)
-        self.patch_network = Patches(channels, axes, patches, patch_width, patch_features)
+        self.patch_network = Patches(channels, as_axes(resolution, 2), patches, patch_width, patch_features)
         self.view_in = nn.Linear(self.patch_network.outputs + 12, width)
         self.view_residual = nn.Linear(width, width)
         self.mix_residual = nn.Linear(width, width)
         self.mix_out = nn.Linear(width, latent_dim)
 
     def forward(self, values: Tensor, poses: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Latents [B, D], each of mean 0 and variance 1.
+        """Infers latents [B, D], each of mean 0 and variance 1.
 
         Args:
             values: [B, V, H, W, C] in [-1, 1].

@@ -27,7 +27,6 @@ from mnif.utils.files import cache_folder, written_atomically
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 
-
 _FLAGS = [
     "-O3",
     "-march=native",
@@ -39,7 +38,6 @@ _FLAGS = [
     "-std=c++20",
 ]
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -49,7 +47,7 @@ def is_compiled() -> bool:
 
 
 def field_values(coordinates: Tensor, rows: Tensor, sizes: Sequence[int], output_sine: bool) -> Tensor:
-    """Values of a batch of fields, twice differentiable by ``rows``.
+    """Evaluates a batch of fields, twice differentiable by ``rows``.
 
     Args:
         coordinates: [sets, points, sizes[0]]; field i is asked at set i modulo ``sets``.
@@ -68,7 +66,7 @@ def field_values(coordinates: Tensor, rows: Tensor, sizes: Sequence[int], output
 def field_errors(
     coordinates: Tensor, rows: Tensor, targets: Tensor, weights: Tensor, sizes: Sequence[int], output_sine: bool
 ) -> Tensor:
-    """Weighted squared error of each field, [fields], twice differentiable by ``rows``.
+    """Computes the weighted squared error of each field, [fields], twice differentiable by ``rows``.
 
     The same as squaring the difference of :func:`field_values` and ``targets`` [fields, points, channels], in one
     pass over the points where two would be.
@@ -76,8 +74,8 @@ def field_errors(
     Args:
         coordinates, rows, sizes, output_sine: as for :func:`field_values`.
         targets: [fields, points, channels].
-        weights: [sets, points], what a point's mean over the channels counts; those of field i are set i modulo
-            ``sets``.
+        weights: [sets, points], by which a point's squared error, a mean over the channels, is multiplied; those of
+            field i are set i modulo ``sets``.
     """
     if _usable(coordinates, rows) and targets.dtype == weights.dtype == torch.float32 and not targets.requires_grad:
         return torch.ops.mnif.field_errors(coordinates, rows, targets, weights, list(sizes), output_sine)[0]
@@ -227,7 +225,7 @@ def _keep_errors(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None
 
 
 def _errors_backward(ctx: Any, upstream: Tensor | None, direction: Tensor | None) -> tuple:
-    """Of the errors: their gradient is an output already. Of that gradient: the Hessian times ``direction``."""
+    """Differentiates the errors, whose gradient is an output, and that gradient: Hessian times ``direction``."""
     coordinates, rows, targets, weights, gradient = ctx.saved_tensors
     total = None if upstream is None else upstream[:, None] * gradient
     if direction is not None:
@@ -264,7 +262,7 @@ def _call(
 
 @lru_cache(maxsize=1)
 def _library() -> ctypes.CDLL | None:
-    """The compiled operator, or None where it cannot be had."""
+    """Loads the compiled operator, or gives None where it cannot be had."""
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if os.environ.get("MNIF_NATIVE") == "0" or sys.platform == "win32" or shutil.which(compiler[0]) is None:
         return None
@@ -285,13 +283,13 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _complaint(printed: bytes) -> str:
-    """The first error in what a compiler printed."""
+    """Finds the first error in what a compiler printed."""
     lines = printed.decode(errors="replace").splitlines()
     return next((line for line in lines if "error" in line), lines[0] if lines else "it gives no reason")
 
 
 def _processor() -> str:
-    """What -march=native depends on, so that a cache shared by different machines stays right."""
+    """Names what -march=native depends on, so that a cache shared by different machines stays right."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -23,7 +23,7 @@ class OwnMemory(ModelMixin):
 
     @classmethod
     def from_pretrained(cls, *arguments: Any, **options: Any) -> Any:
-        """As of ``ModelMixin``."""
+        """Loads a component as ``ModelMixin`` does, and copies its weights."""
         loaded = super().from_pretrained(*arguments, **options)
         component = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
         for tensor in (*component.parameters(), *component.buffers()):
@@ -32,7 +32,6 @@ class OwnMemory(ModelMixin):
 
 
 Component = TypeVar("Component", bound=ModelMixin)
-
 
 _MADE_BY = {
     "decoder": "mnif fit",

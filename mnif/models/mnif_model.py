@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mnif.models.cell_grid import CellGrid, assign_points, cell_grid
 from mnif.models.io import OwnMemory
 from mnif.models.siren import BakedField, layer_shapes, siren_params
+from mnif.utils.pixels import as_axes
 
 
 class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
@@ -99,7 +100,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         self.mixed_layers = list(range(len(self.shared), len(shapes)))
         self.means = nn.ParameterList([rows(index, 1) for index in self.mixed_layers] if delta else [])
         self.bases = nn.ParameterList([rows(index, num_bases) for index in self.mixed_layers])
-        vectors = cells**dimensions * (1 if coefficient_form == "shared" else len(self.mixed_layers))
+        vectors = self.num_cells * (1 if coefficient_form == "shared" else len(self.mixed_layers))
         if coefficient_form == "direct":
             if latent_dim not in (None, vectors * num_bases):
                 raise ValueError(f"latent_dim {latent_dim}: direct coefficients make it {vectors * num_bases}")
@@ -113,13 +114,18 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
             nn.init.normal_(self.coefficient_map.weight, std=0.1 / math.sqrt(latent_dim))
             nn.init.constant_(self.coefficient_map.bias, 0.0 if delta else 1.0)
 
+    @property
+    def num_cells(self) -> int:
+        """Cells of the whole domain, each with a field of its own."""
+        return self.config.cells**self.config.dimensions
+
     def coefficients(self, latents: Tensor) -> Tensor:
-        """Latents [B, D] → mixture coefficients [B, cells, layers, M], scaled by 1/sqrt(M)."""
+        """Maps latents [B, D] to mixture coefficients [B, cells, layers, M], scaled by 1/sqrt(M)."""
         config = self.config
         mapped = latents if self.coefficient_map is None else self.coefficient_map(latents)
         if self.coefficient_map is None and config.mixing == "average":
             mapped = mapped + 1  # zero latents then mean the average of all bases, as the map's bias has it elsewhere
-        mapped = mapped.view(len(latents), config.cells**config.dimensions, -1, config.num_bases)
+        mapped = mapped.view(len(latents), self.num_cells, -1, config.num_bases)
         return mapped.expand(-1, -1, len(self.bases), -1) / math.sqrt(config.num_bases)
 
     def bake(self, coefficients: Tensor) -> BakedField:
@@ -146,20 +152,18 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         stride: int = 1,
         phase: tuple[int, ...] | None = None,
     ) -> CellGrid:
-        """The pixels of a grid (default: the training resolution), or every ``stride``-th, for :meth:`decode_on`."""
-        config = self.config
-        resolution = config.resolution if resolution is None else resolution
-        resolution = resolution if isinstance(resolution, int) else tuple(resolution)
-        dimensions = config.dimensions
-        return cell_grid(resolution, config.cells, config.overlap, dimensions, self.device, self.dtype, stride, phase)
+        """Lays out a grid (default: the training resolution), or every ``stride``-th pixel, for :meth:`decode_on`."""
+        config, dimensions = self.config, self.config.dimensions
+        axes = as_axes(config.resolution if resolution is None else resolution, dimensions)
+        return cell_grid(axes, config.cells, config.overlap, dimensions, self.device, self.dtype, stride, phase)
 
     def decode_coefficients(self, coefficients: Tensor, grid: CellGrid) -> Tensor:
-        """Values on a grid from coefficients [B, cells, layers, M]: [B, resolution, ..., channels]."""
+        """Decodes coefficients [B, cells, layers, M] on a grid: values [B, resolution, ..., channels]."""
         values = self.bake(coefficients)(grid.coordinates)
         return grid.blend(values.view(len(coefficients), -1, *values.shape[1:]))
 
     def values_at(self, coefficients: Tensor, coordinates: Tensor) -> Tensor:
-        """Values at any points of the domain.
+        """Evaluates fields at any points of the domain.
 
         Args:
             coefficients: [B, cells, layers, M].
@@ -175,7 +179,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         return routes.gather(field(routes.coordinates))
 
     def decode_on(self, latents: Tensor, grid: CellGrid) -> Tensor:
-        """The values of the latents' fields [B, D] on a grid: [B, resolution, ..., channels], about [-1, 1]."""
+        """Decodes latents [B, D] on a grid: values [B, resolution, ..., channels] in about [-1, 1]."""
         return self.decode_coefficients(self.coefficients(latents), grid)
 
     def forward(self, latents: Tensor, resolution: int | Sequence[int] | None = None) -> Tensor:
@@ -183,7 +187,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         return self.decode_on(latents, self.grid(resolution))
 
     def fingerprint(self) -> str:
-        """The SHA-256 of configuration, bases and coefficient map: what a latent's meaning depends on."""
+        """Computes the SHA-256 of what a latent's meaning depends on: configuration, bases and coefficient map."""
         digest = hashlib.sha256()
         settings = {key: value for key, value in self.config.items() if not key.startswith("_")}
         digest.update(json.dumps(settings, sort_keys=True).encode())

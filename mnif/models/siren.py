@@ -35,13 +35,13 @@ class LayerShape:
 
 
 def layer_shapes(inputs: int, outputs: int, width: int, depth: int) -> list[LayerShape]:
-    """The ``depth + 2`` linear layers of a field: inputs → width, ``depth`` times width → width, width → outputs."""
+    """Lists the ``depth + 2`` layers of a field: inputs → width, ``depth`` times width → width, width → outputs."""
     sizes = [inputs, *[width] * (depth + 1), outputs]
     return [LayerShape(a, b) for a, b in pairwise(sizes)]
 
 
 def siren_params(shape: LayerShape, count: int, omega: float, first: bool, sine: bool) -> Tensor:
-    """``count`` independent initial parameter rows of one layer, with the frequency folded in.
+    """Draws ``count`` independent initial parameter rows of one layer, with the frequency folded in.
 
     Args:
         shape: the layer.
@@ -74,7 +74,7 @@ class BakedField:
     output_sine: bool = False
 
     def __call__(self, coordinates: Tensor) -> Tensor:
-        """The fields' values.
+        """Evaluates the fields.
 
         Args:
             coordinates: [sets, points, d]; field i is asked at set i modulo ``sets``, so one set serves all fields
@@ -86,12 +86,13 @@ class BakedField:
         return field_values(coordinates, self.params, self._sizes(), self.output_sine)
 
     def errors(self, coordinates: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
-        """Weighted squared error of every field, [fields]; faster than squaring the difference of its values.
+        """Computes the weighted squared error of every field, [fields]; faster than from its values.
 
         Args:
             coordinates: as for a call.
             targets: [fields, points, channels].
-            weights: [sets, points], what a point's mean over the channels counts; again set i modulo ``sets``.
+            weights: [sets, points], by which a point's squared error, a mean over the channels, is multiplied; again
+                set i modulo ``sets``.
         """
         return field_errors(coordinates, self.params, targets, weights, self._sizes(), self.output_sine)
 
@@ -99,14 +100,14 @@ class BakedField:
         return [self.shapes[0].inputs, *(shape.outputs for shape in self.shapes)]
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
-        """Every layer's weights [fields, in, out] and biases [fields, 1, out]."""
+        """Splits ``params`` into every layer's weights [fields, in, out] and biases [fields, 1, out]."""
         parts = self.params.split([shape.parameters for shape in self.shapes], dim=1)
         return [shape.split(part) for shape, part in zip(self.shapes, parts, strict=True)]
 
     def parameters_per_field(self) -> int:
-        """Numbers one field holds."""
+        """Counts the numbers one field holds."""
         return self.params.shape[1]
 
     def multiply_adds_per_point(self) -> int:
-        """Multiplications (each with an addition) that one value of one field costs, sines not counted."""
+        """Counts multiplications (each with an addition) that one value of one field costs, without sines."""
         return sum(shape.inputs * shape.outputs for shape in self.shapes)

@@ -1,13 +1,14 @@
-"""What a signal is: how an instance is observed, how fields are asked for it, and how well they fit.
+"""What a signal is: how an instance is observed, how fields are asked for it, how well they fit, how they are shown.
 
-Everything that learns latents (``fitting``, ``inner_loop``, ``refinement``) knows signals by this interface alone, so
-a new one is a class of its own: see docs/new_signal.md.
+Everything that learns, draws, writes or exports latents knows signals by this interface alone, so a new one is a class
+of its own: see docs/new_signal.md.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from mnif.data.dataset import Dataset
+from mnif.data.source import DataSource
 from mnif.models.encoders import PatchEncoder
 from mnif.models.io import OwnMemory
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
+from mnif.utils.pixels import as_axes, save_image
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Observation:
     mask: Tensor | None = None
 
     def errors(self, predictions: Tensor) -> Tensor:
-        """Mean squared error of each instance over what was seen of it, [B]; other instances do not enter."""
+        """Computes the mean squared error of each instance over what was seen of it, [B]; others do not enter."""
         squares = (predictions - self.values).square().mean(dim=-1).flatten(1)
         if self.mask is None:
             return squares.mean(dim=1)
@@ -44,16 +47,100 @@ class Observation:
         return (squares * seen).sum(dim=1) / seen.sum(dim=1).clamp_min(1)
 
 
+@dataclass(frozen=True)
+class OutputWriter(ABC):
+    """How latents of a signal become files and arrays; its fields are the flags of `mnif decode` that it takes.
+
+    Attributes:
+        array_name: of the array in the `.npz` file that `mnif sample` writes.
+    """
+
+    array_name: ClassVar[str]
+
+    @abstractmethod
+    def files(self, name: str) -> list[str]:
+        """Names the files of the latent called ``name``, below the output folder; an image of it comes first."""
+
+    @abstractmethod
+    def write(self, decoder: MNIFModel, signal: "Signal", latent: Tensor, output: Path, name: str) -> str | None:
+        """Writes those of :meth:`files` that are missing.
+
+        Args:
+            decoder: the model.
+            signal: the model's.
+            latent: [1, D].
+            output: the folder.
+            name: of the latent.
+
+        Returns:
+            None, or why there is nothing to show.
+        """
+
+    def write_each(
+        self,
+        decoder: MNIFModel,
+        signal: "Signal",
+        latents: Tensor,
+        output: Path,
+        names: Mapping[int, str],
+        batch_size: int,
+    ) -> Iterator[str | None]:
+        """Writes several latents, and yields for each what :meth:`write` returns.
+
+        Args:
+            decoder: the model.
+            signal: the model's.
+            latents: [B, D].
+            output: the folder.
+            names: for each row of ``latents`` to be written the latent's name.
+            batch_size: how many may be decoded at a time; changes speed and memory, not the result.
+        """
+        for row, name in names.items():
+            yield self.write(decoder, signal, latents[row : row + 1], output, name)
+
+    @abstractmethod
+    def to_array(
+        self, decoder: MNIFModel, signal: "Signal", latents: Tensor, count: int, batch_size: int
+    ) -> np.ndarray:
+        """Decodes the first ``count`` of ``latents`` [B, D] to rows of the array called :attr:`array_name`."""
+
+
+@dataclass(frozen=True)
+class PreviewWriter(OutputWriter):
+    """Writes the image that :meth:`Signal.images` makes of a latent: all that is known of a signal of one's own."""
+
+    array_name = "pictures"
+
+    def files(self, name: str) -> list[str]:
+        """Names one PNG."""
+        return [f"{name}.png"]
+
+    def write(self, decoder: MNIFModel, signal: "Signal", latent: Tensor, output: Path, name: str) -> str | None:
+        """Writes the image."""
+        save_image(output / f"{name}.png", signal.images(decoder, latent)[0])
+        return None
+
+    def to_array(
+        self, decoder: MNIFModel, signal: "Signal", latents: Tensor, count: int, batch_size: int
+    ) -> np.ndarray:
+        """Stacks the images: [count, H, W, 3] uint8."""
+        return np.concatenate([signal.images(decoder, latent) for latent in latents[:count].split(1)])
+
+
 class Signal(ABC):
     """A modality. An instance of this class also holds the settings of one model (resolution, cameras, ...).
 
     Attributes:
         name: as on the command line.
-        unit: what one instance is called.
+        noun: what one instance is called.
         encoder_class: what :meth:`encoder` makes.
         dimensions: coordinates per point.
         channels: values a field gives per point.
         mirror_axis: of the arrays of a data set and of observed values; None if an instance cannot be mirrored.
+        output_writer: what `mnif decode` and `mnif sample` write.
+        output_types: what :meth:`decode_as` makes, the ``output_type`` of a pipeline beyond images and latents.
+        pipeline_tag: of a model's card on the Hugging Face hub; None if no tag of the hub fits.
+        values_note: what a bundle's README says of the values of its fields.
     """
 
     name: ClassVar[str]
@@ -62,6 +149,15 @@ class Signal(ABC):
     dimensions: int
     channels: int
     mirror_axis: ClassVar[int | None] = None
+    output_writer: ClassVar[type[OutputWriter]] = PreviewWriter
+    output_types: ClassVar[tuple[str, ...]] = ()
+    pipeline_tag: ClassVar[str | None] = None
+    values_note: ClassVar[str] = "Values lie in about [-1, 1]."
+
+    @classmethod
+    def recognizes(cls, source: DataSource) -> bool:
+        """Whether ``--data`` is of this signal, as far as names and headers tell; asked by ``--signal auto``."""
+        return False
 
     @classmethod
     @abstractmethod
@@ -71,7 +167,7 @@ class Signal(ABC):
     @classmethod
     @abstractmethod
     def from_data(cls, data: Any, options: Mapping[str, Any]) -> "Signal":
-        """The signal that fits ``data``."""
+        """Makes the signal that fits ``data``; ``options`` are the flags of ``mnif fit`` by name."""
 
     @abstractmethod
     def load_like(self, source: str) -> Dataset:
@@ -79,7 +175,7 @@ class Signal(ABC):
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """The numbers that make this object again: ``type(self)(**settings)``. Stored in the decoder's config."""
+        """Returns what makes this object again, ``type(self)(**settings)``; it is stored in the decoder's config."""
 
     @property
     @abstractmethod
@@ -89,53 +185,75 @@ class Signal(ABC):
 
     @abstractmethod
     def observe(self, batch: Mapping[str, Tensor]) -> Observation:
-        """All that is known of a batch of rows (:meth:`mnif.data.dataset.Instances.arrays`, as tensors)."""
+        """Gives all that is known of a batch of rows (:meth:`mnif.data.dataset.Dataset.arrays`, as tensors)."""
+
+    def num_views(self, batch: Mapping[str, Tensor]) -> int:
+        """Counts the views of each row of a batch; 0 for a signal that is not observed in views."""
+        return 0
+
+    def observe_views(self, batch: Mapping[str, Tensor], views: slice | list[int]) -> Observation:
+        """Observes some of the views, by number, where :meth:`num_views` is not 0."""
+        raise NotImplementedError
 
     @abstractmethod
     def subsample(self, observation: Observation, generator: torch.Generator | None = None) -> Observation:
-        """What one step of learning looks at, drawn at random: the same part of every instance of the batch."""
+        """Draws at random what one step of learning looks at, the same part of every instance of the batch."""
 
     @abstractmethod
     def predict(self, decoder: MNIFModel, coefficients: Tensor, observation: Observation) -> Tensor:
-        """What the fields of ``coefficients`` [B, cells, layers, M] show there, as ``observation.values``."""
+        """Predicts ``observation.values`` from the fields of ``coefficients`` [B, cells, layers, M]."""
 
     @abstractmethod
     def encoder(self, latent_dim: int, width: int) -> nn.Module:
-        """A network of its own with ``width`` hidden units: observation → latents (:meth:`encode`)."""
+        """Makes a network with ``width`` hidden units that :meth:`encode` runs: observation → latents."""
 
     @abstractmethod
     def encode(self, encoder: nn.Module, observation: Observation) -> Tensor:
-        """Latents [B, D] from :meth:`encoder`'s network."""
+        """Infers latents [B, D] by a network that :meth:`encoder` made."""
 
     @abstractmethod
-    def pictures(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
-        """Something to look at for each latent: [B, H, W, 3] uint8."""
+    def images(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
+        """Draws something to look at for each latent: [B, H, W, 3] uint8."""
 
     @abstractmethod
     def original_images(self, batch: Mapping[str, Tensor]) -> np.ndarray:
-        """Something to look at for each row of the data: [B, H, W, 3] uint8."""
+        """Draws something to look at for each row of the data: [B, H, W, 3] uint8."""
 
     def reconstruction_images(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> np.ndarray:
-        """What latents show of it, to be laid below :meth:`original_images`: [B, H, W, 3] uint8."""
-        return self.pictures(decoder, latents)
+        """Draws what latents show of rows, to be laid below :meth:`original_images`: [B, H, W, 3] uint8."""
+        return self.images(decoder, latents)
+
+    def float_images(self, decoder: MNIFModel, latents: Tensor, resolution: int | None) -> Tensor:
+        """Makes a pipeline's images, [B, H, W, C] float32 in [0, 1]; here those of :meth:`images`, of one size."""
+        return torch.from_numpy(self.images(decoder, latents)).float() / 255
+
+    def decode_as(
+        self, output_type: str, decoder: MNIFModel, latents: Tensor, resolution: int | None, views: int
+    ) -> Any:
+        """Decodes latents [B, D] to one of :attr:`output_types`, as :func:`mnif.signals.outputs.postprocess` says."""
+        raise NotImplementedError(output_type)
 
     def augmentations(self) -> dict[str, Callable[[Observation], Observation]]:
-        """Random changes that leave an instance as likely as before, by the flag of `mnif fit` that asks for it."""
+        """Returns random changes that leave an instance as likely as before, by the flag of `mnif fit` for each."""
         return {}
 
     def metrics(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """How well latents fit a batch of rows: for each figure (``psnr`` in dB at least) one number per instance."""
+        """Measures how latents fit rows: for each metric (``psnr`` in dB at least) one number per instance."""
         observation = self.observe(batch)
         predictions = self.predict(decoder, decoder.coefficients(latents), observation)
-        return {"psnr": psnr(predictions, observation.values)}
+        return self.compare(predictions, observation.values)
+
+    def compare(self, predictions: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """Measures predictions against observed values, both [B, ..., C]: for each metric one number per instance."""
+        return {"psnr": psnr(predictions, values)}
 
     def per_instance_loss(self, decoder: MNIFModel, latents: Tensor, observation: Observation) -> Tensor:
-        """Mean squared error of each instance, [B]."""
+        """Computes the mean squared error of each instance, [B]."""
         return observation.errors(self.predict(decoder, decoder.coefficients(latents), observation))
 
 
 def psnr(values: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Peak signal-to-noise ratio of each instance in dB, [B].
+    """Computes the peak signal-to-noise ratio of each instance in dB, [B].
 
     Args:
         values: [B, ..., C] in about [-1, 1], clipped to it.
@@ -147,7 +265,7 @@ def psnr(values: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def intersection_over_union(values: Tensor, targets: Tensor) -> Tensor:
-    """Of what lies above 0 in both, over what does in either, for each instance [B]; 1 where neither has anything."""
+    """Divides what is above 0 in both by what is in either, for each instance [B]; 1 where neither has anything."""
     inside, truth = (values > 0).flatten(1), (targets > 0).flatten(1)
     common, either = (inside & truth).sum(dim=1), (inside | truth).sum(dim=1)
     return torch.where(either > 0, common / either.clamp_min(1), 1.0)
@@ -165,22 +283,22 @@ class GridSignal(Signal):
     encoder_class = PatchEncoder
 
     def __init__(self, resolution: int | list[int], channels: int, stride: int = 1):
-        for pixels in [resolution] if isinstance(resolution, int) else resolution:
+        for pixels in as_axes(resolution, self.dimensions):
             if stride < 1 or pixels % stride:
                 raise UserError(f"--stride {stride}: must divide the resolution, {pixels}")
         self.resolution, self.channels, self.stride = resolution, channels, stride
 
     @property
     def grid_resolution(self) -> int | list[int]:
-        """That of the data."""
+        """The resolution of the data."""
         return self.resolution
 
     def settings(self) -> dict[str, Any]:
-        """Resolution, channels and stride."""
+        """Returns resolution, channels and stride."""
         return {"resolution": self.resolution, "channels": self.channels, "stride": self.stride}
 
     def subsample(self, observation: Observation, generator: torch.Generator | None = None) -> Observation:
-        """Every ``stride``-th pixel, from a random one on."""
+        """Takes every ``stride``-th pixel, from a random one on."""
         if self.stride == 1:
             return observation
         phases = list(product(range(self.stride), repeat=self.dimensions))
@@ -190,12 +308,12 @@ class GridSignal(Signal):
         return Observation(observation.values[taken], (self.stride, phase), mask)
 
     def predict(self, decoder: MNIFModel, coefficients: Tensor, observation: Observation) -> Tensor:
-        """Values on the observed grid."""
+        """Decodes values on the observed grid."""
         stride, phase = observation.query
         return decoder.decode_coefficients(coefficients, decoder.grid(self.resolution, stride, phase))
 
     def per_instance_loss(self, decoder: MNIFModel, latents: Tensor, observation: Observation) -> Tensor:
-        """Mean squared error of each instance, [B], where every field answers for itself.
+        """Computes the mean squared error of each instance, [B], where every field answers for itself.
 
         A pixel near a border is shown by several cells, and counts in each by its share: the mean of their squared
         errors. That is the squared error of the blended value and what the fields differ by, so neighbours learn to
@@ -212,20 +330,20 @@ class GridSignal(Signal):
         return field.errors(grid.coordinates, targets, weights.flatten(0, 1)).view(len(latents), -1).sum(dim=1)
 
     def encoder(self, latent_dim: int, width: int) -> nn.Module:
-        """A network over patches of the grid."""
+        """Makes a network over patches of the grid."""
         return PatchEncoder(self.channels, self.resolution, latent_dim, self.dimensions, width=width)
 
     def encode(self, encoder: nn.Module, observation: Observation) -> Tensor:
-        """Latents [B, D] from the whole grid, or from what was seen of it."""
+        """Infers latents [B, D] from the whole grid, or from what was seen of it."""
         return encoder(observation.values, observation.mask)
 
     def on_grid(self, values: Tensor) -> Observation:
-        """An observation of the whole grid, [B, ..., C]."""
+        """Makes an observation of the whole grid of ``values`` [B, ..., C]."""
         return Observation(values, (1, None))
 
 
-def _mirrored(observation: Observation, axis: int) -> Observation:
-    """Half of the instances, at random, with one axis reversed."""
+def mirror_half(observation: Observation, axis: int) -> Observation:
+    """Reverses one axis of half of the instances, at random."""
     values = observation.values
     chosen = torch.rand(len(values), *[1] * (values.ndim - 1), device=values.device) < 0.5
     return replace(observation, values=torch.where(chosen, values.flip(axis), values))

@@ -1,8 +1,9 @@
-"""Pictures as a signal: grey, RGB or RGBA values on a grid of two axes."""
+"""Images as a signal: grey, RGB or RGBA values on a grid of two axes."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,24 +11,89 @@ import torch
 from torch import Tensor
 
 from mnif.data.dataset import Dataset
-from mnif.data.images import ImageData, load_images
+from mnif.data.images import IMAGE_SUFFIXES, ImageData, is_hub_folder, load_images
+from mnif.data.source import DataSource
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.base import GridSignal, Observation, _mirrored
+from mnif.signals.base import GridSignal, Observation, OutputWriter, Signal, mirror_half
+from mnif.signals.outputs import check_resolution, decode_grid, decode_images
 from mnif.utils.errors import UserError
+from mnif.utils.pixels import as_axes, save_image, to_uint8
+
+
+@dataclass(frozen=True)
+class ImageWriter(OutputWriter):
+    """Writes a PNG for each latent: grey, RGB or RGBA.
+
+    Args:
+        resolution: pixels per axis, or height and width; default: the training resolution.
+    """
+
+    array_name = "images"
+    resolution: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        check_resolution(self.resolution, 2, "one number, or height and width")
+
+    def files(self, name: str) -> list[str]:
+        """Names one PNG."""
+        return [f"{name}.png"]
+
+    def write(self, decoder: MNIFModel, signal: Signal, latent: Tensor, output: Path, name: str) -> str | None:
+        """Writes the image."""
+        _save(output / f"{name}.png", to_uint8(decode_grid(decoder, latent, self.resolution))[0])
+        return None
+
+    def write_each(
+        self,
+        decoder: MNIFModel,
+        signal: Signal,
+        latents: Tensor,
+        output: Path,
+        names: Mapping[int, str],
+        batch_size: int,
+    ) -> Iterator[str | None]:
+        """Writes the images, decoding ``batch_size`` at a time."""
+        parts = decode_images(decoder, latents, self.resolution, batch_size, list(names))
+        images = (image for part in parts for image in to_uint8(part))
+        for name, image in zip(names.values(), images, strict=True):
+            _save(output / f"{name}.png", image)
+            yield None
+
+    def to_array(self, decoder: MNIFModel, signal: Signal, latents: Tensor, count: int, batch_size: int) -> np.ndarray:
+        """Stacks the images: [count, H, W, C] uint8."""
+        parts = decode_images(decoder, latents, self.resolution, batch_size, range(count))
+        return np.concatenate([to_uint8(part) for part in parts])
 
 
 class Image(GridSignal):
-    """Pictures of 1 (grey), 3 (RGB) or 4 (RGBA) channels."""
+    """Images of 1 (grey), 3 (RGB) or 4 (RGBA) channels."""
 
     name = "image"
     noun = "picture"
     dimensions = 2
     mirror_axis: ClassVar[int] = 2
+    output_writer = ImageWriter
+    pipeline_tag = "unconditional-image-generation"
+    values_note = (
+        "Values lie in about [-1, 1]; a pixel is `round(clip(value, -1, 1) * 127.5 + 127.5)`. Coordinate 0 runs "
+        "down the rows, coordinate 1 along the columns; the centre of pixel r of n lies at (r + 1/2) / n."
+    )
+
+    @classmethod
+    def recognizes(cls, source: DataSource) -> bool:
+        """Recognizes folders of image files, sets of Hugging Face, and arrays: ``images``, or of an image's shape."""
+        shape = source.array_shape
+        return (
+            source.name.startswith("hf:")
+            or is_hub_folder(source.path)
+            or "images" in source.array_names
+            or (shape is not None and (len(shape) == 3 or shape[3:] in ((1,), (3,), (4,))))
+            or any(suffix in source.file_suffixes for suffix in IMAGE_SUFFIXES)
+        )
 
     @classmethod
     def load(cls, source: str, options: Mapping[str, Any]) -> Dataset:
-        """Reads pictures (:func:`mnif.data.images.load_images`) at ``resolution``, 32 unless given, with
-        ``channels``."""
+        """Reads images (:func:`mnif.data.images.load_images`) at ``resolution``, default 32, with ``channels``."""
         return load_images(source, height_and_width(options["resolution"] or [32]), options["channels"])
 
     @classmethod
@@ -37,30 +103,34 @@ class Image(GridSignal):
         return cls(height if height == width else [height, width], channels, options["stride"])
 
     def load_like(self, source: str) -> Dataset:
-        """Pictures of the model's size and channels."""
-        size = [self.resolution] if isinstance(self.resolution, int) else self.resolution
-        return load_images(source, height_and_width(size), self.channels)
+        """Reads images at the model's size and channels."""
+        height, width = as_axes(self.resolution, 2)
+        return load_images(source, (height, width), self.channels)
 
     def observe(self, batch: Mapping[str, Tensor]) -> Observation:
-        """``images`` [B, H, W, C] uint8 → [-1, 1]."""
+        """Maps ``images`` [B, H, W, C] uint8 to [-1, 1]."""
         return self.on_grid(batch["images"].float() / 127.5 - 1)
 
     def augmentations(self) -> dict[str, Callable[[Observation], Observation]]:
-        """``random_flip`` mirrors half of the pictures left to right, ``random_colours`` reorders channels of RGB."""
-        changes = {"random_flip": partial(_mirrored, axis=self.mirror_axis)}
-        return changes | ({"random_colours": _recoloured} if self.channels == 3 else {})
+        """``random_flip`` mirrors half of the images left to right, ``random_colours`` reorders channels of RGB."""
+        changes = {"random_flip": partial(mirror_half, axis=self.mirror_axis)}
+        return changes | ({"random_colours": _reorder_channels} if self.channels == 3 else {})
 
-    def pictures(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
-        """The pictures, with grey as RGB and transparency laid on white."""
+    def images(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
+        """Decodes the images, with grey as RGB and transparency laid on white."""
         return _as_rgb(decoder(latents))
 
     def original_images(self, batch: Mapping[str, Tensor]) -> np.ndarray:
-        """The originals, likewise."""
+        """Shows the originals in the same way as :meth:`images`."""
         return _as_rgb(self.observe(batch).values)
+
+    def float_images(self, decoder: MNIFModel, latents: Tensor, resolution: int | None) -> Tensor:
+        """Decodes the images with the channels that they have, unrounded."""
+        return (torch.cat([*decode_images(decoder, latents, resolution)]) / 2 + 0.5).clamp(0, 1)
 
 
 def height_and_width(resolution: Sequence[int]) -> int | tuple[int, int]:
-    """What ``--resolution`` says of a picture.
+    """Reads height and width from ``--resolution``, the two or one number for both.
 
     Raises:
         UserError: it is more than two numbers.
@@ -70,8 +140,8 @@ def height_and_width(resolution: Sequence[int]) -> int | tuple[int, int]:
     return resolution[0] if len(resolution) == 1 else (resolution[0], resolution[1])
 
 
-def _recoloured(observation: Observation) -> Observation:
-    """Every picture with its channels in a random order."""
+def _reorder_channels(observation: Observation) -> Observation:
+    """Puts the channels of every image into a random order."""
     values = observation.values
     order = torch.rand(len(values), 1, 1, values.shape[-1], device=values.device).argsort(dim=-1)
     return replace(observation, values=values.gather(-1, order.expand_as(values)))
@@ -83,4 +153,9 @@ def _as_rgb(values: Tensor) -> np.ndarray:
     if values.shape[-1] == 4:
         opacity = values[..., 3:] / 2 + 0.5
         values = values[..., :3] * opacity + (1 - opacity)
-    return (values.expand(*values.shape[:-1], 3) * 127.5 + 127.5).round().byte().cpu().numpy()
+    return to_uint8(values.expand(*values.shape[:-1], 3))
+
+
+def _save(path: Path, image: np.ndarray) -> None:
+    """Writes [H, W, C] as a PNG, grey without its axis of channels."""
+    save_image(path, image[..., 0] if image.shape[-1] == 1 else image)

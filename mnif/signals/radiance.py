@@ -2,28 +2,36 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
+from mnif.data.batches import evenly_spaced
 from mnif.data.dataset import Dataset
+from mnif.data.source import DataSource
+from mnif.data.view_formats import SRN_MARKER, TRANSFORMS_MARKERS
 from mnif.data.views import ViewData, load_views
 from mnif.models.encoders import ViewsEncoder
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.base import Observation, Signal, psnr
+from mnif.signals.base import Observation, OutputWriter, Signal, psnr
 from mnif.signals.image import height_and_width
+from mnif.signals.outputs import ELEVATION, Animation, check_camera, check_resolution, decode_volumes
 from mnif.signals.volume_rendering import box_intersection, camera_rays, composite, stratified_depths, turntable_poses
 from mnif.utils.errors import UserError
+from mnif.utils.files import was_written
+from mnif.utils.pixels import as_axes, save_animation, save_image, to_uint8
 
 _RAYS_AT_ONCE = 1 << 15
 
 
 @dataclass(frozen=True)
 class Cameras:
-    """Whole pictures: poses [B, V, 4, 4], intrinsics [B, 4], and their height and width."""
+    """Cameras of whole images: poses [B, V, 4, 4], intrinsics [B, 4], and the images' height and width."""
 
     poses: Tensor
     intrinsics: Tensor
@@ -31,7 +39,7 @@ class Cameras:
     width: int
 
     def rays(self) -> tuple[Tensor, Tensor]:
-        """Origins and directions, [B, V, H, W, 3]."""
+        """Computes origins and directions of all pixels' rays, both [B, V, H, W, 3]."""
         return camera_rays(
             self.poses, self.intrinsics[:, None].expand(-1, self.poses.shape[1], -1), self.height, self.width
         )
@@ -44,6 +52,57 @@ class Rays:
     origins: Tensor
     directions: Tensor
     jitter: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ViewWriter(OutputWriter):
+    """Writes views of radiance fields from cameras on the turntable's circle.
+
+    Args:
+        resolution: the height of a view in pixels, one number; default: the training resolution.
+        views: how many.
+        turntable: format of an animation, if there is to be one.
+        frames: of the animation.
+        elevation: of the cameras, in degrees above the horizon.
+    """
+
+    array_name = "views"
+    resolution: list[int] | None = None
+    views: int = 8
+    turntable: Animation | None = None
+    frames: int = 48
+    elevation: float = ELEVATION
+
+    def __post_init__(self) -> None:
+        check_resolution(self.resolution, 1, "give one number, the height of a view")
+        check_camera(self.elevation, frames=self.frames, views=self.views)
+
+    def files(self, name: str) -> list[str]:
+        """Names views in a folder and, where flags ask for it, an animation."""
+        animation = [f"{name}/turntable.{self.turntable}"] if self.turntable else []
+        return [*(f"{name}/{view:03d}.png" for view in range(self.views)), *animation]
+
+    def write(self, decoder: MNIFModel, signal: Signal, latent: Tensor, output: Path, name: str) -> str | None:
+        """Writes views and animation."""
+        paths = [output / file for file in self.files(name)]
+        views, animation = paths[: self.views], paths[self.views :]
+        if not all(map(was_written, views)):
+            for path, image in zip(views, self._frames(decoder, signal, latent, self.views)[0], strict=True):
+                if not was_written(path):
+                    save_image(path, image)
+        if animation and not was_written(animation[0]):
+            save_animation(animation[0], self._frames(decoder, signal, latent, self.frames)[0])
+        return None
+
+    def to_array(self, decoder: MNIFModel, signal: Signal, latents: Tensor, count: int, batch_size: int) -> np.ndarray:
+        """Stacks the views: [count, views, H, W, 3] uint8."""
+        each = latents[:count].split(1)
+        return np.concatenate([self._frames(decoder, signal, latent, self.views) for latent in each])
+
+    def _frames(self, decoder: MNIFModel, signal: Signal, latents: Tensor, count: int) -> np.ndarray:
+        assert isinstance(signal, RadianceField)
+        height = self.resolution[0] if self.resolution else None
+        return signal.turntable(decoder, latents, count, self.elevation, height)
 
 
 class RadianceField(Signal):
@@ -69,6 +128,12 @@ class RadianceField(Signal):
     encoder_class = ViewsEncoder
     dimensions = 3
     channels = 4
+    output_writer = ViewWriter
+    output_types = ("volume", "views")
+    values_note = (
+        "Colours lie in about [-1, 1], densities are per unit of the world; the fourth channel of raw values "
+        "becomes a density in *points* and *rays* alone."
+    )
 
     def __init__(
         self,
@@ -88,6 +153,11 @@ class RadianceField(Signal):
         self.held_out_views, self.camera_distance = held_out_views, camera_distance
         height, width = self.size
         self.intrinsics = intrinsics or [float(width), float(width), width / 2, height / 2]
+
+    @classmethod
+    def recognizes(cls, source: DataSource) -> bool:
+        """Recognizes folders in which a file of poses or intrinsics lies."""
+        return any(name in source.file_names for name in (SRN_MARKER, *TRANSFORMS_MARKERS))
 
     @classmethod
     def load(cls, source: str, options: Mapping[str, Any]) -> Dataset:
@@ -123,48 +193,52 @@ class RadianceField(Signal):
         )
 
     def load_like(self, source: str) -> Dataset:
-        """Views of the model's size, depths and background."""
+        """Reads views at the model's size, with its depths and background."""
         background: Any = self.background
         data = load_views(source, self.size, self.near, self.far, None, background)
         views = data.images.shape[1]
         if views <= self.held_out_views:
-            kept = f"the model keeps {self.held_out_views} of each object for measuring"
-            raise UserError(f"--data {source}: each object has {views} views; {kept}")
+            reason = f"the model keeps {self.held_out_views} of each object for measuring"
+            raise UserError(f"--data {source}: each object has {views} views; {reason}")
         return data
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of a view."""
-        both = [self.resolution] * 2 if isinstance(self.resolution, int) else self.resolution
-        return both[0], both[1]
+        height, width = as_axes(self.resolution, 2)
+        return height, width
 
     @property
     def grid_resolution(self) -> int:
-        """Of the volume of colours and densities."""
+        """The resolution of the volume of colours and densities."""
         return 32
 
     def settings(self) -> dict[str, Any]:
-        """Everything the constructor takes."""
+        """Returns everything the constructor takes."""
         names = ("resolution", "bound", "near", "far", "background", "samples", "rays", "held_out_views")
         return {name: getattr(self, name) for name in (*names, "camera_distance", "intrinsics")}
 
     def observe(self, batch: Mapping[str, Tensor]) -> Observation:
-        """All views but the held-out ones: ``images`` [B, V, H, W, 3] uint8, ``poses``, ``intrinsics``."""
-        return self.observe_views(batch, slice(0, batch["images"].shape[1] - self.held_out_views))
+        """Observes all views but the held-out ones: ``images`` [B, V, H, W, 3] uint8, ``poses``, ``intrinsics``."""
+        return self.observe_views(batch, slice(0, self.num_views(batch) - self.held_out_views))
 
     def novel_views(self, batch: Mapping[str, Tensor]) -> Observation:
-        """The held-out views."""
-        views = batch["images"].shape[1]
+        """Observes the held-out views."""
+        views = self.num_views(batch)
         return self.observe_views(batch, slice(views - self.held_out_views, views))
 
+    def num_views(self, batch: Mapping[str, Tensor]) -> int:
+        """Counts the views of each object, held-out ones too."""
+        return batch["images"].shape[1]
+
     def observe_views(self, batch: Mapping[str, Tensor], views: slice | list[int]) -> Observation:
-        """Some of the views, by number."""
+        """Observes some of the views, by number."""
         values = batch["images"][:, views].float() / 127.5 - 1
         cameras = Cameras(batch["poses"][:, views].float(), batch["intrinsics"].float(), *values.shape[2:4])
         return Observation(values, cameras)
 
     def subsample(self, observation: Observation, generator: torch.Generator | None = None) -> Observation:
-        """Random rays of random views, the same of every instance, with random depths."""
+        """Takes random rays of random views, the same of every instance, with random depths."""
         cameras, values = observation.query, observation.values
         flat = values.flatten(1, 3)
         chosen = torch.randint(flat.shape[1], (self.rays,), generator=generator).to(flat.device)
@@ -175,49 +249,48 @@ class RadianceField(Signal):
         return Observation(flat[:, chosen], Rays(origins, directions, jitter), mask)
 
     def predict(self, decoder: MNIFModel, coefficients: Tensor, observation: Observation) -> Tensor:
-        """Rendered colours [B, ..., 3], of rays or of whole pictures."""
+        """Renders the colours [B, ..., 3] of rays or of whole images."""
         query = observation.query
         if isinstance(query, Rays):
             return self.render(decoder, coefficients, query)
         return self.render_views(decoder, coefficients, query)
 
     def render_views(self, decoder: MNIFModel, coefficients: Tensor, cameras: Cameras) -> Tensor:
-        """Whole pictures [B, V, H, W, 3], some rays at a time."""
-        origins, directions = cameras.rays()
-        shape = origins.shape
-        pieces = max(_RAYS_AT_ONCE // len(origins), 1)
-        parts = zip(
-            origins.flatten(1, 3).split(pieces, dim=1), directions.flatten(1, 3).split(pieces, dim=1), strict=True
-        )
-        colours = [self.render(decoder, coefficients, Rays(*part)) for part in parts]
-        return torch.cat(colours, dim=1).view(shape)
+        """Renders whole images [B, V, H, W, 3], some rays at a time."""
+        rays = cameras.rays()
+        some = max(_RAYS_AT_ONCE // len(rays[0]), 1)
+        chunks = zip(*(ends.flatten(1, 3).split(some, dim=1) for ends in rays), strict=True)
+        colours = [self.render(decoder, coefficients, Rays(*chunk)) for chunk in chunks]
+        return torch.cat(colours, dim=1).view(rays[0].shape)
 
     def render(self, decoder: MNIFModel, coefficients: Tensor, rays: Rays) -> Tensor:
-        """The colours of rays, [B, rays, 3]."""
+        """Renders the colours of rays, [B, rays, 3]."""
         near, far = box_intersection(rays.origins, rays.directions, self.bound)
         near, far = near.clamp(self.near, self.far), far.clamp(self.near, self.far)
         depths = stratified_depths(near, far, self.samples, tuple(near.shape), rays.jitter)
         points = rays.origins[..., None, :] + rays.directions[..., None, :] * depths[..., None]
         values = decoder.values_at(coefficients, (points / self.bound).flatten(1, 2)).view(*depths.shape, 4)
-        # Scaled so that a field of zeros is a thin fog: light reaches every sample when learning starts.
-        density = F.softplus(10 * values[..., 3] - 3) * (2 / self.bound)
         background = 1.0 if self.background == "white" else -1.0
-        colour, _, _ = composite(values[..., :3], density, depths, far, background)
+        colour, _, _ = composite(values[..., :3], self.density(values[..., 3]), depths, far, background)
         return colour
 
+    def density(self, raw: Tensor) -> Tensor:
+        """Turns a field's fourth value, of any shape, into a density per unit of the world, above 0."""
+        # Scaled so that a field of zeros is a thin fog: light reaches every sample when learning starts.
+        return F.softplus(10 * raw - 3) * (2 / self.bound)
+
     def encoder(self, latent_dim: int, width: int) -> nn.Module:
-        """A network over patches of the views, averaged over the views."""
+        """Makes a network over patches of the views, averaged over the views."""
         return ViewsEncoder(self.resolution, latent_dim, width=width)
 
     def encode(self, encoder: nn.Module, observation: Observation) -> Tensor:
-        """Latents [B, D] from whole views."""
+        """Infers latents [B, D] from whole views."""
         return encoder(observation.values, observation.query.poses, observation.mask)
 
     def metrics(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """PSNR of up to four of the views learned from, and of all that were held out."""
-        observed = batch["images"].shape[1] - self.held_out_views
-        chosen = sorted({round(i) for i in np.linspace(0, observed - 1, min(4, observed))})
-        views = {"psnr": self.observe_views(batch, chosen)}
+        """Gives the PSNR of up to four of the views learned from, and of all that were held out."""
+        chosen = evenly_spaced(self.num_views(batch) - self.held_out_views, 4)
+        views = {"psnr": self.observe_views(batch, chosen.tolist())}
         if self.held_out_views:
             views["psnr_novel_views"] = self.novel_views(batch)
         coefficients = decoder.coefficients(latents)
@@ -227,40 +300,57 @@ class RadianceField(Signal):
         }
 
     def turntable(
-        self, decoder: MNIFModel, latents: Tensor, frames: int, elevation: float = 20.0, resolution: int | None = None
+        self,
+        decoder: MNIFModel,
+        latents: Tensor,
+        frames: int,
+        elevation: float = ELEVATION,
+        resolution: int | None = None,
     ) -> np.ndarray:
-        """Pictures, ``resolution`` high, from cameras on a circle around the object: [B, frames, H, W, 3] uint8."""
+        """Renders images, ``resolution`` high, from cameras on a circle around the object: [B, frames, H, W, 3] uint8.
+
+        Args:
+            decoder: the model.
+            latents: [B, D].
+            frames: cameras, evenly spaced.
+            elevation: of the cameras, in degrees above the horizon.
+            resolution: pixels along the height; default: the training resolution.
+        """
         height, width = self.size
         scale = (resolution or height) / height
         height, width = round(height * scale), round(width * scale)
         poses = turntable_poses(frames, self.camera_distance, elevation).to(latents.device)
         intrinsics = torch.tensor(self.intrinsics, device=latents.device) * scale
         cameras = Cameras(poses.expand(len(latents), -1, -1, -1), intrinsics.expand(len(latents), -1), height, width)
-        colours = self.render_views(decoder, decoder.coefficients(latents), cameras)
-        return _to_uint8(colours)
+        return to_uint8(self.render_views(decoder, decoder.coefficients(latents), cameras))
 
-    def pictures(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
-        """One view of each object."""
+    def images(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
+        """Renders one view of each object."""
         return self.turntable(decoder, latents, frames=8)[:, 1]
 
     def original_images(self, batch: Mapping[str, Tensor]) -> np.ndarray:
-        """The last view of each object, which is a held-out one if there are any."""
+        """Takes the last view of each object, which is a held-out one if there are any."""
         return batch["images"][:, -1].cpu().numpy()
 
     def reconstruction_images(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> np.ndarray:
-        """The last view of each object, rendered."""
+        """Renders the last view of each object."""
         cameras = self.observe_views(batch, slice(-1, None)).query
-        return _to_uint8(self.render_views(decoder, decoder.coefficients(latents), cameras)[:, 0])
+        return to_uint8(self.render_views(decoder, decoder.coefficients(latents), cameras)[:, 0])
 
-
-def _to_uint8(colours: Tensor) -> np.ndarray:
-    return (colours.clamp(-1, 1) * 127.5 + 127.5).round().byte().cpu().numpy()
+    def decode_as(
+        self, output_type: str, decoder: MNIFModel, latents: Tensor, resolution: int | None, views: int
+    ) -> Any:
+        """Decodes volumes, or views from cameras evenly spaced on a circle."""
+        if output_type == "volume":
+            return np.stack([*decode_volumes(decoder, latents, resolution)])
+        objects = [self.turntable(decoder, latent, views, ELEVATION, resolution)[0] for latent in latents.split(1)]
+        return [[Image.fromarray(view) for view in images] for images in objects]
 
 
 def _rays_of(cameras: Cameras, views: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Origins and directions [B, n, 3] of chosen pixels, without working out all the others."""
+    """Computes origins and directions [B, n, 3] of chosen pixels, without those of all the others."""
     intrinsics = cameras.intrinsics[:, None].expand(-1, len(views), -1).clone()
-    # A picture of one pixel whose principal point is moved, so that its centre is the pixel meant.
+    # An image of one pixel whose principal point is moved, so that its centre is the pixel meant.
     intrinsics[..., 2] -= (pixels % cameras.width).to(intrinsics)
     intrinsics[..., 3] -= (pixels // cameras.width).to(intrinsics)
     origins, directions = camera_rays(cameras.poses[:, views], intrinsics, 1, 1)

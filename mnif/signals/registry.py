@@ -1,25 +1,18 @@
 """The signals by name, and which of them a data source is of; one of your own joins with :func:`register_signal`."""
 
-import os
-from collections import Counter
 from importlib import import_module
-from pathlib import Path
 
-from mnif.data.arrays import npy_array, npz_names
 from mnif.data.builtin import BUILTIN
-from mnif.data.images import IMAGE_SUFFIXES, is_hub_folder
-from mnif.data.view_formats import SRN_MARKER, TRANSFORMS_MARKERS
-from mnif.data.voxels import VOXEL_SUFFIXES
+from mnif.data.source import DataSource
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Signal
 from mnif.utils.errors import UserError
 
-_HOMES = {
+_BUILT_IN = {
     "image": "mnif.signals.image:Image",
     "voxels": "mnif.signals.voxels:Voxels",
     "radiance": "mnif.signals.radiance:RadianceField",
 }
-
 
 _REGISTERED: dict[str, type[Signal]] = {}
 
@@ -31,87 +24,54 @@ def register_signal(kind: type[Signal]) -> type[Signal]:
 
 
 def signal_class(name: str) -> type[Signal]:
-    """The class of a signal.
+    """Finds the class of a signal.
 
     Raises:
         UserError: there is no such signal.
     """
     if name in _REGISTERED:
         return _REGISTERED[name]
-    if name not in _HOMES:
-        raise UserError(f"signal {name!r}: must be one of {', '.join(sorted({*_HOMES, *_REGISTERED}))}")
-    module, _, kind = _HOMES[name].partition(":")
+    if name not in _BUILT_IN:
+        raise UserError(f"signal {name!r}: must be one of {', '.join(sorted({*_BUILT_IN, *_REGISTERED}))}")
+    module, _, kind = _BUILT_IN[name].partition(":")
     return getattr(import_module(module), kind)
 
 
 def signal_of_model(decoder: MNIFModel) -> Signal:
-    """The signal a decoder was trained on, with its settings."""
+    """Makes the signal a decoder was trained on, with its settings."""
     return signal_class(decoder.config.signal)(**decoder.config.signal_settings)
 
 
-SIGNALS = ("image", "voxels", "radiance")
-
-
 def detect_signal(source: str) -> str:
-    """What kind of data a source is, by its name and by what the file or folder holds: one of :data:`SIGNALS`.
+    """Names the signal that recognizes a data source (:meth:`mnif.signals.base.Signal.recognizes`).
+
+    Of several that do, the last one counts: posed views and meshes bring images along, as textures for one. Only of
+    an ``.npy`` file, whose shape is all there is to go by, must one signal alone be left.
 
     Raises:
-        UserError: the source is missing, or holds nothing that tells; the message says what was found.
+        UserError: the source is missing, or holds nothing that tells; the message says what it holds.
     """
-    path = Path(source)
     if source in BUILTIN:
         return BUILTIN[source]
-    if source.startswith("hf:"):
-        return "image"
-    if path.is_dir():
-        return _detect_in_folder(path)
-    if not path.is_file():
-        raise UserError(f"--data {source}: no such folder, file or built-in set ({', '.join(sorted(BUILTIN))})")
-    if path.suffix == ".npz":
-        return _detect_in_npz(path)
-    if path.suffix == ".npy":
-        return _detect_in_npy(path)
-    if path.suffix in (".hdf5", ".h5"):
-        return "voxels"
-    raise UserError(
-        f"--data {source}: a {path.suffix or 'nameless'} file; .npz, .npy, .hdf5, .h5 or a folder is needed"
-    )
+    data, names = DataSource(source), list(dict.fromkeys([*_BUILT_IN, *_REGISTERED]))
+    recognized = [name for name in names if signal_class(name).recognizes(data)]
+    if len(recognized) == 1 or (recognized and data.array_shape is None):
+        return recognized[-1]
+    raise UserError(f"--data {source}: {_reason(data, names)}")
 
 
-def _detect_in_npz(path: Path) -> str:
-    names = npz_names(path)
-    if "images" in names:
-        return "image"
-    if names & {"voxels", "occupancy", "packed"}:
-        return "voxels"
-    raise UserError(
-        f'--data {path}: holds {", ".join(sorted(names)) or "nothing"}; "images", or one of "voxels", "occupancy" and '
-        '"packed", is needed'
-    )
-
-
-def _detect_in_npy(path: Path) -> str:
-    array = npy_array(path)
-    pictures = array.ndim == 3 or array.shape[3:] in ((1,), (3,), (4,))
-    cubes = array.ndim == 4 and len(set(array.shape[1:])) == 1
-    if pictures != cubes:
-        return "image" if pictures else "voxels"
-    shape = list(array.shape)
-    raise UserError(f"--data {path}: an array {shape} may be anything; say which with --signal {' or '.join(SIGNALS)}")
-
-
-def _detect_in_folder(folder: Path) -> str:
-    if is_hub_folder(folder):
-        return "image"
-    found: Counter[str] = Counter()
-    for _, _, names in os.walk(folder):
-        for name in names:
-            if name in (SRN_MARKER, *TRANSFORMS_MARKERS):
-                return "radiance"
-            found[os.path.splitext(name)[1].lower()] += 1
-    # Meshes bring pictures along as textures, so they are looked for first.
-    for signal, suffixes in (("voxels", VOXEL_SUFFIXES), ("image", IMAGE_SUFFIXES)):
-        if any(suffix in found for suffix in suffixes):
-            return signal
-    contents = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in found.most_common(5))
-    raise UserError(f"--data {folder}: no pictures, voxels, meshes or posed views; found {contents or 'nothing'}")
+def _reason(data: DataSource, names: list[str]) -> str:
+    """Says why no signal can be told from a data source."""
+    if data.path.is_dir():
+        held = ", ".join(f"{n} {suffix or 'without suffix'}" for suffix, n in data.file_suffixes.most_common(5))
+        return f"no pictures, voxels, meshes or posed views; found {held or 'nothing'}"
+    if not data.path.is_file():
+        return f"no such folder, file or built-in set ({', '.join(sorted(BUILTIN))})"
+    if data.suffix == ".npz":
+        return (
+            f'holds {", ".join(sorted(data.array_names)) or "nothing"}; "images", or one of "voxels", "occupancy" and '
+            '"packed", is needed'
+        )
+    if data.array_shape is not None:
+        return f"an array {list(data.array_shape)} may be anything; say which with --signal {' or '.join(names)}"
+    return f"a {data.suffix or 'nameless'} file; .npz, .npy, .hdf5, .h5 or a folder is needed"

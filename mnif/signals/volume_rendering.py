@@ -15,12 +15,12 @@ from mnif.utils.errors import UserError
 
 
 def camera_rays(poses: Tensor, intrinsics: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """The ray through the centre of every pixel.
+    """Computes the ray through the centre of every pixel.
 
     Args:
         poses: [..., 4, 4] camera-to-world, rotation and translation.
         intrinsics: [..., 4] focal lengths fx, fy and principal point cx, cy, in pixels; the centre of the pixel in
-            row r and column c lies at (c + 1/2, r + 1/2), as everywhere in this house.
+            row r and column c lies at (c + 1/2, r + 1/2), as everywhere in this project.
         height: rows.
         width: columns.
 
@@ -43,7 +43,7 @@ def camera_rays(poses: Tensor, intrinsics: Tensor, height: int, width: int) -> t
 
 
 def turntable_poses(count: int, radius: float, elevation: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Cameras evenly spaced on a circle around the y axis, all looking at the origin.
+    """Places cameras evenly on a circle around the y axis, all looking at the origin.
 
     Args:
         count: cameras; the first stands over +z, the next ones turn towards +x.
@@ -72,7 +72,7 @@ def turntable_poses(count: int, radius: float, elevation: float, dtype: torch.dt
 
 
 def box_intersection(origins: Tensor, directions: Tensor, bound: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Where rays enter and leave the cube [-bound, bound]³ (slab test; Kay and Kajiya, SIGGRAPH 1986).
+    """Finds where rays enter and leave the cube [-bound, bound]³ (slab test; Kay and Kajiya, SIGGRAPH 1986).
 
     Args:
         origins: [..., 3].
@@ -101,7 +101,7 @@ def stratified_depths(
     rays_shape: tuple[int, ...],
     jitter: Tensor | None = None,
 ) -> Tensor:
-    """One depth in each of ``samples`` equal intervals between near and far (NeRF, equation 2).
+    """Takes one depth in each of ``samples`` equal intervals between near and far (NeRF, equation 2).
 
     Args:
         near: depth where the first interval starts, a number or a tensor that broadcasts to ``rays_shape``.
@@ -126,7 +126,7 @@ def stratified_depths(
 
 
 def ray_weights(density: Tensor, depths: Tensor, far: Tensor | float) -> tuple[Tensor, Tensor]:
-    """The share of a ray's light that comes from each sample, and the share that comes from behind all of them.
+    """Computes the share of a ray's light from each sample, and the share from behind all of them.
 
     Alpha compositing with alpha = 1 - exp(-density · length), where a sample's length reaches to the next sample and
     the last one's to ``far`` (Max, 1995; NeRF, equation 3). What passes is a product of exp(-density · length), taken
@@ -152,7 +152,7 @@ def ray_weights(density: Tensor, depths: Tensor, far: Tensor | float) -> tuple[T
 def composite(
     colour: Tensor, density: Tensor, depths: Tensor, far: Tensor | float, background: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a ray sees (Max, 1995; NeRF, equation 3).
+    """Computes what a ray sees (Max, 1995; NeRF, equation 3).
 
     Args:
         colour: [..., S, 3] of each sample, in any range.

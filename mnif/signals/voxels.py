@@ -1,18 +1,86 @@
 """Shapes as a signal: occupancy on a cube, with the surface where values are 0."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mnif.data.dataset import Dataset
-from mnif.data.voxels import VoxelData, load_voxels
+from mnif.data.source import DataSource
+from mnif.data.voxels import VOXEL_SUFFIXES, VoxelData, load_voxels
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.base import GridSignal, Observation, _mirrored, intersection_over_union, psnr
+from mnif.signals.base import GridSignal, Observation, OutputWriter, Signal, intersection_over_union, mirror_half
+from mnif.signals.outputs import (
+    ELEVATION,
+    Animation,
+    MeshFormat,
+    check_camera,
+    check_resolution,
+    decode_grid,
+    decode_volumes,
+)
 from mnif.utils.errors import UserError
+from mnif.utils.files import was_written
+from mnif.utils.meshes import mesh_from_values, mesh_preview, occupancy_preview, save_mesh
+from mnif.utils.pixels import save_animation, save_image
+
+_IMAGE_PIXELS = 256  # of a shaded shape
+_AZIMUTH = 35.0  # degrees from +z towards +x, of the camera of a shape's first image
+
+
+@dataclass(frozen=True)
+class MeshWriter(OutputWriter):
+    """Writes the surface where the values of a cube are 0, as a mesh in [-1, 1]³ and shaded.
+
+    Args:
+        resolution: values per axis, one number; default: the training resolution.
+        mesh: format.
+        turntable: format of an animation, if there is to be one.
+        frames: of the animation.
+        elevation: of the camera, in degrees above the horizon.
+    """
+
+    array_name = "voxels"
+    resolution: list[int] | None = None
+    mesh: MeshFormat = "glb"
+    turntable: Animation | None = None
+    frames: int = 48
+    elevation: float = ELEVATION
+
+    def __post_init__(self) -> None:
+        check_resolution(self.resolution, 1, "voxels are cubes; give one number")
+        check_camera(self.elevation, frames=self.frames)
+
+    def files(self, name: str) -> list[str]:
+        """Names an image, a mesh and, where flags ask for it, an animation."""
+        suffixes = ["png", self.mesh, *([self.turntable] if self.turntable else [])]
+        return [f"{name}.{suffix}" for suffix in suffixes]
+
+    def write(self, decoder: MNIFModel, signal: Signal, latent: Tensor, output: Path, name: str) -> str | None:
+        """Writes image, mesh and animation, unless the shape has no surface."""
+        values = decode_grid(decoder, latent, self.resolution)[0, ..., 0].float().cpu().numpy()
+        if values.max() <= 0 or values.min() > 0:
+            return "empty" if values.max() <= 0 else "full"
+        mesh = mesh_from_values(values)
+        image, surface, *animation = (output / file for file in self.files(name))
+        if not was_written(image):
+            save_image(image, mesh_preview(*mesh, _IMAGE_PIXELS, _AZIMUTH, self.elevation))
+        if not was_written(surface):
+            save_mesh(surface, *mesh)
+        if animation and not was_written(animation[0]):
+            save_animation(animation[0], np.stack(_turntable(mesh, self.frames, self.elevation)))
+        return None
+
+    def to_array(self, decoder: MNIFModel, signal: Signal, latents: Tensor, count: int, batch_size: int) -> np.ndarray:
+        """Stacks occupancies: [count, R, R, R] bool."""
+        cubes = (decode_grid(decoder, latent, self.resolution)[..., 0] for latent in latents[:count].split(1))
+        return np.concatenate([(cube > 0).cpu().numpy() for cube in cubes])
 
 
 class Voxels(GridSignal):
@@ -22,9 +90,26 @@ class Voxels(GridSignal):
     noun = "shape"
     dimensions = 3
     mirror_axis: ClassVar[int] = 1
+    output_writer = MeshWriter
+    output_types = ("volume", "mesh", "views")
+    values_note = (
+        "A value above 0 is inside the shape, below is outside. Coordinate k runs along axis k; the centre of "
+        "voxel r of n lies at (r + 1/2) / n."
+    )
 
     def __init__(self, resolution: int, channels: int = 1, stride: int = 1):
         super().__init__(resolution, channels, stride)
+
+    @classmethod
+    def recognizes(cls, source: DataSource) -> bool:
+        """Recognizes HDF5 files, folders of ``.binvox`` files or meshes, and arrays: by name, or of cubes."""
+        shape, names = source.array_shape, source.array_names
+        return (
+            source.suffix in (".hdf5", ".h5")
+            or (bool(names & {"voxels", "occupancy", "packed"}) and "images" not in names)
+            or (shape is not None and len(shape) == 4 and len(set(shape[1:])) == 1)
+            or any(suffix in source.file_suffixes for suffix in VOXEL_SUFFIXES)
+        )
 
     @classmethod
     def load(cls, source: str, options: Mapping[str, Any]) -> Dataset:
@@ -37,7 +122,7 @@ class Voxels(GridSignal):
         return cls(data.resolution, stride=options["stride"])
 
     def load_like(self, source: str) -> Dataset:
-        """Shapes of the model's resolution."""
+        """Reads shapes at the model's resolution."""
         return load_voxels(source, self.cube)
 
     @property
@@ -47,31 +132,38 @@ class Voxels(GridSignal):
         return self.resolution
 
     def observe(self, batch: Mapping[str, Tensor]) -> Observation:
-        """``packed`` [B, R, R, R/8] bits → -1 and 1."""
+        """Maps ``packed`` [B, R, R, R/8] bits to -1 and 1, [B, R, R, R, 1]."""
         bits = torch.arange(7, -1, -1, device=batch["packed"].device)
         occupied = (batch["packed"][..., None] >> bits & 1).flatten(-2)[..., : self.cube]
         return self.on_grid(occupied[..., None].float() * 2 - 1)
 
     def augmentations(self) -> dict[str, Callable[[Observation], Observation]]:
         """``random_flip`` mirrors half of the shapes along x."""
-        return {"random_flip": partial(_mirrored, axis=self.mirror_axis)}
+        return {"random_flip": partial(mirror_half, axis=self.mirror_axis)}
 
-    def metrics(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """PSNR of the occupancy on [0, 1], and intersection over union of what lies above one half."""
-        observation = self.observe(batch)
-        predictions = self.predict(decoder, decoder.coefficients(latents), observation)
-        return {
-            "psnr": psnr(predictions, observation.values),
-            "iou": intersection_over_union(predictions, observation.values),
-        }
+    def compare(self, predictions: Tensor, values: Tensor) -> dict[str, Tensor]:
+        """Gives PSNR of the occupancy on [0, 1], and intersection over union of what lies above one half."""
+        return super().compare(predictions, values) | {"iou": intersection_over_union(predictions, values)}
 
-    def pictures(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
-        """Shaded surfaces."""
-        return _surfaces(decoder(latents))
+    def images(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
+        """Shades the surfaces."""
+        return _shaded(decoder(latents))
 
     def original_images(self, batch: Mapping[str, Tensor]) -> np.ndarray:
-        """The originals' surfaces."""
-        return _surfaces(self.observe(batch).values)
+        """Shades the originals' surfaces."""
+        return _shaded(self.observe(batch).values)
+
+    def decode_as(
+        self, output_type: str, decoder: MNIFModel, latents: Tensor, resolution: int | None, views: int
+    ) -> Any:
+        """Decodes volumes, meshes of them, or shaded views of the meshes."""
+        volumes = decode_volumes(decoder, latents, resolution)
+        if output_type == "volume":
+            return np.stack([*volumes])
+        meshes = [_mesh(volume) for volume in volumes]
+        if output_type == "mesh":
+            return meshes
+        return [[Image.fromarray(view) for view in _turntable(mesh, views, ELEVATION)] for mesh in meshes]
 
 
 def _one_number(resolution: Sequence[int] | None) -> int | None:
@@ -80,7 +172,19 @@ def _one_number(resolution: Sequence[int] | None) -> int | None:
     return resolution[0] if resolution else None
 
 
-def _surfaces(values: Tensor) -> np.ndarray:
-    from mnif.utils.meshes import occupancy_preview
-
+def _shaded(values: Tensor) -> np.ndarray:
+    """Values [B, R, R, R, 1] → images of what lies above 0, [B, 96, 96, 3] uint8."""
     return np.stack([occupancy_preview(shape, 96) for shape in (values[..., 0] > 0).cpu().numpy()])
+
+
+def _mesh(volume: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Finds vertices and faces of the surface at 0; None if nothing or everything is above it."""
+    inside = volume > 0
+    return mesh_from_values(volume) if inside.any() and not inside.all() else None
+
+
+def _turntable(mesh: tuple[np.ndarray, np.ndarray] | None, frames: int, elevation: float) -> list[np.ndarray]:
+    """Shades a mesh as seen from cameras evenly spaced on a circle; images are white where there is no mesh."""
+    vertices, faces = mesh if mesh is not None else (np.empty((0, 3)), np.empty((0, 3), dtype=np.int64))
+    azimuths = np.arange(frames) * (360 / frames)
+    return [mesh_preview(vertices, faces, _IMAGE_PIXELS, azimuth, elevation) for azimuth in azimuths]

@@ -6,7 +6,7 @@ Ctrl-C and SIGTERM are noticed between two steps, by all processes at the same o
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -131,20 +131,10 @@ def make_accelerator(arguments: TrainingArguments, folder: Path) -> Accelerator:
     )
 
 
-def train(
-    accelerator: Accelerator,
-    arguments: TrainingArguments,
-    module: nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    rows: ArrayDataset,
-    folder: Path,
-    stage: str,
-    validate: Callable[[], dict[str, float]],
-    ema: EMAModel | None = None,
-    keep_best: str | None = None,
-    latent_rows: LatentEmbedding | None = None,
-) -> None:
-    """Trains ``module``, whose call on a batch of ``rows`` gives the loss, and leaves the final weights in it.
+class TrainLoop:
+    """Trains ``module``, whose call on a batch of ``rows`` gives the loss.
+
+    Making one prepares everything and resumes from a checkpoint; :meth:`run` trains to the end.
 
     Args:
         accelerator: from :func:`make_accelerator`.
@@ -161,110 +151,197 @@ def train(
         latent_rows: latents that the module takes and that learn by themselves, each process its own.
 
     Raises:
-        UserError: the loss is not finite, or a checkpoint cannot be used.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
+        UserError: a checkpoint cannot be used.
     """
-    steps, accumulation = arguments.max_train_steps, arguments.gradient_accumulation_steps
-    if arguments.compile == "on" or (arguments.compile == "auto" and accelerator.device.type == "cuda"):
-        module.compile()
-    parameters = list(module.parameters())
-    schedules = [_schedule(arguments, optimizer) for optimizer in optimizers]
-    model, *prepared = accelerator.prepare(module, *optimizers, *schedules)
-    optimizers, schedules = prepared[: len(optimizers)], prepared[len(optimizers) :]
 
-    checkpoints = Checkpoints(
-        folder / "checkpoints" / stage, accelerator, ema, latent_rows, limit=arguments.checkpoints_total_limit
-    )
-    progress = checkpoints.resume(arguments.resume_from_checkpoint)
-    if accelerator.is_main_process:  # the others have written what begins a stage, and write nothing here from now on
-        for place in (folder, folder / "samples"):
-            remove_leftovers(place)
-    if arguments.report_to:
-        accelerator.init_trackers(stage)
-    curves = MetricsLog(folder / "metrics.jsonl", stage, progress.step) if accelerator.is_main_process else None
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        arguments: TrainingArguments,
+        module: nn.Module,
+        optimizers: list[torch.optim.Optimizer],
+        rows: ArrayDataset,
+        folder: Path,
+        stage: str,
+        validate: Callable[[], dict[str, float]],
+        ema: EMAModel | None = None,
+        keep_best: str | None = None,
+        latent_rows: LatentEmbedding | None = None,
+    ):
+        self.accelerator, self.arguments, self.stage = accelerator, arguments, stage
+        self.validate, self.ema, self.keep_best, self.latent_rows = validate, ema, keep_best, latent_rows
 
-    def record(metrics: dict[str, float]) -> None:
-        if curves is not None:
-            curves.add(progress.step, progress.seconds, metrics)
-        accelerator.log(metrics, step=progress.step)
+        if arguments.compile == "on" or (arguments.compile == "auto" and accelerator.device.type == "cuda"):
+            module.compile()
+        self.module, self.parameters = module, list(module.parameters())
+        schedules = [_schedule(arguments, optimizer) for optimizer in optimizers]
+        self.model, *prepared = accelerator.prepare(module, *optimizers, *schedules)
+        self.optimizers, self.schedules = prepared[: len(optimizers)], prepared[len(optimizers) :]
 
-    batches = iter(accelerator.prepare(_loader(arguments, rows, progress.step, accelerator.num_processes)))
-    bar = progress_bar(
-        total=steps, initial=progress.step, desc=stage, unit="step", disable=not accelerator.is_local_main_process
-    )
-    losses: list[Tensor] = []  # of this process, that ``progress`` lacks
+        limit = arguments.checkpoints_total_limit
+        self.checkpoints = Checkpoints(folder / "checkpoints" / stage, accelerator, ema, latent_rows, limit)
+        self.progress = self.checkpoints.resume(arguments.resume_from_checkpoint)
+        self.losses: list[Tensor] = []  # of this process, that ``progress`` lacks
+        self.metrics_log: MetricsLog | None = None
+        # The other processes have written what begins a stage, and write nothing here from now on.
+        if accelerator.is_main_process:
+            for place in (folder, folder / "samples"):
+                remove_leftovers(place)
+            self.metrics_log = MetricsLog(folder / "metrics.jsonl", stage, self.progress.step)
+        if arguments.report_to:
+            accelerator.init_trackers(stage)
+        loader = _loader(arguments, rows, self.progress.step, accelerator.num_processes)
+        self.batches = iter(accelerator.prepare(loader))
 
-    def mean_loss() -> float:
-        """Since the last record; nothing is recorded, kept or saved of a module that has come to NaN."""
-        if losses:
-            progress.losses += accelerator.reduce(torch.stack(losses).float(), "mean").tolist()
-            losses.clear()
+    def run(self) -> None:
+        """Trains to the last step and leaves the final weights in the module.
+
+        Raises:
+            UserError: the loss is not finite, or the best weights are damaged.
+            KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
+        """
+        for _ in self.steps():
+            pass
+        if self.arguments.report_to:
+            self.accelerator.end_training()
+        if self.keep_best:
+            self.checkpoints.load_best(self.parameters)
+            best = f"{self.keep_best} {self.progress.best:.4g}"
+            self.accelerator.print(f"kept the weights of step {self.progress.best_step} ({best})")
+        elif self.ema is not None:
+            self.ema.copy_to(self.parameters)
+
+    def steps(self) -> Generator[int]:
+        """Trains, and yields the number of steps done after each; whoever closes the iterator stops the training.
+
+        Raises:
+            UserError: the loss is not finite.
+            KeyboardInterrupt: after Ctrl-C or SIGTERM, once a checkpoint is written.
+        """
+        arguments, progress = self.arguments, self.progress
+        self.started = time.perf_counter() - progress.seconds
+        self.bar = progress_bar(
+            total=arguments.max_train_steps,
+            initial=progress.step,
+            desc=self.stage,
+            unit="step",
+            disable=not self.accelerator.is_local_main_process,
+        )
+        any_process = all_reduce_any()
+        with graceful_interrupt() as interrupted, self.bar:
+            while progress.step < arguments.max_train_steps:
+                self._train_step()
+                self.bar.update()
+                if self._is_due(LOG_STEPS):
+                    self._log()
+                if self._is_due(arguments.validation_steps):
+                    self._validate()
+                stop = any_process(interrupted())
+                if stop or self._is_due(arguments.checkpointing_steps):
+                    self._save()
+                if stop and progress.step < arguments.max_train_steps:
+                    self.accelerator.print(f"stopped at step {progress.step}; the same command continues from here")
+                    raise KeyboardInterrupt
+                yield progress.step
+
+    def _is_due(self, every: int) -> bool:
+        """Whether something that is done every so many steps, and at the last, is to be done now."""
+        return self.progress.step % every == 0 or self.progress.step == self.arguments.max_train_steps
+
+    def _train_step(self) -> None:
+        """Learns from as many batches as are accumulated."""
+        if self.progress.step % LOG_STEPS == 0:
+            self.progress.losses.clear()
+        # Drawn first: a loader's start uses up random numbers.
+        batches = list(islice(self.batches, self.arguments.gradient_accumulation_steps))
+        _seed_step(self.arguments.seed, self.progress.step, self.accelerator.process_index)
+        for batch in batches:
+            with self.accelerator.accumulate(self.model):
+                loss = self.model(**batch)
+                self.accelerator.backward(loss)
+                self._update()
+            self.losses.append(loss.detach())
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+        self.progress.step += 1
+        self.progress.seconds = time.perf_counter() - self.started
+
+    def _update(self) -> None:
+        """Moves weights and latents by the gradients; between accumulated batches Accelerate lets nothing move."""
+        accelerator = self.accelerator
+        if accelerator.sync_gradients:
+            accelerator.clip_grad_norm_(self.parameters, self.arguments.max_grad_norm)
+        scale = _scale_of_loss(accelerator)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.latent_rows is not None and accelerator.sync_gradients:
+            if accelerator.optimizer_step_was_skipped:  # float16 overflowed
+                self.latent_rows.forget()
+            else:
+                self.latent_rows.step(_share_of_peak(self.optimizers[0]), scale)
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
+            schedule.step()
+            optimizer.zero_grad()
+
+    def _mean_loss(self) -> float:
+        """The mean loss since the last record, over all processes.
+
+        Nothing is recorded, kept or saved before it is asked for: a module that has come to NaN ends here.
+
+        Raises:
+            UserError: the loss or a parameter is not finite.
+        """
+        progress = self.progress
+        if self.losses:
+            progress.losses += self.accelerator.reduce(torch.stack(self.losses).float(), "mean").tolist()
+            self.losses.clear()
         mean = torch.tensor(progress.losses).mean().item()
-        if not (math.isfinite(mean) and all(bool(parameter.isfinite().all()) for parameter in parameters)):
-            raise UserError(_diverged(progress.step, checkpoints))
+        if not (math.isfinite(mean) and all(bool(parameter.isfinite().all()) for parameter in self.parameters)):
+            raise UserError(_diverged(progress.step, self.checkpoints))
         return mean
 
-    started = time.perf_counter() - progress.seconds
-    agreed = all_reduce_any()
-    with graceful_interrupt() as interrupted, bar:
-        while progress.step < steps:
-            if progress.step % LOG_STEPS == 0:
-                progress.losses.clear()
-            step_batches = list(islice(batches, accumulation))  # drawn first: a loader's start uses up random numbers
-            _seed_step(arguments.seed, progress.step, accelerator.process_index)
-            for batch in step_batches:
-                with accelerator.accumulate(model):
-                    loss = model(**batch)
-                    accelerator.backward(loss)
-                    if accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(parameters, arguments.max_grad_norm)
-                    scale = _scale_of_loss(accelerator)
-                    for optimizer in optimizers:
-                        optimizer.step()
-                    if latent_rows is not None and accelerator.sync_gradients:
-                        if accelerator.optimizer_step_was_skipped:  # float16 overflowed
-                            latent_rows.forget()
-                        else:
-                            latent_rows.step(_share_of_peak(optimizers[0]), scale)
-                    for optimizer, schedule in zip(optimizers, schedules, strict=True):
-                        schedule.step()
-                        optimizer.zero_grad()
-                losses.append(loss.detach())
-            if ema is not None:
-                ema.step(parameters)
-            progress.step += 1
-            progress.seconds = time.perf_counter() - started
-            bar.update()
-            last = progress.step == steps
-            if progress.step % LOG_STEPS == 0 or last:
-                mean = mean_loss()
-                bar.set_postfix(loss=f"{mean:.4g}")
-                record({"loss": mean, "learning_rate": schedules[0].get_last_lr()[0]})
-            if progress.step % arguments.validation_steps == 0 or last:
-                mean_loss()
-                metrics = _validated(module, parameters, validate, ema)
-                record(metrics)
-                if accelerator.is_main_process:
-                    bar.write(f"{stage} step {progress.step}: " + _shown(metrics))
-                if keep_best and (progress.best is None or metrics[keep_best] < progress.best):
-                    progress.best, progress.best_step = metrics[keep_best], progress.step
-                    checkpoints.save_best(parameters)
-            stop = agreed(interrupted())
-            if progress.step % arguments.checkpointing_steps == 0 or last or stop:
-                mean_loss()
-                if curves is not None:
-                    curves.flush()
-                checkpoints.save(progress)
-            if stop and not last:
-                accelerator.print(f"stopped at step {progress.step}; the same command continues from here")
-                raise KeyboardInterrupt
-    if arguments.report_to:
-        accelerator.end_training()
-    if keep_best:
-        checkpoints.load_best(parameters)
-        accelerator.print(f"kept the weights of step {progress.best_step} ({keep_best} {progress.best:.4g})")
-    elif ema is not None:
-        ema.copy_to(parameters)
+    def _log(self) -> None:
+        """Records the mean loss and the learning rate."""
+        mean = self._mean_loss()
+        self.bar.set_postfix(loss=f"{mean:.4g}")
+        self._record({"loss": mean, "learning_rate": self.schedules[0].get_last_lr()[0]})
+
+    def _record(self, metrics: dict[str, float]) -> None:
+        """Adds a row to the run's metrics, and to the tracker's."""
+        if self.metrics_log is not None:
+            self.metrics_log.add(self.progress.step, self.progress.seconds, metrics)
+        self.accelerator.log(metrics, step=self.progress.step)
+
+    def _validate(self) -> None:
+        """Measures the weights, and keeps them if they are the best so far."""
+        self._mean_loss()
+        metrics = self._validation_metrics()
+        self._record(metrics)
+        if self.accelerator.is_main_process:
+            self.bar.write(f"{self.stage} step {self.progress.step}: " + _shown(metrics))
+        if self.keep_best and (self.progress.best is None or metrics[self.keep_best] < self.progress.best):
+            self.progress.best, self.progress.best_step = metrics[self.keep_best], self.progress.step
+            self.checkpoints.save_best(self.parameters)
+
+    def _validation_metrics(self) -> dict[str, float]:
+        """What ``validate`` says of the weights, of the EMA's if there is an EMA."""
+        if self.ema is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+        self.module.eval()
+        with torch.no_grad():
+            metrics = self.validate()
+        self.module.train()
+        if self.ema is not None:
+            self.ema.restore(self.parameters)
+        return metrics
+
+    def _save(self) -> None:
+        """Writes a checkpoint, after the rows that a stage resumed from it keeps."""
+        self._mean_loss()
+        if self.metrics_log is not None:
+            self.metrics_log.flush()
+        self.checkpoints.save(self.progress)
 
 
 def _schedule(arguments: TrainingArguments, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -283,6 +360,11 @@ def batch_size_of(arguments: TrainingArguments, instances: int, processes: int) 
     if not batch_size:
         raise UserError(f"--train_batch_size {arguments.train_batch_size}: fewer than one row for each process")
     return batch_size
+
+
+def steps_of_epochs(epochs: int, train_batch_size: int, instances: int) -> int:
+    """The number of optimizer steps in passes over the data; a pass has whole batches only."""
+    return epochs * (instances // min(train_batch_size, instances))
 
 
 def _loader(arguments: TrainingArguments, rows: ArrayDataset, step: int, processes: int) -> DataLoader:
@@ -321,24 +403,6 @@ def _scale_of_loss(accelerator: Accelerator) -> float:
 def _seed_step(seed: int, step: int, process: int) -> None:
     """Makes a step's noise a function of seed, step and process, so that no generator state need be kept."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0]))
-
-
-def _validated(
-    module: nn.Module,
-    parameters: list[nn.Parameter],
-    validate: Callable[[], dict[str, float]],
-    ema: EMAModel | None,
-) -> dict[str, float]:
-    if ema is not None:
-        ema.store(parameters)
-        ema.copy_to(parameters)
-    module.eval()
-    with torch.no_grad():
-        metrics = validate()
-    module.train()
-    if ema is not None:
-        ema.restore(parameters)
-    return metrics
 
 
 def _shown(metrics: dict[str, float]) -> str:

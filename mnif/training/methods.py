@@ -1,15 +1,20 @@
-"""The three ways of learning bases: what each minimises in a step of training."""
+"""The three ways of learning bases: what each minimises in a step of training, what moves it, and how good it is."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from mnif.data.batches import ArrayDataset
 from mnif.latents.embedding import LatentEmbedding
 from mnif.latents.inner_loop import InnerLoop
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Observation, Signal
+from mnif.training.muon import Muon
+
+_VALIDATED = 512  # instances of each side that a validation looks at, at most
 
 
 class LearningMethod(nn.Module):
@@ -125,3 +130,55 @@ class MetaMethod(LearningMethod):
     def latents(self, observation: Observation, row: Tensor) -> Tensor:
         """After the inner loop, on one random part of what is known."""
         return self.inner_loop(self.decoder, self.signal, self.signal.subsample(observation))
+
+
+def make_optimizers(
+    method: LearningMethod, learning_rate: float, basis_learning_rate: float, adam_beta2: float, use_muon: bool
+) -> list[torch.optim.Optimizer]:
+    """Adam with a rate for the bases and one for everything else; Muon in its place for narrow matrices.
+
+    Args:
+        method: what learns; latents of its own are moved elsewhere.
+        learning_rate: of all but the bases.
+        basis_learning_rate: of the bases.
+        adam_beta2: of Adam.
+        use_muon: whether Muon moves the narrow matrices.
+    """
+    decoder = method.decoder
+    fields = [*decoder.shared, *decoder.means, *decoder.bases]
+    groups = [{"params": fields, "lr": basis_learning_rate}]
+    others = method.others()
+    if decoder.coefficient_map is not None:
+        others += decoder.coefficient_map.parameters()
+    by_muon = [parameter for parameter in others if use_muon and _is_narrow(parameter)]
+    chosen = {id(parameter) for parameter in by_muon}
+    by_adam = [parameter for parameter in others if id(parameter) not in chosen]
+    if by_adam:
+        groups.append({"params": by_adam, "lr": learning_rate})
+    adam = torch.optim.AdamW(groups, betas=(0.9, adam_beta2), weight_decay=0.0, fused=True)
+    return [adam, Muon(by_muon, learning_rate)] if by_muon else [adam]
+
+
+def _is_narrow(parameter: Tensor) -> bool:
+    """Whether it is a matrix that Muon moves in no time; the cost is the cube of the shorter side."""
+    return parameter.ndim == 2 and min(parameter.shape) <= 256
+
+
+def validation_rows(rows: ArrayDataset, method: LearningMethod, accelerator: Accelerator) -> ArrayDataset:
+    """This process's share of the instances a validation looks at, evenly spread over all of them."""
+    index = torch.linspace(0, len(rows) - 1, min(len(rows), _VALIDATED)).long()
+    if isinstance(method, AutoDecoderMethod):
+        return rows.subset(index[method.rows.owns(index)].numpy())
+    return rows.subset(index[accelerator.process_index :: accelerator.num_processes].numpy())
+
+
+@torch.no_grad()
+def mean_psnr(method: LearningMethod, rows: ArrayDataset, accelerator: Accelerator) -> float:
+    """Mean PSNR in dB of instances with the latents that are found for them now, over all processes."""
+    total_and_count = torch.zeros(2, device=accelerator.device)
+    for batch in rows.batches(64, accelerator.device) if len(rows) else ():
+        latents = method.latents(method.signal.observe(batch), batch["row"])
+        values = method.signal.metrics(method.decoder, latents, batch)["psnr"]
+        total_and_count += torch.stack([values.sum(), values.new_tensor(len(values))])
+    total, count = accelerator.reduce(total_and_count, "sum").tolist()
+    return total / count

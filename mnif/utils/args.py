@@ -1,12 +1,13 @@
 """Flags from dataclasses: a command's dataclass is its command line; a preset is other defaults for it."""
 
 import contextlib
-import dataclasses
 import io
+import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, Literal, TypedDict, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -16,14 +17,13 @@ from mnif.utils.files import read_json
 T = TypeVar("T")
 
 
-def parse_arguments(command: type[T], arguments: list[str], program: str, default: T | None = None) -> T:
+def parse_arguments(command: type[T], arguments: list[str], program: str) -> T:
     """Reads a command's flags.
 
     Args:
         command: a dataclass; its fields are the flags, its docstring and theirs the help.
         arguments: what follows the command on the command line.
         program: such as ``mnif fit``.
-        default: an instance to take defaults from, instead of the class's own.
 
     Raises:
         UserError: an unknown flag, a missing one, or a value of the wrong kind.
@@ -32,26 +32,67 @@ def parse_arguments(command: type[T], arguments: list[str], program: str, defaul
     try:
         with contextlib.redirect_stderr(message):
             config = (tyro.conf.OmitArgPrefixes,)
-            found = tyro.cli(
-                command, args=arguments, prog=program, default=default, config=config, use_underscores=True
-            )
-            assert found is not None
-            return found
+            return tyro.cli(command, args=arguments, prog=program, config=config, use_underscores=True)
     except SystemExit as stop:
         if not stop.code:
             raise
+    # tyro has no public way to be asked what is wrong: it prints it in a box, of which this is the text.
     text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]", " ", message.getvalue())
     raise UserError(" ".join(text.split()) or "unusable arguments")
 
 
-def given_flag(arguments: list[str], name: str) -> str | None:
-    """The value a flag is given, before anything is parsed; the last one counts."""
-    value = None
-    for index, argument in enumerate(arguments):
-        flag, equals, joined = argument.partition("=")
-        if flag.replace("-", "_") == f"__{name}":  # tyro takes either
-            value = joined if equals else next(iter(arguments[index + 1 :]), None)
-    return value
+def parse_given(command: type, arguments: list[str], program: str) -> dict[str, Any]:
+    """Reads a command's flags as :func:`parse_arguments` does, but gives only those that are on the command line.
+
+    Raises:
+        UserError: an unknown flag, a missing one, or a value of the wrong kind.
+    """
+    parse_arguments(command, arguments, program)  # for its help and its messages, which show the defaults
+    given = TypedDict("given", get_type_hints(command), total=False)  # type: ignore[misc]
+    return {**parse_arguments(given, arguments, program)}
+
+
+def typed_values(command: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Values of flags as the fields of the command's dataclass hold them.
+
+    Args:
+        command: the dataclass.
+        values: for each flag a value of JSON, or its text; one value stands for a list of one.
+
+    Raises:
+        UserError: a value is of another type than its flag.
+    """
+    kinds, typed = get_type_hints(command), {}
+    for name, value in values.items():
+        try:
+            typed[name] = _typed(kinds[name], value)
+        except ValueError as error:
+            raise UserError(f"--{name} {value}: {error}") from None
+    return typed
+
+
+def _typed(kind: Any, value: Any) -> Any:
+    """Raises a ValueError that says what is needed."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):  # of a type and None
+        return None if value in (None, "None") else _typed(inner[0], value)
+    if origin in (list, tuple):
+        return origin(_typed(inner[0], item) for item in (value if isinstance(value, list) else [value]))
+    text = value if isinstance(value, str) else json.dumps(value)
+    choices = {"true": True, "false": False} if kind is bool else {str(choice): choice for choice in inner}
+    if text in choices:
+        return choices[text]
+    if kind is bool:
+        raise ValueError("must be true or false")
+    if origin is Literal:
+        raise ValueError(f"must be one of {', '.join(choices)}")
+    if kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+        raise ValueError("must be a whole number" if kind is int else "must be a number")
+    if not isinstance(value, str):
+        raise ValueError("must be a text")
+    return kind(value)
 
 
 def preset_names(folder: Path) -> list[str]:
@@ -75,40 +116,25 @@ def read_preset(name: str, folder: Path) -> dict[str, Any]:
     return content
 
 
-def preset_defaults(
-    command: type[T],
-    preset: dict[str, Any],
-    named: str | None,
-    program: str,
-    required: Iterable[str],
-    fixed: Collection[str],
-) -> T:
-    """The flags as a preset has them; what it says is checked as if it were typed.
+def preset_values(
+    command: type, preset: dict[str, Any], named: str | None, program: str, fixed: Collection[str]
+) -> dict[str, Any]:
+    """The flags that a preset sets, as the command's dataclass holds them.
 
     Args:
         command: the dataclass.
-        preset: flags and their values.
+        preset: flags and their values, as JSON has them.
         named: what the preset is called, for messages.
         program: such as ``mnif fit``.
-        required: flags without a default.
         fixed: flags that are no business of a preset.
 
     Raises:
-        UserError: it sets an unknown flag, one of ``fixed``, or a value of the wrong kind.
+        UserError: it sets an unknown flag, one of ``fixed``, or a value of the wrong type.
     """
-    known = {field.name for field in dataclasses.fields(command)} - set(fixed)  # type: ignore[arg-type]
-    unknown = sorted(set(preset) - known)
-    if unknown:
-        raise UserError(
-            f"--preset {named}: a preset cannot set {unknown[0]!r}; its arguments are flags of `{program}`"
-        )
-    typed = [part for name in required for part in (f"--{name}", "")]
-    for name, value in preset.items():
-        if isinstance(value, bool):
-            typed.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            typed += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    for name in preset:
+        if name in fixed or name not in get_type_hints(command):
+            raise UserError(f"--preset {named}: a preset cannot set {name!r}; its arguments are flags of `{program}`")
     try:
-        return parse_arguments(command, typed, program)
+        return typed_values(command, preset)
     except UserError as error:
         raise UserError(f"--preset {named}: {error}") from None

@@ -1,4 +1,4 @@
-"""Surfaces of voxel grids: triangles by marching cubes, files of them, and shaded pictures.
+"""Surfaces of voxel grids: triangles by marching cubes, files of them, and shaded images.
 
 Arrays are indexed [x, y, z], y is up, and the grid fills the cube [-1, 1]³: the centre of voxel r of R lies at
 (2r + 1)/R - 1 of its axis. A mesh is its vertices [V, 3] float32 and its faces [F, 3] int64, wound anticlockwise as
@@ -6,31 +6,22 @@ seen from outside.
 """
 
 import math
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, require
 from mnif.utils.files import written_atomically
 
 MESH_SUFFIXES = (".glb", ".obj", ".ply", ".stl")
-
-
-_OVERSAMPLING = 2  # pixels per axis of the drawing that are averaged into one of the picture
-
-
+_OVERSAMPLING = 2  # pixels per axis of the drawing that are averaged into one of the image
 _PIXELS_AT_ONCE = 1 << 18  # of all triangles' bounding boxes; bounds the memory of a drawing
-
-
 _GREY, _AMBIENT = 0.85, 0.35  # of the object, and the share of light that comes from everywhere
-
-
 _LIGHT = np.array([-0.4, 0.7, 0.7]) / np.linalg.norm([-0.4, 0.7, 0.7])  # right, up, towards the camera
 
 
 def mesh_from_values(values: np.ndarray, level: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """The closed surface around the voxels above ``level``.
+    """Finds the closed surface around the voxels above ``level``.
 
     A volume that reaches the border of the grid is closed there by a wall on the face of the cube [-1, 1]³.
 
@@ -59,8 +50,8 @@ def mesh_from_values(values: np.ndarray, level: float = 0.0) -> tuple[np.ndarray
 
 
 def _closed_surface(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The surface at 0 of finite float32 [R, R, R] of which some are positive; all may be."""
-    _need("scikit-image", "skimage")
+    """Finds the surface at 0 of finite float32 [R, R, R] of which some are positive; all may be."""
+    require("scikit-image", "voxels", "meshes", module="skimage")
     from skimage.measure import marching_cubes
 
     rim = np.pad(values, 1, mode="edge")
@@ -86,7 +77,7 @@ def save_mesh(path: Path, vertices: np.ndarray, faces: np.ndarray) -> None:
     """
     if path.suffix.lower() not in MESH_SUFFIXES:
         raise UserError(f"{path}: a mesh is written as one of {', '.join(MESH_SUFFIXES)}")
-    _need("trimesh", "trimesh")
+    require("trimesh", "voxels", "meshes")
     import trimesh
 
     mesh = trimesh.Trimesh(vertices, faces, process=False)  # processing would reorder what the caller gave
@@ -94,20 +85,15 @@ def save_mesh(path: Path, vertices: np.ndarray, faces: np.ndarray) -> None:
         mesh.export(temporary, file_type=path.suffix.lower().removeprefix("."))
 
 
-def _need(package: str, module: str) -> None:
-    if find_spec(module) is None:
-        raise UserError(f'meshes: the package "{package}" is missing; run: pip install "mnif-diffusion[voxels]"')
-
-
 def mesh_preview(
     vertices: np.ndarray, faces: np.ndarray, size: int = 128, azimuth: float = 35.0, elevation: float = 25.0
 ) -> np.ndarray:
-    """A shaded picture of a mesh: grey, matt and lit from the upper left, on white, without perspective.
+    """Draws a shaded image of a mesh: grey, matt and lit from the upper left, on white, without perspective.
 
-    The whole cube [-1, 1]³ just fits, whatever the mesh, so pictures beside each other have one scale.
+    The whole cube [-1, 1]³ just fits, whatever the mesh, so images beside each other have one scale.
 
     Args:
-        vertices: [V, 3] in [-1, 1]; what lies outside the picture is cut off.
+        vertices: [V, 3] in [-1, 1]; what lies outside the image is cut off.
         faces: [F, 3]; both sides of a face are drawn, so an open mesh may be seen from within.
         size: pixels per side.
         azimuth: degrees from +z towards +x where the camera stands.
@@ -138,7 +124,7 @@ def mesh_preview(
 def occupancy_preview(
     occupancy: np.ndarray, size: int = 128, azimuth: float = 35.0, elevation: float = 25.0
 ) -> np.ndarray:
-    """A shaded picture of the occupied voxels of [R, R, R] bool; white if there are none.
+    """Draws a shaded image of the occupied voxels of [R, R, R] bool; white if there are none.
 
     The other arguments and what is returned are those of :func:`mesh_preview`.
 
@@ -152,14 +138,14 @@ def occupancy_preview(
 
 
 def _camera_axes(azimuth: float, elevation: float) -> np.ndarray:
-    """Rows right, up and towards the camera, [3, 3]; as :func:`mnif.signals.volume_rendering.turntable_poses`."""
+    """Computes rows right, up, to the camera, [3, 3], as :func:`mnif.signals.volume_rendering.turntable_poses`."""
     sin, cos = math.sin(math.radians(azimuth)), math.cos(math.radians(azimuth))
     rise, reach = math.sin(math.radians(elevation)), math.cos(math.radians(elevation))
     return np.array([[cos, 0, -sin], [-rise * sin, reach, -rise * cos], [reach * sin, rise, reach * cos]])
 
 
 def _shades(corners: np.ndarray) -> np.ndarray:
-    """Brightness [F] in [0, 1] of flat matt triangles [F, 3, 3] in camera axes, turned to face the camera."""
+    """Computes the brightness [F] in [0, 1] of matt triangles [F, 3, 3] in camera axes, turned to face the camera."""
     normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-30
     normals *= np.where(normals[:, 2:] < 0, -1, 1)
@@ -167,7 +153,7 @@ def _shades(corners: np.ndarray) -> np.ndarray:
 
 
 def _nearest_faces(corners: np.ndarray, pixels: int) -> np.ndarray:
-    """The index of the face seen at each pixel centre, [pixels²] int64, -1 for none: a z-buffer without a loop.
+    """Finds the face seen at each pixel centre, its index [pixels²] int64, -1 for none: a z-buffer without a loop.
 
     Args:
         corners: [F, 3, 3], column and row in pixels and nearness.

@@ -1,27 +1,35 @@
-"""Values to pixels, grids of pictures to look at, and frames to an animated GIF or an MP4."""
+"""Values to pixels, sheets of images to look at, and frames to an animated GIF or an MP4."""
 
 import errno
 import subprocess
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 from scipy.spatial import cKDTree
-from torch import Tensor
 
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, require
 from mnif.utils.files import written_atomically
 
+if TYPE_CHECKING:  # whoever only reads data does without torch
+    from torch import Tensor
 
-def to_uint8(values: Tensor) -> np.ndarray:
-    """Values [N, H, W, C] in about [-1, 1] → uint8, clipped and rounded."""
+
+def as_axes(resolution: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
+    """Gives a resolution as one number for each of ``dimensions`` axes; a single number stands for all of them."""
+    axes = (resolution,) if isinstance(resolution, int) else tuple(resolution)
+    return axes * dimensions if len(axes) == 1 else axes
+
+
+def to_uint8(values: "Tensor") -> np.ndarray:
+    """Clips and rounds values of any shape in about [-1, 1] to uint8."""
     return ((values.clamp(-1, 1) * 127.5) + 127.5).round().byte().cpu().numpy()
 
 
 def image_grid(images: np.ndarray | Sequence[np.ndarray], columns: int, gap: int = 2, scale: int = 1) -> Image.Image:
-    """Pictures [N, H, W, 3] uint8 row by row on one white sheet, ``gap`` pixels apart, each pixel ``scale`` wide."""
+    """Lays images [N, H, W, 3] uint8 row by row on a white sheet, ``gap`` pixels apart, each pixel ``scale`` wide."""
     images = np.asarray(images).repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, channels = images.shape
     rows = -(-count // columns)
@@ -77,14 +85,14 @@ def save_animation(path: Path, frames: np.ndarray, frames_per_second: float = 15
 
 
 def _save_gif(path: Path, frames: np.ndarray, frames_per_second: float) -> None:
-    pictures = _indexed(frames)
+    images = _indexed(frames)
     ends = np.rint(np.arange(len(frames) + 1) * 100 / frames_per_second).astype(int)
     with written_atomically(path, flush=False) as temporary:
-        pictures[0].save(
+        images[0].save(
             temporary,
             format="GIF",
             save_all=True,
-            append_images=pictures[1:],
+            append_images=images[1:],
             duration=(np.diff(ends) * 10).tolist(),  # in milliseconds
             loop=0,
             optimize=True,
@@ -92,7 +100,7 @@ def _save_gif(path: Path, frames: np.ndarray, frames_per_second: float) -> None:
 
 
 def _indexed(frames: np.ndarray) -> list[Image.Image]:
-    """Frames with one palette for all; at most 256 colours stay as they are, of more each goes to its nearest.
+    """Gives frames one palette for all; at most 256 colours stay as they are, of more each goes to its nearest.
 
     Pillow would map colours in steps of four, which shows in shades of grey, or dither, which crawls.
     """
@@ -104,14 +112,14 @@ def _indexed(frames: np.ndarray) -> list[Image.Image]:
     colours = np.stack([occurring >> 16, occurring >> 8 & 255, occurring & 255], axis=-1)
     palette = colours if len(colours) <= 256 else _chosen_palette(frames)
     nearest[occurring] = cKDTree(palette).query(colours)[1]
-    pictures = [Image.fromarray(indices) for indices in nearest[packed]]
-    for picture in pictures:
-        picture.putpalette(palette.astype(np.uint8).tobytes())  # from here on the indices are no greys
-    return pictures
+    images = [Image.fromarray(indices) for indices in nearest[packed]]
+    for image in images:
+        image.putpalette(palette.astype(np.uint8).tobytes())  # from here on the indices are no greys
+    return images
 
 
 def _chosen_palette(frames: np.ndarray) -> np.ndarray:
-    """At most 256 colours [P, 3] that suit all frames: median cut, then k-means until few pixels move."""
+    """Chooses at most 256 colours [P, 3] that suit all frames: median cut, then k-means until few pixels move."""
     pixels = frames.reshape(-1, 3)
     if len(pixels) > _PALETTE_PIXELS:  # by chance, as a regular step could fall on one column of every frame
         pixels = pixels[np.random.default_rng(0).integers(len(pixels), size=_PALETTE_PIXELS)]
@@ -121,8 +129,7 @@ def _chosen_palette(frames: np.ndarray) -> np.ndarray:
 
 
 def _save_mp4(path: Path, frames: np.ndarray, frames_per_second: float) -> None:
-    if find_spec("imageio_ffmpeg") is None:
-        raise UserError(f'{path}: the package "imageio-ffmpeg" is missing; run: pip install "mnif-diffusion[video]"')
+    require("imageio-ffmpeg", "video", str(path))
     import imageio_ffmpeg
 
     height, width = (side + side % 2 for side in frames.shape[1:3])  # colour is stored once for each 2×2 pixels

@@ -18,6 +18,7 @@ from PIL import Image
 from mnif.latents.table import LatentTable
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals import registry
+from mnif.signals.registry import detect_signal
 from mnif.utils.errors import UserError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "audio_signal.py"
@@ -66,6 +67,14 @@ def run(example: ModuleType, clips: Path, tmp_path_factory: pytest.TempPathFacto
     training = ["--max_train_steps", "300", "--train_batch_size", "32", "--encoder_width", "128", "--compile", "off"]
     assert example.main(["fit", *data, *model, *training, "--output_dir", str(folder), "--latent_noise", "0.1"]) == 0
     return folder
+
+
+def test_its_data_are_recognized(example: ModuleType, clips: Path, tmp_path: Path) -> None:
+    assert detect_signal(str(clips)) == "audio"
+    (tmp_path / "cover.png").touch()
+    assert detect_signal(str(tmp_path)) == "image"
+    (tmp_path / "a.WAV").touch()
+    assert detect_signal(str(tmp_path)) == "audio"  # signals of one's own are heard first
 
 
 def psnr_of_silence(example: ModuleType, clips: Path) -> float:

@@ -12,7 +12,7 @@ import torch
 from onnx import numpy_helper
 from safetensors.numpy import load_file
 
-from export.bundle import sampled
+from export.bundle import sample_instances
 from export.commands.export import ExportArguments, export_bundle
 from export.device import runtime
 from export.graphs import fields
@@ -172,9 +172,9 @@ def test_baked_samples_are_those_of_mnif_sample_to_the_last_bit(
     monkeypatch.setattr("latent_prior.sample_writers.sample_latents", watched)
     flags = ["--num_samples", "70", "--seed", "5", "--num_inference_steps", "3", "--grid", "0"]
     assert main(["sample", "--model", f"{tmp_path}/model", "--output_dir", f"{tmp_path}/drawn", *flags]) == 0
-    baked = sampled(pipeline, 70, 3, 5, least=3)
+    baked = sample_instances(pipeline, 70, 3, 5, least=3)
     assert torch.equal(baked.latents, torch.cat(drawn)[:70])
-    assert torch.equal(sampled(pipeline, 1, 3, 5, least=3).latents, drawn[0][:3])
+    assert torch.equal(sample_instances(pipeline, 1, 3, 5, least=3).latents, drawn[0][:3])
     assert baked.labels[69] == {"seed": 5, "sample": 69}
 
 

@@ -6,7 +6,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export.device.backends import OpenVinoGraph, sine_coefficients
 from export.device.bundle import BundleError
-from export.graphs.precision import quantised, stored
+from export.graphs.precision import quantize_matrix, quantize_weights
 
 pytest.importorskip("openvino")
 
@@ -68,6 +68,6 @@ def test_matrices_in_int8_do_not_round_what_they_multiply() -> None:
     product = helper.make_node("Gemm", ["x", weight.name], ["y"], transB=1)
     made = helper.make_graph([product], "g", ends[:1], ends[1:], [weight])
     model = helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    whole, scale = quantised(matrix)
-    (y,) = OpenVinoGraph(stored(model, "int8").SerializeToString())({"x": x})
-    np.testing.assert_allclose(y, x @ (whole * scale[:, None]).T, atol=1e-4)
+    integers, scale = quantize_matrix(matrix)
+    (y,) = OpenVinoGraph(quantize_weights(model, "int8").SerializeToString())({"x": x})
+    np.testing.assert_allclose(y, x @ (integers * scale[:, None]).T, atol=1e-4)

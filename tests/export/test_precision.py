@@ -10,7 +10,7 @@ from onnx.reference import ReferenceEvaluator
 from export.device.reference_evaluator import evaluate
 from export.device.verify import psnr
 from export.graphs.fields import baked_graph, decoder_graph
-from export.graphs.precision import hidden_products, quantised, stored, variant
+from export.graphs.precision import convert, hidden_products, quantize_matrix, quantize_weights
 from export.graphs.sampler import linear_scheduler_table, sampler_graph
 from export.graphs.specs import run
 from latent_prior.denoisers import ResMLPDenoiser
@@ -72,7 +72,7 @@ def test_mixed_keeps_a_fit_that_half_precision_spoils(fit: tuple[onnx.ModelProto
         onnx.checker.check_model(model, full_check=True)
         return psnr(evaluate(model, {"coordinates": coordinates})["values"], picture)
 
-    full, mixed, half = quality(model), quality(variant(model, "mixed", "fp16")), quality(all_half(model))
+    full, mixed, half = quality(model), quality(convert(model, "mixed", "fp16")), quality(all_half(model))
     assert full > 45
     assert mixed > full - 0.1
     assert half < mixed - 0.5
@@ -82,7 +82,7 @@ def test_first_layer_biases_and_sines_stay_in_float32(pipeline: MNIFPipeline) ->
     steps = linear_scheduler_table(pipeline.scheduler, 2)
     field = pipeline.decoder.bake(pipeline.decoder.coefficients(torch.zeros(1, 12)))
     for model in (sampler_graph(pipeline, steps, 9), decoder_graph(pipeline.decoder, 9), baked_graph(field)):
-        mixed = variant(model, "mixed", "fp16")
+        mixed = convert(model, "mixed", "fp16")
         check_output_type(mixed, FIELDS | DENOISER | PRECISION)
         assert hidden_products(mixed) == hidden_products(model)
         known = shape_inference.infer_shapes(mixed, strict_mode=True).graph
@@ -116,7 +116,7 @@ def test_fewer_bits_make_a_smaller_file_of_nearly_the_same_values(
     large: MNIFPipeline, precision: str, storage: str, bytes_per_number: int, least: float
 ) -> None:
     model = sampler_graph(large, linear_scheduler_table(large.scheduler, 3), 8)
-    small = variant(model, precision, storage)
+    small = convert(model, precision, storage)
     check_output_type(small, FIELDS | DENOISER | PRECISION)
     noise = {"noise": np.random.default_rng(0).standard_normal((3, 64), dtype=np.float32)}
     exact = evaluate(model, noise)["values"]
@@ -133,16 +133,16 @@ def test_fewer_bits_make_a_smaller_file_of_nearly_the_same_values(
 
 def test_full_storage_changes_nothing(large: MNIFPipeline) -> None:
     model = decoder_graph(large.decoder, 8)
-    assert stored(model, "fp32") == variant(model, "fp32", "fp32") == model
+    assert quantize_weights(model, "fp32") == convert(model, "fp32", "fp32") == model
 
 
 def test_quantised_matrices_are_within_half_a_step() -> None:
     matrix = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32) * np.logspace(-3, 3, 5)[:, None]
     matrix = np.vstack([matrix, np.zeros((1, 7))]).astype(np.float32)
-    whole, scale = quantised(matrix)
-    assert whole.dtype == np.int8
-    assert np.abs(whole).max(axis=1).tolist() == [127] * 5 + [0]
-    assert (np.abs(whole * scale[:, None] - matrix) <= 0.501 * scale[:, None]).all()
+    integers, scale = quantize_matrix(matrix)
+    assert integers.dtype == np.int8
+    assert np.abs(integers).max(axis=1).tolist() == [127] * 5 + [0]
+    assert (np.abs(integers * scale[:, None] - matrix) <= 0.501 * scale[:, None]).all()
 
 
 def test_the_evaluator_counts_as_onnx_does() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from export.bundle import Selection
 from export.graphs.rtx_check import compile_with_rtx
-from export.graphs.specs import variants
+from export.graphs.specs import make_variants
 from latent_prior.pipeline import MNIFPipeline
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
@@ -24,7 +24,7 @@ def test_every_graph_compiles_without_a_gpu(pipeline: MNIFPipeline, tmp_path: Pa
     objects = Selection(radiance, None, resolution=6, steps=[], num_baked=0, seed=0)
     names = []
     for spec in (*pictures.specs(), *objects.specs()):
-        for form in variants(spec, ["fp32", "mixed"]):
+        for form in make_variants(spec, ["fp32", "mixed"]):
             onnx.save_model(form.model, tmp_path / "graph.onnx")
             report = compile_with_rtx(tmp_path / "graph.onnx", spec.profile)
             assert report.plan_bytes > 0

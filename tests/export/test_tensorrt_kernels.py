@@ -1,12 +1,14 @@
 """What TensorRT-RTX makes of a bundle's graphs, read from its log on a machine without a GPU."""
 
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from export.device.bundle import BundleFolder
-from export.device.tensorrt import build_plan, compute_capabilities, find_builder, kernels_of_log, node_types_of_log
+from export.device.tensorrt import build_plan, compute_capabilities, find_builder, kernels_of_log
 from mnif.cli import main
 
 # Kernels a call may launch; a field has one for each layer's product and one for each sine, decoders mix and blend.
@@ -26,6 +28,21 @@ LINE = (
     "Dimensions: [4,-1,8], Datatype: Half, Format: x }], TacticName: t, StreamId: 0, "
     "Metadata: [ONNX Layer: layer_1/sum][ONNX Layer: layer_1/sine]"
 )
+
+
+PARSED = re.compile(r"(?P<name>\S+) \[(?P<operator>\w+)\] (?P<side>inputs|outputs): (?P<tensors>.*)")
+PARSED_TYPE = re.compile(r"\)\[(\w+)\]")
+
+
+def node_types_of_log(lines: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Node → (operator, type of its first input) as the parser understood the graph, such as ("Sin", "FLOAT")."""
+    types = {}
+    for line in lines:
+        found = PARSED.match(line)
+        if found is not None and found["side"] == "inputs":
+            first = PARSED_TYPE.findall(found["tensors"])
+            types[found["name"]] = (found["operator"], first[0] if first else "")
+    return types
 
 
 def test_a_kernel_is_read_whole() -> None:

@@ -118,7 +118,7 @@ def test_seconds_are_turned_into_steps_once(
         (["--variants", "celts=1"], "--variants celts=1: there is no flag --celts"),
         (["--variants", "cells"], "cells needs a value"),
         (["--variants", "cells=0"], "--variants cells=0: --cells 0: must be at least 1"),
-        (["--variants", "cells=few"], "invalid literal"),
+        (["--variants", "cells=few"], "--variants cells=few: --cells few: must be a whole number"),
         (["--variants", "resolution=8"], "--resolution must be the same for all"),
         (["--variants", "output_sine=maybe"], "must be true or false"),
         (["--variants", "random_flip=true"], "--random_flip needs --method encoder"),

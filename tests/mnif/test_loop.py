@@ -3,7 +3,8 @@ import os
 import signal
 import subprocess
 import sys
-from itertools import count
+from contextlib import closing
+from itertools import count, islice
 from pathlib import Path
 from random import random
 from threading import Timer
@@ -21,7 +22,7 @@ from torch import nn
 from mnif.data.batches import ArrayDataset, ShuffledBatches
 from mnif.training import loop
 from mnif.training.checkpoints import newest_checkpoint
-from mnif.training.loop import TrainingArguments, make_accelerator, train
+from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator
 from mnif.training.run_record import read_metrics_log
 from mnif.utils.errors import UserError
 
@@ -76,7 +77,10 @@ def run(
         return {"held_out": float(next(module.parameters()).detach().abs().mean())}
 
     folder.mkdir(exist_ok=True)
-    train(accelerator, arguments, module, [optimizer], rows, folder, "stage", validate, ema, keep_best="held_out")
+    train = TrainLoop(
+        accelerator, arguments, module, [optimizer], rows, folder, "stage", validate, ema, keep_best="held_out"
+    )
+    train.run()
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
@@ -111,6 +115,21 @@ def test_run_killed_between_checkpoints_repeats_from_the_last(tmp_path: Path) ->
         curves.write('{"stage": "stage", "step": 9, "loss": 0.5}\n{"stage": "st')  # beyond the checkpoint, and cut off
     assert torch.equal(run(tmp_path / "killed"), whole)
     assert curves_of(tmp_path / "killed") == curves_of(tmp_path / "whole")
+
+
+def test_a_caller_may_stop_after_any_step(tmp_path: Path) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    arguments = TrainingArguments(max_train_steps=12, train_batch_size=4, compile="off")
+    rows, module = ArrayDataset(x=torch.randn(10, 3), y=torch.randn(10, 1)), NoisyRegression()
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
+    accelerator = make_accelerator(arguments, tmp_path)
+    train = TrainLoop(accelerator, arguments, module, [optimizer], rows, tmp_path, "stage", dict)
+    before = signal.getsignal(signal.SIGINT)
+    with closing(train.steps()) as steps:
+        assert list(islice(steps, 3)) == [1, 2, 3]
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_losses_between_two_records_are_kept_over_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

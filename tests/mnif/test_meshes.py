@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mnif.utils import meshes
+from mnif.utils import errors, meshes
 from mnif.utils.errors import UserError
 from mnif.utils.meshes import MESH_SUFFIXES, mesh_from_values, mesh_preview, occupancy_preview, save_mesh
 
@@ -108,7 +108,7 @@ def test_values_without_a_surface_are_refused(values: np.ndarray, message: str) 
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(meshes, "find_spec", lambda module: None)
+    monkeypatch.setattr(errors, "find_spec", lambda module: None)
     with pytest.raises(UserError, match=r'"scikit-image" is missing; run: pip install "mnif-diffusion\[voxels\]"'):
         mesh_from_values(sphere(8))
     with pytest.raises(UserError, match=r'"trimesh" is missing'):

@@ -2,11 +2,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from mnif.utils import pixels
+import export.device.runtime
+from mnif.data.batches import evenly_spaced
+from mnif.utils import errors
 from mnif.utils.errors import UserError
-from mnif.utils.pixels import save_animation
+from mnif.utils.pixels import as_axes, save_animation, to_uint8
+
+
+def test_a_board_rounds_values_to_the_same_pixels() -> None:
+    values = torch.cat([torch.linspace(-1.5, 1.5, 4001), torch.arange(-255, 256, 2) / 255]).reshape(-1, 3)
+    np.testing.assert_array_equal(export.device.runtime.to_uint8(values.numpy()), to_uint8(values))
+
+
+def test_one_number_stands_for_all_axes() -> None:
+    assert as_axes(4, 3) == as_axes([4], 3) == (4, 4, 4)
+    assert as_axes([4, 6], 2) == (4, 6)
+
+
+def test_evenly_spaced_rows_begin_with_the_first_and_end_with_the_last() -> None:
+    assert evenly_spaced(10, 4).tolist() == [0, 3, 6, 9]
+    assert evenly_spaced(3, 4).tolist() == [0, 1, 2]
+    assert not len(evenly_spaced(0, 4))
 
 
 @pytest.fixture
@@ -96,7 +115,7 @@ def test_mp4_that_fails_leaves_the_old_file(
 
 
 def test_mp4_without_its_package_names_it(frames: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pixels, "find_spec", lambda module: None)
+    monkeypatch.setattr(errors, "find_spec", lambda module: None)
     with pytest.raises(UserError, match=r'"imageio-ffmpeg" is missing; run: pip install "mnif-diffusion\[video\]"'):
         save_animation(tmp_path / "a.mp4", frames)
 

@@ -261,7 +261,7 @@ def test_turntable_at_another_size_shows_the_same() -> None:
     large = signal.turntable(field, torch.zeros(1, 5), frames=1, resolution=48)
     assert large.shape == (1, 1, 48, 72, 3)
     np.testing.assert_allclose(large[:, :, 1::3, 1::3].astype(int), small, atol=1)
-    assert signal.pictures(field, torch.zeros(2, 5)).shape == (2, 16, 24, 3)
+    assert signal.images(field, torch.zeros(2, 5)).shape == (2, 16, 24, 3)
 
 
 @pytest.mark.parametrize("cells", [1, 2])

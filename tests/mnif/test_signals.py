@@ -62,7 +62,7 @@ def test_pictures_of_any_channels(channels: int) -> None:
     np.testing.assert_allclose(signal.original_images(batch).astype(int), expected, atol=1 if channels == 4 else 0)
     with torch.no_grad():
         latents = torch.randn(3, 6)
-        shown = signal.pictures(decoder, latents)
+        shown = signal.images(decoder, latents)
         drawn = ((decoder(latents).numpy().clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
     assert drawn.shape == (3, *SIZE, channels)
     assert shown.shape == (3, *SIZE, 3)
