@@ -50,7 +50,8 @@ class Evaluator(ABC):
         """Measures, and writes pictures to ``arguments.output_dir`` from the main process alone.
 
         Every process calls it, and work can be shared out to them. What takes long can be resumed with
-        :func:`mnif.utils.resumable.compute_in_chunks` in ``arguments.output_dir / ".parts"``, which is removed at the end.
+        :func:`mnif.utils.resumable.compute_in_chunks` in ``arguments.output_dir / ".parts"``, which is removed at the
+        end.
 
         Returns:
             What goes to ``metrics.json``: floats by name (a metric's standard error is ``NAME_std``, its controls are
