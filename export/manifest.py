@@ -15,14 +15,13 @@ from export.graphs.specs import GraphVariant
 from mnif import __version__
 from mnif.signals.radiance import RadianceField
 from mnif.signals.registry import signal_of_model
+from mnif.utils.pixels import as_axes
 from mnif.utils.process import command_line
 
 
 def manifest_of(selection: Selection) -> dict[str, Any]:
     """Describes a model: all but the graphs, which are to be added, the inputs, the files and the digest."""
     config, pipeline = selection.decoder.config, selection.pipeline
-    resolution = selection.resolution
-    sizes = [resolution] * config.dimensions if isinstance(resolution, int) else list(resolution)
     return {
         "schema": SCHEMA,
         "package": {"name": "mnif-diffusion", "version": __version__},
@@ -32,7 +31,7 @@ def manifest_of(selection: Selection) -> dict[str, Any]:
         "signal": config.signal,
         "grid": {
             "dimensions": config.dimensions,
-            "resolution": sizes,
+            "resolution": list(as_axes(selection.resolution, config.dimensions)),
             "cells": config.cells,
             "overlap": float(config.overlap),
             "pixel_centre": "(r + 1/2) / n",

@@ -25,6 +25,7 @@ from export.graphs.specs import PROFILE_SIZES, REFERENCED_BAKED, GraphSpec, Prof
 from mnif.models.cell_grid import CellGrid, axis_cells
 from mnif.models.mnif_model import MNIFModel
 from mnif.models.siren import BakedField, LayerShape
+from mnif.utils.pixels import as_axes
 
 Resolution = int | Sequence[int]  # pixels per axis; one number stands for all axes
 
@@ -49,15 +50,14 @@ def batch_profile(model: onnx.ModelProto) -> Profile:
 def baked_profile(decoder: MNIFModel, resolution: Resolution) -> Profile:
     """Profiles a baked graph from one point to four times the resolution in pictures, twice in volumes."""
     config, enlargement = decoder.config, 4 if decoder.config.dimensions < 3 else 2
-    sizes = [resolution] * config.dimensions if isinstance(resolution, int) else resolution
+    sizes = as_axes(resolution, config.dimensions)
 
     def points(scale: int) -> int:
         axes = [axis_cells(scale * size, config.cells, config.overlap).coordinates.shape[1] for size in sizes]
         return int(np.prod(axes))
 
-    cells = config.cells**config.dimensions
     counts = zip(PROFILE_SIZES, (1, points(1), points(enlargement)), strict=True)
-    return {"coordinates": {size: (cells, count, config.dimensions) for size, count in counts}}
+    return {"coordinates": {size: (decoder.num_cells, count, config.dimensions) for size, count in counts}}
 
 
 CHANNELS = 4
@@ -124,12 +124,7 @@ def decoder_graph(decoder: MNIFModel, resolution: Resolution) -> onnx.ModelProto
 
 def coefficient_shape(decoder: MNIFModel) -> list[int | str]:
     """The shape of coefficients is [batch, cells, layers, bases]."""
-    return ["batch", cells_of(decoder), len(decoder.bases), decoder.config.num_bases]
-
-
-def cells_of(decoder: MNIFModel) -> int:
-    """Counts the cells of all axes together."""
-    return decoder.config.cells**decoder.config.dimensions
+    return ["batch", decoder.num_cells, len(decoder.bases), decoder.config.num_bases]
 
 
 def baked_layers(builder: GraphBuilder, field: BakedField) -> Layers:
@@ -157,8 +152,8 @@ def mixed_layers(builder: GraphBuilder, decoder: MNIFModel, coefficients: str) -
         sizes = (shape.inputs * shape.outputs, shape.outputs)
         weight, bias = builder.split(params, sizes, [f"{name}/weight_rows", f"{name}/bias_rows"])
         layers[index] = (
-            builder.reshape(weight, (-1, cells_of(decoder), shape.inputs, shape.outputs), f"{name}/weight"),
-            builder.reshape(bias, (-1, cells_of(decoder), 1, shape.outputs), f"{name}/bias"),
+            builder.reshape(weight, (-1, decoder.num_cells, shape.inputs, shape.outputs), f"{name}/weight"),
+            builder.reshape(bias, (-1, decoder.num_cells, 1, shape.outputs), f"{name}/bias"),
         )
     return layers
 
@@ -189,7 +184,7 @@ def evaluate_layers(builder: GraphBuilder, hidden: str, layers: Layers, output_s
 
 def grid_shape(decoder: MNIFModel, resolution: Resolution) -> list[int | str]:
     """The shape of values on a grid is [batch, resolution, ..., channels]."""
-    sizes = [resolution] * decoder.config.dimensions if isinstance(resolution, int) else resolution
+    sizes = as_axes(resolution, decoder.config.dimensions)
     return ["batch", *sizes, decoder.config.channels]
 
 
@@ -271,7 +266,7 @@ def baked_specs(
     decoder: MNIFModel, latents: Tensor, labels: Sequence[dict[str, Any]], resolution: Resolution
 ) -> Iterator[GraphSpec]:
     """Specifies each of ``latents`` [n, D] baked; the first :data:`REFERENCED_BAKED` have references."""
-    cells = decoder.config.cells**decoder.config.dimensions
+    cells = decoder.num_cells
     coordinates = decoder.grid(resolution).coordinates.expand(cells, -1, -1)
     points = coordinates.shape[1]
     chosen = torch.linspace(0, points - 1, min(points, _REFERENCE_POINTS)).round().long()

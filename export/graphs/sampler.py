@@ -24,7 +24,6 @@ from export.graphs.fields import (
     all_layers,
     baked_profile,
     batch_profile,
-    cells_of,
     coefficient_shape,
     decode_on_grid,
     evaluate_layers,
@@ -318,7 +317,7 @@ def browser_specs(
 
 def _field_spec(decoder: MNIFModel, coefficients: Tensor, resolution: Resolution, seed: int) -> GraphSpec:
     """Specifies *field*, asked at places all over the cells."""
-    shape = (cells_of(decoder), _REFERENCE_POINTS, decoder.config.dimensions)
+    shape = (decoder.num_cells, _REFERENCE_POINTS, decoder.config.dimensions)
     places = torch.from_numpy(np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32))
     exact = copy.deepcopy(decoder).double().bake(coefficients.double())(places.double())
     by_cell = (len(coefficients), *shape[:2], decoder.config.channels)
@@ -346,7 +345,7 @@ def field_graph(decoder: MNIFModel) -> onnx.ModelProto:
     points = builder.unsqueeze("coordinates", [0], "coordinates_of_all")
     layers = all_layers(builder, decoder, "coefficients")
     values = evaluate_layers(builder, points, layers, decoder.config.output_sine)
-    cells, config = cells_of(decoder), decoder.config
+    cells, config = decoder.num_cells, decoder.config
     return builder.model(
         "field",
         {"coefficients": coefficient_shape(decoder), "coordinates": [cells, "points", config.dimensions]},

@@ -34,3 +34,8 @@ def test_every_way_of_learning_runs_on_a_gpu(method: str, picture_folder: Path, 
     command = ["fit", "--data", str(picture_folder), "--output_dir", f"{tmp_path}/run", "--method", method, *size]
     assert main([*command, "--max_train_steps", "5", "--refinement_steps", "2"]) == 0
     assert json.loads((tmp_path / "run/metrics.json").read_text())["psnr_train"] > 0
+    model, latents = ["--model", f"{tmp_path}/run/model"], f"{tmp_path}/encoded/latents.safetensors"
+    steps = ["--refinement_steps", "2", "--output_dir", f"{tmp_path}/encoded"]
+    assert main(["encode", *model, "--data", str(picture_folder), *steps]) == 0
+    assert json.loads((tmp_path / "encoded/metrics.json").read_text())["psnr"] > 0
+    assert main(["decode", *model, "--latents", latents, "--num", "2", "--output_dir", f"{tmp_path}/decoded"]) == 0
