@@ -18,7 +18,7 @@ from PIL import Image
 
 from evals.features.extractor import extract_features, extractor_by_name
 from evals.features.resize import bicubic_antialias
-from evals.image_sources import sample_images
+from evals.image_sets import sample_images
 from evals.metrics.frechet import frechet_distance, moments_of
 from evals.metrics.precision_recall import precision_recall
 from mnif.utils.process import Processes

@@ -11,11 +11,9 @@ from typing import Protocol as Interface
 import numpy as np
 import torch
 
-from evals.baselines import gaussian_latents
 from evals.features.extractor import FeatureCache, IndexedImages, extractor_by_name
-from evals.image_sets import novelty_metrics, reference_of
-from evals.image_sources import data_images, latent_images
-from evals.loaded_run import splits_of
+from evals.image_sets import data_images, latent_images, novelty_metrics, reference_of
+from evals.loaded_run import gaussian_latents, splits_of
 from evals.metrics.frechet import frechet_distance, moments_of
 from evals.metrics.neighbours import memorisation_metrics
 from evals.metrics.shapes import surfaces_of_grids

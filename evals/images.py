@@ -9,18 +9,27 @@ from typing import Any
 import numpy as np
 import torch
 
-from evals.baselines import gaussian_latents, prior_latents
 from evals.evaluator import Evaluator, register_evaluator
 from evals.features.extractor import Extractor, FeatureCache, IndexedImages, extractor_by_name
-from evals.image_sets import Reference, frechet_metrics, novelty_metrics, reference_of, set_metrics
-from evals.image_sources import bundle_images, data_images, latent_images, sample_images, shown
-from evals.loaded_run import SPLITS, LoadedRun, evenly, load_run
+from evals.image_sets import (
+    Reference,
+    bundle_images,
+    data_images,
+    frechet_metrics,
+    latent_images,
+    novelty_metrics,
+    reference_of,
+    sample_images,
+    set_metrics,
+    shown,
+)
+from evals.loaded_run import SPLITS, LoadedRun, gaussian_latents, load_run, prior_latents
 from evals.metrics.frechet import frechet_distance_from_features, is_statistics, load_moments, moments_of, save_moments
 from evals.metrics.neighbours import memorisation_metrics
 from evals.metrics.reconstruction import SSIM_WINDOW, border_step_ratio, mean_metrics, psnr_per_image, ssim_per_image
 from evals.metrics.uncertainty import GROUPS, GroupedFeatures, frechet_spread, spread_over_halves
 from evals.protocol import EvalArguments, Protocol, protocol_of
-from mnif.data.batches import array_dataset
+from mnif.data.batches import array_dataset, evenly_spaced
 from mnif.data.dataset import Split
 from mnif.data.images import ImageData, load_images
 from mnif.latents.inference import infer_latents
@@ -267,7 +276,7 @@ class ImageReconstructions:
             if not len(rows):
                 continue
             latents = self._latents(rows, split)
-            picked = evenly(len(rows), self.protocol.num_samples)
+            picked = evenly_spaced(len(rows), self.protocol.num_samples)
             metrics |= self._quality(rows, self._decoded(latents), name)
             metrics |= self._distance(rows[picked], self._decoded(latents[picked]), name, real)
             for control, reconstruct in controls.items():
@@ -286,7 +295,8 @@ class ImageReconstructions:
         """Fits the controls: how many components PCA has, and what it and the mean make of pictures on [0, 1]."""
         train = np.flatnonzero(self.splits == Split.TRAIN)
         numbers = self.reference.images[0].size
-        some = self.reference.images[train[evenly(len(train), max(_PCA_NUMBERS // numbers, 1))]] / np.float32(255)
+        picked = evenly_spaced(len(train), max(_PCA_NUMBERS // numbers, 1))
+        some = self.reference.images[train[picked]] / np.float32(255)
         # PCA cannot have more components than there are pictures or numbers in one.
         components = min(self.run.decoder.config.latent_dim, len(some), numbers)
         pca, mean = fit_pca(some, components), some.mean(axis=0, dtype=np.float64).astype(np.float32)
@@ -359,7 +369,7 @@ class ImageReconstructions:
     def _borders(self, rows: np.ndarray, drawn: IndexedImages, split: str) -> dict[str, float]:
         """Measures steps across the borders of cells, and shows originals above reconstructions."""
         images, cells = self.reference.images, self.run.decoder.config.cells
-        pick = evenly(len(rows), SHOWN)
+        pick = evenly_spaced(len(rows), SHOWN)
         both = np.concatenate([images[rows[pick]], shown(drawn, pick)])
         save_image(self.output_dir / f"reconstructions_{split}.png", image_grid(both, columns=len(pick)))
         if cells == 1 or any(pixels % cells for pixels in drawn.size):

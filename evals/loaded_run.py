@@ -1,4 +1,5 @@
-"""A model with what `mnif fit` left beside it, and the split of the reference as the model knew it."""
+"""A model folder as it is measured: its stages, which split an instance is on, and latents drawn in a Gaussian's
+place too."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evals.features.extractor import FeatureCache
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from latent_prior.sampling import CHUNK, sample_latents
 from mnif.data.batches import ArrayDataset, array_dataset
@@ -22,11 +24,6 @@ from mnif.utils.resumable import chunks_of
 
 SPLITS = {"train": Split.TRAIN, "heldout": Split.HELD_OUT, "test": Split.TEST}
 """As names of metrics have them."""
-
-
-def evenly(count: int, wanted: int) -> np.ndarray:
-    """Chooses at most ``wanted`` different row numbers out of ``count``, evenly spread."""
-    return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
 
 
 def is_of(table: LatentTable, reference: Dataset) -> bool:
@@ -119,3 +116,27 @@ def drawn_latents(pipeline: MNIFPipeline, count: int, seed: int, steps: int) -> 
     pipeline.set_progress_bar_config(disable=True)
     chunks = progress_bar(chunks_of(range(count), CHUNK), desc="sampling", unit="chunk")
     return torch.cat([sample_latents(pipeline, seed, chunk, steps) for chunk in chunks])
+
+
+def prior_latents(
+    cache: FeatureCache, pipeline: MNIFPipeline, count: int, seed: int, steps: int, fingerprint: str
+) -> np.ndarray:
+    """The latents of samples 0 to ``count`` of ``seed``, [count, D] float32, memory-mapped.
+
+    Sample i is the one of `mnif sample`, whichever process draws it.
+    """
+    pipeline.set_progress_bar_config(disable=True)
+
+    def drawn(rows: range) -> np.ndarray:
+        return sample_latents(pipeline, seed, rows, steps).cpu().numpy()
+
+    key = [fingerprint, "prior", seed, steps]
+    return cache.rows(key, count, pipeline.decoder.config.latent_dim, lambda rows: rows, drawn, "sampling")
+
+
+def gaussian_latents(table: LatentTable, count: int, seed: int) -> np.ndarray:
+    """Draws latents [count, D] float32 from a full-covariance Gaussian fitted to the table's training rows."""
+    rows = table.train.double().numpy()
+    generator = np.random.default_rng([seed, 1])
+    drawn = generator.multivariate_normal(rows.mean(axis=0), np.cov(rows.T), size=count, method="eigh")
+    return drawn.astype(np.float32)

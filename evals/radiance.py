@@ -8,18 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from evals.baselines import gaussian_latents
 from evals.evaluator import Evaluator, register_evaluator
 from evals.features.extractor import FeatureCache, IndexedImages, extractor_by_name
 from evals.features.resize import RESIZES
-from evals.image_sets import novelty_metrics
-from evals.image_sources import sample_images
-from evals.loaded_run import SPLITS, LoadedRun, drawn_latents, evenly, load_run
+from evals.image_sets import novelty_metrics, sample_images
+from evals.loaded_run import SPLITS, LoadedRun, drawn_latents, gaussian_latents, load_run
 from evals.metrics.frechet import Moments, frechet_distance, moments_of
 from evals.metrics.neighbours import memorisation_metrics
 from evals.metrics.reconstruction import SSIM_WINDOW, joined, mean_metrics, psnr_per_image, ssim_per_image
 from evals.metrics.uncertainty import GROUPS, GroupedFeatures, frechet_spread
 from evals.protocol import EvalArguments, protocol_of
+from mnif.data.batches import evenly_spaced
 from mnif.data.dataset import Split
 from mnif.data.views import ViewData, load_views
 from mnif.signals.radiance import RadianceField
@@ -75,13 +74,13 @@ class ViewReconstructions:
         assert isinstance(signal, RadianceField)
         count = self.data.images.shape[1]
         given = count - signal.held_out_views
-        views = {"": evenly(given, 4)}
+        views = {"": evenly_spaced(given, 4)}
         if signal.held_out_views:
             views["novel_views_"] = np.arange(given, count)
         means = self._mean_views()
         scores: dict[str, list[dict[str, np.ndarray]]] = {}
         shown = []
-        for place in progress_bar(evenly(len(chosen), _OBJECTS), desc=f"rendering {split_name}", unit="object"):
+        for place in progress_bar(evenly_spaced(len(chosen), _OBJECTS), desc=f"rendering {split_name}", unit="object"):
             row = chosen[place]
             for kind, numbers in views.items():
                 truth = self.data.images[row, numbers] / 255
@@ -119,7 +118,7 @@ class ViewReconstructions:
     def _save_image(self, split_name: str, shown: list[tuple[np.ndarray, np.ndarray]]) -> None:
         if not shown:
             return
-        originals, drawn = zip(*(shown[row] for row in evenly(len(shown), _SHOWN)), strict=True)
+        originals, drawn = zip(*(shown[row] for row in evenly_spaced(len(shown), _SHOWN)), strict=True)
         pixels = (np.stack([*originals, *drawn]) * 255).round().astype(np.uint8)
         save_image(self.output_dir / f"novel_views_{split_name}.png", image_grid(pixels, columns=len(drawn)))
 
@@ -232,7 +231,7 @@ class ViewComparison:
         extractor = extractor_by_name(protocol.extractor, arguments.inception_weights, processes.device)
         self.data, self.output_dir = data, arguments.output_dir
         self.cache = FeatureCache(protocol.resize, extractor, processes, arguments.output_dir / ".parts")
-        self.views = evenly(data.images.shape[1], _VIEWS)
+        self.views = evenly_spaced(data.images.shape[1], _VIEWS)
         half = data.held_out(0.5)
         order = np.random.default_rng(0).permutation(len(data))
         self.reference, self.floor = order[half[order]], order[~half[order]]

@@ -12,16 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evals.baselines import gaussian_latents
 from evals.evaluator import Evaluator, register_evaluator
-from evals.loaded_run import SPLITS, LoadedRun, drawn_latents, evenly, load_run
+from evals.loaded_run import SPLITS, LoadedRun, drawn_latents, gaussian_latents, load_run
 from evals.metrics.neighbours import memorisation_metrics
 from evals.metrics.reconstruction import PROTOCOL, joined, mean_metrics, occupancy_scores
 from evals.metrics.shapes import POINTS, SHOWN, Surfaces, chamfer_distance, surfaces_of_grids
 from evals.protocol import EvalArguments
-from evals.voxel_sets import LEAST, RealShapes, comparison_metrics, real_shapes, set_size, shape_novelty
-from evals.voxel_sources import ShapeFiles, shape_files
-from mnif.data.batches import ArrayDataset
+from evals.voxel_sets import (
+    LEAST,
+    RealShapes,
+    ShapeFiles,
+    comparison_metrics,
+    real_shapes,
+    set_size,
+    shape_files,
+    shape_novelty,
+)
+from mnif.data.batches import ArrayDataset, evenly_spaced
 from mnif.data.dataset import Split
 from mnif.data.voxels import VoxelData, load_voxels
 from mnif.latents.pca import PCA, fit_pca
@@ -93,7 +100,7 @@ class VoxelReconstructions:
     def _metrics_of_split(
         self, split: str, chosen: np.ndarray, rows: ArrayDataset, latents: Tensor
     ) -> dict[str, float]:
-        picked = evenly(len(chosen), _SURFACES)
+        picked = evenly_spaced(len(chosen), _SURFACES)
         ids = [self.data.ids[row] for row in chosen[picked]]
         grids = self.data.occupancy(chosen[picked]).astype(np.float32)
         originals = surfaces_of_grids(grids, ids, level=0.5).points
@@ -130,7 +137,7 @@ class VoxelReconstructions:
         return torch.from_numpy(self.pca.mean).view(originals.shape[1:]).expand_as(originals)
 
     def _save_image(self, split: str, originals: np.ndarray, drawn: np.ndarray) -> None:
-        some = evenly(len(originals), SHOWN)
+        some = evenly_spaced(len(originals), SHOWN)
         views = [occupancy_preview(shape, PIXELS) for shape in (*originals[some], *drawn[some])]
         save_image(self.output_dir / f"reconstructions_{split}.png", image_grid(views, columns=len(some)))
 
@@ -143,7 +150,7 @@ def _pairwise(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 @register_evaluator
 class VoxelEvaluator(Evaluator):
-    """Measures a model of voxels, or drawn shapes from files (:mod:`evals.voxel_sources`).
+    """Measures a model of voxels, or drawn shapes from files (:mod:`evals.voxel_sets`).
 
     Raises:
         UserError: the model, the samples or the reference cannot be read, or too few samples are asked for.

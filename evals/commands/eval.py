@@ -20,12 +20,12 @@ from evals.presentation import (
     table_rows,
 )
 from evals.protocol import EvalArguments, protocol_of
-from mnif import __version__
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError
 from mnif.utils.files import read_json, write_json, written_atomically
 from mnif.utils.output_folders import BEGUN, check_output_folder, output_folder_of
 from mnif.utils.process import Processes, command_line, peak_memory_megabytes
+from mnif.version import __version__
 
 _MAY_DIFFER = {"seed", "num_inference_steps", "held_out_images"}
 

@@ -11,24 +11,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
-from mnif.commands.fit import (
-    AUGMENTATIONS,
-    FitArguments,
-    fit,
-    make_decoder,
-    make_method,
-    train_loop,
-    with_preset,
-)
-from mnif.comparison.baselines import baseline_metrics
+from mnif.commands.fit import AUGMENTATIONS, FitArguments, fit, make_decoder, make_method, train_loop, with_preset
 from mnif.comparison.robustness import CONDITIONS, conditions_of, robustness, seconds_per_instance
 from mnif.comparison.summary import comparison_table, curves_image
-from mnif.data.batches import array_dataset
+from mnif.data.batches import array_dataset, evenly_spaced
 from mnif.data.dataset import Dataset, Split
 from mnif.latents.inference import load_latent_init
+from mnif.latents.pca import baseline_metrics
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Signal
@@ -312,7 +303,7 @@ def _measured(flags: CompareArguments, run: Run, data: Dataset, held_data: Datas
     """Robustness and seconds for each new instance; taken from ``measured.json`` if they are of the same model."""
     folder, arguments = run.arguments.output_dir, run.arguments
     decoder = load_component(MNIFModel, folder / "model", "decoder").to(default_device())
-    chosen = np.linspace(0, len(held_data) - 1, min(len(held_data), flags.probes)).round().astype(int)
+    chosen = evenly_spaced(len(held_data), flags.probes)
     probes = held_data.rows(chosen)
     subject = {
         "decoder": decoder.fingerprint(),

@@ -261,7 +261,7 @@ def dry_run_report(arguments: FitArguments, decoder: MNIFModel, signal: Signal, 
     points = points_per_step(signal, decoder)
     passes = _passes(arguments)
     operations = 2.0 * points * field.multiply_adds_per_point() * passes
-    operations += 6.0 * sum(bases.numel() for bases in decoder.bases) * config.cells**config.dimensions
+    operations += 6.0 * sum(bases.numel() for bases in decoder.bases) * decoder.num_cells
     batch = min(arguments.train_batch_size, instances)
     total = operations * batch * arguments.max_train_steps
     learned = decoder.num_parameters()
@@ -514,7 +514,7 @@ def _costs(decoder: MNIFModel, seconds: float) -> dict[str, float]:
         "peak_rss_mb": peak_memory_megabytes(),
         "decoder_parameters": decoder.num_parameters(),
         "field_parameters": field.parameters_per_field(),
-        "fields_per_instance": config.cells**config.dimensions,
+        "fields_per_instance": decoder.num_cells,
         "multiply_adds_per_value": field.multiply_adds_per_point(),
     }
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from evals.metrics.shapes import POINTS, chamfer_distance, distance_matrix, surface_points, surfaces_of_grids
-from evals.voxel_sets import real_shapes
-from evals.voxel_sources import shape_files
+from evals.voxel_sets import real_shapes, shape_files
 from mnif.data.dataset import Split
 from mnif.data.voxel_formats import write_binvox
 from mnif.data.voxels import load_voxels
