@@ -209,7 +209,8 @@ def export_bundle(
     print(f"{options.output_dir}: {count} graphs, {megabytes:.1f} MB; README.md has the commands for a device")
     if others:
         first = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
-        print(f"{options.output_dir}: {len(others)} files that are not the bundle's stay as they are: {first}")
+        count_of_others = "1 file" if len(others) == 1 else f"{len(others)} files"
+        print(f"{options.output_dir}: {count_of_others} of others in it stay as before: {first}")
 
 
 def _write_graphs(
