@@ -16,7 +16,8 @@ import numpy as np
 import scipy.linalg
 from PIL import Image
 
-from evals.features.extractor import extract_features, extractor_by_name
+from evals.features import extractor_by_name
+from evals.features.extractor import extract_features
 from evals.features.resize import bicubic_antialias
 from evals.image_sets import sample_images
 from evals.metrics.frechet import frechet_distance, moments_of

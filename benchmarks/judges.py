@@ -11,7 +11,8 @@ from typing import Protocol as Interface
 import numpy as np
 import torch
 
-from evals.features.extractor import FeatureCache, IndexedImages, extractor_by_name
+from evals.features import extractor_by_name
+from evals.features.extractor import FeatureCache, IndexedImages
 from evals.image_sets import data_images, latent_images, novelty_metrics, reference_of
 from evals.loaded_run import gaussian_latents, splits_of
 from evals.metrics.frechet import frechet_distance, moments_of

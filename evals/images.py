@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from evals.evaluator import Evaluator, register_evaluator
-from evals.features.extractor import Extractor, FeatureCache, IndexedImages, extractor_by_name
+from evals.features import extractor_by_name
+from evals.features.extractor import Extractor, FeatureCache, IndexedImages
 from evals.image_sets import (
     Reference,
     bundle_images,

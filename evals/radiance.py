@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from evals.evaluator import Evaluator, register_evaluator
-from evals.features.extractor import FeatureCache, IndexedImages, extractor_by_name
+from evals.features import extractor_by_name
+from evals.features.extractor import FeatureCache, IndexedImages
 from evals.features.resize import RESIZES
 from evals.image_sets import novelty_metrics, sample_images
 from evals.loaded_run import SPLITS, LoadedRun, drawn_latents, gaussian_latents, load_run

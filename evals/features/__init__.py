@@ -1,1 +1,36 @@
 """Feature extractors by name: networks that turn pictures into vectors, their weights, the resizing before them."""
+
+from pathlib import Path
+
+import torch
+
+from evals.features.extractor import Extractor
+from mnif.utils.errors import UserError
+
+
+def extractor_by_name(
+    name: str,
+    inception_weights: Path | None = None,
+    device: torch.device | str = "cpu",
+    grey: float = 128.0,
+) -> Extractor:
+    """Makes an extractor, with its weights found and checked.
+
+    Args:
+        name: "lite0" or "inception".
+        inception_weights: a file of Inception's weights; default: looked for (:mod:`evals.features.weights`).
+        device: of Inception; lite0 runs in ONNX Runtime on the CPU.
+        grey: of Inception, the value in 0..255 that becomes 0.
+
+    Raises:
+        UserError: there is no such extractor, or its weights are missing or not the standard ones.
+    """
+    if name == "lite0":  # imported only if it is used
+        from evals.features.lite0 import Lite0
+
+        return Lite0()
+    if name == "inception":
+        from evals.features.inception import Inception
+
+        return Inception(inception_weights, device, grey)
+    raise UserError(f"--extractor {name}: must be one of lite0, inception")

@@ -2,7 +2,7 @@
 
 Each is a class of its own: :mod:`evals.features.lite0` comes with its weights and works offline,
 :mod:`evals.features.inception` is the network of FID. Another one is a subclass of :class:`Extractor` that
-:func:`extractor_by_name` knows.
+:func:`evals.features.extractor_by_name` knows.
 """
 
 import hashlib
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 import numpy as np
-import torch
 
 from evals.features.resize import RESIZES, Resize
 from latent_prior.sampling import CHUNK
@@ -57,34 +56,6 @@ class Extractor(ABC):
         """
 
 
-def extractor_by_name(
-    name: str,
-    inception_weights: Path | None = None,
-    device: torch.device | str = "cpu",
-    grey: float = 128.0,
-) -> Extractor:
-    """Makes an extractor, with its weights found and checked.
-
-    Args:
-        name: "lite0" or "inception".
-        inception_weights: a file of Inception's weights; default: looked for (:mod:`evals.features.weights`).
-        device: of Inception; lite0 runs in ONNX Runtime on the CPU.
-        grey: of Inception, the value in 0..255 that becomes 0.
-
-    Raises:
-        UserError: there is no such extractor, or its weights are missing or not the standard ones.
-    """
-    if name == "lite0":  # the networks are imported only if they are used
-        from evals.features.lite0 import Lite0
-
-        return Lite0()
-    if name == "inception":
-        from evals.features.inception import Inception
-
-        return Inception(inception_weights, device, grey)
-    raise UserError(f"--extractor {name}: must be one of lite0, inception")
-
-
 def extract_features(
     images: np.ndarray, extractor: Extractor, resize: Resize, progress: bool = True, description: str = "features"
 ) -> np.ndarray:
@@ -92,7 +63,7 @@ def extract_features(
 
     Args:
         images: [N, H, W, 3], RGB, of any size: uint8, or float32 in 0..255.
-        extractor: from :func:`extractor_by_name`.
+        extractor: from :func:`evals.features.extractor_by_name`.
         resize: one of :data:`evals.features.resize.RESIZES`.
         progress: whether to show a bar with rate and remaining time on stderr.
         description: what the bar is called.

@@ -7,7 +7,8 @@ from PIL import Image, ImageFilter
 
 import evals.features.lite0
 import mnif.utils.errors
-from evals.features.extractor import extract_features, extractor_by_name
+from evals.features import extractor_by_name
+from evals.features.extractor import extract_features
 from evals.features.lite0 import WEIGHTS_SHA256, Lite0
 from evals.features.resize import bicubic_antialias
 from evals.metrics.frechet import frechet_distance_from_features

@@ -3,7 +3,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from evals.features.extractor import FeatureCache, extractor_by_name
+from evals.features import extractor_by_name
+from evals.features.extractor import FeatureCache
 from evals.images import ImageReconstructions
 from evals.loaded_run import LoadedRun
 from evals.protocol import PRESETS

@@ -9,7 +9,8 @@ import torch
 
 import evals.features.inception
 import evals.features.weights
-from evals.features.extractor import extract_features, extractor_by_name
+from evals.features import extractor_by_name
+from evals.features.extractor import extract_features
 from evals.features.inception import Inception, InceptionV3
 from evals.features.resize import bilinear
 from evals.features.weights import INCEPTION, PublishedWeights, found_weights
