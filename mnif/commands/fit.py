@@ -23,8 +23,7 @@ from mnif.latents.pca import pca_metrics
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component, save_component
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.base import GridSignal, Observation, Signal
-from mnif.signals.radiance import RadianceField
+from mnif.signals.base import Observation, Signal
 from mnif.signals.registry import detect_signal, signal_class
 from mnif.training.checkpoints import newest_checkpoint
 from mnif.training.loop import TrainingArguments, TrainLoop, batch_size_of, make_accelerator, steps_of_epochs
@@ -258,7 +257,7 @@ def dry_run_report(arguments: FitArguments, decoder: MNIFModel, signal: Signal, 
     """
     config = decoder.config
     field = decoder.bake(decoder.coefficients(decoder.bases[0].new_zeros(1, config.latent_dim)))
-    points = points_per_step(signal, decoder)
+    points = signal.points_per_step(decoder)
     passes = _passes(arguments)
     operations = 2.0 * points * field.multiply_adds_per_point() * passes
     operations += 6.0 * sum(bases.numel() for bases in decoder.bases) * decoder.num_cells
@@ -280,16 +279,6 @@ def dry_run_report(arguments: FitArguments, decoder: MNIFModel, signal: Signal, 
         f"about {megabytes:,.0f} MB for parameters, optimizer and activations"
         + (f", of which {12 * rows / 1e6:,.0f} MB latents, shared out over processes" if rows else ""),
     ]
-
-
-def points_per_step(signal: Signal, decoder: MNIFModel) -> int:
-    """Points of one instance that a step of learning evaluates, those counted twice where cells overlap."""
-    if isinstance(signal, GridSignal):
-        grid = decoder.grid(signal.resolution, signal.stride)
-        return grid.coordinates.shape[1] * decoder.config.cells**decoder.config.dimensions
-    if isinstance(signal, RadianceField):
-        return signal.rays * signal.samples
-    return decoder.grid().coordinates.shape[1]
 
 
 def _passes(arguments: FitArguments) -> int:
@@ -379,7 +368,7 @@ def make_method(
         inner_loop = InnerLoop(latent_dim, arguments.inner_steps, arguments.inner_learning_rate)
         return MetaMethod(decoder, signal, inner_loop, arguments.inner_order == "second")
     process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    latent_rows = LatentEmbedding(
+    latent_embedding = LatentEmbedding(
         instances,
         latent_dim,
         batch_size_of(arguments, instances, processes),
@@ -389,7 +378,7 @@ def make_method(
         processes,
         accelerator.device if accelerator else "cpu",
     )
-    return AutoDecoderMethod(decoder, signal, latent_rows, arguments.latent_regularisation)
+    return AutoDecoderMethod(decoder, signal, latent_embedding, arguments.latent_regularisation)
 
 
 def _augmentations(arguments: FitArguments, signal: Signal) -> list[Callable[[Observation], Observation]]:
@@ -420,9 +409,11 @@ def train_loop(
         arguments.adam_beta2,
         use_muon=arguments.matrix_optimizer == "muon",
     )
-    latent_rows = method.rows if isinstance(method, AutoDecoderMethod) else None
+    latent_embedding = method.rows if isinstance(method, AutoDecoderMethod) else None
     run = arguments.output_dir
-    return TrainLoop(accelerator, arguments, method, optimizers, rows, run, "fit", validate, latent_rows=latent_rows)
+    return TrainLoop(
+        accelerator, arguments, method, optimizers, rows, run, "fit", validate, latent_embedding=latent_embedding
+    )
 
 
 def _finish(
@@ -455,8 +446,7 @@ def _finish(
     metrics: dict[str, float] = {}
     for subject, (rows, latents) in subjects.items():
         metrics |= _means(evaluate_latents(decoder, signal, rows, latents), subject)
-    if isinstance(signal, GridSignal):
-        metrics |= pca_metrics(signal, train_rows, held_rows, decoder.config.latent_dim)
+    metrics |= pca_metrics(signal, train_rows, held_rows, decoder.config.latent_dim)
 
     _save_latent_table(run, data, splits, train_latents, first, decoder)
     shown = (held_rows, first, refined) if len(held_rows) else (train_rows, train_latents, train_latents)

@@ -62,13 +62,15 @@ def fit_pca(train: np.ndarray, components: int) -> PCA:
     return PCA(mean, np.ascontiguousarray(vectors.T))
 
 
-def pca_metrics(signal: GridSignal, train: ArrayDataset, held_out: ArrayDataset, components: int) -> dict[str, float]:
+def pca_metrics(signal: Signal, train: ArrayDataset, held_out: ArrayDataset, components: int) -> dict[str, float]:
     """Measures both splits as drawn from as many principal components as a latent has numbers.
 
     Returns:
         Means over instances of what the signal compares by, as ``psnr_pca_train`` in dB and, of voxels,
-        ``iou_pca_heldout``; nothing if the training set is too large for it or too small.
+        ``iou_pca_heldout``; nothing if the training set is too large for it or too small, or instances are no grids.
     """
+    if not isinstance(signal, GridSignal):
+        return {}
     (first,) = train.subset(np.arange(1)).batches(1)
     numbers = signal.observe(first).values.numel()
     components = min(components, len(train), numbers)

@@ -233,6 +233,10 @@ class Signal(ABC):
         """Decodes latents [B, D] to one of :attr:`output_types`, as :func:`mnif.signals.outputs.postprocess` says."""
         raise NotImplementedError(output_type)
 
+    def points_per_step(self, decoder: MNIFModel) -> int:
+        """Counts the points of one instance that a step of learning evaluates, twice where cells overlap."""
+        return decoder.grid().coordinates.shape[1]
+
     def augmentations(self) -> dict[str, Callable[[Observation], Observation]]:
         """Returns random changes that leave an instance as likely as before, by the flag of `mnif fit` for each."""
         return {}
@@ -336,6 +340,10 @@ class GridSignal(Signal):
     def encode(self, encoder: nn.Module, observation: Observation) -> Tensor:
         """Infers latents [B, D] from the whole grid, or from what was seen of it."""
         return encoder(observation.values, observation.mask)
+
+    def points_per_step(self, decoder: MNIFModel) -> int:
+        """Counts the points of every cell on the grid that a step looks at."""
+        return decoder.grid(self.resolution, self.stride).coordinates.shape[1] * decoder.num_cells
 
     def on_grid(self, values: Tensor) -> Observation:
         """Makes an observation of the whole grid of ``values`` [B, ..., C]."""

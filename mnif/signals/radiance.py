@@ -237,6 +237,10 @@ class RadianceField(Signal):
         cameras = Cameras(batch["poses"][:, views].float(), batch["intrinsics"].float(), *values.shape[2:4])
         return Observation(values, cameras)
 
+    def points_per_step(self, decoder: MNIFModel) -> int:
+        """Counts the depths along the rays of a step."""
+        return self.rays * self.samples
+
     def subsample(self, observation: Observation, generator: torch.Generator | None = None) -> Observation:
         """Takes random rays of random views, the same of every instance, with random depths."""
         cameras, values = observation.query, observation.values

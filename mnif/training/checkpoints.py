@@ -71,7 +71,7 @@ class Checkpoints:
         folder: where ``checkpoint-<step>`` folders stand.
         accelerator: holds what is to be saved.
         ema: the moving average of the weights, if there is one.
-        latent_rows: the latents of instances that this process owns, if they learn by themselves.
+        latent_embedding: the latents of instances that this process owns, if they learn by themselves.
         limit: older checkpoints beyond this number are removed.
     """
 
@@ -80,22 +80,22 @@ class Checkpoints:
         folder: Path,
         accelerator: Accelerator,
         ema: EMAModel | None,
-        latent_rows: LatentEmbedding | None,
+        latent_embedding: LatentEmbedding | None,
         limit: int,
     ):
         self.folder, self.accelerator, self.ema, self.limit = folder, accelerator, ema, limit
-        self.latent_rows = latent_rows
+        self.latent_embedding = latent_embedding
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, which have a seal, oldest first."""
         return _complete(self.folder)
 
-    def resume(self, wish: str) -> Progress:
+    def resume(self, resume_from: str) -> Progress:
         """Puts everything back as ``--resume_from_checkpoint`` asks, and says so.
 
         Args:
-            wish: "latest", the newest checkpoint that is whole, if there is any; a folder; or "no", which removes all
-                checkpoints.
+            resume_from: "latest", the newest checkpoint that is whole, if there is any; a folder; or "no", which
+                removes all checkpoints.
 
         Returns:
             How far the stage has come.
@@ -104,15 +104,15 @@ class Checkpoints:
             UserError: the folder is no checkpoint, or damaged; or there are checkpoints and all of them are.
         """
         if self.accelerator.is_main_process:
-            if wish == "no" and self.folder.exists():
+            if resume_from == "no" and self.folder.exists():
                 remove_folder(self.folder)
             remove_leftovers(self.folder.parent, self.folder.name)
             remove_leftovers(self.folder)
         self.accelerator.wait_for_everyone()
-        if wish not in ("latest", "no"):
-            if not (Path(wish) / "progress.json").is_file():
-                raise UserError(f"--resume_from_checkpoint {wish}: not a checkpoint folder")
-            candidates = [Path(wish)]
+        if resume_from not in ("latest", "no"):
+            if not (Path(resume_from) / "progress.json").is_file():
+                raise UserError(f"--resume_from_checkpoint {resume_from}: not a checkpoint folder")
+            candidates = [Path(resume_from)]
         else:
             candidates = _folders(self.folder)[::-1]
         for checkpoint in candidates:
@@ -132,17 +132,17 @@ class Checkpoints:
 
     def save(self, progress: Progress) -> None:
         """Writes ``checkpoint-<step>`` and removes those beyond the limit."""
-        if self.latent_rows is not None:
+        if self.latent_embedding is not None:
             # Every process leaves its share before the main process makes a complete checkpoint of all of them.
             if self.accelerator.is_main_process:
                 shutil.rmtree(self._shares, ignore_errors=True)
                 self._shares.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
-            self.latent_rows.save(self._shares)
+            self.latent_embedding.save(self._shares)
             self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             with folder_written_atomically(self.folder / f"checkpoint-{progress.step}") as temporary:
-                if self.latent_rows is not None:
+                if self.latent_embedding is not None:
                     for share in self._shares.iterdir():
                         share.rename(temporary / share.name)
                     self._shares.rmdir()
@@ -166,8 +166,8 @@ class Checkpoints:
         """Puts everything back as it was at ``checkpoint``; damage shows as one of many kinds of error."""
         _check_seal(checkpoint)
         self.accelerator.load_state(str(checkpoint))
-        if self.latent_rows is not None:
-            self.latent_rows.load(checkpoint)
+        if self.latent_embedding is not None:
+            self.latent_embedding.load(checkpoint)
         record = read_json(checkpoint / "progress.json")
         ema_step = record.pop("ema_step")
         if self.ema is not None:

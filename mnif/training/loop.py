@@ -148,7 +148,7 @@ class TrainLoop:
         validate: figures of the current weights (of the EMA weights if there is an EMA).
         ema: averages the module's parameters; its weights are the ones validated and kept.
         keep_best: the figure whose smallest value picks the weights that are kept; None keeps the last.
-        latent_rows: latents that the module takes and that learn by themselves, each process its own.
+        latent_embedding: latents that the module takes and that learn by themselves, each process its own.
 
     Raises:
         UserError: a checkpoint cannot be used.
@@ -166,10 +166,10 @@ class TrainLoop:
         validate: Callable[[], dict[str, float]],
         ema: EMAModel | None = None,
         keep_best: str | None = None,
-        latent_rows: LatentEmbedding | None = None,
+        latent_embedding: LatentEmbedding | None = None,
     ):
         self.accelerator, self.arguments, self.stage = accelerator, arguments, stage
-        self.validate, self.ema, self.keep_best, self.latent_rows = validate, ema, keep_best, latent_rows
+        self.validate, self.ema, self.keep_best, self.latent_embedding = validate, ema, keep_best, latent_embedding
 
         if arguments.compile == "on" or (arguments.compile == "auto" and accelerator.device.type == "cuda"):
             module.compile()
@@ -179,7 +179,7 @@ class TrainLoop:
         self.optimizers, self.schedules = prepared[: len(optimizers)], prepared[len(optimizers) :]
 
         limit = arguments.checkpoints_total_limit
-        self.checkpoints = Checkpoints(folder / "checkpoints" / stage, accelerator, ema, latent_rows, limit)
+        self.checkpoints = Checkpoints(folder / "checkpoints" / stage, accelerator, ema, latent_embedding, limit)
         self.progress = self.checkpoints.resume(arguments.resume_from_checkpoint)
         self.losses: list[Tensor] = []  # of this process, that ``progress`` lacks
         self.metrics_log: MetricsLog | None = None
@@ -274,11 +274,11 @@ class TrainLoop:
         scale = _scale_of_loss(accelerator)
         for optimizer in self.optimizers:
             optimizer.step()
-        if self.latent_rows is not None and accelerator.sync_gradients:
+        if self.latent_embedding is not None and accelerator.sync_gradients:
             if accelerator.optimizer_step_was_skipped:  # float16 overflowed
-                self.latent_rows.forget()
+                self.latent_embedding.forget()
             else:
-                self.latent_rows.step(_share_of_peak(self.optimizers[0]), scale)
+                self.latent_embedding.step(_share_of_peak(self.optimizers[0]), scale)
         for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             schedule.step()
             optimizer.zero_grad()
