@@ -79,14 +79,9 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         signal_settings: dict[str, Any] | None = None,
     ):
         super().__init__()
+        _check_form(mixing, coefficient_form, overlap)
         if signal_settings is None:
             self.register_to_config(signal_settings={"resolution": resolution, "channels": channels})
-        if mixing not in ("delta", "average"):
-            raise ValueError(f'mixing "{mixing}": choose "delta" or "average"')
-        if coefficient_form not in ("layer", "shared", "direct"):
-            raise ValueError(f'coefficient_form "{coefficient_form}": choose "layer", "shared" or "direct"')
-        if not 0 <= overlap <= 0.5:
-            raise ValueError(f"overlap {overlap}: must lie between 0 and 0.5")
         shapes = layer_shapes(dimensions, channels, width, depth)
         last = len(shapes) - 1
 
@@ -109,10 +104,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         elif latent_dim is None:
             raise ValueError("latent_dim: a number is needed unless coefficients are direct")
         else:
-            self.coefficient_map = nn.Linear(latent_dim, vectors * num_bases)
-            # The map starts small, so that all fields start as one well-scaled network and training spreads them.
-            nn.init.normal_(self.coefficient_map.weight, std=0.1 / math.sqrt(latent_dim))
-            nn.init.constant_(self.coefficient_map.bias, 0.0 if delta else 1.0)
+            self.coefficient_map = _coefficient_map(latent_dim, vectors * num_bases, bias=0.0 if delta else 1.0)
 
     @property
     def num_cells(self) -> int:
@@ -195,3 +187,20 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
             digest.update(name.encode())
             digest.update(tensor.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+
+def _check_form(mixing: str, coefficient_form: str, overlap: float) -> None:
+    if mixing not in ("delta", "average"):
+        raise ValueError(f'mixing "{mixing}": choose "delta" or "average"')
+    if coefficient_form not in ("layer", "shared", "direct"):
+        raise ValueError(f'coefficient_form "{coefficient_form}": choose "layer", "shared" or "direct"')
+    if not 0 <= overlap <= 0.5:
+        raise ValueError(f"overlap {overlap}: must lie between 0 and 0.5")
+
+
+def _coefficient_map(latent_dim: int, coefficients: int, bias: float) -> nn.Linear:
+    """Makes the map from latents; it starts small, so that all fields start as one well-scaled network."""
+    layer = nn.Linear(latent_dim, coefficients)
+    nn.init.normal_(layer.weight, std=0.1 / math.sqrt(latent_dim))
+    nn.init.constant_(layer.bias, bias)
+    return layer

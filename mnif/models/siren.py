@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from mnif.models.field_op import field_errors, field_values
+from mnif.models.field_op import can_evaluate, field_errors, field_values
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,23 @@ class BakedField:
         Returns:
             [fields, points, channels], within about [-1, 1] for colours and occupancies.
         """
-        return field_values(coordinates, self.params, self._sizes(), self.output_sine)
+        if can_evaluate(coordinates, self.params):
+            return field_values(coordinates, self.params, self._sizes(), self.output_sine)
+        return self.evaluate_layers(coordinates)
+
+    def evaluate_layers(self, coordinates: Tensor) -> Tensor:
+        """Evaluates the fields by PyTorch's own operators, on any device, in any precision, in any mode of autograd.
+
+        Args:
+            coordinates: as for a call.
+        """
+        fields, last = len(self.params), len(self.shapes) - 1
+        hidden = coordinates.repeat(fields // len(coordinates), 1, 1) if len(coordinates) > 1 else coordinates
+        for index, (weight, bias) in enumerate(self.layers()):
+            hidden = torch.baddbmm(bias, hidden.expand(fields, -1, -1), weight)
+            if index < last or self.output_sine:
+                hidden = torch.sin(hidden)
+        return hidden
 
     def errors(self, coordinates: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
         """Computes the weighted squared error of every field, [fields]; faster than from its values.
@@ -94,7 +110,10 @@ class BakedField:
             weights: [sets, points], by which a point's squared error, a mean over the channels, is multiplied; again
                 set i modulo ``sets``.
         """
-        return field_errors(coordinates, self.params, targets, weights, self._sizes(), self.output_sine)
+        if can_evaluate(coordinates, self.params, targets, weights):
+            return field_errors(coordinates, self.params, targets, weights, self._sizes(), self.output_sine)
+        squares = (self(coordinates) - targets).square().mean(dim=2)
+        return (squares.view(-1, *weights.shape) * weights).sum(dim=2).flatten()
 
     def _sizes(self) -> list[int]:
         return [self.shapes[0].inputs, *(shape.outputs for shape in self.shapes)]
