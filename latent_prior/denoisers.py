@@ -15,6 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
+from mnif.data.batches import InstanceGenerator
 from mnif.models.io import OwnMemory, load_component
 from mnif.utils.errors import UserError
 from mnif.utils.files import read_json
@@ -28,16 +29,18 @@ class ResidualBlock(nn.Module):
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.modulation = nn.Linear(time_width, 2 * width)
         self.up = nn.Linear(width, 2 * width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.down = nn.Linear(2 * width, width)
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
 
-    def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
-        """hidden [B, width], time [B or 1, time_width] → [B, width]."""
+    def forward(self, hidden: Tensor, time: Tensor, generator: InstanceGenerator | None = None) -> Tensor:
+        """hidden [B, width], time [B or 1, time_width] → [B, width]; drops out if it is given a generator."""
         scale, shift = self.modulation(time).chunk(2, dim=-1)
         inner = F.silu(self.up(self.norm(hidden) * (1 + scale) + shift))
-        return hidden + self.down(self.dropout(inner))
+        if generator is not None:
+            inner = generator.dropout(inner, self.dropout)
+        return hidden + self.down(inner)
 
 
 class Denoiser(OwnMemory, ModelMixin, ConfigMixin):
@@ -55,8 +58,11 @@ class Denoiser(OwnMemory, ModelMixin, ConfigMixin):
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
         self.register_buffer("latent_std", torch.ones(latent_dim))
 
-    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
-        """Noisy standardised latents [B, D] at the scheduler's timestep, [B] or one number → the prediction [B, D]."""
+    def forward(self, sample: Tensor, timestep: Tensor | float, generator: InstanceGenerator | None = None) -> Tensor:
+        """Noisy standardised latents [B, D] at the scheduler's timestep, [B] or one number → the prediction [B, D].
+
+        A generator is for dropout while training; without one there is none.
+        """
         raise NotImplementedError
 
     def standardised(self, latents: Tensor) -> Tensor:
@@ -107,12 +113,12 @@ class ResMLPDenoiser(Denoiser):
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=self.device).reshape(-1)
         return F.silu(self.time_in(get_timestep_embedding(timestep, self.config.time_width).to(self.dtype)))
 
-    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor | float, generator: InstanceGenerator | None = None) -> Tensor:
         """Noisy standardised latents [B, D] at the scheduler's timestep → the prediction [B, D]."""
         time = self.time_embedding(timestep)
         hidden = self.read(sample)
         for block in self.blocks:
-            hidden = block(hidden, time)
+            hidden = block(hidden, time, generator)
         return self.write(self.norm(hidden))
 
 
@@ -167,7 +173,7 @@ class PaperDenoiser(Denoiser):
         self.norm = nn.GroupNorm(GROUPS, width)
         self.write = nn.Linear(width, latent_dim)
 
-    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor | float, generator: InstanceGenerator | None = None) -> Tensor:
         """Noisy standardised latents [B, D] at the scheduler's timestep, [B] or one number → the prediction [B, D]."""
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=self.device).reshape(-1)
         time = get_timestep_embedding(timestep, self.config.time_width).to(self.dtype)

@@ -22,6 +22,7 @@ from latent_prior.diffusion import (
 )
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
+from mnif.data.batches import InstanceGenerator
 from mnif.utils.files import sha256_of_folder
 from mnif.utils.process import progress_bar
 from mnif.utils.resumable import Chunks
@@ -209,13 +210,14 @@ class DistillationLoss(nn.Module):
         self.register_buffer("timesteps", timesteps)
         self.register_buffer("shares", shares / shares.sum())
 
-    def forward(self, states: Tensor, samples: Tensor) -> Tensor:
-        """The mean error over a batch of :class:`latent_prior.distillation.Pairs`, each [B, T, D]; one state of each
-        row."""
-        row = torch.arange(len(states), device=states.device)
-        place = torch.multinomial(self.shares, len(states), replacement=True)
-        guess = self.student(states[row, place], self.timesteps[place])
-        return penalty(guess - samples[row, place], self.loss_type).mean()
+    def forward(self, states: Tensor, samples: Tensor, key: Tensor, row: Tensor | None = None) -> Tensor:
+        """The mean error over a batch of :class:`latent_prior.distillation.Pairs`, each [B, T, D]; one state of each,
+        chosen by its key [B]. ``row`` is not looked at."""
+        generator = InstanceGenerator(key)
+        each = torch.arange(len(states), device=states.device)
+        place = torch.bucketize(generator.uniform(), self.shares.cumsum(0)[:-1], right=True)
+        guess = self.student(states[each, place], self.timesteps[place], generator)
+        return penalty(guess - samples[each, place], self.loss_type).mean()
 
     @torch.no_grad()
     def errors(self, states: Tensor, samples: Tensor) -> dict[str, float]:

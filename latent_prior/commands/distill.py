@@ -16,7 +16,7 @@ from latent_prior.distillation import DistillationLoss, energy_distance, student
 from latent_prior.hub import write_model_card
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from latent_prior.sampling import sample_latents
-from mnif.data.batches import ArrayDataset
+from mnif.data.batches import array_dataset
 from mnif.latents.table import LatentTable
 from mnif.models.io import save_component, save_index
 from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator
@@ -116,7 +116,7 @@ def distill(arguments: DistillArguments) -> None:
     )
     ema = EMAModel(loss.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
-    rows = ArrayDataset(states=pairs.states[held_out:], samples=pairs.samples[held_out:])
+    rows = array_dataset({"states": pairs.states[held_out:], "samples": pairs.samples[held_out:]})
     keep_best = "validation_loss"
     TrainLoop(accelerator, arguments, loss, [optimizer], rows, run, "distill", validate, ema, keep_best).run()
     if accelerator.is_main_process:

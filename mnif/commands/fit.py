@@ -23,7 +23,7 @@ from mnif.latents.pca import pca_metrics
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component, save_component
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.base import Observation, Signal
+from mnif.signals.base import Augmentation, Signal
 from mnif.signals.registry import detect_signal, signal_class
 from mnif.training.checkpoints import newest_checkpoint
 from mnif.training.loop import TrainingArguments, TrainLoop, batch_size_of, make_accelerator, steps_of_epochs
@@ -262,7 +262,8 @@ def dry_run_report(arguments: FitArguments, decoder: MNIFModel, signal: Signal, 
     operations = 2.0 * points * field.multiply_adds_per_point() * passes
     operations += 6.0 * sum(bases.numel() for bases in decoder.bases) * decoder.num_cells
     batch = min(arguments.train_batch_size, instances)
-    total = operations * batch * arguments.max_train_steps
+    accumulation = arguments.gradient_accumulation_steps
+    total = operations * batch * accumulation * arguments.max_train_steps
     learned = decoder.num_parameters()
     rows = instances * config.latent_dim if arguments.method == "auto-decoding" else 0
     kept = points * sum(shape.outputs + shape.inputs for shape in decoder.shapes) * batch
@@ -270,7 +271,7 @@ def dry_run_report(arguments: FitArguments, decoder: MNIFModel, signal: Signal, 
         kept *= 3 * arguments.inner_steps + 1 if arguments.inner_order == "second" else 1
     megabytes = (16 * learned + 12 * rows + 4 * kept) / 1e6
     return [
-        f"{instances:,} {signal.noun}s to train, {arguments.max_train_steps:,} steps of {batch}",
+        f"{instances:,} {signal.noun}s to train, {arguments.max_train_steps:,} steps of {batch * accumulation}",
         f"decoder: {learned:,} parameters; {len(field.params)} field(s) of "
         f"{field.parameters_per_field():,} parameters",
         f"a step looks at {points:,} points of each {signal.noun}: {operations / 1e9:.3g} GFLOP each",
@@ -311,7 +312,8 @@ def fit(arguments: FitArguments) -> None:
     train_data = data.rows(splits == Split.TRAIN)
     if arguments.num_train_epochs is not None:
         epochs, batch_size = arguments.num_train_epochs, arguments.train_batch_size
-        arguments.max_train_steps = steps_of_epochs(epochs, batch_size, len(train_data))
+        accumulation = arguments.gradient_accumulation_steps
+        arguments.max_train_steps = steps_of_epochs(epochs, batch_size, accumulation, len(train_data))
     _augmentations(arguments, signal)
     if arguments.dry_run:
         decoder = make_decoder(arguments, signal)
@@ -381,7 +383,7 @@ def make_method(
     return AutoDecoderMethod(decoder, signal, latent_embedding, arguments.latent_regularisation)
 
 
-def _augmentations(arguments: FitArguments, signal: Signal) -> list[Callable[[Observation], Observation]]:
+def _augmentations(arguments: FitArguments, signal: Signal) -> list[Augmentation]:
     """What the flags ask for.
 
     Raises:

@@ -4,7 +4,7 @@ import signal
 import subprocess
 import sys
 from contextlib import closing
-from itertools import count, islice
+from itertools import count, islice, product
 from pathlib import Path
 from random import random
 from threading import Timer
@@ -19,10 +19,10 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import nn
 
-from mnif.data.batches import ArrayDataset, ShuffledBatches
+from mnif.data.batches import InstanceGenerator, ShuffledBatches, array_dataset
 from mnif.training import loop
 from mnif.training.checkpoints import newest_checkpoint
-from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator
+from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator, steps_of_epochs
 from mnif.training.run_record import read_metrics_log
 from mnif.utils.errors import UserError
 
@@ -34,8 +34,8 @@ class NoisyRegression(nn.Module):
         super().__init__()
         self.network = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 1))
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return (self.network(x + 0.1 * torch.randn_like(x)) - y).square().mean()
+    def forward(self, x: torch.Tensor, y: torch.Tensor, key: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        return (self.network(x + 0.1 * InstanceGenerator(key).normal(3)) - y).square().mean()
 
 
 def run(
@@ -53,7 +53,7 @@ def run(
         setattr(arguments, name, value)
     torch.manual_seed(0)
     module = NoisyRegression()
-    rows = ArrayDataset(x=torch.randn(10, 3), y=torch.randn(10, 1))
+    rows = array_dataset({"x": torch.randn(10, 3), "y": torch.randn(10, 1)})
     accelerator: Accelerator = make_accelerator(arguments, folder)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     ema = EMAModel(module.parameters(), decay=0.9)
@@ -120,7 +120,7 @@ def test_run_killed_between_checkpoints_repeats_from_the_last(tmp_path: Path) ->
 def test_a_caller_may_stop_after_any_step(tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     arguments = TrainingArguments(max_train_steps=12, train_batch_size=4, compile="off")
-    rows, module = ArrayDataset(x=torch.randn(10, 3), y=torch.randn(10, 1)), NoisyRegression()
+    rows, module = array_dataset({"x": torch.randn(10, 3), "y": torch.randn(10, 1)}), NoisyRegression()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     accelerator = make_accelerator(arguments, tmp_path)
     train = TrainLoop(accelerator, arguments, module, [optimizer], rows, tmp_path, "stage", dict)
@@ -159,6 +159,15 @@ def test_accumulated_batches_cover_the_same_rows(tmp_path: Path) -> None:
     run(tmp_path / "run", gradient_accumulation_steps=2)
     state = torch.load(tmp_path / "run/checkpoints/stage/checkpoint-12/optimizer.bin")["state"]
     assert {int(moments["step"]) for moments in state.values()} == {12}  # the last step too is one
+
+
+def test_epochs_are_passes_over_the_data_however_many_batches_a_step_sums_up() -> None:
+    for epochs, batch_size, accumulation, instances in product((1, 10), (4, 64), (1, 3, 4), (22, 64)):
+        steps = steps_of_epochs(epochs, batch_size, accumulation, instances)
+        per_pass = instances // min(batch_size, instances)  # whole batches
+        batches = steps * accumulation
+        assert epochs * per_pass <= batches < epochs * per_pass + accumulation
+    assert steps_of_epochs(10, 8, 4, 64) == 20  # not 80
 
 
 def test_diverging_run_keeps_the_last_good_checkpoint_and_names_the_flag_to_lower(tmp_path: Path) -> None:
