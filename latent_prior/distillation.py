@@ -157,7 +157,7 @@ def teacher_pairs(
             chunks.save(begin, _ends(teacher, noise, timesteps).cpu().numpy())
             bar.update(_CHUNK * accelerator.num_processes)
     accelerator.wait_for_everyone()
-    samples, states = torch.from_numpy(chunks.all()[:count]), _noise(seed, 0, count, len(timesteps), pipeline)
+    samples, states = torch.from_numpy(chunks.all(begins)[:count]), _noise(seed, 0, count, len(timesteps), pipeline)
     for place, timestep in enumerate(timesteps[1:], start=1):
         states[:, place] = _noisy(samples[:, 0], states[:, place], timestep)
     return Pairs(torch.tensor(timesteps), states, samples)

@@ -5,6 +5,7 @@ import sys
 from importlib import import_module
 
 from mnif.utils.errors import UserError
+from mnif.utils.process import Terminated, sigterm_raises
 
 COMMANDS = {
     "fit": ("mnif.commands.fit:main", "learn bases and latents from data (stage one)"),
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 1 a check that failed, 2 a mistake the user can mend (one line on stderr), 130 stopped
-        by Ctrl-C.
+        by Ctrl-C, 143 by SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -53,13 +54,17 @@ def main(arguments: list[str] | None = None) -> int:
     module, _, function = COMMANDS[name][0].partition(":")
     atexit.register(_leave_process_group)
     try:
-        code: int | None = getattr(import_module(module), function)(rest)
+        with sigterm_raises():
+            code: int | None = getattr(import_module(module), function)(rest)
     except UserError as error:
         print(f"mnif {name}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"mnif {name}: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
         return 2
+    except Terminated:
+        print(f"mnif {name}: terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print(f"mnif {name}: stopped", file=sys.stderr)
         return 130

@@ -10,6 +10,23 @@ from typing import Any, Callable, NoReturn, Sequence
 
 from .bundle import BundleError
 
+MOST_THREADS = 1024  # backends fail in ways of their own above what a machine can start
+
+
+def number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Makes the ``type`` of a flag that takes a whole number from ``least`` to ``most``."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value}: must be at least {least}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{value}: must be at most {most}")
+        return value
+
+    parse.__name__ = "whole number"  # argparse names it where the text is none
+    return parse
+
 
 class Parser(argparse.ArgumentParser):
     """Flags of one command; a mistake in them is one line and exit code 2.

@@ -24,6 +24,7 @@ from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import folder_written_atomically, merge_json, sha256_of_folder
+from mnif.utils.output_folders import holds_folder
 from mnif.utils.process import peak_memory_megabytes
 
 _HELD_OUT_SHARE = 0.05  # of the pairs
@@ -70,6 +71,7 @@ def main(arguments: list[str]) -> None:
     distill(parse_arguments(DistillArguments, arguments, "mnif distill"))
 
 
+@holds_folder("run")
 def distill(arguments: DistillArguments) -> None:
     """Trains a student of the prior in ``arguments.run``.
 

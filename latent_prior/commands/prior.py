@@ -28,6 +28,7 @@ from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_given, preset_values, read_preset
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import folder_written_atomically, merge_json, read_json, sha256_of_file
+from mnif.utils.output_folders import holds_folder
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import peak_memory_megabytes
 
@@ -134,6 +135,7 @@ def main(arguments: list[str]) -> None:
     fit_prior(parse_prior_arguments(arguments))
 
 
+@holds_folder("run")
 def fit_prior(arguments: PriorArguments) -> None:
     """Trains stage two on the latent table of ``arguments.run``.
 

@@ -21,7 +21,7 @@ from mnif.signals.registry import signal_of_model
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import flush_everything, read_json, remove_leftovers, sha256_of_file, was_written, write_json
-from mnif.utils.output_folders import check_output_folder
+from mnif.utils.output_folders import holds_folder
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import command_line, default_device, peak_memory_megabytes, progress_bar
 
@@ -63,6 +63,7 @@ def main(arguments: list[str]) -> None:
     decode(parse_arguments(DecodeArguments, arguments, "mnif decode"))
 
 
+@holds_folder("output_dir", "decode")
 @torch.no_grad()
 def decode(arguments: DecodeArguments) -> None:
     """Writes what latents stand for to ``arguments.output_dir``.
@@ -71,7 +72,6 @@ def decode(arguments: DecodeArguments) -> None:
         UserError: model or latents cannot be read or do not belong together, a flag is out of range or does not belong
             to the model's signal, the folder is another command's or holds something else, or no shape has a surface.
     """
-    check_output_folder(arguments.output_dir, "decode")
     decoder = load_component(MNIFModel, arguments.model, "decoder")
     signal = signal_of_model(decoder)
     writer = writer_from_flags(arguments, signal)

@@ -146,7 +146,7 @@ def _infer_in_chunks(
             if begin not in chunks:
                 chunks.save(begin, infer(batch).cpu().numpy())
             bar.update(len(batch))
-    return torch.from_numpy(chunks.all())
+    return torch.from_numpy(chunks.all(range(0, len(rows), batch_size)))
 
 
 def _report(output: Path, ids: list[str], metrics: dict[str, Tensor], seconds: float) -> None:

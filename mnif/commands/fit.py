@@ -40,7 +40,7 @@ from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_given, preset_names, preset_values, read_preset
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import merge_json
-from mnif.utils.output_folders import check_output_folder
+from mnif.utils.output_folders import holds_folder
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import peak_memory_megabytes
 
@@ -294,6 +294,7 @@ def main(arguments: list[str]) -> None:
     fit(parse_fit_arguments(arguments))
 
 
+@holds_folder("output_dir", "fit")
 def fit(arguments: FitArguments) -> None:
     """Trains stage one into ``arguments.output_dir``.
 
@@ -301,8 +302,6 @@ def fit(arguments: FitArguments) -> None:
         UserError: the data cannot be read, the folder is another command's or holds another run, or training diverges.
     """
     started = time.perf_counter()
-    if not arguments.dry_run:
-        check_output_folder(arguments.output_dir, "fit")
     kind = signal_class(arguments.signal)
     data = kind.load(arguments.data, asdict(arguments))
     signal = kind.from_data(data, asdict(arguments))

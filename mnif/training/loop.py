@@ -28,7 +28,7 @@ from mnif.training.checkpoints import Checkpoints
 from mnif.training.run_record import MetricsLog
 from mnif.utils.errors import UserError
 from mnif.utils.files import remove_leftovers
-from mnif.utils.process import progress_bar
+from mnif.utils.process import Terminated, progress_bar
 
 
 def all_reduce_any() -> Callable[[bool], bool]:
@@ -48,22 +48,37 @@ def all_reduce_any() -> Callable[[bool], bool]:
     return agreed
 
 
+_ONE_WISH = 2.0  # seconds within which signals are one and the same wish: launchers and shells send several
+
+
 @contextmanager
-def graceful_interrupt() -> Iterator[Callable[[], bool]]:
-    """Lets the step at hand finish after a first Ctrl-C or SIGTERM; a second one stops at once."""
+def graceful_interrupt() -> Iterator[Callable[[], list[int]]]:
+    """Lets the step at hand finish after Ctrl-C or SIGTERM; a second one that comes later stops at once.
+
+    Yields:
+        What gives the signals received, in their order.
+    """
     received: list[int] = []
+    first = math.inf
 
     def note(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
+        nonlocal first
+        if time.monotonic() - first > _ONE_WISH:
+            raise _interruption([number])
+        first = min(first, time.monotonic())
         received.append(number)
 
     previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(received)
+        yield lambda: received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _interruption(received: list[int]) -> KeyboardInterrupt:
+    """What ends a command that got these signals; a process that got none of its own follows another."""
+    return Terminated() if signal.SIGTERM in received else KeyboardInterrupt()
 
 
 LOG_STEPS = 50
@@ -240,12 +255,12 @@ class TrainLoop:
                     self._log()
                 if self._is_due(arguments.validation_steps):
                     self._validate()
-                stop = any_process(interrupted())
+                stop = any_process(bool(interrupted()))
                 if stop or self._is_due(arguments.checkpointing_steps):
                     self._save()
                 if stop and progress.step < arguments.max_train_steps:
                     self.accelerator.print(f"stopped at step {progress.step}; the same command continues from here")
-                    raise KeyboardInterrupt
+                    raise _interruption(interrupted())
                 yield progress.step
 
     def _is_due(self, every: int) -> bool:

@@ -3,9 +3,12 @@
 torch and accelerate are imported where they are needed: whoever reads data shows progress without them.
 """
 
+import os
 import resource
 import shlex
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,6 +18,40 @@ from tqdm import tqdm
 
 if TYPE_CHECKING:
     import torch
+
+
+class Terminated(KeyboardInterrupt):
+    """A SIGTERM: like Ctrl-C it ends a command, by way of whatever clears up."""
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Makes a SIGTERM raise :class:`Terminated` within, so that a command ends as it does on Ctrl-C.
+
+    Of the processes of one launch the main one alone does so: the others may be waiting for it where no signal is
+    noticed, and have nothing to clear up.
+    """
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one is not to stop the clearing up
+        raise Terminated
+
+    if not is_main_process() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # torchrun and accelerate, Open MPI, MPICH
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes files, as far as the launcher's environment tells."""
+    return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
 
 
 @contextmanager
