@@ -4,8 +4,8 @@ import atexit
 import sys
 from importlib import import_module
 
-from mnif.utils.errors import UserError
-from mnif.utils.process import Terminated, sigterm_raises
+from mnif.utils.errors import UserError, printable
+from mnif.utils.process import Terminated, escaped_output, sigterm_raises
 
 COMMANDS = {
     "fit": ("mnif.commands.fit:main", "learn bases and latents from data (stage one)"),
@@ -54,13 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
     module, _, function = COMMANDS[name][0].partition(":")
     atexit.register(_leave_process_group)
     try:
-        with sigterm_raises():
+        with sigterm_raises(), escaped_output():
             code: int | None = getattr(import_module(module), function)(rest)
     except UserError as error:
         print(f"mnif {name}: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"mnif {name}: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
+        where, what = error.filename or "file system", error.strerror or error
+        print(f"mnif {name}: {printable(where)}: {printable(what)}", file=sys.stderr)
         return 2
     except Terminated:
         print(f"mnif {name}: terminated", file=sys.stderr)

@@ -61,10 +61,16 @@ def run_command(parser: Parser, arguments: list[str] | None, work: Callable[[Any
         logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
         return work(options)
     except BundleError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        complaint = str(error)
     except OSError as error:
-        print(f"{parser.prog}: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
+        complaint = f"{error.filename or 'file system'}: {error.strerror or error}"
+    print(f"{parser.prog}: {printable(complaint)}", file=sys.stderr)
     return 2
+
+
+def printable(text: str) -> str:
+    """Makes one line of a text that may hold a name from a manifest: what is no visible character is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

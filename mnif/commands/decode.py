@@ -19,7 +19,7 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.signals.outputs import Animation, MeshFormat, writer_from_flags
 from mnif.signals.registry import signal_of_model
 from mnif.utils.args import parse_arguments
-from mnif.utils.errors import UserError, check_at_least
+from mnif.utils.errors import UserError, check_at_least, printable
 from mnif.utils.files import flush_everything, read_json, remove_leftovers, sha256_of_file, was_written, write_json
 from mnif.utils.output_folders import holds_folder
 from mnif.utils.pixels import image_grid, save_image
@@ -98,7 +98,7 @@ def decode(arguments: DecodeArguments) -> None:
                 unseen[table.ids[row]] = why
             bar.update()
     for id, why in unseen.items():
-        print(f"{id}: the {signal.noun} is {why}, it has no surface; skipped")
+        print(f"{printable(id)}: the {signal.noun} is {why}, it has no surface; skipped")
     if len(unseen) == len(rows):
         raise UserError(
             f"{arguments.latents}: every {signal.noun} asked for is empty or full, none has a surface; "

@@ -126,9 +126,20 @@ class InstanceGenerator:
 
     def _bits(self, count: int) -> Tensor:
         """Draws the next 64 · count random bits of each instance, [B, count] int64."""
-        numbers = torch.arange(self._drawn + 1, self._drawn + count + 1, device=self.keys.device)
         self._drawn += count
-        return _mixed(self.keys[:, None] + _STEP * numbers)
+        return _random_bits(self.keys, self._drawn - count, count)
+
+
+# An operator of its own, because torch.compile works out whole numbers without wrapping them at 64 bits.
+@torch.library.custom_op("mnif::random_bits", mutates_args=())
+def _random_bits(keys: Tensor, drawn: int, count: int) -> Tensor:
+    """Outputs ``drawn`` + 1 to ``drawn`` + ``count`` of SplitMix64 from each key on: [B, count] int64."""
+    return _mixed(keys[:, None] + _STEP * torch.arange(drawn + 1, drawn + count + 1, device=keys.device))
+
+
+@_random_bits.register_fake
+def _(keys: Tensor, drawn: int, count: int) -> Tensor:
+    return keys.new_empty(len(keys), count)
 
 
 def instance_keys(seed: int, batch: int, rows: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 torch and accelerate are imported where they are needed: whoever reads data shows progress without them.
 """
 
+import contextlib
 import os
+import re
 import resource
 import shlex
 import signal
@@ -12,12 +14,35 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from tqdm import tqdm
 
+from mnif.utils.errors import printable
+
 if TYPE_CHECKING:
     import torch
+
+
+class _Escaped:
+    """A stream that writes lines as they are and all else that is no visible character as its escape."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        parts = re.split("([\\n\\r\\t]+)", text)  # between them what separates them
+        return self._stream.write("".join(part if part.isspace() else printable(part) for part in parts))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def escaped_output() -> Iterator[None]:
+    """Whatever is printed within, no name from data can do more to the terminal than begin a line."""
+    with contextlib.redirect_stdout(cast(TextIO, _Escaped(sys.stdout))):
+        yield
 
 
 class Terminated(KeyboardInterrupt):

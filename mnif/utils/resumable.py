@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, printable
 from mnif.utils.files import read_json, remove_leftovers, sha256_of_file, write_json, written_atomically
 from mnif.utils.process import Processes, is_main_process, progress_bar
 
@@ -51,7 +51,7 @@ class Seals:
         changed = [path for path in there if path not in sound]
         if changed and tell and is_main_process():
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-            tqdm.write(f"{changed[0]}{more}: not known to be as it was written; made anew")
+            tqdm.write(f"{printable(changed[0])}{more}: not known to be as it was written; made anew")
         return sound
 
     def seal(self, name: str, files: Iterable[Path]) -> None:
@@ -99,6 +99,7 @@ class Chunks:
         self.folder, self.name, self._seals = folder, name, Seals(folder)
         self._record = folder / "search.json"
         if search is not None:
+            remove_leftovers(folder)
             if not self._is_of(search):
                 self.remove()
             write_json(self._record, search)

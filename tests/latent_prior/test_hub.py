@@ -69,7 +69,7 @@ def test_card_states_no_licence_for_data_it_does_not_know(run: Path) -> None:
     write_model_card(run)
     card = ModelCard.load(run / "model/README.md", ignore_metadata_errors=True)
     assert card.data.license is None
-    assert "the licence of the data, my/pictures," in " ".join(card.text.split())
+    assert "the licence of the data, `my/pictures`," in " ".join(card.text.split())
 
 
 def test_hub_ids_are_folders_too(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,19 @@ def test_an_instance_gets_the_same_in_every_batch_and_another_in_every_step() ->
         assert not (other[:, :4] == together[:, :4]).any()
 
 
+@pytest.mark.filterwarnings("ignore:.*script_method:DeprecationWarning")
+def test_compiled_code_draws_the_same() -> None:
+    """Compilers fold whole numbers without wrapping them at 64 bits; here that is not left to them."""
+    keys = instance_keys(0, 0, torch.arange(5))
+
+    def drawn(keys: torch.Tensor) -> torch.Tensor:
+        generator = InstanceGenerator(keys)
+        return torch.cat([generator.uniform(3), generator.normal(4), generator.dropout(torch.ones(5, 6), 0.5)], dim=1)
+
+    compiled = torch.compile(drawn, fullgraph=True)(keys)
+    torch.testing.assert_close(compiled, drawn(keys), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5])
 def test_dropout_leaves_out_its_share_and_keeps_the_mean(share: float) -> None:
     generator = InstanceGenerator(instance_keys(1, 0, torch.arange(500)))
