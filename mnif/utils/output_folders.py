@@ -71,7 +71,7 @@ def check_output_folder(folder: Path, command: str) -> bool:
         UserError: it is another command's folder or part of one, holds files the command would replace that are not
             its own, cannot be written to, or is no folder.
     """
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(folder) and not folder.is_dir():
         raise UserError(f"{folder}: not a folder; choose another --output_dir")
     check_writable(folder)
     found = _owner(folder)
