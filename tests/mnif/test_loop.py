@@ -1,8 +1,10 @@
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from itertools import count, islice, product
 from pathlib import Path
@@ -25,6 +27,7 @@ from mnif.training.checkpoints import newest_checkpoint
 from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator, steps_of_epochs
 from mnif.training.run_record import read_metrics_log
 from mnif.utils.errors import UserError
+from mnif.utils.process import Terminated
 
 
 class NoisyRegression(nn.Module):
@@ -39,12 +42,17 @@ class NoisyRegression(nn.Module):
 
 
 def run(
-    folder: Path, steps: int = 12, stop_after: int | None = None, kill_at: int | None = None, **settings: object
+    folder: Path,
+    steps: int = 12,
+    stop_after: int | None = None,
+    kill_at: int | None = None,
+    signals: Sequence[int] = (signal.SIGINT,),
+    **settings: object,
 ) -> torch.Tensor:
     """Trains and returns all weights in one vector.
 
-    ``stop_after`` sends Ctrl-C once that step is done; ``kill_at`` lets the process die within some milliseconds of
-    so many steps, and before it has done eight more.
+    ``stop_after`` sends ``signals`` once that step is done; ``kill_at`` lets the process die within some milliseconds
+    of so many steps, and before it has done eight more.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -73,7 +81,8 @@ def run(
         nonlocal calls
         calls += 1
         if stop_after is not None and calls * 3 >= stop_after:
-            os.kill(os.getpid(), signal.SIGINT)
+            for number in signals:
+                os.kill(os.getpid(), number)
         return {"held_out": float(next(module.parameters()).detach().abs().mean())}
 
     folder.mkdir(exist_ok=True)
@@ -101,6 +110,64 @@ def test_interrupted_run_continues_as_if_nothing_had_happened(tmp_path: Path) ->
     ] or (tmp_path / "parts/checkpoints/stage/checkpoint-6").is_dir()
     assert torch.equal(run(tmp_path / "parts"), whole)
     assert curves_of(tmp_path / "parts") == curves_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("signals", "error"),
+    [
+        ((signal.SIGTERM,), Terminated),
+        ((signal.SIGINT, signal.SIGTERM), Terminated),
+        ((signal.SIGTERM, signal.SIGINT, signal.SIGINT), Terminated),
+        ((signal.SIGINT, signal.SIGINT), KeyboardInterrupt),
+    ],
+)
+def test_signals_of_one_instant_are_one_wish_and_keep_the_checkpoint(
+    tmp_path: Path, signals: Sequence[int], error: type[BaseException]
+) -> None:
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt) as raised:
+        run(tmp_path / "parts", stop_after=6, signals=signals)
+    assert raised.type is error
+    assert (tmp_path / "parts/checkpoints/stage/checkpoint-6/.sha256").is_file()
+    assert torch.equal(run(tmp_path / "parts"), whole)
+
+
+def test_a_second_wish_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with loop.graceful_interrupt() as interrupted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted() == [signal.SIGINT]
+        later = loop.time.monotonic() + 3
+        monkeypatch.setattr(loop.time, "monotonic", lambda: later)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("limit", [200, 1500, 4000])
+def test_a_checkpoint_that_cannot_be_written_names_the_last_one(
+    tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on file sizes stands for the full disk; whichever file it is that fails, by whichever library."""
+    whole, folder = run(tmp_path / "whole"), tmp_path / "parts"
+    save, before = Accelerator.save_state, resource.getrlimit(resource.RLIMIT_FSIZE)
+    full = (
+        f"{folder}/checkpoints/stage/checkpoint-8 cannot be written (.*); the last good checkpoint is .*checkpoint-4;"
+    )
+
+    def fail(accelerator: Accelerator, path: str, **options: object) -> str:
+        if (folder / "checkpoints/stage/checkpoint-4").exists():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        return save(accelerator, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "save_state", fail)
+        try:
+            with pytest.raises(UserError, match=full):
+                run(folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in (folder / "checkpoints/stage").iterdir()) == ["best", "checkpoint-4"]
+    assert torch.equal(run(folder), whole)
+    assert curves_of(folder) == curves_of(tmp_path / "whole")
 
 
 def test_run_killed_between_checkpoints_repeats_from_the_last(tmp_path: Path) -> None:
