@@ -116,10 +116,11 @@ class FolderOfSamples(Samples):
         """Counts the samples that lack a file, or have one that is not as it was written."""
         return len(self._missing(chunk))
 
-    def _missing(self, chunk: range, tell: bool = True) -> list[int]:
+    def _missing(self, chunk: range, tell: bool = True) -> dict[int, set[Path]]:
+        """Finds the samples that are not whole, and the files that they lack."""
         files = {sample: [self.output / file for file in self.files(sample)] for sample in chunk}
         sound = self.seals.sound(_seal_of(chunk), chain.from_iterable(files.values()), tell)
-        return [sample for sample, paths in files.items() if not sound.issuperset(paths)]
+        return {sample: set(paths) - sound for sample, paths in files.items() if not sound.issuperset(paths)}
 
     def any_there(self) -> bool:
         """Whether a name begins with six digits."""
@@ -128,12 +129,13 @@ class FolderOfSamples(Samples):
     def write(self, chunk: range) -> Iterator[str | None]:
         """Writes the files that are missing."""
         missing = self._missing(chunk, tell=False)
-        for path in (self.output / file for sample in missing for file in self.files(sample)):
+        for path in chain.from_iterable(missing.values()):
             path.unlink(missing_ok=True)  # writers keep what they find
         for samples, latents in self._drawn(chunk):
             some = [sample for sample in missing if sample in samples]
             yield from self._write_files(self.output, some, latents, samples.start)
-        self.seals.seal(_seal_of(chunk), (self.output / file for sample in chunk for file in self.files(sample)))
+        files = [self.output / file for sample in chunk for file in self.files(sample)]
+        self.seals.seal(_seal_of(chunk), files, flush=False)
 
     def _write_files(self, folder: Path, samples: list[int], latents: Tensor, first: int) -> Iterator[str | None]:
         """Writes the files of ``samples``, whose latents are those from ``first`` on."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Callable, NoReturn, Sequence
 
@@ -52,20 +54,33 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(parser: Parser, arguments: list[str] | None, work: Callable[[Any], int]) -> int:
-    """Parses and works; returns the exit code, 2 after one line about what is wrong.
+    """Parses and works; returns the exit code: 2 after one line about what is wrong, 130 after Ctrl-C.
 
-    What the runtime logs (which backend it took and why) goes to stderr.
+    A SIGTERM ends it with 143, by way of whatever clears up. What the runtime logs (which backend it took and why) goes
+    to stderr.
     """
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)
     try:
         options = parser.parse_args(arguments)
         logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
         return work(options)
     except BundleError as error:
         complaint = str(error)
+    except KeyboardInterrupt as error:
+        if type(error) is not KeyboardInterrupt:  # of `mnif`, which tells it apart
+            raise
+        print(f"{parser.prog}: stopped", file=sys.stderr)
+        return 130
     except OSError as error:
         complaint = f"{error.filename or 'file system'}: {error.strerror or error}"
     print(f"{parser.prog}: {printable(complaint)}", file=sys.stderr)
     return 2
+
+
+def _end(number: int, frame: Any) -> NoReturn:
+    print("terminated", file=sys.stderr)
+    sys.exit(143)
 
 
 def printable(text: str) -> str:

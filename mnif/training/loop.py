@@ -4,10 +4,8 @@ Ctrl-C and SIGTERM are noticed between two steps, by all processes at the same o
 """
 
 import math
-import signal
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,7 +26,7 @@ from mnif.training.checkpoints import Checkpoints
 from mnif.training.run_record import MetricsLog
 from mnif.utils.errors import UserError
 from mnif.utils.files import remove_leftovers
-from mnif.utils.process import Terminated, progress_bar
+from mnif.utils.process import graceful_interrupt, interruption, progress_bar
 
 
 def all_reduce_any() -> Callable[[bool], bool]:
@@ -46,39 +44,6 @@ def all_reduce_any() -> Callable[[bool], bool]:
         return bool(answer)
 
     return agreed
-
-
-_ONE_WISH = 2.0  # seconds within which signals are one and the same wish: launchers and shells send several
-
-
-@contextmanager
-def graceful_interrupt() -> Iterator[Callable[[], list[int]]]:
-    """Lets the step at hand finish after Ctrl-C or SIGTERM; a second one that comes later stops at once.
-
-    Yields:
-        What gives the signals received, in their order.
-    """
-    received: list[int] = []
-    first = math.inf
-
-    def note(number: int, frame: Any) -> None:
-        nonlocal first
-        if time.monotonic() - first > _ONE_WISH:
-            raise _interruption([number])
-        first = min(first, time.monotonic())
-        received.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def _interruption(received: list[int]) -> KeyboardInterrupt:
-    """What ends a command that got these signals; a process that got none of its own follows another."""
-    return Terminated() if signal.SIGTERM in received else KeyboardInterrupt()
 
 
 LOG_STEPS = 50
@@ -260,7 +225,7 @@ class TrainLoop:
                     self._save()
                 if stop and progress.step < arguments.max_train_steps:
                     self.accelerator.print(f"stopped at step {progress.step}; the same command continues from here")
-                    raise _interruption(interrupted())
+                    raise interruption(interrupted())
                 yield progress.step
 
     def _is_due(self, every: int) -> bool:

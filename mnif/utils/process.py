@@ -1,9 +1,10 @@
-"""This process: its command, memory, threads and progress, and the other processes that share its work.
+"""This process: its command, memory, threads, signals and output, and the other processes that share its work.
 
 torch and accelerate are imported where they are needed: whoever reads data shows progress without them.
 """
 
 import contextlib
+import math
 import os
 import re
 import resource
@@ -11,7 +12,8 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TextIO, cast
@@ -69,6 +71,39 @@ def sigterm_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+_ONE_WISH = 2.0  # seconds within which signals are one and the same wish: launchers and shells send several
+
+
+@contextmanager
+def graceful_interrupt() -> Iterator[Callable[[], list[int]]]:
+    """Lets the step at hand finish after Ctrl-C or SIGTERM; a second one that comes later stops at once.
+
+    Yields:
+        What gives the signals received, in their order.
+    """
+    received: list[int] = []
+    first = math.inf
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal first
+        if time.monotonic() - first > _ONE_WISH:
+            raise interruption([number])
+        first = min(first, time.monotonic())
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def interruption(received: list[int]) -> KeyboardInterrupt:
+    """What ends a command that got these signals; a process that got none of its own follows another."""
+    return Terminated() if signal.SIGTERM in received else KeyboardInterrupt()
 
 
 _RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # torchrun and accelerate, Open MPI, MPICH

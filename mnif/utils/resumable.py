@@ -54,10 +54,17 @@ class Seals:
             tqdm.write(f"{printable(changed[0])}{more}: not known to be as it was written; made anew")
         return sound
 
-    def seal(self, name: str, files: Iterable[Path]) -> None:
-        """Notes what those of the files hold that are there; what was noted of others stays."""
+    def seal(self, name: str, files: Iterable[Path], flush: bool = True) -> None:
+        """Notes what those of the files hold that are there; what was noted of others stays.
+
+        Args:
+            name: of the seal.
+            files: below the folder; they may be missing.
+            flush: as of :func:`mnif.utils.files.written_atomically`: like the files themselves.
+        """
         content = {self._key(path): _content_of(path) for path in files if path.exists()}
-        write_json(self._path(name), self._read(name) | content)
+        with written_atomically(self._path(name), flush) as temporary:
+            temporary.write_text(json.dumps(self._read(name) | content))
 
     def remove(self) -> None:
         """Removes all seals."""

@@ -123,6 +123,20 @@ def test_a_sigterm_ends_a_command_as_ctrl_c_does(
     assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.parametrize(("number", "code", "line"), [(15, 143, "terminated\n"), (2, 130, "mnif sample: stopped\n")])
+def test_a_signal_ends_a_command_on_a_board(exported: Path, tmp_path: Path, number: int, code: int, line: str) -> None:
+    program = (
+        "import os, sys; from pathlib import Path; from export.device import bundle, sample\n"
+        "def replace(path, target): os.kill(os.getpid(), int(sys.argv.pop()))\n"
+        "Path.replace = replace\n"
+        "sys.exit(sample.main(sys.argv[1:-1]))"
+    )
+    flags = ["--bundle", str(exported), "--num", "1", "--output_dir", f"{tmp_path}/out", str(number)]
+    done = subprocess.run([sys.executable, "-c", program, *flags], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.splitlines(keepends=True)[-1]) == (code, line)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 HOSTILE = "a\x1b[2J\nmnif fit: all is well\r\u202e`b`\udcff.png"
 
 

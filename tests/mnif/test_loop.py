@@ -26,6 +26,7 @@ from mnif.training import loop
 from mnif.training.checkpoints import newest_checkpoint
 from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator, steps_of_epochs
 from mnif.training.run_record import read_metrics_log
+from mnif.utils import process
 from mnif.utils.errors import UserError
 from mnif.utils.process import Terminated
 
@@ -133,11 +134,11 @@ def test_signals_of_one_instant_are_one_wish_and_keep_the_checkpoint(
 
 
 def test_a_second_wish_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    with loop.graceful_interrupt() as interrupted:
+    with process.graceful_interrupt() as interrupted:
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupted() == [signal.SIGINT]
-        later = loop.time.monotonic() + 3
-        monkeypatch.setattr(loop.time, "monotonic", lambda: later)
+        later = process.time.monotonic() + 3
+        monkeypatch.setattr(process.time, "monotonic", lambda: later)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
