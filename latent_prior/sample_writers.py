@@ -25,7 +25,7 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import OutputWriter, Signal
 from mnif.utils.files import temporary_folder, written_atomically
 from mnif.utils.pixels import image_grid, save_animation, save_image
-from mnif.utils.resumable import Chunks, Seals, chunks_of
+from mnif.utils.resumable import SEALS, Chunks, Seals, chunks_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class Samples(ABC):
     def folders(self) -> list[Path]:
         """The folders that files are written to, in this and every other format."""
         inside = [path for path in self.output.glob("[0-9]" * 6) if path.is_dir()]
-        return [self.output, self.output / "parts", self.output / "preview", *inside]
+        kept = self.output / "parts"
+        return [self.output, self.output / SEALS, kept, kept / SEALS, self.output / "preview", *inside]
 
     @abstractmethod
     def missing(self, chunk: range) -> int:

@@ -56,8 +56,8 @@ class Parser(argparse.ArgumentParser):
 def run_command(parser: Parser, arguments: list[str] | None, work: Callable[[Any], int]) -> int:
     """Parses and works; returns the exit code: 2 after one line about what is wrong, 130 after Ctrl-C.
 
-    A SIGTERM ends it with 143, by way of whatever clears up. What the runtime logs (which backend it took and why) goes
-    to stderr.
+    A SIGTERM ends it with 143, by way of whatever clears up. What the runtime logs (which backend it took and why)
+    goes to stderr.
     """
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _end)

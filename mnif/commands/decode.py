@@ -24,7 +24,7 @@ from mnif.utils.files import flush_everything, read_json, remove_leftovers, sha2
 from mnif.utils.output_folders import holds_folder
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import command_line, default_device, peak_memory_megabytes, progress_bar
-from mnif.utils.resumable import Seals
+from mnif.utils.resumable import SEALS, Seals
 
 _OWN_FILES = ("grid", "grid.png", "metrics.json", "decode.json")  # names that no latent may have
 _OVERVIEW, _OVERVIEW_PIXELS = 64, 256
@@ -86,7 +86,7 @@ def decode(arguments: DecodeArguments) -> None:
     requested = {"decoder": fingerprint, "latents": sha256_of_file(arguments.latents)} | asdict(writer)
     files = {row: [output / file for file in writer.files(names[row])] for row in rows}
     _check_same_decoding(output, requested, [path for paths in files.values() for path in paths])
-    for folder in {output, *(path.parent for paths in files.values() for path in paths)}:
+    for folder in {output, output / SEALS, *(path.parent for paths in files.values() for path in paths)}:
         remove_leftovers(folder)
     write_json(output / "decode.json", requested)
     seals = Seals(output)

@@ -28,6 +28,9 @@ def chunks_of(rows: range, size: int) -> list[range]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
+SEALS = ".seals"
+
+
 class Seals:
     """What files held when they were written, so that one that was changed or cut off since is not taken for whole.
 
@@ -67,17 +70,18 @@ class Seals:
             temporary.write_text(json.dumps(self._read(name) | content))
 
     def remove(self) -> None:
-        """Removes all seals."""
-        for path in (self.folder / ".seals").glob("*.json"):
+        """Removes all seals, and what a killed command left of one."""
+        remove_leftovers(self.folder / SEALS)
+        for path in (self.folder / SEALS).glob("*.json"):
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            (self.folder / ".seals").rmdir()
+            (self.folder / SEALS).rmdir()
 
     def _key(self, path: Path) -> str:
         return path.relative_to(self.folder).as_posix()
 
     def _path(self, name: str) -> Path:
-        return self.folder / ".seals" / f"{name}.json"
+        return self.folder / SEALS / f"{name}.json"
 
     def _read(self, name: str) -> dict[str, Any]:
         """What is noted; nothing where the seal itself is missing or damaged."""
@@ -106,7 +110,8 @@ class Chunks:
         self.folder, self.name, self._seals = folder, name, Seals(folder)
         self._record = folder / "search.json"
         if search is not None:
-            remove_leftovers(folder)
+            for place in (folder, folder / SEALS):
+                remove_leftovers(place)
             if not self._is_of(search):
                 self.remove()
             write_json(self._record, search)
