@@ -63,7 +63,7 @@ image = pipeline(batch_size=4).images[0]
 
 ## Data
 
-{{ data }}: {{ train }} instances to train, {{ held_out }} held out to choose weights by, the rest (if any) never
+Of {{ data }}: {{ train }} instances to train, {{ held_out }} held out to choose weights by, the rest (if any) never
 looked at. SHA-256 of the data as read: `{{ fingerprint }}`.
 
 ## How it was made
