@@ -173,7 +173,8 @@ def write_errors_of(path: Path, temporary: Path | None = None) -> Iterator[None]
     try:
         yield
     except OSError as error:
-        if error.filename is not None and not (temporary and str(error.filename).startswith(str(temporary))):
+        is_own = error.filename is None or (temporary and str(error.filename).startswith(str(temporary)))
+        if not is_own and error.errno not in _ONLY_OF_WRITING:  # a copy names what it reads
             raise
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
     except (SafetensorError, RuntimeError) as error:
@@ -182,6 +183,9 @@ def write_errors_of(path: Path, temporary: Path | None = None) -> Iterator[None]
         found = re.search(r"os error (\d+)", str(error))
         number = int(found[1]) if found else errno.ENOSPC if _is_full(path.parent) else errno.EIO
         raise OSError(number, os.strerror(number), str(path)) from error
+
+
+_ONLY_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 # In the messages of PyTorch's writer, whose errors have no class or number of their own.

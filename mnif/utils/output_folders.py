@@ -135,13 +135,15 @@ def held_folder(folder: Path) -> Iterator[None]:
         yield
         return
     there = folder.exists()
-    file = _HELD[place] = _locked_file(folder)
     try:
-        yield
+        file = _HELD[place] = _locked_file(folder)
+        try:
+            yield
+        finally:
+            del _HELD[place]
+            (folder / LOCK).unlink(missing_ok=True)  # while it is locked: whoever has opened it looks again
+            os.close(file)
     finally:
-        del _HELD[place]
-        (folder / LOCK).unlink(missing_ok=True)  # while it is locked: whoever has opened it looks again
-        os.close(file)
         if not there:
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -201,6 +203,7 @@ def _locked_file(folder: Path) -> int:
             raise UserError(f"{folder} is in use {_holder(path)}; wait for it, or choose another folder") from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                path.unlink(missing_ok=True)
                 os.close(file)
                 raise UserError(f"{folder}: nothing can be written there ({error.strerror})") from None
             print(f"{folder}: its file system knows no locks; let no second command write there", file=sys.stderr)

@@ -372,3 +372,16 @@ def test_what_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="nothing can be written there"):
             check_output_folder(folder, "sample")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_without_room_for_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mnif.utils.output_folders._rewrite", fill)
+    with (
+        pytest.raises(UserError, match=r"out: nothing can be written there \(No space left"),
+        held_folder(tmp_path / "out"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []
