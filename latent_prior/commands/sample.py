@@ -206,12 +206,14 @@ def _write(samples: Samples, missing: dict[range, int], state: PartialState) -> 
 
 def _report(samples: Samples, drawn: int, unseen: int, seconds: float) -> None:
     unit, output = samples.signal.noun, samples.output
+    metrics = {"seconds": round(seconds, 2), "peak_rss_mb": peak_memory_megabytes(), "command": command_line()}
     if not drawn:
+        if not (output / "metrics.json").exists():  # of one that was killed at its end
+            write_json(output / "metrics.json", metrics)
         print(f"{output}: all {samples.count} {unit}s are there already")
         return
     rate = drawn / seconds
-    metrics = {"images_per_second": rate, "seconds": round(seconds, 2), "peak_rss_mb": peak_memory_megabytes()}
-    write_json(output / "metrics.json", metrics | {"command": command_line()})
+    write_json(output / "metrics.json", metrics | {"images_per_second": rate})
     without = f"; {unseen} of them have no surface" if unseen else ""
     print(f"{output}: {drawn} {unit}s drawn, {rate:.0f} a second{without}")
 

@@ -124,12 +124,14 @@ def _report(
             "choose other --ids or train the model for longer"
         )
     output, made = arguments.output_dir, missing - len(unseen)
+    metrics: dict[str, Any] = {"seconds": round(seconds, 2), "without_surface": unseen}
+    metrics |= {"command": command_line(), "peak_rss_mb": peak_memory_megabytes()}
     if not made:
+        if not (output / "metrics.json").exists():  # of one that was killed at its end
+            write_json(output / "metrics.json", metrics)
         print(f"{output}: all {asked - len(unseen)} are there already")
         return
-    metrics = {"images_per_second": made / seconds, "seconds": round(seconds, 2), "without_surface": unseen}
-    metrics |= {"command": command_line(), "peak_rss_mb": peak_memory_megabytes()}
-    write_json(output / "metrics.json", metrics)
+    write_json(output / "metrics.json", metrics | {"images_per_second": made / seconds})
     print(f"{output}: {made} latents decoded, {made / seconds:.1f} a second")
 
 
