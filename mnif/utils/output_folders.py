@@ -120,8 +120,8 @@ _HELD: dict[Path, int] = {}  # by this process, each with the descriptor of its 
 def held_folder(folder: Path) -> Iterator[None]:
     """Holds a folder for this command, so that no other one writes to it meanwhile; whoever reads is not asked.
 
-    The kernel holds the lock (``flock``) on the file ``.mnif.lock``, for as long as this process lives: after a kill it is
-    free, and the file that stays behind means nothing. Of the processes of one launch the main one alone holds it.
+    The kernel holds the lock (``flock``) on the file ``.mnif.lock``, for as long as this process lives: after a kill
+    it is free, and the file that stays behind means nothing. Of the processes of one launch the main one holds it.
     Linux passes it on to the server of a network disk (NFS, from version 4 on or with its lock daemon), so it holds
     between machines; where a file system knows no locks, a line says so and nothing is held.
 
