@@ -17,7 +17,14 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from mnif.utils.errors import UserError, printable
-from mnif.utils.files import read_json, remove_leftovers, sha256_of_file, write_json, written_atomically
+from mnif.utils.files import (
+    read_json,
+    remove_leftovers,
+    sha256_of_file,
+    write_json,
+    written_apart,
+    written_atomically,
+)
 from mnif.utils.process import Processes, is_main_process, progress_bar
 
 T = TypeVar("T")
@@ -125,8 +132,8 @@ class Chunks:
 
     def save(self, start: int, rows: np.ndarray) -> None:
         """Keeps the chunk that begins at row ``start``."""
-        with written_atomically(self._path(start)) as temporary:
-            save_file({self.name: np.ascontiguousarray(rows)}, temporary)
+        with written_atomically(self._path(start)) as temporary, written_apart(temporary) as apart:
+            save_file({self.name: np.ascontiguousarray(rows)}, apart)
         self._seals.seal(self._path(start).stem, [self._path(start)])
 
     def load(self, start: int) -> np.ndarray:
