@@ -30,11 +30,11 @@ from export.device import runtime
 from export.device.bundle import BundleError
 from export.device.runtime import Sampler, load_bundle
 from mnif.data.dataset import Split
-from mnif.data.images import ImageData, array_source, image_files, image_size, load_images, open_image
+from mnif.data.images import ImageData, array_source, image_files, image_size, load_images
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_file
-from mnif.utils.pixels import to_uint8
+from mnif.utils.pixels import open_image, to_uint8
 
 _BESIDE_SAMPLES = (".json", ".jsonl", ".safetensors", ".md", ".html", ".log")  # what commands write there themselves
 

@@ -25,7 +25,7 @@ from evals.metrics.shapes import (
 )
 from mnif.data.arrays import npy_array, npz_arrays
 from mnif.data.dataset import Split
-from mnif.data.images import files_by_name
+from mnif.data.source import files_by_name
 from mnif.data.voxel_formats import MESH_SUFFIXES, read_binvox, read_mesh
 from mnif.data.voxels import VoxelData
 from mnif.utils.errors import UserError

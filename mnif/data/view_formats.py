@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from mnif.data.images import IMAGE_SUFFIXES, open_image
+from mnif.data.images import IMAGE_SUFFIXES
 from mnif.utils.errors import UserError
 from mnif.utils.files import read_json
+from mnif.utils.pixels import open_image
 
 SRN_MARKER = "intrinsics.txt"
 TRANSFORMS_MARKERS = ("transforms.json", "transforms_train.json")

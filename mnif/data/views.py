@@ -13,10 +13,10 @@ from PIL import Image
 from mnif.data.arrays import file_stamps, memmap_cached, npz_arrays
 from mnif.data.builtin import builtin_names, data_file
 from mnif.data.dataset import Dataset
-from mnif.data.images import central_box, open_image, packed_images, to_mode
+from mnif.data.images import packed_images
 from mnif.data.view_formats import posed_images
 from mnif.utils.errors import UserError
-from mnif.utils.pixels import as_axes
+from mnif.utils.pixels import as_axes, central_box, open_image, to_mode
 from mnif.utils.process import progress_bar
 
 Background = Literal["white", "black"]

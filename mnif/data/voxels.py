@@ -9,7 +9,7 @@ import numpy as np
 from mnif.data.arrays import file_stamps, ids_and_groups, memmap_cached, npy_array, npz_arrays
 from mnif.data.builtin import builtin_names, data_file
 from mnif.data.dataset import Dataset
-from mnif.data.images import files_by_name
+from mnif.data.source import files_by_name
 from mnif.data.voxel_formats import (
     MESH_SUFFIXES,
     binvox_resolution,

@@ -3,12 +3,14 @@
 torch and accelerate are imported where they are needed: whoever reads data shows progress without them.
 """
 
+import os
 import resource
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -40,6 +42,13 @@ def default_device() -> "torch.device":
 
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return device or torch.device("cpu")
+
+
+@cache
+def tell(line: str) -> None:
+    """Tells the user a line on stderr: once, however often it comes up and however many processes run."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
