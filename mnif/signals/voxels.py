@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from mnif.data.dataset import Dataset
+from mnif.data.images import IMAGE_SUFFIXES
 from mnif.data.source import DataSource
-from mnif.data.voxels import VOXEL_SUFFIXES, VoxelData, load_voxels
+from mnif.data.voxels import ARRAY_SUFFIXES, VOXEL_SUFFIXES, VoxelData, load_voxels
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import GridSignal, Observation, OutputWriter, Signal, intersection_over_union, mirror_half
 from mnif.signals.outputs import (
@@ -102,13 +103,18 @@ class Voxels(GridSignal):
 
     @classmethod
     def recognizes(cls, source: DataSource) -> bool:
-        """Recognizes HDF5 files, folders of ``.binvox`` files or meshes, and arrays: by name, or of cubes."""
-        shape, names = source.array_shape, source.array_names
+        """Recognizes HDF5 files, folders of ``.binvox`` files, meshes or arrays alone, and arrays: by name, or of
+        cubes."""
+        shape, names, suffixes = source.array_shape, source.array_names, source.file_suffixes
+        cubes = (
+            [] if shape is None else [shape] if len(shape) == 3 else [shape[1:4], *([shape[:3]] * (shape[3:] == (1,)))]
+        )
         return (
             source.suffix in (".hdf5", ".h5")
             or (bool(names & {"voxels", "occupancy", "packed"}) and "images" not in names)
-            or (shape is not None and len(shape) == 4 and len(set(shape[1:])) == 1)
-            or any(suffix in source.file_suffixes for suffix in VOXEL_SUFFIXES)
+            or any(len(cube) == 3 and len(set(cube)) == 1 for cube in cubes)
+            or any(suffix in suffixes for suffix in VOXEL_SUFFIXES)
+            or (bool(suffixes.keys() & {*ARRAY_SUFFIXES}) and not suffixes.keys() & {*IMAGE_SUFFIXES})
         )
 
     @classmethod
