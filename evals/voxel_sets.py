@@ -1,7 +1,8 @@
 """Sets of shapes: drawn ones from files, and how they compare with real ones that the model never saw.
 
 Meshes are taken as they stand, in the cube [-1, 1]³ that `mnif decode` writes them in. Grids hold occupancies in
-[0, 1] on that cube; volumes as a bundle's `device/sample.py` draws them, about [-1, 1], become such. Unlike shapes to learn from, drawn ones may be empty or full: they are counted.
+[0, 1] on that cube; volumes as a bundle's `device/sample.py` draws them, about [-1, 1], become such. Unlike shapes to
+learn from, drawn ones may be empty or full: they are counted.
 
 All sets that are compared have the same number of shapes, since coverage and 1-NNA depend on it. The floor is what
 real shapes from the training set score in the place of drawn ones: no model can hope for better.
@@ -126,7 +127,7 @@ def _grids_in(path: Path) -> np.ndarray:
         return (grids.astype(np.float32) / 2 + 0.5).clip(0, 1)
     if grids.min() < 0 or grids.max() > 1:
         raise UserError(
-            f"{path}: holds values from {grids.min():g} to {grids.max():g}, outside [0, 1]; occupancies are needed, or "
+            f"{path}: holds values outside [0, 1], {grids.min():g} to {grids.max():g}; occupancies are needed, or "
             "volumes with a channel, [R, R, R, 1]"
         )
     return grids.astype(np.float32)

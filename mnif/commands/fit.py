@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mnif.data.batches import ArrayDataset, array_dataset
 from mnif.data.dataset import Dataset, Split
+from mnif.data.view_formats import CameraConvention
 from mnif.latents.embedding import LatentEmbedding
 from mnif.latents.inference import LatentInit, evaluate_latents, infer_latents
 from mnif.latents.inner_loop import InnerLoop
@@ -41,7 +42,7 @@ from mnif.utils.args import parse_given, preset_names, preset_values, read_prese
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import merge_json
 from mnif.utils.output_folders import check_output_folder
-from mnif.utils.pixels import image_grid, save_image
+from mnif.utils.pixels import MAX_IMAGE_PIXELS, image_grid, limit_image_pixels, save_image
 from mnif.utils.process import peak_memory_megabytes
 
 PRESETS = Path(__file__).parents[1] / "presets"
@@ -80,6 +81,7 @@ _COUNTS = (
     "rays_per_step",
     "encoder_width",
     "resolution",
+    "max_image_pixels",
 )  # flags that are at least 1
 
 
@@ -105,6 +107,8 @@ class FitArguments(TrainingArguments):
     """Pixels per axis: one number, or height and width. Pictures: 32 unless given; others: as the data are."""
     channels: Literal[1, 3, 4] = 3
     """Of pictures: grey, RGB, or RGBA."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Pixels that a picture file may have; larger ones stop the run."""
     stride: int = 1
     """Grids: a step looks at every stride-th pixel along each axis, with a random offset."""
     held_out_fraction: float = 0.1
@@ -183,6 +187,10 @@ class FitArguments(TrainingArguments):
     """Distance from the cameras where the object ends; default: of the data (radiance)."""
     background: Literal["white", "black"] = "white"
     """Behind the object, and behind transparent pixels (radiance)."""
+    camera_convention: CameraConvention = "auto"
+    """Of the poses in the files; auto: OpenCV's of SRN folders, OpenGL's of transforms.json (radiance)."""
+    center_views: bool = False
+    """Move the point that the cameras of an object look at to the origin (radiance)."""
 
 
 T = TypeVar("T", bound=FitArguments)
@@ -302,6 +310,7 @@ def fit(arguments: FitArguments) -> None:
     started = time.perf_counter()
     if not arguments.dry_run:
         check_output_folder(arguments.output_dir, "fit")
+    limit_image_pixels(arguments.max_image_pixels)
     kind = signal_class(arguments.signal)
     data = kind.load(arguments.data, asdict(arguments))
     signal = kind.from_data(data, asdict(arguments))

@@ -380,8 +380,8 @@ def read_mesh(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     try:
         content = _absolute_obj(path) if path.suffix.lower() == ".obj" else path
-        options = {"file_type": "obj"} if content is not path else {}
-        scene: Any = trimesh.load_scene(content, process=False, skip_materials=True, **options)
+        kind = path.suffix.lower().removeprefix(".")
+        scene: Any = trimesh.load_scene(content, file_type=kind, process=False, skip_materials=True)
         parts = {name: part for name, part in scene.geometry.items() if len(getattr(part, "faces", ()))}
     except UserError:
         raise

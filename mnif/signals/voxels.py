@@ -105,14 +105,11 @@ class Voxels(GridSignal):
     def recognizes(cls, source: DataSource) -> bool:
         """Recognizes HDF5 files, folders of ``.binvox`` files, meshes or arrays alone, and arrays: by name, or of
         cubes."""
-        shape, names, suffixes = source.array_shape, source.array_names, source.file_suffixes
-        cubes = (
-            [] if shape is None else [shape] if len(shape) == 3 else [shape[1:4], *([shape[:3]] * (shape[3:] == (1,)))]
-        )
+        names, suffixes = source.array_names, source.file_suffixes
         return (
             source.suffix in (".hdf5", ".h5")
             or (bool(names & {"voxels", "occupancy", "packed"}) and "images" not in names)
-            or any(len(cube) == 3 and len(set(cube)) == 1 for cube in cubes)
+            or _of_cubes(source.array_shape or ())
             or any(suffix in suffixes for suffix in VOXEL_SUFFIXES)
             or (bool(suffixes.keys() & {*ARRAY_SUFFIXES}) and not suffixes.keys() & {*IMAGE_SUFFIXES})
         )
@@ -170,6 +167,13 @@ class Voxels(GridSignal):
         if output_type == "mesh":
             return meshes
         return [[Image.fromarray(view) for view in _turntable(mesh, views, ELEVATION)] for mesh in meshes]
+
+
+def _of_cubes(shape: tuple[int, ...]) -> bool:
+    """Whether an array may be one grid, several, or a volume with a channel."""
+    if len(shape) == 4 and shape[3] == 1 and len(set(shape[:3])) == 1:
+        return True
+    return len(shape) in (3, 4) and len(set(shape[-3:])) == 1
 
 
 def _one_number(resolution: Sequence[int] | None) -> int | None:

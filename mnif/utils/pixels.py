@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngImageFile
 from scipy.spatial import cKDTree
 
 from mnif.utils.errors import UserError, require
@@ -90,7 +91,7 @@ def _quiet() -> Iterator[None]:
 
 def _mend_transparency(image: Image.Image) -> None:
     """Brings the transparent value of a PNG, which Pillow leaves as the file has it, to the range of its pixels."""
-    if image.format == "PNG" and "transparency" in image.info and image.tile:
+    if isinstance(image, PngImageFile) and "transparency" in image.info and image.tile:
         value, packing = image.info["transparency"], image.tile[0][3]
         if packing in ("L;2", "L;4"):
             image.info["transparency"] = value * (85 if packing == "L;2" else 17)
