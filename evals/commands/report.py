@@ -106,7 +106,7 @@ def report(arguments: ReportArguments) -> None:
     )
     output = arguments.output or run / "report.html"
     with written_atomically(output) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     print(output)
 
 

@@ -337,7 +337,7 @@ def fit(arguments: FitArguments) -> None:
     rows = array_dataset(train_data.arrays())
     held_rows = array_dataset(data.rows(splits == Split.HELD_OUT).arrays())
     accelerator.print(
-        f"{arguments.data}: {len(rows)} {signal.noun}s to train, {len(held_rows)} held out, "
+        f"{data.name}: {len(rows)} {signal.noun}s to train, {len(held_rows)} held out, "
         f"{(splits == Split.TEST).sum()} kept for a test; decoder {decoder.num_parameters():,} parameters"
     )
     probes = {"psnr_train": validation_rows(rows, method, accelerator)}

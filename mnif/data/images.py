@@ -17,7 +17,7 @@ from PIL import Image
 from mnif.data.arrays import file_stamps, ids_and_groups, memmap_cached, npy_array, npz_arrays, row_names
 from mnif.data.builtin import builtin_names, data_file, twemoji_files, twemoji_group
 from mnif.data.dataset import Dataset
-from mnif.data.source import DataSource, files_by_name, shared_groups
+from mnif.data.source import DataSource, files_by_name, readable, shared_groups
 from mnif.utils.errors import UserError, require
 from mnif.utils.pixels import as_axes, crop_and_resize, open_image
 from mnif.utils.process import progress_bar
@@ -100,7 +100,7 @@ def load_images(source: str, resolution: int | tuple[int, int], channels: int = 
     images = _source(source)
     if not images.ids:
         raise UserError(f"--data {source}: holds no pictures")
-    return ImageData(source, _pixels(source, images, (height, width), channels), images.ids, images.groups)
+    return ImageData(readable(source), _pixels(source, images, (height, width), channels), images.ids, images.groups)
 
 
 def image_size(source: str) -> int:

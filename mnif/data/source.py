@@ -187,8 +187,13 @@ def _once(files: list[Path], left_out: Counter[str]) -> list[Path]:
 
 
 def file_id(path: Path, folder: Path) -> str:
-    """Names a file by its path below a folder; bytes of the name that are no UTF-8 are written ``\\xNN``."""
-    return os.fsencode(path.relative_to(folder).as_posix()).decode("utf-8", "backslashreplace")
+    """Names a file by its path below a folder, as :func:`readable`."""
+    return readable(path.relative_to(folder).as_posix())
+
+
+def readable(name: str) -> str:
+    """Writes what is no UTF-8 in the name of a file as ``\\xNN``, so that it can be stored and shown."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def shared_groups(ids: list[str], designs: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from mnif.data.arrays import file_stamps, memmap_cached, npz_arrays
 from mnif.data.builtin import builtin_names, data_file
 from mnif.data.dataset import Dataset
 from mnif.data.images import packed_images
+from mnif.data.source import readable
 from mnif.data.view_formats import OPENCV_TO_OPENGL, CameraConvention, opengl_poses, point_looked_at, posed_images
 from mnif.utils.errors import UserError
 from mnif.utils.pixels import as_axes, central_box, open_image, to_mode
@@ -140,7 +141,7 @@ def load_views(
     images = _pixels(source, views, (height, width), background)
     intrinsics = _resized_intrinsics(views, (height, width)).astype(np.float32)
     poses = views.poses.astype(np.float32)
-    return ViewData(source, images, poses, intrinsics, near, far, background, views.ids, views.groups)
+    return ViewData(readable(source), images, poses, intrinsics, near, far, background, views.ids, views.groups)
 
 
 def _source(

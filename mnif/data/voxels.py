@@ -11,7 +11,7 @@ import numpy as np
 from mnif.data.arrays import file_stamps, ids_and_groups, memmap_cached, npy_array, npz_arrays
 from mnif.data.builtin import builtin_names, data_file
 from mnif.data.dataset import Dataset
-from mnif.data.source import DataSource, file_id, files_by_name, visible_files
+from mnif.data.source import DataSource, file_id, files_by_name, readable, visible_files
 from mnif.data.voxel_formats import (
     MESH_SUFFIXES,
     binvox_resolution,
@@ -108,7 +108,7 @@ def load_voxels(source: str, resolution: int | None = None) -> VoxelData:
             f"--resolution {cells}: the grids of {source} have {grids.resolution} cells per axis, which is no whole "
             f"multiple; leave --resolution out or divide {grids.resolution}"
         )
-    return VoxelData(source, _packed(source, grids, cells), cells, grids.ids, grids.groups)
+    return VoxelData(readable(source), _packed(source, grids, cells), cells, grids.ids, grids.groups)
 
 
 def _source(source: str, resolution: int | None) -> VoxelSource:

@@ -173,9 +173,7 @@ class RadianceField(Signal):
         """Reads posed views (:func:`mnif.data.views.load_views`); takes ``resolution``, ``near``, ``far``,
         ``max_views``, ``background``, ``bound``, ``camera_convention`` and ``center_views``."""
         resolution = height_and_width(options["resolution"]) if options["resolution"] else None
-        bound = options.get("bound")
-        if bound is not None and not 0 < bound < math.inf:
-            raise UserError(f"--bound {bound:g}: must be above 0")
+        _check_bound(options)
         names = ("near", "far", "max_views", "background", "bound", "camera_convention", "center_views")
         return load_views(source, resolution, **{name: options[name] for name in names if name in options})
 
@@ -188,6 +186,7 @@ class RadianceField(Signal):
         views, height, width = data.images.shape[1:4]
         if not 0 <= options["held_out_views"] < views:
             raise UserError(f"--held_out_views {options['held_out_views']}: each object has {views} views")
+        _check_bound(options)
         distance = float(np.median(np.linalg.norm(np.asarray(data.poses[:, :, :3, 3]), axis=-1)))
         return cls(
             resolution=height if height == width else [height, width],
@@ -364,6 +363,12 @@ class RadianceField(Signal):
             return np.stack([*decode_volumes(decoder, latents, resolution)])
         objects = [self.turntable(decoder, latent, views, ELEVATION, resolution)[0] for latent in latents.split(1)]
         return [[Image.fromarray(view) for view in images] for images in objects]
+
+
+def _check_bound(options: Mapping[str, Any]) -> None:
+    bound = options.get("bound")
+    if bound is not None and not 0 < bound < math.inf:
+        raise UserError(f"--bound {bound:g}: must be above 0")
 
 
 def _rays_of(cameras: Cameras, views: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:

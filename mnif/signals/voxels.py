@@ -171,9 +171,8 @@ class Voxels(GridSignal):
 
 def _of_cubes(shape: tuple[int, ...]) -> bool:
     """Whether an array may be one grid, several, or a volume with a channel."""
-    if len(shape) == 4 and shape[3] == 1 and len(set(shape[:3])) == 1:
-        return True
-    return len(shape) in (3, 4) and len(set(shape[-3:])) == 1
+    without_channel = shape[:-1] if shape[-1:] == (1,) else shape
+    return any(len(each) in (3, 4) and len(set(each[-3:])) == 1 for each in (shape, without_channel))
 
 
 def _one_number(resolution: Sequence[int] | None) -> int | None:

@@ -93,7 +93,8 @@ class Processes:
 
 def command_line() -> str:
     """The command this process runs, as a user would type it."""
-    return shlex.join(["mnif", *sys.argv[1:]])
+    text = shlex.join(["mnif", *sys.argv[1:]])
+    return text.encode("utf-8", "backslashreplace").decode()  # of names of files, which may be no UTF-8
 
 
 def peak_memory_megabytes() -> float:
