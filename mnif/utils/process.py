@@ -46,9 +46,9 @@ def default_device() -> "torch.device":
 
 @cache
 def tell(line: str) -> None:
-    """Tells the user a line on stderr: once, however often it comes up and however many processes run."""
+    """Tells the user a line that is no error: once, however often it comes up and however many processes run."""
     if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
+        print(line.encode("utf-8", "backslashreplace").decode())
 
 
 def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
