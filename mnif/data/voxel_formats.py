@@ -264,11 +264,13 @@ def voxelise_mesh(path: Path, resolution: int) -> np.ndarray:
 
 def is_closed(triangles: np.ndarray) -> bool:
     """Whether triangles [F, 3, 3] have every edge as often one way as the other, so that they have an inside."""
-    _, corners = np.unique(np.round(triangles.reshape(-1, 3), 5), axis=0, return_inverse=True)
-    corners = corners.reshape(-1, 3)
+    # Corners and edges as numbers of 64 bits, mixed by odd factors: sorting places themselves takes ten times as long.
+    places = np.round(triangles * 1e5).astype(np.int64).view(np.uint64)
+    corners = places @ np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
+    corners ^= corners >> np.uint64(29)
     start, end = corners.ravel(), np.roll(corners, -1, axis=1).ravel()
-    count = int(corners.max()) + 1
-    there, back = np.sort(start * count + end), np.sort(end * count + start)
+    factors = np.uint64(0xD6E8FEB86659FD93), np.uint64(0xA0761D6478BD642F)
+    there, back = np.sort(start * factors[0] + end * factors[1]), np.sort(end * factors[0] + start * factors[1])
     return bool((there == back).all())
 
 
@@ -407,8 +409,7 @@ def _check_indices(path: Path, faces: np.ndarray, count: int) -> None:
         raise UserError(f"{path}: a face names corner {wrong} where there are 0 to {count - 1}; mend or remove it")
 
 
-_OBJ_FACE = re.compile(rb"^[ \t]*f[ \t][^\r\n]*", re.MULTILINE)
-_OBJ_CORNER = re.compile(rb"(?<=[ \t])([+-]?\d+)(?=[/ \t\r]|$)")
+_OBJ_ODD = re.compile(rb"^[ \t]*f[ \t](?:[^\r\n]*[ \t])?[+]?(?:-|0+(?:[/ \t\r\n]|$))", re.MULTILINE)  # backwards or 0
 
 
 def _absolute_obj(path: Path) -> Path | BytesIO:
@@ -420,13 +421,7 @@ def _absolute_obj(path: Path) -> Path | BytesIO:
         UserError: a face names a corner that is not there.
     """
     content = path.read_bytes()
-    backwards = False
-    for face in _OBJ_FACE.finditer(content):
-        for corner in _OBJ_CORNER.findall(face[0]):
-            if int(corner) == 0:
-                raise UserError(f"{path}: a face names corner 0, but an OBJ counts from 1; mend or remove it")
-            backwards = backwards or int(corner) < 0
-    if not backwards:
+    if not _OBJ_ODD.search(content):
         return path
     lines, count = [], 0
     for line in content.splitlines():
@@ -435,6 +430,8 @@ def _absolute_obj(path: Path) -> Path | BytesIO:
             count += 1
         if words[:1] == [b"f"]:
             corners = [int(word.split(b"/")[0]) for word in words[1:]]
+            if 0 in corners:
+                raise UserError(f"{path}: a face names corner 0, but an OBJ counts from 1; mend or remove it")
             corners = [count + 1 + corner if corner < 0 else corner for corner in corners]
             if min(corners, default=1) < 1:
                 raise UserError(f"{path}: a face counts farther back than there are corners; mend or remove it")
