@@ -425,7 +425,7 @@ def _absolute_obj(path: Path) -> Path | BytesIO:
         return path
     lines, count = [], 0
     for line in content.splitlines():
-        words = line.split()
+        words = line.partition(b"#")[0].split()
         if words[:1] == [b"v"]:
             count += 1
         if words[:1] == [b"f"]:

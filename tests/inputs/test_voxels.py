@@ -134,7 +134,7 @@ def test_a_corner_that_is_not_there_is_refused(tmp_path: Path, name: str, conten
 
 def test_an_obj_that_counts_backwards_means_the_corners_so_far(tmp_path: Path) -> None:
     more = "v 5 5 5\nv 6 5 5\nv 5 6 5\n"
-    (tmp_path / "a.obj").write_text(f"v 0 0 0\nv 1 0 0\nv 0 1 0\nf -3//1 -2 -1\n{more}f -3 5 -1\n")
+    (tmp_path / "a.obj").write_text(f"v 0 0 0\nv 1 0 0\nv 0 1 0\nf -3//1 -2 -1 # 0\n{more}f -3 5 -1\n")
     vertices, faces = read_mesh(tmp_path / "a.obj")
     assert vertices[faces].tolist() == [[[0, 0, 0], [1, 0, 0], [0, 1, 0]], [[5, 5, 5], [6, 5, 5], [5, 6, 5]]]
 
