@@ -87,13 +87,20 @@ def posed_images(
 
 
 def instance_folders(source: Path) -> dict[Path, str]:
-    """Finds the folders of instances and the file that marks each; what lies within an instance is not searched."""
-    folders: dict[Path, str] = {}
-    markers = (SRN_MARKER, *TRANSFORMS_MARKERS)
-    for path in visible_files(source, Counter(), stop_at=markers):
-        if path.name in markers:
-            known = folders.get(path.parent, path.name)
-            folders[path.parent] = min(known, path.name, key=markers.index)
+    """Finds the folders of instances and the file that marks each; what lies within an instance is not searched.
+
+    One line tells what was left out, and of other files of cameras (``transforms_test.json``).
+    """
+    markers, left_out = (SRN_MARKER, *TRANSFORMS_MARKERS), Counter[str]()
+    files = [path for path in visible_files(source, left_out, stop_at=markers) if path.name in markers]
+    files.sort(key=lambda path: markers.index(path.name), reverse=True)
+    folders = {path.parent: path.name for path in files}  # of several, the first marker stays
+    for folder, marker in folders.items():
+        if marker != SRN_MARKER:
+            left_out.update(path.name for path in folder.glob("transforms*.json") if path.name != marker)
+    if folders and left_out:
+        counted = ", ".join(f"{count} {why}" for why, count in left_out.most_common())
+        tell(f"{source}: {len(folders)} objects are read; left out are {counted}")
     return dict(sorted(folders.items()))
 
 

@@ -302,14 +302,36 @@ def test_what_srn_files_say_is_used_or_refused(tmp_path: Path) -> None:
     assert len(load_views(str(tmp_path / "d"), camera_convention="opengl")) == 1
 
 
-def test_hidden_folders_and_what_lies_in_an_object_are_no_objects(tmp_path: Path) -> None:
+def test_hidden_folders_and_what_lies_in_an_object_are_no_objects(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = tmp_path / "cars"
     for name in ("a", "deep/b", ".ipynb_checkpoints/a", "a/copy"):
         srn(source / name)
     srn(tmp_path / "elsewhere")
     (source / "c").symlink_to(tmp_path / "elsewhere")
     (source / "a" / "rgb" / "._000000.png").write_bytes(b"no picture")
+    lines: list[str] = []
+    monkeypatch.setattr(view_formats, "tell", lines.append)
     assert load_views(str(source)).ids == ["a", "c", "deep/b"]
+    assert lines == [f"{source}: 3 objects are read; left out are 1 hidden"]
+
+
+def test_other_files_of_cameras_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(view_formats, "tell", lines.append)
+    write(tmp_path, camera_angle_x=0.7)
+    content = (tmp_path / "transforms.json").read_text()
+    for name in ("transforms_train.json", "transforms_test.json"):
+        (tmp_path / name).write_text(content.replace("0.7", "0.9"))
+    assert intrinsics(tmp_path)[0] == pytest.approx(16 / np.tan(0.35))
+    (line,) = lines
+    assert line.startswith(f"{tmp_path}: 1 objects are read; left out are 1 transforms_t")
+
+
+def test_a_comparison_of_pictures_does_not_ask_what_cameras_see(tmp_path: Path) -> None:
+    write(tmp_path, POSES @ FLIP, camera_angle_x=0.7)
+    assert len(load_views(str(tmp_path), bound=np.inf)) == 1
 
 
 def test_a_damaged_file_of_cameras_is_one_line(tmp_path: Path) -> None:
