@@ -221,6 +221,7 @@ MESH_SUFFIXES = (".obj", ".glb", ".gltf", ".stl", ".ply", ".off")
 LONGEST_SIDE = 0.9
 """The longest side of a mesh's bounding box, as a share of the cube's."""
 
+_FARTHEST = 1e100  # coordinate of a corner; differences and products of larger ones would not be finite
 _LINES = 8  # along x and y, of those that cut a cell along z to measure how much of it is covered
 _OFF_EDGES = np.array([2.7e-6, 1.3e-6])  # cells; moves the lines off the edges of meshes made by rule
 _VOLUME_ERROR = 0.01  # below which cells that are covered alike are not told apart
@@ -397,8 +398,8 @@ def read_mesh(path: Path) -> tuple[np.ndarray, np.ndarray]:
     vertices, faces = np.asarray(mesh.vertices, dtype=np.float64), np.asarray(mesh.faces)
     if not len(faces):
         raise UserError(f"{path}: has no faces, so no surface; remove it")
-    if not np.isfinite(vertices[faces]).all():
-        raise UserError(f"{path}: a corner is NaN or infinite; mend or remove it")
+    if not (np.abs(vertices[faces]) < _FARTHEST).all():  # NaN is not
+        raise UserError(f"{path}: a corner is NaN, infinite or beyond {_FARTHEST:g}; mend or remove it")
     return vertices, faces
 
 

@@ -132,6 +132,13 @@ def test_a_corner_that_is_not_there_is_refused(tmp_path: Path, name: str, conten
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("place", ["nan", "inf", "1e308"])
+def test_a_corner_out_of_reach_is_refused(tmp_path: Path, place: str) -> None:
+    (tmp_path / "a.obj").write_text(f"v {place} 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n")
+    with pytest.raises(UserError, match=r"a\.obj: a corner is NaN, infinite or beyond 1e\+100"):
+        voxelise_mesh(tmp_path / "a.obj", 8)
+
+
 def test_an_obj_that_counts_backwards_means_the_corners_so_far(tmp_path: Path) -> None:
     more = "v 5 5 5\nv 6 5 5\nv 5 6 5\n"
     (tmp_path / "a.obj").write_text(f"v 0 0 0\nv 1 0 0\nv 0 1 0\nf -3//1 -2 -1 # 0\n{more}f -3 5 -1\n")
