@@ -195,8 +195,7 @@ def _tell_of_unused(marker: Path, objects: list[dict[str, Any]]) -> None:
     unused = {key for each in objects for key in each if key not in _USED and not _NO_CAMERA.match(key)}
     unused = {key for key in unused if not _BENT.fullmatch(key) and not _OTHER_NAMES.fullmatch(key)}
     if unused:
-        names = ", ".join(key if key.isprintable() else ascii(key) for key in sorted(unused))
-        tell(f"{marker.name}: not used of it are {names}")
+        tell(f"{marker.name}: not used of it are {', '.join(sorted(unused))}")
 
 
 def _frame_intrinsics(content: dict[str, Any], frame: dict[str, Any], size: tuple[int, int], where: str) -> np.ndarray:
