@@ -16,9 +16,11 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from latent_prior.denoisers import Denoiser
+from mnif.data.batches import InstanceGenerator
 from mnif.utils.errors import UserError
 
 Objective = Literal["x0", "v", "flow"]
@@ -126,7 +128,9 @@ def objective_of(scheduler: SchedulerMixin) -> Objective:
     raise UserError(f"{type(scheduler).__name__} with prediction_type {wanted!r}: denoisers here do not predict that")
 
 
-def noise_levels(objective: Objective, timestep: Tensor) -> tuple[Tensor, Tensor]:
+def noise_levels(
+    objective: Objective, timestep: Shaped[Tensor, "*batch"]
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """Shares α of the clean latent and σ of noise in a noisy one, at the scheduler's timesteps [B], 0 to 1000."""
     if OBJECTIVES[objective].is_flow:
         noise = timestep / TRAIN_TIMESTEPS
@@ -135,7 +139,9 @@ def noise_levels(objective: Objective, timestep: Tensor) -> tuple[Tensor, Tensor
     return product.sqrt(), (1 - product).sqrt()
 
 
-def penalty(error: Tensor, loss_type: LossType, scale: float = 0.03) -> Tensor:
+def penalty(
+    error: Float[Tensor, "batch latent_dim"], loss_type: LossType, scale: float = 0.03
+) -> Float[Tensor, " batch"]:
     """The size of errors [B, D], one number each [B].
 
     Args:
@@ -186,23 +192,32 @@ class DenoisingLoss(nn.Module):
         self.denoiser, self.objective, self.weighting, self.snr_limit = denoiser, objective, weighting, snr_limit
         self.loss_type, self.latent_noise = loss_type, latent_noise
 
-    def forward(self, latents: Tensor) -> Tensor:
-        """Mean loss of latents [B, D], with noise and times from torch's generator."""
-        noise = torch.randn_like(latents)
-        time = torch.rand(len(latents), device=latents.device)
+    def forward(
+        self, latents: Float[Tensor, "batch latent_dim"], key: Int64[Tensor, " batch"], row: Tensor | None = None
+    ) -> Float[Tensor, ""]:
+        """Mean loss of latents [B, D], with noise, times and dropout from their keys [B]; ``row`` is not looked at."""
+        generator = InstanceGenerator(key)
+        noise, time = generator.normal(latents.shape[1]), generator.uniform()
         if self.latent_noise:
-            latents = latents + self.latent_noise * self.denoiser.latent_std * torch.randn_like(latents)
-        return self.at(latents, noise, time).mean()
+            noise_of_latents = self.latent_noise * self.denoiser.latent_std
+            latents = latents + noise_of_latents * generator.normal(latents.shape[1])
+        return self.at(latents, noise, time, generator).mean()
 
-    def at(self, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """The loss of each latent [B] for given noise [B, D] and times [B] in [0, 1)."""
+    def at(
+        self,
+        latents: Float[Tensor, "batch latent_dim"],
+        noise: Float[Tensor, "batch latent_dim"],
+        time: Float[Tensor, " batch"],
+        generator: InstanceGenerator | None = None,
+    ) -> Float[Tensor, " batch"]:
+        """The loss of each latent [B] for given noise [B, D] and times [B] in [0, 1); a generator is for dropout."""
         prediction, clean = OBJECTIVES[self.objective], self.denoiser.standardised(latents)
         timestep = time * TRAIN_TIMESTEPS
         timestep = timestep if prediction.is_flow else timestep.long()
         alpha, sigma = noise_levels(self.objective, timestep)
         noisy = alpha[:, None] * clean + sigma[:, None] * noise
         target = prediction.target(clean, noise, alpha[:, None], sigma[:, None])
-        error = penalty(self.denoiser(noisy, timestep) - target, self.loss_type)
+        error = penalty(self.denoiser(noisy, timestep, generator) - target, self.loss_type)
         return self._weight(alpha, sigma) * error
 
     def _weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -215,7 +230,7 @@ class DenoisingLoss(nn.Module):
 
 
 @torch.no_grad()
-def validation_loss(loss: DenoisingLoss, latents: Tensor, repeats: int = 8) -> float:
+def validation_loss(loss: DenoisingLoss, latents: Float[Tensor, "batch latent_dim"], repeats: int = 8) -> float:
     """The mean loss of latents [N, D] with noise that is the same at every call, times spread evenly."""
     generator = torch.Generator().manual_seed(0)
     total = 0.0

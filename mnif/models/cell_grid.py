@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from mnif.utils.errors import UserError
@@ -107,14 +108,22 @@ class CellGrid:
         weights: [cells**d, points], how much of that pixel the point's value makes; they sum to the number of pixels.
     """
 
-    coordinates: Tensor
+    coordinates: Float[Tensor, "sets points d"]
     cells: int
     points_per_axis: tuple[int, ...]
     axes: tuple[tuple[Tensor, Tensor, Tensor], ...]
-    pixels: Tensor
-    weights: Tensor
+    pixels: Int64[Tensor, " cells_points"]
+    weights: Float[Tensor, "cells points"]
 
-    def gather_points(self, values: Tensor) -> Tensor:
+    @property
+    def bytes(self) -> int:
+        """What its tensors take."""
+        tensors = (self.coordinates, self.pixels, self.weights, *(part for axis in self.axes for part in axis))
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def gather_points(
+        self, values: Shaped[Tensor, "batch *grid channels"]
+    ) -> Shaped[Tensor, "batch cells points channels"]:
         """Gathers the pixels that the cells' points show; a point outside the domain gets some pixel.
 
         Args:
@@ -126,7 +135,7 @@ class CellGrid:
         seen = values.flatten(1, -2).index_select(1, self.pixels)
         return seen.view(len(values), *self.weights.shape, -1)
 
-    def blend(self, values: Tensor) -> Tensor:
+    def blend(self, values: Float[Tensor, "batch cells points channels"]) -> Float[Tensor, "batch *grid channels"]:
         """Puts the cells' values together to one grid.
 
         Args:
@@ -149,6 +158,22 @@ class CellGrid:
                 values.index_select(axis, first), values.index_select(axis, second), weight.to(values.dtype)
             )
         return values
+
+
+CACHED_BYTES = 2**28
+"""What the grids that are kept for the next call may take together, unless one alone takes more."""
+
+
+_cached_bytes = 0
+
+
+def _make_room(grid: CellGrid) -> None:
+    """Forgets the grids that are kept, before another one would make them too large together."""
+    global _cached_bytes
+    if _cached_bytes + grid.bytes > CACHED_BYTES:
+        cell_grid.cache_clear()
+        _cached_bytes = 0
+    _cached_bytes += grid.bytes
 
 
 @lru_cache(maxsize=64)
@@ -186,7 +211,7 @@ def cell_grid(
     coordinates = torch.stack(
         [torch.as_tensor(rows)[cell[:, None, axis], point[None, :, axis]] for axis, rows in enumerate(local)], dim=-1
     )
-    return CellGrid(
+    grid = CellGrid(
         coordinates=coordinates.to(device, dtype),
         cells=cells,
         points_per_axis=tuple(points),
@@ -201,6 +226,9 @@ def cell_grid(
         pixels=torch.from_numpy(pixels).to(device),
         weights=torch.from_numpy(weights).to(device, dtype),
     )
+    if not torch.compiler.is_compiling():  # what is traced is not kept
+        _make_room(grid)
+    return grid
 
 
 def _pixels_and_weights(axes: Sequence[AxisCells]) -> tuple[np.ndarray, np.ndarray]:
@@ -227,13 +255,13 @@ class PointAssignment:
         shape: (B, points).
     """
 
-    coordinates: Tensor
-    slot: Tensor
-    point: Tensor
-    weight: Tensor
+    coordinates: Float[Tensor, "fields slots d"]
+    slot: Int64[Tensor, " n"]
+    point: Int64[Tensor, " n"]
+    weight: Float[Tensor, " n"]
     shape: tuple[int, int]
 
-    def gather(self, values: Tensor) -> Tensor:
+    def gather(self, values: Float[Tensor, "fields slots channels"]) -> Float[Tensor, "batch points channels"]:
         """Sums the fields' values [B · cells**d, slots, channels] to the points' values [B, points, channels]."""
         answers = values.flatten(0, 1).index_select(0, self.slot) * self.weight[:, None]
         gathered = answers.new_zeros(self.shape[0] * self.shape[1], answers.shape[1])
@@ -241,7 +269,7 @@ class PointAssignment:
 
 
 @torch.no_grad()
-def assign_points(coordinates: Tensor, cells: int, overlap: float) -> PointAssignment:
+def assign_points(coordinates: Float[Tensor, "batch points d"], cells: int, overlap: float) -> PointAssignment:
     """Finds the cells of points, by the same partition of unity as :func:`mnif.models.cell_grid.axis_cells`.
 
     Args:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mnif.utils.errors import UserError
-from mnif.utils.files import flush_to_disk, read_json, write_json, written_atomically
+from mnif.utils.files import flush_to_disk, read_json, write_errors_of, write_json, written_atomically
 from mnif.utils.process import command_line
 
 
@@ -32,7 +32,7 @@ class MetricsLog:
     def add(self, step: int, seconds: float, metrics: dict[str, float]) -> None:
         """Appends one row: stage, step, seconds of training so far, and the figures."""
         row = {"stage": self.stage, "step": step, "seconds": round(seconds, 3), **metrics}
-        with self.path.open("a") as file:
+        with write_errors_of(self.path), self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def flush(self) -> None:

@@ -21,6 +21,7 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.signals.outputs import decode_grid
 from mnif.signals.radiance import RadianceField
 from mnif.signals.voxels import Voxels
+from mnif.utils import errors
 
 RADII = (0.5, 0.8)
 
@@ -45,7 +46,8 @@ def decoder_of(run: Path) -> tuple[MNIFModel, Tensor]:
 
 
 def files_in(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return {path.as_posix() for path in files if ".seals" not in path.parts}
 
 
 def error_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -161,6 +163,10 @@ def test_same_command_makes_what_is_missing_and_nothing_else(
     assert len(after) == 4
     assert main(command) == 0
     assert "all 3 are there already" in capsys.readouterr().out
+    (tmp_path / "out/set_1.png").write_bytes(second[:-1] + b"x")  # one byte
+    assert main(command) == 0
+    assert "set_1.png: not known to be as it was written; made anew" in capsys.readouterr().out
+    assert (tmp_path / "out/set_1.png").read_bytes() == second
 
 
 def test_folder_is_not_mixed(pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,6 +271,15 @@ def test_objects_have_eight_views_of_the_training_size(objects: Path, tmp_path: 
     assert main(decode(objects, tmp_path, "--num", "1")) == 0
     assert len(list((tmp_path / "chairs_a").iterdir())) == 8
     assert pixels_of(tmp_path / "chairs_a/000.png").shape == (8, 10, 3)
+
+
+def test_a_missing_package_is_named_before_any_work(
+    shapes: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(errors, "find_spec", lambda module: None)
+    message = error_of(decode(shapes, tmp_path / "out", "--turntable", "mp4"), capsys)
+    assert '"imageio-ffmpeg" is missing; run: pip install "mnif-diffusion[video]"' in message
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
