@@ -80,7 +80,7 @@ class FitArguments(TrainingArguments):
     """Learn basis networks and latents from data; the same command again continues or reuses the run."""
 
     data: str
-    """A built-in set (twemoji, furniture, furniture-views), a folder, a file, or hf:NAME; see docs/data.md."""
+    """A built-in set (avatars, twemoji, furniture, furniture-views), a folder, a file or hf:NAME; see docs/data.md."""
     output_dir: Path
     """The run folder: gets model/, latents.safetensors, metrics.jsonl, metrics.json and samples/."""
     signal: str = "auto"
@@ -114,8 +114,9 @@ class FitArguments(TrainingArguments):
     """Hidden-to-hidden layers of a field."""
     latent_dim: int = 128
     """Numbers in a latent (direct coefficients have their own number)."""
-    cells: int = 4
-    """Cells per axis, each with a field of its own; 1 is one global field, as in the paper."""
+    cells: int | None = None
+    """Cells per axis, each with a field of its own; 1 is one global field, as in the paper. Unless given: 4, and of
+    pictures over 32 pixels so many that a cell has 8 (at most 16)."""
     overlap: float = 0.1875
     """How far a cell's field reaches over its borders, as a fraction of its width (0 to 0.5)."""
     omega: float = 10.0
@@ -313,6 +314,7 @@ def fit(arguments: FitArguments) -> None:
         accumulation = arguments.gradient_accumulation_steps
         arguments.max_train_steps = steps_of_epochs(epochs, batch_size, accumulation, len(train_data))
     _augmentations(arguments, signal)
+    arguments.cells = arguments.cells or signal.default_cells()
     if arguments.dry_run:
         decoder = make_decoder(arguments, signal)
         print("\n".join(dry_run_report(arguments, decoder, signal, len(train_data))))
@@ -356,7 +358,8 @@ def make_decoder(arguments: FitArguments, signal: Signal) -> MNIFModel:
         latent_dim=None if arguments.coefficient_form == "direct" else arguments.latent_dim,
         signal=signal.name,
         signal_settings=signal.settings(),
-        **{name: getattr(arguments, name) for name in DECODER_SETTINGS},
+        **{name: getattr(arguments, name) for name in DECODER_SETTINGS}
+        | {"cells": arguments.cells or signal.default_cells()},
     )
 
 

@@ -6,6 +6,7 @@ A source yields its pictures one at a time; each is opened and brought to a size
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from hashlib import sha256
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from mnif.data.arrays import file_stamps, ids_and_groups, memmap_cached, npy_array, npz_arrays, row_names
-from mnif.data.builtin import builtin_names, data_file, twemoji_files, twemoji_group
+from mnif.data.builtin import avatar_drawings, builtin_names, data_file, is_avatars, twemoji_files, twemoji_group
 from mnif.data.dataset import Dataset
 from mnif.data.source import DataSource, files_by_name, readable, shared_groups
 from mnif.utils.errors import UserError, require
@@ -81,11 +82,11 @@ def load_images(source: str, resolution: int | tuple[int, int], channels: int = 
     cache folder and memory-mapped (:func:`mnif.data.arrays.memmap_cached`).
 
     Args:
-        source: a built-in name (``twemoji``, ``furniture-views``); a folder of PNG, JPEG or WebP files; an ``.npz``
-            file with ``images``, uint8 [N, H, W] or [N, H, W, 1|3|4] or float [N, H, W, 1|3|4] in [0, 1], and
-            optionally ``ids`` and ``groups``, N strings; such an array as ``.npy``, memory-mapped; a folder made by
-            ``save_to_disk`` of Hugging Face ``datasets``, or ``hf:NAME[:SPLIT]``, of which the first column of
-            pictures is taken.
+        source: a built-in name (``avatars``, ``twemoji``, ``furniture-views``); a folder of PNG, JPEG or WebP files;
+            an ``.npz`` file with ``images``, uint8 [N, H, W] or [N, H, W, 1|3|4] or float [N, H, W, 1|3|4] in
+            [0, 1], and optionally ``ids`` and ``groups``, N strings; such an array as ``.npy``, memory-mapped; a
+            folder made by ``save_to_disk`` of Hugging Face ``datasets``, or ``hf:NAME[:SPLIT]``, of which the first
+            column of pictures is taken.
         resolution: pixels per axis, or height and width, at least 1.
         channels: 1 (luminance), 3 (RGB) or 4 (RGBA).
 
@@ -135,6 +136,8 @@ def _source(source: str) -> ImageSource:
     if source == "twemoji":
         files = twemoji_files()
         return file_source(files, [twemoji_group(id) for id in files])
+    if is_avatars(source):
+        return avatar_source(source)
     if source == "furniture-views":
         return view_source()
     if source.startswith("hf:"):
@@ -304,6 +307,21 @@ def view_source() -> ImageSource:
     ids = [f"{id}/{view:02d}" for id in arrays["ids"] for view in range(views)]
     groups = [str(group) for group in arrays["groups"] for _ in range(views)]
     return ImageSource(ids, groups, lambda row: Image.open(BytesIO(files[row])), file_stamps([path]))
+
+
+def avatar_source(source: str) -> ImageSource:
+    """Makes a source of the built-in ``avatars``; of seeds that draw the same picture the first one stays.
+
+    Raises:
+        UserError: they cannot be drawn (:func:`mnif.data.builtin.avatar_drawings`).
+    """
+    ids, drawings = avatar_drawings(source)
+    first: dict[bytes, int] = {}
+    for row, drawing in enumerate(drawings):
+        first.setdefault(sha256(drawing.tobytes()).digest(), row)
+    ids, rows = [ids[row] for row in first.values()], list(first.values())
+    key = sha256(b"".join(first)).hexdigest()
+    return ImageSource(ids, ids, lambda row: nullcontext(Image.fromarray(drawings[rows[row]])), [key])
 
 
 def packed_images(arrays: dict[str, np.ndarray]) -> list[bytes]:
