@@ -116,10 +116,9 @@ def load_views(
         near: distance from the cameras; default: :func:`mnif.data.views.default_bounds`.
         far: likewise.
         max_views: takes the first so many views of each object; default: all.
-        background: "white" or "black"; the built-in views are on white.
+        background: "white" or "black"; built-in views are on white.
         bound: half the edge of the cube that holds the objects; default: :func:`mnif.data.views.default_bound`.
-        camera_convention: of the poses in the files; auto: the format's own, OpenCV of Scene Representation Networks,
-            OpenGL of ``transforms.json``.
+        camera_convention: of the poses in the files; auto: OpenCV's of SRN, OpenGL's of ``transforms.json``.
         center_views: move the point that an object's cameras look at to the origin.
 
     Raises:
