@@ -81,7 +81,7 @@ def write_model_card(run: Path) -> None:
     """Writes ``run/model/README.md`` from what the run has recorded so far."""
     card = model_card(run)
     with written_atomically(run / "model" / "README.md") as temporary:
-        temporary.write_text(str(card).rstrip() + "\n")
+        temporary.write_text(str(card).rstrip() + "\n", errors="backslashreplace")
 
 
 def model_card(run: Path) -> ModelCard:

@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 
 from mnif.data.batches import ArrayDataset, array_dataset
 from mnif.data.dataset import Split
+from mnif.data.view_formats import CameraConvention
 from mnif.latents.embedding import LatentEmbedding
 from mnif.latents.inner_loop import InnerLoop
 from mnif.models.mnif_model import MNIFModel
@@ -32,6 +33,7 @@ from mnif.utils.args import parse_given, preset_names, preset_values, read_prese
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import merge_json
 from mnif.utils.output_folders import holds_folder
+from mnif.utils.pixels import MAX_IMAGE_PIXELS, limit_image_pixels
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -69,6 +71,7 @@ _COUNTS = (
     "rays_per_step",
     "encoder_width",
     "resolution",
+    "max_image_pixels",
 )  # flags that are at least 1
 
 
@@ -94,6 +97,8 @@ class FitArguments(TrainingArguments):
     """Pixels per axis: one number, or height and width. Pictures: 32 unless given; others: as the data are."""
     channels: Literal[1, 3, 4] = 3
     """Of pictures: grey, RGB, or RGBA."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Pixels that a picture file may have; larger ones stop the run."""
     stride: int = 1
     """Grids: a step looks at every stride-th pixel along each axis, with a random offset."""
     held_out_fraction: float = 0.1
@@ -173,6 +178,10 @@ class FitArguments(TrainingArguments):
     """Distance from the cameras where the object ends; default: of the data (radiance)."""
     background: Literal["white", "black"] = "white"
     """Behind the object, and behind transparent pixels (radiance)."""
+    camera_convention: CameraConvention = "auto"
+    """Of the poses in the files; auto: OpenCV's of SRN folders, OpenGL's of transforms.json (radiance)."""
+    center_views: bool = False
+    """Move the point that the cameras of an object look at to the origin (radiance)."""
 
 
 T = TypeVar("T", bound=FitArguments)
@@ -292,6 +301,7 @@ def fit(arguments: FitArguments) -> None:
         UserError: the data cannot be read, the folder is another command's or holds another run, or training diverges.
     """
     started = time.perf_counter()
+    limit_image_pixels(arguments.max_image_pixels)
     kind = signal_class(arguments.signal)
     data = kind.load(arguments.data, asdict(arguments))
     signal = kind.from_data(data, asdict(arguments))
@@ -320,7 +330,7 @@ def fit(arguments: FitArguments) -> None:
     rows = array_dataset(train_data.arrays())
     held_rows = array_dataset(data.rows(splits == Split.HELD_OUT).arrays())
     accelerator.print(
-        f"{arguments.data}: {len(rows)} {signal.noun}s to train, {len(held_rows)} held out, "
+        f"{data.name}: {len(rows)} {signal.noun}s to train, {len(held_rows)} held out, "
         f"{(splits == Split.TEST).sum()} kept for a test; decoder {decoder.num_parameters():,} parameters"
     )
     probes = {"psnr_train": validation_rows(rows, method, accelerator)}
