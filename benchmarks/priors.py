@@ -36,6 +36,8 @@ VARIANTS = {
     "edge": "--preset edge",
     "latent noise 0.2": "--latent_noise 0.2",
     "last weights": "--keep last",
+    "1500 steps": "--max_train_steps 1500",
+    "3000 steps": "--max_train_steps 3000",
     "1600 steps, last weights": "--keep last --max_train_steps 1600",
 }
 
