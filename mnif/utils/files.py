@@ -276,7 +276,7 @@ def written_apart(path: Path) -> Iterator[Path]:
     """
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
         yield Path(folder) / path.name
-        os.replace(Path(folder) / path.name, path)
+        (Path(folder) / path.name).rename(path)
 
 
 def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> None:
