@@ -27,7 +27,8 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.signals.radiance import RadianceField
 from mnif.signals.registry import signal_of_model
 from mnif.utils.errors import UserError
-from mnif.utils.files import flush_to_disk, read_json, sha256_of_file, write_json
+from mnif.utils.files import flush_to_disk, sha256_of_file, write_json
+from mnif.utils.json_files import read_json
 
 
 @dataclass(frozen=True)

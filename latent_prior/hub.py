@@ -18,7 +18,8 @@ from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.registry import signal_class
 from mnif.utils.errors import UserError
-from mnif.utils.files import read_json, written_atomically
+from mnif.utils.files import written_atomically
+from mnif.utils.json_files import read_json
 
 _FILES = ["*.json", "*.safetensors", "*.md"]  # what is fetched: never pickles or code
 

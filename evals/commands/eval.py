@@ -22,7 +22,8 @@ from evals.presentation import (
 from evals.protocol import EvalArguments, protocol_of
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError
-from mnif.utils.files import read_json, write_json, written_atomically
+from mnif.utils.files import write_json, written_atomically
+from mnif.utils.json_files import read_json
 from mnif.utils.output_folders import BEGUN, check_output_folder, output_folder_of
 from mnif.utils.process import Processes, command_line, peak_memory_megabytes
 from mnif.version import __version__

@@ -26,7 +26,8 @@ from mnif.signals.outputs import postprocess
 from mnif.training.run_record import read_metrics_log
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError
-from mnif.utils.files import read_json, written_atomically
+from mnif.utils.files import written_atomically
+from mnif.utils.json_files import read_json
 from mnif.utils.pixels import image_grid
 from mnif.utils.process import command_line
 

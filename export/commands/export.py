@@ -24,7 +24,6 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError
 from mnif.utils.files import (
-    read_json,
     remove_leftovers,
     save_tensors,
     sha256_of_file,
@@ -32,6 +31,7 @@ from mnif.utils.files import (
     temporary_folder,
     write_json,
 )
+from mnif.utils.json_files import read_json
 from mnif.utils.output_folders import check_output_folder
 
 

@@ -23,7 +23,8 @@ from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least
-from mnif.utils.files import folder_written_atomically, merge_json, sha256_of_folder
+from mnif.utils.files import folder_written_atomically, sha256_of_folder
+from mnif.utils.json_files import merge_json
 from mnif.utils.process import peak_memory_megabytes
 
 _HELD_OUT_SHARE = 0.05  # of the pairs

@@ -27,7 +27,8 @@ from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator, s
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_given, preset_values, read_preset
 from mnif.utils.errors import UserError, check_at_least
-from mnif.utils.files import folder_written_atomically, merge_json, read_json, sha256_of_file
+from mnif.utils.files import folder_written_atomically, sha256_of_file
+from mnif.utils.json_files import merge_json, read_json
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import peak_memory_megabytes
 

@@ -28,7 +28,8 @@ from mnif.training.loop import make_accelerator
 from mnif.training.run_record import read_metrics_log
 from mnif.utils.args import parse_given, typed_values
 from mnif.utils.errors import UserError, check_at_least
-from mnif.utils.files import merge_json, read_json, write_json, written_atomically
+from mnif.utils.files import write_json, written_atomically
+from mnif.utils.json_files import merge_json, read_json
 from mnif.utils.output_folders import check_output_folder, output_folder_of
 from mnif.utils.process import command_line, default_device
 

@@ -39,7 +39,7 @@ from mnif.training.methods import (
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_given, preset_names, preset_values, read_preset
 from mnif.utils.errors import UserError, check_at_least
-from mnif.utils.files import merge_json
+from mnif.utils.json_files import merge_json
 from mnif.utils.output_folders import check_output_folder
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import peak_memory_megabytes

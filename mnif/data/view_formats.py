@@ -9,7 +9,7 @@ import numpy as np
 
 from mnif.data.images import IMAGE_SUFFIXES, open_image
 from mnif.utils.errors import UserError
-from mnif.utils.files import read_json
+from mnif.utils.json_files import read_json
 
 SRN_MARKER = "intrinsics.txt"
 TRANSFORMS_MARKERS = ("transforms.json", "transforms_train.json")

@@ -18,13 +18,13 @@ from mnif.latents.embedding import LatentEmbedding
 from mnif.utils.errors import UserError
 from mnif.utils.files import (
     folder_written_atomically,
-    read_json,
     remove_folder,
     remove_leftovers,
     save_tensors,
     sha256_of_folder,
     write_json,
 )
+from mnif.utils.json_files import read_json
 
 _DAMAGE = (
     OSError,

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mnif.utils.errors import UserError
-from mnif.utils.files import flush_to_disk, read_json, write_json, written_atomically
+from mnif.utils.files import flush_to_disk, write_json, written_atomically
+from mnif.utils.json_files import read_json
 from mnif.utils.process import command_line
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypedDict, TypeVar, Union, get_args, get_origin
 import tyro
 
 from mnif.utils.errors import UserError
-from mnif.utils.files import read_json
+from mnif.utils.json_files import read_json
 
 T = TypeVar("T")
 

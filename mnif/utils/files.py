@@ -18,8 +18,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from mnif.utils.errors import UserError
-
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
@@ -180,25 +178,6 @@ def write_json(path: Path, content: Any) -> None:
     """Writes ``content`` as indented JSON, atomically."""
     with written_atomically(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: the file is missing or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from None
-
-
-def merge_json(path: Path, metrics: dict[str, Any]) -> None:
-    """Adds ``figures`` to the JSON object in ``path``, which is made if it is missing."""
-    write_json(path, (read_json(path) if path.exists() else {}) | metrics)
 
 
 def sha256_of_file(path: Path) -> str:

@@ -14,7 +14,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from mnif.utils.errors import UserError
-from mnif.utils.files import read_json, remove_leftovers, write_json, written_atomically
+from mnif.utils.files import remove_leftovers, write_json, written_atomically
+from mnif.utils.json_files import read_json
 from mnif.utils.process import Processes, progress_bar
 
 T = TypeVar("T")

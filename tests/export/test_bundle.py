@@ -27,7 +27,8 @@ from mnif.latents.table import LatentTable
 from mnif.models.io import save_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
-from mnif.utils.files import read_json, sha256_of_file
+from mnif.utils.files import sha256_of_file
+from mnif.utils.json_files import read_json
 from tests.fakes.onnx_rules import DENOISER, FIELDS, PRECISION, check_output_type, run
 
 

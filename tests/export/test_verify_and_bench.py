@@ -13,7 +13,8 @@ from onnx import TensorProto, numpy_helper
 from export.device.bundle import BundleFolder, manifest_digest
 from export.device.verify import check_graph
 from mnif.cli import main
-from mnif.utils.files import read_json, sha256_of_file
+from mnif.utils.files import sha256_of_file
+from mnif.utils.json_files import read_json
 
 
 @pytest.fixture
