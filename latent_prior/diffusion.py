@@ -272,7 +272,7 @@ class SchedulerConfig(msgspec.Struct):
     """
 
     class_name: str = msgspec.field(name="_class_name")
-    num_train_timesteps: Literal[1000] = TRAIN_TIMESTEPS
+    num_train_timesteps: Literal[1000] = 1000
     beta_start: Annotated[float, Meta(gt=0, lt=1)] = 0.0001
     beta_end: Annotated[float, Meta(gt=0, lt=1)] = 0.02
     trained_betas: Annotated[list[float], Meta(max_length=TRAIN_TIMESTEPS)] | None = None

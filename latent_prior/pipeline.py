@@ -238,8 +238,8 @@ class MNIFPipeline(DiffusionPipeline):
             return upload(Path(folder), source, repo_id, **options)
 
 
-_Absent = tuple[None, None]
-_OwnDenoiser = tuple[Literal["latent_prior.denoisers"], Literal["ResMLPDenoiser", "PaperDenoiser"]]
+_DenoiserClass = Literal["ResMLPDenoiser", "PaperDenoiser"]
+_DenoiserModule = Literal["latent_prior.denoisers"]
 _AnyScheduler = tuple[Literal["diffusers"], str]
 
 
@@ -251,10 +251,10 @@ class PipelineIndex(msgspec.Struct, forbid_unknown_fields=True):
 
     class_name: Literal["MNIFPipeline"] = msgspec.field(name="_class_name")
     decoder: tuple[Literal["mnif.models.mnif_model"], Literal["MNIFModel"]]
-    denoiser: _OwnDenoiser
+    denoiser: tuple[_DenoiserModule, _DenoiserClass]
     scheduler: _AnyScheduler
-    student: _OwnDenoiser | _Absent = (None, None)
-    student_scheduler: _AnyScheduler | _Absent = (None, None)
+    student: tuple[_DenoiserModule | None, _DenoiserClass | None] = (None, None)
+    student_scheduler: tuple[Literal["diffusers"] | None, str | None] = (None, None)
     diffusers_version: str | None = msgspec.field(default=None, name="_diffusers_version")
     name_or_path: str | None = msgspec.field(default=None, name="_name_or_path")
 

@@ -17,6 +17,7 @@ from evals.presentation import (
     markdown_table,
     metrics_of,
     protocol_line,
+    read_evaluation,
     table_rows,
 )
 from evals.protocol import EvalArguments, protocol_of
@@ -66,7 +67,7 @@ def compare(paths: Sequence[Path], output: Path) -> None:
         UserError: a path holds no evaluation, or two were measured under different protocols.
     """
     evaluations = [
-        Evaluation(name, folder, read_json(folder / "metrics.json"))
+        Evaluation(name, folder, read_evaluation(folder / "metrics.json"))
         for name, folder in zip(_names(paths), map(_folder_of, paths), strict=True)
     ]
     protocol = _common_protocol(evaluations)

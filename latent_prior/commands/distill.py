@@ -83,7 +83,9 @@ def distill(arguments: DistillArguments) -> None:
     if not run.is_dir():
         raise UserError(f"--run {run}: no such run folder; `mnif fit --output_dir {run}` makes it")
     pipeline = load_pipeline(model)
-    table = LatentTable.load(run / "latents.safetensors", pipeline.decoder.fingerprint())
+    table = LatentTable.load(
+        run / "latents.safetensors", pipeline.decoder.fingerprint(), pipeline.decoder.config.latent_dim
+    )
     accelerator = make_accelerator(arguments, run)
     if begin_stage(run, "distill", arguments, {"teacher_sha256": sha256_of_folder(model / "denoiser")}):
         print(f"{run}: `mnif distill` has finished here before with these arguments; nothing to do")

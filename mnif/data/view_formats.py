@@ -3,16 +3,19 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 
 from mnif.data.images import IMAGE_SUFFIXES, open_image
 from mnif.utils.errors import UserError
-from mnif.utils.json_files import read_json
+from mnif.utils.json_files import read_object
 
 SRN_MARKER = "intrinsics.txt"
 TRANSFORMS_MARKERS = ("transforms.json", "transforms_train.json")
+_LARGEST_TRANSFORMS = 64 << 20  # bytes
 _ROTATION_TOLERANCE = 1e-3
 _OPENCV_TO_OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
 _DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
@@ -72,6 +75,22 @@ def instance_folders(source: Path) -> dict[Path, str]:
     return {}
 
 
+class Frame(msgspec.Struct):
+    """A picture of a ``transforms.json``."""
+
+    file_path: Annotated[str, Meta(min_length=1, max_length=4096, pattern="^[^\0]*$")]
+    transform_matrix: Annotated[list[Annotated[list[float], Meta(max_length=4)]], Meta(max_length=4)]
+
+
+class Transforms(msgspec.Struct):
+    """What is looked at in a ``transforms.json``; a frame may have the camera's keys too."""
+
+    frames: list[Frame]
+    camera_model: str | None = None
+    w: float | None = None
+    h: float | None = None
+
+
 def _srn_instance(id: str, marker: Path, max_views: int | None) -> PosedImages:
     """Reads ``rgb/*.png``, ``pose/*.txt`` (OpenCV's convention: +z forward, +y down) and ``intrinsics.txt``.
 
@@ -103,10 +122,10 @@ def _srn_instance(id: str, marker: Path, max_views: int | None) -> PosedImages:
 
 def _transforms_instance(id: str, marker: Path, max_views: int | None) -> PosedImages:
     """Reads Blender's (``camera_angle_x``) or nerfstudio's (``fl_x fl_y cx cy w h``) ``transforms.json``."""
-    content = read_json(marker)
+    content = read_object(marker, Transforms, largest=_LARGEST_TRANSFORMS)
     try:
-        frames = [(str(f["file_path"]), np.array(f["transform_matrix"], dtype=float)) for f in content["frames"]]
-    except (KeyError, TypeError, ValueError) as error:
+        frames = [(f["file_path"], np.array(f["transform_matrix"], dtype=float)) for f in content["frames"]]
+    except ValueError as error:
         raise UserError(f'{marker}: needs "frames" with "file_path" and "transform_matrix" ({error!r})') from None
     frames = frames[:max_views]
     if not frames:

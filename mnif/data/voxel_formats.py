@@ -22,6 +22,8 @@ from mnif.utils.errors import UserError, require
 from mnif.utils.files import written_atomically
 
 _LONGEST_RUN = 255
+LARGEST_GRID = 512
+"""Cells per axis of what can be read: 128 MB a shape."""
 
 
 def binvox_resolution(path: Path) -> int:
@@ -76,6 +78,10 @@ def _parsed(path: Path, content: bytes) -> tuple[int, int]:
     sizes = next((line.split()[1:] for line in lines if line.startswith("dim")), [])
     if not mark or not lines[0].startswith("#binvox") or len(sizes) != 3 or not all(s.isdigit() for s in sizes):
         raise UserError(f"{path}: not a binvox file (its header needs #binvox, dim and data)")
+    if any(len(size) > 6 or int(size) > LARGEST_GRID for size in sizes):
+        raise UserError(
+            f"{path}: the grid is {'×'.join(size[:12] for size in sizes)}; {LARGEST_GRID}³ at most can be read"
+        )
     if len(set(sizes)) > 1 or int(sizes[0]) < 1:
         raise UserError(f"{path}: the grid is {'×'.join(sizes)}; a cube is needed")
     return int(sizes[0]), len(header) + len(mark)
@@ -109,7 +115,10 @@ def hdf5_ids(path: Path, count: int) -> list[str]:
     names = path.with_suffix(".txt")
     if not names.is_file():
         return row_names(count)
-    ids = names.read_text().split("\n")
+    try:
+        ids = names.read_text().split("\n")
+    except UnicodeDecodeError:
+        raise UserError(f"{names}: not a text file") from None
     ids = [id.strip() for id in ids if id.strip()]
     if len(ids) != count:
         raise UserError(f"{names}: {len(ids)} names for the {count} shapes of {path.name}")
@@ -125,8 +134,18 @@ def hdf5_grids(path: Path, file: Any, resolution: int | None) -> tuple[int, int,
     Raises:
         UserError: the file holds neither, or points in another form than described above.
     """
+    import h5py
+
+    for name, array in file.items():
+        if name == "voxels" or name.startswith(("points", "values")):
+            if not isinstance(array, h5py.Dataset) or array.dtype.kind not in "biuf" or not array.ndim:
+                raise UserError(f'{path}: "{name}" is no array of numbers')
+            if array.nbytes > 64 << 20 and array.nbytes > 2000 * array.id.get_storage_size():  # gzip packs 1030 to one
+                raise UserError(f'{path}: "{name}" should hold {array.nbytes:,} bytes, and most of them are missing')
     if "voxels" in file:
         voxels = file["voxels"]
+        if len(set(voxels.shape[1:4])) > 1 or max(voxels.shape[1:]) > LARGEST_GRID or not voxels.size:
+            raise UserError(f'{path}: "voxels" is {list(voxels.shape)}; cubes of {LARGEST_GRID}³ at most are needed')
         if voxels.ndim not in (4, 5) or (voxels.ndim == 5 and voxels.shape[4] != 1):
             raise UserError(f'{path}: "voxels" is {list(voxels.shape)}; [N, R, R, R, 1] is needed')
         return len(voxels), voxels.shape[1], lambda row: voxels[row].reshape(voxels.shape[1:4])

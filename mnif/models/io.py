@@ -83,7 +83,7 @@ def load_component(kind: type[Component], folder: Path, name: str) -> Component:
     return component
 
 
-def check_component(kind: type[ModelMixin], folder: Path) -> None:
+def check_component(kind: Any, folder: Path) -> None:
     """Makes sure, before anything is allocated, that a component's weights are those that its configuration asks for.
 
     Nothing but ``config.json`` and the header of the one file of weights is read.

@@ -56,7 +56,8 @@ def signal_of_model(decoder: MNIFModel) -> Signal:
     except (ValueError, TypeError) as error:
         raise UserError(f"{where}: {error}") from None
     config = decoder.config
-    if (signal.channels, signal.dimensions) != (config.channels, config.dimensions) or points > MOST_POINTS:
+    fits = signal.channels <= config.channels and signal.dimensions == config.dimensions  # export pads channels
+    if not fits or points > MOST_POINTS:
         raise UserError(f"{where}: they do not fit fields of {config.channels} channels on {config.dimensions} axes")
     return signal
 

@@ -8,7 +8,7 @@ import functools
 import inspect
 import re
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_type_hints, overload
 
 import msgspec
 import numpy as np
@@ -30,7 +30,15 @@ Depth = Annotated[int, Meta(ge=0, le=256)]
 """How many layers or blocks there are: Python makes them one by one."""
 
 
-def read_json(path: Path, kind: type[T] = dict[str, Any], largest: int = _LARGEST) -> T:
+@overload
+def read_json(path: Path, *, largest: int = _LARGEST) -> dict[str, Any]: ...
+
+
+@overload
+def read_json(path: Path, kind: type[T], largest: int = _LARGEST) -> T: ...
+
+
+def read_json(path: Path, kind: Any = dict[str, Any], largest: int = _LARGEST) -> Any:
     """Reads a JSON file.
 
     Args:
@@ -44,12 +52,13 @@ def read_json(path: Path, kind: type[T] = dict[str, Any], largest: int = _LARGES
     return parse_json(_content(path, largest), kind, str(path))
 
 
-def read_object(path: Path, known: type[Struct]) -> dict[str, Any]:
+def read_object(path: Path, known: type[Struct], largest: int = _LARGEST) -> dict[str, Any]:
     """Reads a JSON file that holds an object.
 
     Args:
         path: the file.
         known: the types of some of its entries; others may hold anything.
+        largest: bytes it may have.
 
     Returns:
         All entries, as the file has them.
@@ -57,7 +66,7 @@ def read_object(path: Path, known: type[Struct]) -> dict[str, Any]:
     Raises:
         UserError: as :func:`read_json`.
     """
-    content = _content(path, _LARGEST)
+    content = _content(path, largest)
     parse_json(content, known, str(path))
     return parse_json(content, dict[str, Any], str(path))
 
@@ -92,12 +101,12 @@ def check_type(content: Any, kind: type[T], where: str) -> T:
 
 
 @functools.cache
-def arguments_schema(kind: type) -> type[Struct]:
+def arguments_schema(kind: Any) -> type[Struct]:
     """Makes the type of an object that holds a constructor's arguments, each as it is annotated there, and no others.
 
     Entries that begin with an underscore are diffusers' own.
     """
-    hints = get_type_hints(kind.__init__, include_extras=True)  # type: ignore[misc]
+    hints = get_type_hints(kind.__init__, include_extras=True)
     fields: list[Any] = [
         ("class_name", str | None, msgspec.field(default=None, name="_class_name")),
         ("diffusers_version", str | None, msgspec.field(default=None, name="_diffusers_version")),

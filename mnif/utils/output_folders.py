@@ -1,7 +1,6 @@
 """Whose an output folder is: a command fills a folder that is free or its own, and refuses every other one."""
 
 import contextlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from mnif.utils.errors import UserError
 from mnif.utils.files import remove_leftovers, write_json
+from mnif.utils.json_files import read_json
 
 BEGUN = ".begun.json"
 """What tells whose a folder is while the command that fills it has none of its own files there."""
@@ -106,12 +106,11 @@ def _owner(folder: Path) -> tuple[str, str] | None:
         if entries & _content(folder / file).keys():
             return command, file
     begun = _content(folder / BEGUN).get("command")
-    return (begun, BEGUN) if begun in _WRITES else None
+    return (begun, BEGUN) if isinstance(begun, str) and begun in _WRITES else None
 
 
 def _content(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if it holds anything else or cannot be read."""
-    with contextlib.suppress(OSError, ValueError):
-        content = json.loads(path.read_text())
-        return content if isinstance(content, dict) else {}
+    with contextlib.suppress(OSError, UserError):
+        return read_json(path)
     return {}
