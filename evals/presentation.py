@@ -156,9 +156,9 @@ class EvaluationFile(msgspec.Struct):
     """What an evaluation's ``metrics.json`` holds beside its metrics."""
 
     inputs: dict[str, Any] = {}
-    protocol: dict[str, None | bool | int | float | str] = {}
+    protocol: dict[str, bool | int | float | str | None] = {}
     warnings: list[str] = []
-    model: dict[str, None | bool | int | float | str] = {}
+    model: dict[str, bool | int | float | str | None] = {}
     command: str = ""
 
 

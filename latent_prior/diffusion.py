@@ -283,7 +283,7 @@ class SchedulerConfig(msgspec.Struct):
 
 
 # Of any entry of a scheduler's configuration.
-_Setting = None | bool | Annotated[int, Meta(ge=-(10**6), le=10**6)] | float | str | list[float | str]
+_Setting = bool | Annotated[int, Meta(ge=-(10**6), le=10**6)] | float | str | list[float | str] | None
 
 
 def load_scheduler(folder: Path) -> SchedulerMixin:

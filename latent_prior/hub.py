@@ -91,7 +91,7 @@ class Measured(msgspec.Struct):
     """What a card says of an evaluation's ``metrics.json`` beside its figures."""
 
     command: str
-    protocol: dict[str, None | bool | int | float | str] = {}
+    protocol: dict[str, bool | int | float | str | None] = {}
 
 
 def write_model_card(run: Path) -> None:

@@ -136,7 +136,7 @@ class ComparedEvaluation(msgspec.Struct):
     """A column of a ``comparison.json``."""
 
     name: str
-    figures: dict[str, None | bool | int | float | str | list | dict]
+    figures: dict[str, bool | int | float | str | list | dict | None]
 
 
 class Comparison(msgspec.Struct):

@@ -177,7 +177,9 @@ def load_moments(path: Path, protocol: Mapping[str, str]) -> Moments:
         raise UserError(f"{path}: no statistics with mu, sigma, num and protocol ({error}); delete it") from None
     for name, value in protocol.items():
         if found.get(name) != value:
-            raise UserError(f"{path}: made with {name} {found.get(name)!r}, not {value!r}; make it again with these")
+            raise UserError(
+                f"{path}: made with {name} {found.get(name)!r:.80}, not {value!r:.80}; make it again with these"
+            )
     return moments
 
 

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import struct
+import tokenize
 import zipfile
 import zlib
 from pathlib import Path
@@ -200,7 +201,20 @@ _OPERATOR_NAMES = (
     "ReduceMean ReduceMin ReduceSum Reshape Sigmoid Sin Softplus Split Sqrt Squeeze Sub Transpose Unsqueeze Where"
 )
 _OPERATORS = frozenset(_OPERATOR_NAMES.split())
-_DAMAGED_ARCHIVE = (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error, RuntimeError)
+_DAMAGED_ARCHIVE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    SyntaxError,
+    tokenize.TokenError,
+    MemoryError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 _ITEM_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8}  # of ONNX's types, by their numbers
 
 

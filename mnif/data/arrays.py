@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 from zipfile import BadZipFile, ZipFile, ZipInfo
 
@@ -33,6 +34,7 @@ _DAMAGE = (
     NotImplementedError,
     RuntimeError,
     SyntaxError,
+    TokenError,
     RecursionError,
 )
 

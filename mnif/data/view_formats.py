@@ -15,6 +15,7 @@ from mnif.utils.json_files import read_object
 
 SRN_MARKER = "intrinsics.txt"
 TRANSFORMS_MARKERS = ("transforms.json", "transforms_train.json")
+_FARTHEST = 1e30  # poses are float32, and distances square them
 _LARGEST_TRANSFORMS = 64 << 20  # bytes
 _ROTATION_TOLERANCE = 1e-3
 _OPENCV_TO_OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
@@ -185,7 +186,7 @@ def checked_pose(pose: np.ndarray, where: str) -> np.ndarray:
     """
     if pose.shape != (4, 4):
         raise UserError(f"{where}: the pose is {list(pose.shape)}; 4×4 numbers are needed")
-    if not np.isfinite(pose).all():
+    if not (np.abs(pose) < _FARTHEST).all():  # NaN is not
         raise UserError(f"{where}: the pose holds NaN or infinity; mend it or remove the view")
     rotation = pose[:3, :3]
     turned, determinant = np.abs(rotation @ rotation.T - np.eye(3)).max(), np.linalg.det(rotation)

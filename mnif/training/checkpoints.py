@@ -184,10 +184,10 @@ class Checkpoints:
     def _load(self, checkpoint: Path) -> Progress:
         """Puts everything back as it was at ``checkpoint``; damage shows as one of many kinds of error."""
         _check_seal(checkpoint)
+        record = msgspec.structs.asdict(read_json(checkpoint / "progress.json", ProgressRecord))
         self.accelerator.load_state(str(checkpoint))
         if self.latent_embedding is not None:
             self.latent_embedding.load(checkpoint)
-        record = msgspec.structs.asdict(read_json(checkpoint / "progress.json", ProgressRecord))
         ema_step = record.pop("ema_step")
         if self.ema is not None:
             _load_tensors(self.ema.shadow_params, checkpoint / "ema.safetensors")

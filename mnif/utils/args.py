@@ -101,13 +101,13 @@ def preset_names(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.json"))
 
 
-_FlagValue = None | bool | int | float | str
+_FlagValue = bool | int | float | str | None
 
 
 class Preset(msgspec.Struct):
     """A preset: flags by name with their values, as JSON has them, and whatever else it tells."""
 
-    arguments: dict[str, None | bool | int | float | str | list[_FlagValue]]
+    arguments: dict[str, bool | int | float | str | list[_FlagValue] | None]
 
 
 def read_preset(name: str, folder: Path) -> dict[str, Any]:

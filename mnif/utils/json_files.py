@@ -18,6 +18,7 @@ from mnif.utils.errors import UserError
 from mnif.utils.files import write_json
 
 _LARGEST = 16 << 20  # bytes: what is read of so many holds less than a gigabyte, whatever it is
+_SHOWN = 300  # characters
 _DEEPEST = 32  # lists and objects within one another
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)  # one without an end, too, is passed only once
 
@@ -85,7 +86,7 @@ def parse_json(content: bytes, kind: type[T], where: str) -> T:
     except msgspec.ValidationError as error:
         raise UserError(f"{where}: {_reason(error)}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error})") from None
+        raise UserError(f"{where}: not a JSON file ({error})") from None
 
 
 def check_type(content: Any, kind: type[T], where: str) -> T:
@@ -146,6 +147,8 @@ def _depth(content: bytes) -> int:
 
 
 def _reason(error: msgspec.ValidationError) -> str:
-    """``$.layers[2].width: Expected `int`, got `str```: the place first."""
-    reason, _, place = str(error).partition(" - at `")
-    return f"{place.rstrip('`')}: {reason}" if place else reason
+    """``layers[2].width: Expected `int`, got `str```: the place first, and no more of a value than fits on a line."""
+    reason, _, place = str(error).rpartition(" - at `")
+    if not reason:
+        return str(error)[:_SHOWN]
+    return f"{place.rstrip('`').removeprefix('$').removeprefix('.')}: {reason[:_SHOWN]}"
