@@ -197,7 +197,7 @@ def _check_manifest(manifest: dict) -> None:
 
 # What exports are made of: nothing here loops, calls another graph, or makes a tensor of a size that is data.
 _OPERATOR_NAMES = (
-    "Abs Add Cast Clip Concat DequantizeLinear Div Exp Gather Gemm Greater Less MatMul Max Mul Neg ReduceMax "
+    "Abs Add Cast Clip Concat DequantizeLinear Div Exp Gather Gemm Greater Less MatMul Max Min Mul Neg ReduceMax "
     "ReduceMean ReduceMin ReduceSum Reshape Sigmoid Sin Softplus Split Sqrt Squeeze Sub Transpose Unsqueeze Where"
 )
 _OPERATORS = frozenset(_OPERATOR_NAMES.split())
@@ -412,17 +412,10 @@ class BundleFolder:
             with zipfile.ZipFile(content) as archive:
                 for member in archive.infolist():
                     _check_array(archive, member)
+            content.seek(0)
             with np.load(content, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
-        except (
-            ValueError,
-            KeyError,
-            EOFError,
-            zipfile.BadZipFile,
-            zlib.error,
-            NotImplementedError,
-            RuntimeError,
-        ) as error:
+        except _DAMAGED_ARCHIVE as error:
             raise BundleError(f"{self.path / 'reference.npz'}: damaged ({error}); export the bundle again") from None
 
     def read(self, file: str) -> bytes:
@@ -443,7 +436,7 @@ class BundleFolder:
         size = entry(self.manifest, "files", file, "bytes", kind=int)
         try:
             if path.stat().st_size != size:
-                raise BundleError(f"{path}: {path.stat().st_size} bytes instead of {size}; export the bundle again")
+                raise BundleError(f"{path}: differs from what was exported ({size} bytes); export the bundle again")
             content = path.read_bytes()
         except OSError as error:
             raise BundleError(f"{path}: {error.strerror}; export the bundle again") from None

@@ -49,7 +49,7 @@ def npz_arrays(path: Path, needs: str, names: Collection[str] | None = None) -> 
 
     Raises:
         UserError: the file is damaged, holds Python objects, or asks for more memory than it may: an array that is
-            packed more than 400 to one and takes over 64 MB, or one over the limit of :func:`memmap_cached`.
+            packed more than 200 to one and takes over 256 MB, or one over the limit of :func:`memmap_cached`.
     """
     try:
         with ZipFile(path) as archive:
@@ -74,11 +74,9 @@ def _check_member(archive: ZipFile, member: ZipInfo) -> None:
         size = math.prod(shape) * kind.itemsize
         if kind.hasobject or size != member.file_size - file.tell():
             raise ValueError(f"{member.filename} is not the {kind} {list(shape)} that its header states")
-    is_bomb = size > 64 << 20 and size > 400 * max(member.compress_size, 1)
+    is_bomb = size > 256 << 20 and size > 200 * max(member.compress_size, 1)
     if is_bomb or size > _limit_bytes():
-        raise ValueError(
-            f"{member.filename} takes {size:,} bytes unpacked; MNIF_MEMORY_LIMIT_MB allows {_limit_bytes():,}"
-        )
+        raise ValueError(f"{member.filename} would take {size:,} bytes of memory; give it as .npy")
 
 
 def read_array_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -26,7 +26,8 @@ def resign(folder: Path, **changes: Any) -> None:
     """Makes hashes and digest fit what lies there."""
     manifest = read_json(folder / "manifest.json")
     for name in manifest["files"]:
-        manifest["files"][name]["sha256"] = sha256_of_file(folder / name)
+        file = folder / name
+        manifest["files"][name] = {"sha256": sha256_of_file(file), "bytes": file.stat().st_size}
     manifest["graphs"]["decoder"].update(changes)
     manifest["digest"] = manifest_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -17,9 +18,10 @@ from onnx import TensorProto, helper, numpy_helper
 from export.commands.inspect import main as inspect
 from export.device import plans
 from export.device.backends import load_graph
-from export.device.bundle import BundleFolder, manifest_digest
+from export.device.bundle import _OPERATORS, BundleFolder, manifest_digest
 from export.device.runtime import Sampler, load_bundle
 from export.device.verify import check_graph
+from export.graphs import builder
 from tests.hostile.conftest import refusal_of
 from tests.hostile.mutators import damaged_bytes, damaged_json
 
@@ -275,3 +277,9 @@ def test_sidecars(seed: int, sealed: bool, plan: Path, capsys: pytest.CaptureFix
     code = inspect(["--plan", str(plan), "--kernels"])
     assert code in (0, 2)
     assert len(capsys.readouterr().err.splitlines()) == (code == 2)
+
+
+def test_operators_are_those_that_exports_write() -> None:
+    sources = "".join(path.read_text() for path in Path(builder.__file__).parent.glob("*.py"))
+    quoted = set(re.findall(r'"([A-Z][A-Za-z]+)"', sources)) - {"CPUExecutionProvider"}
+    assert quoted == _OPERATORS
