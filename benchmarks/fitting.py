@@ -19,8 +19,8 @@ from torch import Tensor
 from evals.timing import settled_seconds
 from mnif.latents.embedding import LatentEmbedding
 from mnif.latents.inner_loop import InnerLoop
-from mnif.models.field_op import plain_field_values
 from mnif.models.mnif_model import MNIFModel
+from mnif.models.siren import BakedField
 from mnif.signals.image import Image
 from mnif.training.methods import AutoDecoderMethod, MetaMethod
 
@@ -120,8 +120,7 @@ def plain_rows(model: MNIFModel, latents: Tensor) -> Tensor:
 
 
 def plain_decode(model: MNIFModel, latents: Tensor, coordinates: Tensor) -> Tensor:
-    sizes = [model.shapes[0].inputs, *(shape.outputs for shape in model.shapes)]
-    return plain_field_values(coordinates, plain_rows(model, latents), sizes, True)
+    return BakedField(model.shapes, plain_rows(model, latents), True).evaluate_layers(coordinates)
 
 
 def meta_learning(name: str, bases: int, depth: int, width: int, latent_dim: int, resolution: int, batch: int) -> Work:
@@ -223,10 +222,9 @@ def baked(name: str, batch: int) -> Work:
     @torch.no_grad()
     def prepare() -> tuple[Callable[[], object], Callable[[], object]]:
         field, coordinates = model.bake(model.coefficients(torch.randn(batch, 1024))), model.grid().coordinates
-        sizes = [model.shapes[0].inputs, *(shape.outputs for shape in model.shapes)]
         return (
             torch.no_grad()(lambda: field(coordinates)),
-            torch.no_grad()(lambda: plain_field_values(coordinates, field.params, sizes, True)),
+            torch.no_grad()(lambda: field.evaluate_layers(coordinates)),
         )
 
     return Work(name, batch, 2.0 * multiply_adds(model) * 64**2 * batch, prepare)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
+from jaxtyping import Float
 from msgspec import Meta
 from torch import Tensor, nn
 
@@ -34,7 +35,9 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
 
-    def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Float[Tensor, "batch width"], time: Float[Tensor, "batch_or_1 time_width"]
+    ) -> Float[Tensor, "batch width"]:
         """hidden [B, width], time [B or 1, time_width] → [B, width]."""
         scale, shift = self.modulation(time).chunk(2, dim=-1)
         inner = F.silu(self.up(self.norm(hidden) * (1 + scale) + shift))
@@ -56,15 +59,17 @@ class Denoiser(OwnMemory, ModelMixin, ConfigMixin):
         self.register_buffer("latent_mean", torch.zeros(latent_dim))
         self.register_buffer("latent_std", torch.ones(latent_dim))
 
-    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+    def forward(
+        self, sample: Float[Tensor, "batch latent_dim"], timestep: Tensor | float
+    ) -> Float[Tensor, "batch latent_dim"]:
         """Noisy standardised latents [B, D] at the scheduler's timestep, [B] or one number → the prediction [B, D]."""
         raise NotImplementedError
 
-    def standardised(self, latents: Tensor) -> Tensor:
+    def standardised(self, latents: Float[Tensor, "*batch latent_dim"]) -> Float[Tensor, "*batch latent_dim"]:
         """The decoder's latents → zero mean and unit variance per dimension."""
         return (latents - self.latent_mean) / self.latent_std
 
-    def to_latents(self, standardised: Tensor) -> Tensor:
+    def to_latents(self, standardised: Float[Tensor, "*batch latent_dim"]) -> Float[Tensor, "*batch latent_dim"]:
         """Standardised latents → the decoder's."""
         return standardised * self.latent_std + self.latent_mean
 
@@ -103,12 +108,14 @@ class ResMLPDenoiser(Denoiser):
         nn.init.zeros_(self.write.weight)
         nn.init.zeros_(self.write.bias)
 
-    def time_embedding(self, timestep: Tensor | float) -> Tensor:
+    def time_embedding(self, timestep: Tensor | float) -> Float[Tensor, "batch_or_1 time_width"]:
         """The scheduler's timesteps, [B] or one number, 0 to 1000 → [B or 1, time_width]."""
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=self.device).reshape(-1)
         return F.silu(self.time_in(get_timestep_embedding(timestep, self.config.time_width).to(self.dtype)))
 
-    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+    def forward(
+        self, sample: Float[Tensor, "batch latent_dim"], timestep: Tensor | float
+    ) -> Float[Tensor, "batch latent_dim"]:
         """Noisy standardised latents [B, D] at the scheduler's timestep → the prediction [B, D]."""
         time = self.time_embedding(timestep)
         hidden = self.read(sample)
@@ -133,7 +140,9 @@ class PaperBlock(nn.Module):
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
 
-    def forward(self, hidden: Tensor, time: Tensor) -> Tensor:
+    def forward(
+        self, hidden: Float[Tensor, "batch width"], time: Float[Tensor, "batch_or_1 time_width"]
+    ) -> Float[Tensor, "batch width"]:
         """hidden [B, width], time [B or 1, time_width] → [B, width]."""
         inner = self.up(F.silu(self.norm_in(hidden))) + self.time(F.silu(time))
         return hidden + self.down(F.silu(self.norm_out(inner)))
@@ -168,7 +177,9 @@ class PaperDenoiser(Denoiser):
         self.norm = nn.GroupNorm(GROUPS, width)
         self.write = nn.Linear(width, latent_dim)
 
-    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+    def forward(
+        self, sample: Float[Tensor, "batch latent_dim"], timestep: Tensor | float
+    ) -> Float[Tensor, "batch latent_dim"]:
         """Noisy standardised latents [B, D] at the scheduler's timestep, [B] or one number → the prediction [B, D]."""
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=self.device).reshape(-1)
         time = get_timestep_embedding(timestep, self.config.time_width).to(self.dtype)

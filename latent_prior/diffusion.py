@@ -18,6 +18,7 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
+from jaxtyping import Float, Shaped
 from msgspec import Meta
 from torch import Tensor, nn
 
@@ -130,7 +131,9 @@ def objective_of(scheduler: SchedulerMixin) -> Objective:
     raise UserError(f"{type(scheduler).__name__} with prediction_type {wanted!r}: denoisers here do not predict that")
 
 
-def noise_levels(objective: Objective, timestep: Tensor) -> tuple[Tensor, Tensor]:
+def noise_levels(
+    objective: Objective, timestep: Shaped[Tensor, "*batch"]
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
     """Shares α of the clean latent and σ of noise in a noisy one, at the scheduler's timesteps [B], 0 to 1000."""
     if OBJECTIVES[objective].is_flow:
         noise = timestep / TRAIN_TIMESTEPS
@@ -139,7 +142,9 @@ def noise_levels(objective: Objective, timestep: Tensor) -> tuple[Tensor, Tensor
     return product.sqrt(), (1 - product).sqrt()
 
 
-def penalty(error: Tensor, loss_type: LossType, scale: float = 0.03) -> Tensor:
+def penalty(
+    error: Float[Tensor, "batch latent_dim"], loss_type: LossType, scale: float = 0.03
+) -> Float[Tensor, " batch"]:
     """The size of errors [B, D], one number each [B].
 
     Args:
@@ -190,7 +195,7 @@ class DenoisingLoss(nn.Module):
         self.denoiser, self.objective, self.weighting, self.snr_limit = denoiser, objective, weighting, snr_limit
         self.loss_type, self.latent_noise = loss_type, latent_noise
 
-    def forward(self, latents: Tensor) -> Tensor:
+    def forward(self, latents: Float[Tensor, "batch latent_dim"]) -> Float[Tensor, ""]:
         """Mean loss of latents [B, D], with noise and times from torch's generator."""
         noise = torch.randn_like(latents)
         time = torch.rand(len(latents), device=latents.device)
@@ -198,7 +203,12 @@ class DenoisingLoss(nn.Module):
             latents = latents + self.latent_noise * self.denoiser.latent_std * torch.randn_like(latents)
         return self.at(latents, noise, time).mean()
 
-    def at(self, latents: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+    def at(
+        self,
+        latents: Float[Tensor, "batch latent_dim"],
+        noise: Float[Tensor, "batch latent_dim"],
+        time: Float[Tensor, " batch"],
+    ) -> Float[Tensor, " batch"]:
         """The loss of each latent [B] for given noise [B, D] and times [B] in [0, 1)."""
         prediction, clean = OBJECTIVES[self.objective], self.denoiser.standardised(latents)
         timestep = time * TRAIN_TIMESTEPS
@@ -219,7 +229,7 @@ class DenoisingLoss(nn.Module):
 
 
 @torch.no_grad()
-def validation_loss(loss: DenoisingLoss, latents: Tensor, repeats: int = 8) -> float:
+def validation_loss(loss: DenoisingLoss, latents: Float[Tensor, "batch latent_dim"], repeats: int = 8) -> float:
     """The mean loss of latents [N, D] with noise that is the same at every call, times spread evenly."""
     generator = torch.Generator().manual_seed(0)
     total = 0.0

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from latent_prior.denoisers import Denoiser
@@ -28,7 +29,7 @@ from mnif.utils.resumable import Chunks
 
 
 @torch.no_grad()
-def energy_distance(x: Tensor, y: Tensor) -> float:
+def energy_distance(x: Float[Tensor, "n d"], y: Float[Tensor, "m d"]) -> float:
     """2 E|X − Y| − E|X − X'| − E|Y − Y'|, over all pairs of different points (Székely and Rizzo, 2013).
 
     It is zero if both sets come from one distribution, and only then; for finite sets it is estimated without bias, so
@@ -88,7 +89,7 @@ class Teacher:
     steps: int
 
     @torch.no_grad()
-    def samples(self, states: Tensor, timestep: int) -> Tensor:
+    def samples(self, states: Float[Tensor, "batch latent_dim"], timestep: int) -> Float[Tensor, "batch latent_dim"]:
         """Solves to the end: the teacher's samples [B, D].
 
         Args:
@@ -209,7 +210,9 @@ class DistillationLoss(nn.Module):
         self.register_buffer("timesteps", timesteps)
         self.register_buffer("shares", shares / shares.sum())
 
-    def forward(self, states: Tensor, samples: Tensor) -> Tensor:
+    def forward(
+        self, states: Float[Tensor, "batch timesteps latent_dim"], samples: Float[Tensor, "batch timesteps latent_dim"]
+    ) -> Float[Tensor, ""]:
         """The mean error over a batch of :class:`latent_prior.distillation.Pairs`, each [B, T, D]; one state of each
         row."""
         row = torch.arange(len(states), device=states.device)
@@ -218,7 +221,9 @@ class DistillationLoss(nn.Module):
         return penalty(guess - samples[row, place], self.loss_type).mean()
 
     @torch.no_grad()
-    def errors(self, states: Tensor, samples: Tensor) -> dict[str, float]:
+    def errors(
+        self, states: Float[Tensor, "batch timesteps latent_dim"], samples: Float[Tensor, "batch timesteps latent_dim"]
+    ) -> dict[str, float]:
         """Mean square errors from each timestep on, ``error_999`` …; ``validation_loss`` is their mean by shares."""
         guesses = [self.student(states[:, place], timestep) for place, timestep in enumerate(self.timesteps)]
         found = (torch.stack(guesses, dim=1) - samples).square().mean(dim=(0, 2))

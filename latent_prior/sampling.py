@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from latent_prior.diffusion import INFERENCE_STEPS
@@ -21,7 +22,7 @@ from mnif.utils.errors import UserError
 from mnif.utils.process import one_thread
 
 
-def initial_noise(seed: int, indices: Iterable[int], latent_dim: int) -> np.ndarray:
+def initial_noise(seed: int, indices: Iterable[int], latent_dim: int) -> Float32[np.ndarray, "n {latent_dim}"]:
     """Standard normal noise for samples ``indices`` of ``seed``: [N, latent_dim] float32.
 
     Sample i depends on seed and i alone, not on the batch size or the number of processes. NumPy's generator makes
@@ -39,7 +40,9 @@ def step_generators(seed: int, indices: Iterable[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(int(number)) for number in seeds]
 
 
-def slerp(start: np.ndarray, end: np.ndarray, fractions: np.ndarray) -> np.ndarray:
+def slerp(
+    start: Float[np.ndarray, " d"], end: Float[np.ndarray, " d"], fractions: Float[np.ndarray, " f"]
+) -> Float32[np.ndarray, "f d"]:
     """Noise on the way from one sample's to another's, at ``fractions`` [F] from 0 to 1: [F, D] float32.
 
     Spherical linear interpolation (Shoemake, 1985): with θ the angle between ``start`` and ``end`` [D],
@@ -64,7 +67,7 @@ def sample_latents(
     indices: Iterable[int],
     num_inference_steps: int = INFERENCE_STEPS,
     **options: Any,
-) -> Tensor:
+) -> Float[Tensor, "n latent_dim"]:
     """Draws the latents of samples ``indices`` of ``seed``: [N, D] on the pipeline's device.
 
     Every chunk that one of them lies in is drawn whole, so ask for neighbours together.
@@ -89,8 +92,11 @@ def sample_latents(
 
 
 def denoised(
-    pipeline: MNIFPipeline, noise: Tensor, num_inference_steps: int = INFERENCE_STEPS, **options: Any
-) -> Tensor:
+    pipeline: MNIFPipeline,
+    noise: Float[Tensor, "batch latent_dim"],
+    num_inference_steps: int = INFERENCE_STEPS,
+    **options: Any,
+) -> Float[Tensor, "batch latent_dim"]:
     """Draws the latents [B, D] that become of noise [B, D], on one thread.
 
     Args:

@@ -1,6 +1,7 @@
 """The command line: `mnif COMMAND …`, one table of commands, each imported only when it is called."""
 
 import atexit
+import os
 import sys
 from importlib import import_module
 
@@ -35,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 1 a check that failed, 2 a mistake the user can mend (one line on stderr), 130 stopped
-        by Ctrl-C.
+        by Ctrl-C, 141 nobody reads what is printed.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -57,6 +58,9 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"mnif {name}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # such as `mnif fit --help | head`: nobody reads on, which is no mistake
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except OSError as error:
         print(f"mnif {name}: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
         return 2

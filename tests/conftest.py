@@ -4,6 +4,25 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from jaxtyping import install_import_hook
+
+# Shapes and types in these modules' annotations are checked at every call, in tests only.
+install_import_hook(
+    [
+        "mnif.models.siren",
+        "mnif.models.cell_grid",
+        "mnif.models.encoders",
+        "mnif.models.mnif_model",
+        "mnif.signals.base",
+        "mnif.signals.volume_rendering",
+        "latent_prior.denoisers",
+        "latent_prior.diffusion",
+        "latent_prior.distillation",
+        "latent_prior.sampling",
+    ],
+    "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
+)
+
 import json
 from pathlib import Path
 

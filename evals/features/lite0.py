@@ -102,26 +102,22 @@ def _load_weights() -> dict[str, Tensor]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _graph(weights: Mapping[str, Tensor]) -> onnx.ModelProto:
-    """Builds EfficientNet-Lite0 without classifier: ``pixels`` [N, 224, 224, 3] in 0..255 → ``features`` [N, 1280].
+class _Layers:
+    """The layers of an EfficientNet as ONNX nodes, added one after the other; each gives its output's name."""
 
-    Sixteen inverted residual blocks (Sandler et al., MobileNetV2, CVPR 2018) between a stem and a head, as in
-    EfficientNet-B0 (Tan and Le, ICML 2019) but with ReLU6 for swish and without squeeze-and-excitation.
-    """
-    nodes: list[onnx.NodeProto] = []
-    constants = {name: value.numpy() for name, value in weights.items() if value.ndim and not name.startswith("_fc.")}
-    for name, number in {"zero": 0, "six": 6, "pixel_mean": 127, "pixel_scale": 1 / 128}.items():
-        constants[name] = np.array(number, dtype=np.float32)
+    def __init__(self, weights: Mapping[str, Tensor]):
+        self.weights = weights
+        self.nodes: list[onnx.NodeProto] = []
 
-    def add(operator: str, *inputs: str, **attributes: object) -> str:
-        output = f"{operator}_{len(nodes)}"
-        nodes.append(helper.make_node(operator, inputs, [output], **attributes))
+    def add(self, operator: str, *inputs: str, **attributes: object) -> str:
+        output = f"{operator}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(operator, inputs, [output], **attributes))
         return output
 
-    def convolve(x: str, convolution: str, norm: str, stride: int = 1) -> str:
+    def convolve(self, x: str, convolution: str, norm: str, stride: int = 1) -> str:
         kernel = f"{convolution}.weight"
-        channels, fan_in, height, width = weights[kernel].shape
-        convolved = add(
+        channels, fan_in, height, width = self.weights[kernel].shape
+        convolved = self.add(
             "Conv",
             x,
             kernel,
@@ -131,31 +127,43 @@ def _graph(weights: Mapping[str, Tensor]) -> onnx.ModelProto:
             strides=[stride, stride],
         )
         moments = (f"{norm}.{name}" for name in ("weight", "bias", "running_mean", "running_var"))
-        return add("BatchNormalization", convolved, *moments, epsilon=_BATCH_NORM_EPSILON)
+        return self.add("BatchNormalization", convolved, *moments, epsilon=_BATCH_NORM_EPSILON)
 
-    def relu6(x: str) -> str:
-        return add("Clip", x, "zero", "six")
+    def relu6(self, x: str) -> str:
+        return self.add("Clip", x, "zero", "six")
 
-    x = add("Transpose", "pixels", perm=[0, 3, 1, 2])
-    x = add("Mul", add("Sub", x, "pixel_mean"), "pixel_scale")
-    x = relu6(convolve(x, "_conv_stem", "_bn0", stride=2))
-    channels = len(weights["_conv_stem.weight"])
+    def residual_block(self, x: str, index: int) -> str:
+        """Widens (but in the first block), filters each channel, narrows; adds what came in if it has the shape."""
+        block, stride = f"_blocks.{index}", 2 if index in _HALVING_BLOCKS else 1
+        shortcut = x
+        if f"{block}._expand_conv.weight" in self.weights:
+            x = self.relu6(self.convolve(x, f"{block}._expand_conv", f"{block}._bn0"))
+        x = self.relu6(self.convolve(x, f"{block}._depthwise_conv", f"{block}._bn1", stride))
+        x = self.convolve(x, f"{block}._project_conv", f"{block}._bn2")
+        before = f"_blocks.{index - 1}._project_conv.weight" if index else "_conv_stem.weight"
+        same_channels = len(self.weights[before]) == len(self.weights[f"{block}._project_conv.weight"])
+        return self.add("Add", x, shortcut) if stride == 1 and same_channels else x
+
+
+def _graph(weights: Mapping[str, Tensor]) -> onnx.ModelProto:
+    """Builds EfficientNet-Lite0 without classifier: ``pixels`` [N, 224, 224, 3] in 0..255 → ``features`` [N, 1280].
+
+    Sixteen inverted residual blocks (Sandler et al., MobileNetV2, CVPR 2018) between a stem and a head, as in
+    EfficientNet-B0 (Tan and Le, ICML 2019) but with ReLU6 for swish and without squeeze-and-excitation.
+    """
+    constants = {name: value.numpy() for name, value in weights.items() if value.ndim and not name.startswith("_fc.")}
+    for name, number in {"zero": 0, "six": 6, "pixel_mean": 127, "pixel_scale": 1 / 128}.items():
+        constants[name] = np.array(number, dtype=np.float32)
+    layers = _Layers(weights)
+    x = layers.add("Transpose", "pixels", perm=[0, 3, 1, 2])
+    x = layers.add("Mul", layers.add("Sub", x, "pixel_mean"), "pixel_scale")
+    x = layers.relu6(layers.convolve(x, "_conv_stem", "_bn0", stride=2))
     for index in range(_BLOCKS):
-        block = f"_blocks.{index}"
-        stride = 2 if index in _HALVING_BLOCKS else 1
-        shortcut, shortcut_channels = x, channels
-        if f"{block}._expand_conv.weight" in weights:
-            x = relu6(convolve(x, f"{block}._expand_conv", f"{block}._bn0"))
-        x = relu6(convolve(x, f"{block}._depthwise_conv", f"{block}._bn1", stride))
-        x = convolve(x, f"{block}._project_conv", f"{block}._bn2")
-        channels = len(weights[f"{block}._project_conv.weight"])
-        if stride == 1 and channels == shortcut_channels:
-            x = add("Add", x, shortcut)
-    x = relu6(convolve(x, "_conv_head", "_bn1"))
-    nodes.append(helper.make_node("Flatten", [add("GlobalAveragePool", x)], ["features"]))
-
+        x = layers.residual_block(x, index)
+    x = layers.relu6(layers.convolve(x, "_conv_head", "_bn1"))
+    pooled = layers.add("GlobalAveragePool", x)
     graph = helper.make_graph(
-        nodes,
+        [*layers.nodes, helper.make_node("Flatten", [pooled], ["features"])],
         "efficientnet-lite0",
         [helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["N", Lite0.size, Lite0.size, 3])],
         [helper.make_tensor_value_info("features", TensorProto.FLOAT, ["N", Lite0.dimension])],

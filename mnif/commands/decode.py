@@ -105,24 +105,26 @@ def decode(arguments: DecodeArguments) -> None:
             f"{arguments.latents}: every {signal.noun} asked for is empty or full, none has a surface; "
             "choose other --ids or train the model for longer"
         )
-    seconds, made = time.perf_counter() - started, len(missing) - len(unseen)
-    if made:
-        rate = made / seconds
-        write_json(
-            output / "metrics.json",
-            {
-                "images_per_second": rate,
-                "seconds": round(seconds, 2),
-                "without_surface": unseen,
-                "command": command_line(),
-                "peak_rss_mb": peak_memory_megabytes(),
-            },
-        )
-        print(f"{output}: {made} latents decoded, {rate:.1f} a second")
+    if len(missing) > len(unseen):
+        _report_rate(output, len(missing) - len(unseen), time.perf_counter() - started, unseen)
     else:
         print(f"{output}: all {len(rows) - len(unseen)} are there already")
     _save_overview(output / "grid.png", [files[row][0] for row in rows if table.ids[row] not in unseen])
     flush_everything()
+
+
+def _report_rate(output: Path, decoded: int, seconds: float, unseen: dict[str, str]) -> None:
+    """Says and writes down how fast ``decoded`` latents were decoded, and which show no surface."""
+    rate = decoded / seconds
+    metrics = {
+        "images_per_second": rate,
+        "seconds": round(seconds, 2),
+        "without_surface": unseen,
+        "command": command_line(),
+        "peak_rss_mb": peak_memory_megabytes(),
+    }
+    write_json(output / "metrics.json", metrics)
+    print(f"{output}: {decoded} latents decoded, {rate:.1f} a second")
 
 
 def safe_names(ids: Iterable[str]) -> list[str]:

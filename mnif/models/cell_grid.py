@@ -15,6 +15,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from mnif.utils.errors import UserError
@@ -107,14 +108,16 @@ class CellGrid:
         weights: [cells**d, points], how much of that pixel the point's value makes; they sum to the number of pixels.
     """
 
-    coordinates: Tensor
+    coordinates: Float[Tensor, "sets points d"]
     cells: int
     points_per_axis: tuple[int, ...]
     axes: tuple[tuple[Tensor, Tensor, Tensor], ...]
-    pixels: Tensor
-    weights: Tensor
+    pixels: Int64[Tensor, " cells_points"]
+    weights: Float[Tensor, "cells points"]
 
-    def gather_points(self, values: Tensor) -> Tensor:
+    def gather_points(
+        self, values: Shaped[Tensor, "batch *grid channels"]
+    ) -> Shaped[Tensor, "batch cells points channels"]:
         """Gathers the pixels that the cells' points show; a point outside the domain gets some pixel.
 
         Args:
@@ -126,7 +129,7 @@ class CellGrid:
         seen = values.flatten(1, -2).index_select(1, self.pixels)
         return seen.view(len(values), *self.weights.shape, -1)
 
-    def blend(self, values: Tensor) -> Tensor:
+    def blend(self, values: Float[Tensor, "batch cells points channels"]) -> Float[Tensor, "batch *grid channels"]:
         """Puts the cells' values together to one grid.
 
         Args:
@@ -227,13 +230,13 @@ class PointAssignment:
         shape: (B, points).
     """
 
-    coordinates: Tensor
-    slot: Tensor
-    point: Tensor
-    weight: Tensor
+    coordinates: Float[Tensor, "fields slots d"]
+    slot: Int64[Tensor, " n"]
+    point: Int64[Tensor, " n"]
+    weight: Float[Tensor, " n"]
     shape: tuple[int, int]
 
-    def gather(self, values: Tensor) -> Tensor:
+    def gather(self, values: Float[Tensor, "fields slots channels"]) -> Float[Tensor, "batch points channels"]:
         """Sums the fields' values [B · cells**d, slots, channels] to the points' values [B, points, channels]."""
         answers = values.flatten(0, 1).index_select(0, self.slot) * self.weight[:, None]
         gathered = answers.new_zeros(self.shape[0] * self.shape[1], answers.shape[1])
@@ -241,7 +244,7 @@ class PointAssignment:
 
 
 @torch.no_grad()
-def assign_points(coordinates: Tensor, cells: int, overlap: float) -> PointAssignment:
+def assign_points(coordinates: Float[Tensor, "batch points d"], cells: int, overlap: float) -> PointAssignment:
     """Finds the cells of points, by the same partition of unity as :func:`mnif.models.cell_grid.axis_cells`.
 
     Args:

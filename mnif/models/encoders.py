@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from jaxtyping import Float
 from msgspec import Meta
 from torch import Tensor, nn
 
@@ -38,7 +39,7 @@ class Patches(nn.Module):
         self.position = nn.Parameter(torch.zeros(self.count, width))
         self.write = nn.Linear(width, features)
 
-    def forward(self, values: Tensor) -> Tensor:
+    def forward(self, values: Float[Tensor, "batch *grid channels"]) -> Float[Tensor, "batch features"]:
         """Maps values [B, ..., C] in [-1, 1] to [B, patches · features]."""
         values = F.pad(values, self.padding)
         axes = len(self.shape)
@@ -87,7 +88,9 @@ class PatchEncoder(OwnMemory, ModelMixin, ConfigMixin):
         self.skip = nn.Linear(self.patch_network.outputs, latent_dim)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, values: Float[Tensor, "batch *grid channels"], mask: Float[Tensor, "batch *grid"] | None = None
+    ) -> Float[Tensor, "batch latent_dim"]:
         """Infers latents [B, D], each of mean 0 and variance 1.
 
         Args:
@@ -133,7 +136,12 @@ class ViewsEncoder(OwnMemory, ModelMixin, ConfigMixin):
         self.mix_residual = nn.Linear(width, width)
         self.mix_out = nn.Linear(width, latent_dim)
 
-    def forward(self, values: Tensor, poses: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        values: Float[Tensor, "batch views height width channels"],
+        poses: Float[Tensor, "batch views 4 4"],
+        mask: Float[Tensor, "batch views height width"] | None = None,
+    ) -> Float[Tensor, "batch latent_dim"]:
         """Infers latents [B, D], each of mean 0 and variance 1.
 
         Args:

@@ -1,8 +1,8 @@
 """The batched field as one operator of PyTorch: values, their gradient, and the gradient's gradient.
 
 ``field_op.cpp`` is compiled once per machine with the C++ compiler at hand (about five seconds) and kept in the
-cache folder. Where there is no compiler, or tensors are on a GPU, plain PyTorch does the same, slower on CPUs.
-``MNIF_NATIVE=0`` turns the compiled operator off.
+cache folder. Where there is no compiler, or tensors are on a GPU, :class:`mnif.models.siren.BakedField` does the same
+with PyTorch's own operators, slower on CPUs. ``MNIF_NATIVE=0`` turns the compiled operator off.
 """
 
 import ctypes
@@ -16,7 +16,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def is_compiled() -> bool:
 
 
 def field_values(coordinates: Tensor, rows: Tensor, sizes: Sequence[int], output_sine: bool) -> Tensor:
-    """Evaluates a batch of fields, twice differentiable by ``rows``.
+    """Evaluates a batch of fields, twice differentiable by ``rows``, where :func:`can_evaluate` allows it.
 
     Args:
         coordinates: [sets, points, sizes[0]]; field i is asked at set i modulo ``sets``.
@@ -56,11 +55,9 @@ def field_values(coordinates: Tensor, rows: Tensor, sizes: Sequence[int], output
         output_sine: a sine follows the last layer too.
 
     Returns:
-        [fields, points, sizes[-1]]. Compiled, float32 on the CPU: within 1e-6 of PyTorch's sines and products.
+        [fields, points, sizes[-1]], within 1e-6 of PyTorch's sines and products.
     """
-    if _usable(coordinates, rows):
-        return torch.ops.mnif.field_values(coordinates, rows, list(sizes), output_sine)
-    return plain_field_values(coordinates, rows, sizes, output_sine)
+    return torch.ops.mnif.field_values(coordinates, rows, list(sizes), output_sine)
 
 
 def field_errors(
@@ -77,32 +74,15 @@ def field_errors(
         weights: [sets, points], by which a point's squared error, a mean over the channels, is multiplied; those of
             field i are set i modulo ``sets``.
     """
-    if _usable(coordinates, rows) and targets.dtype == weights.dtype == torch.float32 and not targets.requires_grad:
-        return torch.ops.mnif.field_errors(coordinates, rows, targets, weights, list(sizes), output_sine)[0]
-    squares = (field_values(coordinates, rows, sizes, output_sine) - targets).square().mean(dim=2)
-    return (squares.view(-1, *weights.shape) * weights).sum(dim=2).flatten()
+    return torch.ops.mnif.field_errors(coordinates, rows, targets, weights, list(sizes), output_sine)[0]
 
 
-def _usable(coordinates: Tensor, rows: Tensor) -> bool:
-    """Whether the compiled operator can take these tensors."""
-    plain = rows.dtype == coordinates.dtype == torch.float32 and rows.device.type == "cpu"
-    return plain and not coordinates.requires_grad and not torch.is_autocast_enabled("cpu") and is_compiled()
-
-
-def plain_field_values(coordinates: Tensor, rows: Tensor, sizes: Sequence[int], output_sine: bool) -> Tensor:
-    """:func:`field_values` by PyTorch's own operators, on any device and in any precision."""
-    fields = len(rows)
-    hidden = coordinates.repeat(fields // len(coordinates), 1, 1) if len(coordinates) > 1 else coordinates
-    begin, last = 0, len(sizes) - 2
-    for layer, (inputs, outputs) in enumerate(pairwise(sizes)):
-        weight = rows[:, begin : begin + inputs * outputs].reshape(fields, inputs, outputs)
-        begin += inputs * outputs
-        bias = rows[:, None, begin : begin + outputs]
-        begin += outputs
-        hidden = torch.baddbmm(bias, hidden.expand(fields, -1, -1), weight)
-        if layer < last or output_sine:
-            hidden = torch.sin(hidden)
-    return hidden
+def can_evaluate(coordinates: Tensor, rows: Tensor, *targets: Tensor) -> bool:
+    """Tells whether the compiled operator takes these: float32 on the CPU, differentiated by ``rows`` alone."""
+    fixed = (coordinates, *targets)
+    plain = rows.device.type == "cpu" and all(tensor.dtype == torch.float32 for tensor in (rows, *fixed))
+    differentiated = any(tensor.requires_grad for tensor in fixed)
+    return plain and not differentiated and not torch.is_autocast_enabled("cpu") and is_compiled()
 
 
 @torch.library.custom_op("mnif::field_values", mutates_args=(), device_types="cpu")

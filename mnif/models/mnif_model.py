@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from jaxtyping import Float
 from msgspec import Meta
 from torch import Tensor, nn
 
@@ -83,18 +84,12 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         signal_settings: dict[str, Any] | None = None,
     ):
         super().__init__()
+        _check_form(mixing, coefficient_form, overlap)
         if signal_settings is None:
             self.register_to_config(signal_settings={"resolution": resolution, "channels": channels})
-        if mixing not in ("delta", "average"):
-            raise ValueError(f'mixing "{mixing}": choose "delta" or "average"')
-        if coefficient_form not in ("layer", "shared", "direct"):
-            raise ValueError(f'coefficient_form "{coefficient_form}": choose "layer", "shared" or "direct"')
-        if not 0 <= overlap <= 0.5:
-            raise ValueError(f"overlap {overlap}: must lie between 0 and 0.5")
         if math.prod(as_axes(resolution, dimensions)) > MOST_POINTS or cells**dimensions > _MOST_CELLS:
-            raise ValueError(
-                f"resolution {resolution}, cells {cells}: at most {MOST_POINTS} points and {_MOST_CELLS} cells"
-            )
+            limits = f"at most {MOST_POINTS} points and {_MOST_CELLS} cells"
+            raise ValueError(f"resolution {resolution}, cells {cells}: {limits}")
         shapes = layer_shapes(dimensions, channels, width, depth)
         last = len(shapes) - 1
 
@@ -117,17 +112,14 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         elif latent_dim is None:
             raise ValueError("latent_dim: a number is needed unless coefficients are direct")
         else:
-            self.coefficient_map = nn.Linear(latent_dim, vectors * num_bases)
-            # The map starts small, so that all fields start as one well-scaled network and training spreads them.
-            nn.init.normal_(self.coefficient_map.weight, std=0.1 / math.sqrt(latent_dim))
-            nn.init.constant_(self.coefficient_map.bias, 0.0 if delta else 1.0)
+            self.coefficient_map = _coefficient_map(latent_dim, vectors * num_bases, bias=0.0 if delta else 1.0)
 
     @property
     def num_cells(self) -> int:
         """Cells of the whole domain, each with a field of its own."""
         return self.config.cells**self.config.dimensions
 
-    def coefficients(self, latents: Tensor) -> Tensor:
+    def coefficients(self, latents: Float[Tensor, "batch latent_dim"]) -> Float[Tensor, "batch cells layers bases"]:
         """Maps latents [B, D] to mixture coefficients [B, cells, layers, M], scaled by 1/sqrt(M)."""
         config = self.config
         mapped = latents if self.coefficient_map is None else self.coefficient_map(latents)
@@ -136,7 +128,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         mapped = mapped.view(len(latents), self.num_cells, -1, config.num_bases)
         return mapped.expand(-1, -1, len(self.bases), -1) / math.sqrt(config.num_bases)
 
-    def bake(self, coefficients: Tensor) -> BakedField:
+    def bake(self, coefficients: Float[Tensor, "batch cells layers bases"]) -> BakedField:
         """Mixes the bases into plain networks, one matrix product per layer.
 
         Args:
@@ -165,12 +157,18 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         axes = as_axes(config.resolution if resolution is None else resolution, dimensions)
         return cell_grid(axes, config.cells, config.overlap, dimensions, self.device, self.dtype, stride, phase)
 
-    def decode_coefficients(self, coefficients: Tensor, grid: CellGrid) -> Tensor:
+    def decode_coefficients(
+        self, coefficients: Float[Tensor, "batch cells layers bases"], grid: CellGrid
+    ) -> Float[Tensor, "batch *grid channels"]:
         """Decodes coefficients [B, cells, layers, M] on a grid: values [B, resolution, ..., channels]."""
         values = self.bake(coefficients)(grid.coordinates)
         return grid.blend(values.view(len(coefficients), -1, *values.shape[1:]))
 
-    def values_at(self, coefficients: Tensor, coordinates: Tensor) -> Tensor:
+    def values_at(
+        self,
+        coefficients: Float[Tensor, "batch cells layers bases"],
+        coordinates: Float[Tensor, "batch_or_1 points d"],
+    ) -> Float[Tensor, "batch points channels"]:
         """Evaluates fields at any points of the domain.
 
         Args:
@@ -186,11 +184,15 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         routes = assign_points(coordinates.expand(len(coefficients), -1, -1), config.cells, config.overlap)
         return routes.gather(field(routes.coordinates))
 
-    def decode_on(self, latents: Tensor, grid: CellGrid) -> Tensor:
+    def decode_on(
+        self, latents: Float[Tensor, "batch latent_dim"], grid: CellGrid
+    ) -> Float[Tensor, "batch *grid channels"]:
         """Decodes latents [B, D] on a grid: values [B, resolution, ..., channels] in about [-1, 1]."""
         return self.decode_coefficients(self.coefficients(latents), grid)
 
-    def forward(self, latents: Tensor, resolution: int | Sequence[int] | None = None) -> Tensor:
+    def forward(
+        self, latents: Float[Tensor, "batch latent_dim"], resolution: int | Sequence[int] | None = None
+    ) -> Float[Tensor, "batch *grid channels"]:
         """Decodes latents [B, D] at any resolution: values [B, resolution, ..., channels] in about [-1, 1]."""
         return self.decode_on(latents, self.grid(resolution))
 
@@ -203,3 +205,20 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
             digest.update(name.encode())
             digest.update(tensor.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+
+def _check_form(mixing: str, coefficient_form: str, overlap: float) -> None:
+    if mixing not in ("delta", "average"):
+        raise ValueError(f'mixing "{mixing}": choose "delta" or "average"')
+    if coefficient_form not in ("layer", "shared", "direct"):
+        raise ValueError(f'coefficient_form "{coefficient_form}": choose "layer", "shared" or "direct"')
+    if not 0 <= overlap <= 0.5:
+        raise ValueError(f"overlap {overlap}: must lie between 0 and 0.5")
+
+
+def _coefficient_map(latent_dim: int, coefficients: int, bias: float) -> nn.Linear:
+    """Makes the map from latents; it starts small, so that all fields start as one well-scaled network."""
+    layer = nn.Linear(latent_dim, coefficients)
+    nn.init.normal_(layer.weight, std=0.1 / math.sqrt(latent_dim))
+    nn.init.constant_(layer.bias, bias)
+    return layer

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from mnif.models.field_op import field_errors, field_values
+from mnif.models.field_op import can_evaluate, field_errors, field_values
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,10 @@ class LayerShape:
         """Numbers in one row of this layer's parameters."""
         return (self.inputs + 1) * self.outputs
 
-    def split(self, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Splits rows [batch, parameters] into weights [batch, inputs, outputs] and biases [batch, 1, outputs]."""
+    def split(
+        self, params: Float[Tensor, "batch parameters"]
+    ) -> tuple[Float[Tensor, "batch inputs outputs"], Float[Tensor, "batch 1 outputs"]]:
+        """Splits rows of parameters into weights and biases."""
         weights = params[:, : self.inputs * self.outputs].reshape(-1, self.inputs, self.outputs)
         return weights, params[:, None, self.inputs * self.outputs :]
 
@@ -40,7 +43,9 @@ def layer_shapes(inputs: int, outputs: int, width: int, depth: int) -> list[Laye
     return [LayerShape(a, b) for a, b in pairwise(sizes)]
 
 
-def siren_params(shape: LayerShape, count: int, omega: float, first: bool, sine: bool) -> Tensor:
+def siren_params(
+    shape: LayerShape, count: int, omega: float, first: bool, sine: bool
+) -> Float[Tensor, "{count} {shape.parameters}"]:
     """Draws ``count`` independent initial parameter rows of one layer, with the frequency folded in.
 
     Args:
@@ -70,10 +75,10 @@ class BakedField:
     """
 
     shapes: list[LayerShape]
-    params: Tensor
+    params: Float[Tensor, "fields parameters"]
     output_sine: bool = False
 
-    def __call__(self, coordinates: Tensor) -> Tensor:
+    def __call__(self, coordinates: Float[Tensor, "sets points d"]) -> Float[Tensor, "fields points channels"]:
         """Evaluates the fields.
 
         Args:
@@ -83,9 +88,30 @@ class BakedField:
         Returns:
             [fields, points, channels], within about [-1, 1] for colours and occupancies.
         """
-        return field_values(coordinates, self.params, self._sizes(), self.output_sine)
+        if can_evaluate(coordinates, self.params):
+            return field_values(coordinates, self.params, self._sizes(), self.output_sine)
+        return self.evaluate_layers(coordinates)
 
-    def errors(self, coordinates: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def evaluate_layers(self, coordinates: Float[Tensor, "sets points d"]) -> Float[Tensor, "fields points channels"]:
+        """Evaluates the fields by PyTorch's own operators, on any device, in any precision, in any mode of autograd.
+
+        Args:
+            coordinates: as for a call.
+        """
+        fields, last = len(self.params), len(self.shapes) - 1
+        hidden = coordinates.repeat(fields // len(coordinates), 1, 1) if len(coordinates) > 1 else coordinates
+        for index, (weight, bias) in enumerate(self.layers()):
+            hidden = torch.baddbmm(bias, hidden.expand(fields, -1, -1), weight)
+            if index < last or self.output_sine:
+                hidden = torch.sin(hidden)
+        return hidden
+
+    def errors(
+        self,
+        coordinates: Float[Tensor, "sets points d"],
+        targets: Float[Tensor, "fields points channels"],
+        weights: Float[Tensor, "weight_sets points"],
+    ) -> Float[Tensor, " fields"]:
         """Computes the weighted squared error of every field, [fields]; faster than from its values.
 
         Args:
@@ -94,7 +120,10 @@ class BakedField:
             weights: [sets, points], by which a point's squared error, a mean over the channels, is multiplied; again
                 set i modulo ``sets``.
         """
-        return field_errors(coordinates, self.params, targets, weights, self._sizes(), self.output_sine)
+        if can_evaluate(coordinates, self.params, targets, weights):
+            return field_errors(coordinates, self.params, targets, weights, self._sizes(), self.output_sine)
+        squares = (self(coordinates) - targets).square().mean(dim=2)
+        return (squares.view(-1, *weights.shape) * weights).sum(dim=2).flatten()
 
     def _sizes(self) -> list[int]:
         return [self.shapes[0].inputs, *(shape.outputs for shape in self.shapes)]

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mnif.data.dataset import Dataset
@@ -35,11 +36,11 @@ class Observation:
         mask: [B, ...], 1 where it was seen and 0 where it was not; None: all of it.
     """
 
-    values: Tensor
+    values: Float[Tensor, "batch *places channels"]
     query: Any
-    mask: Tensor | None = None
+    mask: Float[Tensor, "batch *places"] | None = None
 
-    def errors(self, predictions: Tensor) -> Tensor:
+    def errors(self, predictions: Float[Tensor, "batch *places channels"]) -> Float[Tensor, " batch"]:
         """Computes the mean squared error of each instance over what was seen of it, [B]; others do not enter."""
         squares = (predictions - self.values).square().mean(dim=-1).flatten(1)
         if self.mask is None:
@@ -201,7 +202,9 @@ class Signal(ABC):
         """Draws at random what one step of learning looks at, the same part of every instance of the batch."""
 
     @abstractmethod
-    def predict(self, decoder: MNIFModel, coefficients: Tensor, observation: Observation) -> Tensor:
+    def predict(
+        self, decoder: MNIFModel, coefficients: Float[Tensor, "batch cells layers bases"], observation: Observation
+    ) -> Float[Tensor, "batch *places channels"]:
         """Predicts ``observation.values`` from the fields of ``coefficients`` [B, cells, layers, M]."""
 
     @abstractmethod
@@ -209,15 +212,17 @@ class Signal(ABC):
         """Makes a network with ``width`` hidden units that :meth:`encode` runs: observation → latents."""
 
     @abstractmethod
-    def encode(self, encoder: nn.Module, observation: Observation) -> Tensor:
+    def encode(self, encoder: nn.Module, observation: Observation) -> Float[Tensor, "batch latent_dim"]:
         """Infers latents [B, D] by a network that :meth:`encoder` made."""
 
     @abstractmethod
-    def images(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
+    def images(
+        self, decoder: MNIFModel, latents: Float[Tensor, "batch latent_dim"]
+    ) -> UInt8[np.ndarray, "batch height width 3"]:
         """Draws something to look at for each latent: [B, H, W, 3] uint8."""
 
     @abstractmethod
-    def original_images(self, batch: Mapping[str, Tensor]) -> np.ndarray:
+    def original_images(self, batch: Mapping[str, Tensor]) -> UInt8[np.ndarray, "batch height width 3"]:
         """Draws something to look at for each row of the data: [B, H, W, 3] uint8."""
 
     def reconstruction_images(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> np.ndarray:
@@ -252,12 +257,18 @@ class Signal(ABC):
         """Measures predictions against observed values, both [B, ..., C]: for each metric one number per instance."""
         return {"psnr": psnr(predictions, values)}
 
-    def per_instance_loss(self, decoder: MNIFModel, latents: Tensor, observation: Observation) -> Tensor:
+    def per_instance_loss(
+        self, decoder: MNIFModel, latents: Float[Tensor, "batch latent_dim"], observation: Observation
+    ) -> Float[Tensor, " batch"]:
         """Computes the mean squared error of each instance, [B]."""
         return observation.errors(self.predict(decoder, decoder.coefficients(latents), observation))
 
 
-def psnr(values: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+def psnr(
+    values: Float[Tensor, "batch *places channels"],
+    targets: Float[Tensor, "batch *places channels"],
+    mask: Float[Tensor, "batch *places"] | None = None,
+) -> Float[Tensor, " batch"]:
     """Computes the peak signal-to-noise ratio of each instance in dB, [B].
 
     Args:
@@ -269,7 +280,9 @@ def psnr(values: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     return -10 * torch.log10(error.clamp_min(1e-10))
 
 
-def intersection_over_union(values: Tensor, targets: Tensor) -> Tensor:
+def intersection_over_union(
+    values: Float[Tensor, "batch *places channels"], targets: Float[Tensor, "batch *places channels"]
+) -> Float[Tensor, " batch"]:
     """Divides what is above 0 in both by what is in either, for each instance [B]; 1 where neither has anything."""
     inside, truth = (values > 0).flatten(1), (targets > 0).flatten(1)
     common, either = (inside & truth).sum(dim=1), (inside | truth).sum(dim=1)
@@ -312,12 +325,16 @@ class GridSignal(Signal):
         mask = None if observation.mask is None else observation.mask[taken]
         return Observation(observation.values[taken], (self.stride, phase), mask)
 
-    def predict(self, decoder: MNIFModel, coefficients: Tensor, observation: Observation) -> Tensor:
+    def predict(
+        self, decoder: MNIFModel, coefficients: Float[Tensor, "batch cells layers bases"], observation: Observation
+    ) -> Float[Tensor, "batch *places channels"]:
         """Decodes values on the observed grid."""
         stride, phase = observation.query
         return decoder.decode_coefficients(coefficients, decoder.grid(self.resolution, stride, phase))
 
-    def per_instance_loss(self, decoder: MNIFModel, latents: Tensor, observation: Observation) -> Tensor:
+    def per_instance_loss(
+        self, decoder: MNIFModel, latents: Float[Tensor, "batch latent_dim"], observation: Observation
+    ) -> Float[Tensor, " batch"]:
         """Computes the mean squared error of each instance, [B], where every field answers for itself.
 
         A pixel near a border is shown by several cells, and counts in each by its share: the mean of their squared
@@ -338,7 +355,7 @@ class GridSignal(Signal):
         """Makes a network over patches of the grid."""
         return PatchEncoder(self.channels, self.resolution, latent_dim, self.dimensions, width=width)
 
-    def encode(self, encoder: nn.Module, observation: Observation) -> Tensor:
+    def encode(self, encoder: nn.Module, observation: Observation) -> Float[Tensor, "batch latent_dim"]:
         """Infers latents [B, D] from the whole grid, or from what was seen of it."""
         return encoder(observation.values, observation.mask)
 

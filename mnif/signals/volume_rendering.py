@@ -9,12 +9,15 @@ and rays can be differentiated twice, as meta-learning needs.
 import math
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mnif.utils.errors import UserError
 
 
-def camera_rays(poses: Tensor, intrinsics: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+def camera_rays(
+    poses: Float[Tensor, "*views 4 4"], intrinsics: Float[Tensor, "*cameras 4"], height: int, width: int
+) -> tuple[Float[Tensor, "*all {height} {width} 3"], Float[Tensor, "*all {height} {width} 3"]]:
     """Computes the ray through the centre of every pixel.
 
     Args:
@@ -42,7 +45,9 @@ def camera_rays(poses: Tensor, intrinsics: Tensor, height: int, width: int) -> t
     return poses[..., None, None, :3, 3].expand_as(directions), directions
 
 
-def turntable_poses(count: int, radius: float, elevation: float, dtype: torch.dtype = torch.float32) -> Tensor:
+def turntable_poses(
+    count: int, radius: float, elevation: float, dtype: torch.dtype = torch.float32
+) -> Float[Tensor, "{count} 4 4"]:
     """Places cameras evenly on a circle around the y axis, all looking at the origin.
 
     Args:
@@ -71,7 +76,9 @@ def turntable_poses(count: int, radius: float, elevation: float, dtype: torch.dt
     return poses.to(dtype)
 
 
-def box_intersection(origins: Tensor, directions: Tensor, bound: float = 1.0) -> tuple[Tensor, Tensor]:
+def box_intersection(
+    origins: Float[Tensor, "*rays 3"], directions: Float[Tensor, "*rays 3"], bound: float = 1.0
+) -> tuple[Float[Tensor, "*rays"], Float[Tensor, "*rays"]]:
     """Finds where rays enter and leave the cube [-bound, bound]³ (slab test; Kay and Kajiya, SIGGRAPH 1986).
 
     Args:
@@ -99,8 +106,8 @@ def stratified_depths(
     far: Tensor | float,
     samples: int,
     rays_shape: tuple[int, ...],
-    jitter: Tensor | None = None,
-) -> Tensor:
+    jitter: Float[Tensor, "*jittered {samples}"] | None = None,
+) -> Float[Tensor, "*rays {samples}"]:
     """Takes one depth in each of ``samples`` equal intervals between near and far (NeRF, equation 2).
 
     Args:
@@ -125,7 +132,9 @@ def stratified_depths(
     return depths.expand(*rays_shape, samples)
 
 
-def ray_weights(density: Tensor, depths: Tensor, far: Tensor | float) -> tuple[Tensor, Tensor]:
+def ray_weights(
+    density: Float[Tensor, "*rays samples"], depths: Float[Tensor, "*rays samples"], far: Tensor | float
+) -> tuple[Float[Tensor, "*rays samples"], Float[Tensor, "*rays"]]:
     """Computes the share of a ray's light from each sample, and the share from behind all of them.
 
     Alpha compositing with alpha = 1 - exp(-density · length), where a sample's length reaches to the next sample and
@@ -150,8 +159,12 @@ def ray_weights(density: Tensor, depths: Tensor, far: Tensor | float) -> tuple[T
 
 
 def composite(
-    colour: Tensor, density: Tensor, depths: Tensor, far: Tensor | float, background: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    colour: Float[Tensor, "*rays samples 3"],
+    density: Float[Tensor, "*rays samples"],
+    depths: Float[Tensor, "*rays samples"],
+    far: Tensor | float,
+    background: float,
+) -> tuple[Float[Tensor, "*rays 3"], Float[Tensor, "*rays"], Float[Tensor, "*rays"]]:
     """Computes what a ray sees (Max, 1995; NeRF, equation 3).
 
     Args:

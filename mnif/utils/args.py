@@ -3,8 +3,9 @@
 import contextlib
 import io
 import json
-import re
 from collections.abc import Collection
+from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypedDict, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -29,17 +30,53 @@ def parse_arguments(command: type[T], arguments: list[str], program: str) -> T:
     Raises:
         UserError: an unknown flag, a missing one, or a value of the wrong kind.
     """
-    message = io.StringIO()
     try:
-        with contextlib.redirect_stderr(message):
+        with contextlib.redirect_stderr(io.StringIO()):  # tyro's complaint, a box of several lines
             config = (tyro.conf.OmitArgPrefixes,)
             return tyro.cli(command, args=arguments, prog=program, config=config, use_underscores=True)
     except SystemExit as stop:
         if not stop.code:
             raise
-    # tyro has no public way to be asked what is wrong: it prints it in a box, of which this is the text.
-    text = re.sub(r"\x1b\[[0-9;]*m|[╭╮╰╯│─]", " ", message.getvalue())
-    raise UserError(" ".join(text.split()) or "unusable arguments")
+    raise UserError(_complaint(command, arguments) or f"unusable arguments; see {program} --help")
+
+
+def _complaint(command: type, arguments: list[str]) -> str | None:
+    """Says in one line what is wrong with arguments that were refused."""
+    kinds = get_type_hints(command)
+    words, flags = _words_of_flags(arguments)
+    if words:
+        return f"{words[0]!r} belongs to no flag"
+    for name, values in flags.items():
+        kind = bool if name.startswith("no_") and kinds.get(name[3:]) is bool else kinds.get(name)
+        if kind is None:
+            similar = get_close_matches(name, kinds, n=1)
+            return f"--{name}: no such flag" + (f"; did you mean --{similar[0]}?" if similar else "")
+        if kind is bool and values:
+            return f"--{name} {values[0]}: it takes no value; --no_{name} turns it off"
+        if kind is not bool and not values:
+            return f"--{name}: a value is needed"
+        if kind is not bool:
+            try:
+                _typed(kind, values if len(values) > 1 else values[0])
+            except ValueError as error:
+                return f"--{name} {' '.join(values)}: {error}"
+    needed = (field.name for field in fields(command) if field.default is field.default_factory is MISSING)
+    missing = [f"--{name}" for name in needed if name not in flags]
+    return f"{', '.join(missing)}: needed and not given" if missing else None
+
+
+def _words_of_flags(arguments: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Splits arguments into the words before the first flag, and each flag's words by its name with underscores."""
+    words: list[str] = []
+    before, flags = words, dict[str, list[str]]()
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, equals, value = argument[2:].partition("=")
+            words = flags.setdefault(name.replace("-", "_"), [])
+            words.extend([value] if equals else [])
+        else:
+            words.append(argument)
+    return before, flags
 
 
 def parse_given(command: type, arguments: list[str], program: str) -> dict[str, Any]:
@@ -79,6 +116,8 @@ def _typed(kind: Any, value: Any) -> Any:
         return None if value in (None, "None") else _typed(inner[0], value)
     if origin in (list, tuple):
         return origin(_typed(inner[0], item) for item in (value if isinstance(value, list) else [value]))
+    if isinstance(value, list):
+        raise ValueError("one value is needed")
     text = value if isinstance(value, str) else json.dumps(value)
     choices = {"true": True, "false": False} if kind is bool else {str(choice): choice for choice in inner}
     if text in choices:

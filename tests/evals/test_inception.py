@@ -8,12 +8,10 @@ import pytest
 import torch
 
 import evals.features.inception
-import evals.features.weights
 from evals.features import extractor_by_name
 from evals.features.extractor import extract_features
-from evals.features.inception import Inception, InceptionV3
+from evals.features.inception import INCEPTION, Inception, InceptionV3, PublishedWeights, found_weights
 from evals.features.resize import bilinear
-from evals.features.weights import INCEPTION, PublishedWeights, found_weights
 from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_file
 

@@ -208,7 +208,7 @@ def test_pictures_do_not_depend_on_how_many_are_decoded_at_once(
     decoder: MNIFModel, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not native:
-        monkeypatch.setattr("mnif.models.field_op._usable", lambda *tensors: False)
+        monkeypatch.setattr("mnif.models.siren.can_evaluate", lambda *tensors: False)
     latents = torch.randn(16, 12)
     with torch.no_grad():
         whole = decoder(latents, 21)

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -30,6 +31,16 @@ def test_unknown_flag_is_one_line_and_exit_2(command: str, capsys: pytest.Captur
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert message.startswith(f"mnif {command}: ")
+
+
+def test_a_reader_that_leaves_is_no_mistake() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "mnif", "fit", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_unknown_command_and_missing_data_are_one_line_and_exit_2(

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mnif.models import field_op
-from mnif.models.field_op import field_errors, field_values, plain_field_values
+from mnif.models.field_op import field_errors, field_values
+from mnif.models.siren import BakedField, LayerShape
 
 SHAPES = {
     "cells of width 24": ((2, 24, 24, 24, 3), False, 8, 4, 140),
@@ -20,7 +21,7 @@ SHAPES = {
 }
 
 
-def array_dataset(fields: int, sizes: tuple[int, ...]) -> torch.Tensor:
+def random_rows(fields: int, sizes: tuple[int, ...]) -> torch.Tensor:
     layers = []
     for inputs, outputs in pairwise(sizes):
         layers += [torch.randn(fields, inputs * outputs) * (1.4 / inputs**0.5), torch.randn(fields, outputs)]
@@ -32,7 +33,11 @@ def case(request: pytest.FixtureRequest) -> tuple:
     sizes, output_sine, fields, sets, points = SHAPES[request.param]
     torch.manual_seed(0)
     coordinates = torch.rand(sets, points, sizes[0]) * 2 - 1
-    return sizes, output_sine, coordinates, array_dataset(fields, sizes)
+    return sizes, output_sine, coordinates, random_rows(fields, sizes)
+
+
+def plain_values(coordinates, rows, sizes, output_sine):
+    return BakedField([LayerShape(*pair) for pair in pairwise(sizes)], rows, output_sine).evaluate_layers(coordinates)
 
 
 compiled = pytest.mark.skipif(not field_op.is_compiled(), reason="no C++ compiler: plain PyTorch is used")
@@ -54,7 +59,7 @@ def with_gradients(function, case: tuple, dtype: torch.dtype) -> list[torch.Tens
 @compiled
 def test_operator_and_both_its_gradients_equal_float64(case: tuple) -> None:
     ours = with_gradients(field_values, case, torch.float32)
-    exact = with_gradients(plain_field_values, case, torch.float64)
+    exact = with_gradients(plain_values, case, torch.float64)
     for a, b in zip(ours, exact, strict=True):
         assert (a - b).abs().max() <= 4e-6 * b.abs().max()
 
@@ -79,7 +84,7 @@ def test_errors_and_both_their_gradients_equal_float64(case: tuple) -> None:
 
 
 def plain_errors(coordinates, rows, targets, weights, sizes, output_sine):
-    squares = (plain_field_values(coordinates, rows, sizes, output_sine) - targets).square().mean(dim=2)
+    squares = (plain_values(coordinates, rows, sizes, output_sine) - targets).square().mean(dim=2)
     return (squares * weights.repeat(len(rows) // len(weights), 1)).sum(dim=1)
 
 
@@ -102,7 +107,7 @@ def test_a_field_does_not_depend_on_the_others(case: tuple) -> None:
 
 @compiled
 def test_not_a_number_is_passed_on() -> None:
-    rows = array_dataset(2, (2, 16, 3))
+    rows = random_rows(2, (2, 16, 3))
     rows[1, 0] = float("nan")
     values = field_values(torch.rand(1, 20, 2), rows, (2, 16, 3), False)
     assert values[0].isfinite().all()
@@ -112,16 +117,17 @@ def test_not_a_number_is_passed_on() -> None:
 @compiled
 def test_operator_keeps_the_contract_of_pytorch() -> None:
     sizes = [2, 16, 16, 3]
-    rows = array_dataset(2, tuple(sizes)).requires_grad_()
+    rows = random_rows(2, tuple(sizes)).requires_grad_()
     torch.library.opcheck(torch.ops.mnif.field_values, (torch.rand(1, 9, 2), rows, sizes, True))
 
 
 def test_plain_pytorch_serves_where_there_is_no_compiler() -> None:
     program = (
-        "import torch; from mnif.models.field_op import field_values, is_compiled;"
+        "import torch; from mnif.models.field_op import is_compiled;"
+        "from mnif.models.siren import BakedField, layer_shapes;"
         "assert not is_compiled();"
         "rows = torch.zeros(2, 7, requires_grad=True);"
-        "field_values(torch.zeros(1, 5, 2), rows, (2, 1, 2), False).sum().backward();"
+        "BakedField(layer_shapes(2, 2, 1, 0), rows)(torch.zeros(1, 5, 2)).sum().backward();"
         "print(rows.grad.shape)"
     )
     for environment in ({"MNIF_NATIVE": "0"}, {"CXX": "no-such-compiler"}):

@@ -232,7 +232,7 @@ def refusal(preset: str) -> str:
         ({"width": "wide"}, "--width wide: must be a whole number"),
         ({"width": 2.5}, "--width 2.5: must be a whole number"),
         ({"width": True}, "--width True: must be a whole number"),
-        ({"width": [8]}, "--width [8]: must be a whole number"),
+        ({"width": [8]}, "--width [8]: one value is needed"),
         ({"omega": "fast"}, "--omega fast: must be a number"),
         ({"resolution": [16, "wide"]}, "--resolution [16, 'wide']: must be a whole number"),
         ({"report_to": 1}, "--report_to 1: must be a text"),

@@ -6,6 +6,7 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from PIL import Image as Picture
 from torch import Tensor
 
@@ -37,6 +38,11 @@ def decoder_of(signal: Signal, **settings: object) -> MNIFModel:
     if decoder.coefficient_map is not None:
         torch.nn.init.normal_(decoder.coefficient_map.weight, std=0.5)
     return decoder
+
+
+def test_shapes_in_annotations_are_checked_here() -> None:
+    with pytest.raises(TypeCheckError, match="targets"):
+        psnr(torch.zeros(2, 5, 3), torch.zeros(2, 6, 3))
 
 
 def bytes_of(*shape: int) -> np.ndarray:

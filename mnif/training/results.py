@@ -1,0 +1,149 @@
+"""What a finished `mnif fit` leaves: the model, the latents, metrics, and a picture of reconstructions."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+
+from mnif.data.batches import ArrayDataset
+from mnif.data.dataset import Dataset, Split
+from mnif.latents.inference import LatentInit, evaluate_latents, infer_latents
+from mnif.latents.inner_loop import InnerLoop
+from mnif.latents.pca import pca_metrics
+from mnif.latents.table import LatentTable
+from mnif.models.io import load_component, save_component
+from mnif.models.mnif_model import MNIFModel
+from mnif.signals.base import Signal
+from mnif.training.checkpoints import newest_checkpoint
+from mnif.training.methods import AutoDecoderMethod, LearningMethod
+from mnif.utils.pixels import image_grid, save_image
+from mnif.utils.process import peak_memory_megabytes
+
+
+def save_results(
+    run: Path,
+    method: LearningMethod,
+    method_name: str,
+    data: Dataset,
+    splits: np.ndarray,
+    train_rows: ArrayDataset,
+    held_rows: ArrayDataset,
+    refinement_steps: int,
+) -> dict[str, float]:
+    """Writes ``model/``, ``latents.safetensors`` and ``samples/reconstructions.png`` into a run.
+
+    Args:
+        run: the run folder; an auto-decoder's latents are read from its last checkpoint.
+        method: what was trained, on the CPU.
+        method_name: such as ``encoder``, for the names of metrics.
+        data: all instances, with their ids.
+        splits: for each of them a :class:`~mnif.data.dataset.Split`.
+        train_rows: those trained on.
+        held_rows: those held out; may be empty.
+        refinement_steps: Adam steps that refine the held-out latents.
+
+    Returns:
+        Mean metrics of each split, of PCA with as many numbers, and what the model costs.
+    """
+    signal = method.signal
+    latent_init = _save_model(run / "model", method)
+    # Through the file and back, so that the fingerprint is that of what later commands will load.
+    decoder = load_component(MNIFModel, run / "model", "decoder")
+    if isinstance(method, AutoDecoderMethod):
+        train_latents = method.rows.read_all(newest_checkpoint(run / "checkpoints" / "fit"))
+    else:
+        train_latents = torch.cat([*infer_latents(decoder, signal, train_rows, latent_init, 0)])
+    first, refined = _held_out_latents(decoder, signal, held_rows, latent_init, refinement_steps)
+
+    subjects = {}
+    if len(held_rows):
+        if latent_init is not None:
+            subjects[f"heldout_{method_name}"] = held_rows, first
+        subjects["heldout"] = held_rows, refined
+    subjects["train"] = train_rows, train_latents
+    metrics: dict[str, float] = {}
+    for subject, (rows, latents) in subjects.items():
+        metrics |= _means(evaluate_latents(decoder, signal, rows, latents), subject)
+    metrics |= pca_metrics(signal, train_rows, held_rows, decoder.config.latent_dim)
+
+    _save_latent_table(run, data, splits, train_latents, first, decoder)
+    shown = (held_rows, first, refined) if len(held_rows) else (train_rows, train_latents, train_latents)
+    _save_reconstructions(run, decoder, signal, *shown)
+    print(f"{run / 'model'}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+    return metrics | _costs(decoder)
+
+
+def _save_model(folder: Path, method: LearningMethod) -> LatentInit:
+    """Writes the decoder and whatever finds latents to the model folder; gives the latter, or None."""
+    save_component(folder, "decoder", method.decoder)
+    latent_init = getattr(method, "encoder", None) or getattr(method, "inner_loop", None)
+    if isinstance(latent_init, ModelMixin):
+        save_component(folder, "inner_loop" if isinstance(latent_init, InnerLoop) else "encoder", latent_init)
+    return latent_init
+
+
+def _held_out_latents(
+    decoder: MNIFModel, signal: Signal, rows: ArrayDataset, latent_init: LatentInit, steps: int
+) -> tuple[Tensor, Tensor]:
+    """Latents [N, D] of held-out instances as they are found at first, and refined.
+
+    Without anything that finds latents at first, both are refined.
+    """
+    if not len(rows):
+        none = torch.empty(0, decoder.config.latent_dim)
+        return none, none
+    refined = torch.cat([*infer_latents(decoder, signal, rows, latent_init, steps, progress=True)])
+    if latent_init is None:
+        return refined, refined
+    return torch.cat([*infer_latents(decoder, signal, rows, latent_init, 0)]), refined
+
+
+def _save_latent_table(
+    run: Path, data: Dataset, splits: np.ndarray, train: Tensor, held_out: Tensor, decoder: MNIFModel
+) -> None:
+    """Writes the latents of the instances learned from and of those held out, in the order of the data."""
+    kept = splits != Split.TEST
+    is_held_out = torch.from_numpy(splits[kept] == Split.HELD_OUT)
+    latents = torch.empty(len(is_held_out), decoder.config.latent_dim)
+    latents[~is_held_out], latents[is_held_out] = train, held_out
+    ids = [id for id, keep in zip(data.ids, kept.tolist(), strict=True) if keep]
+    LatentTable(latents, ids, is_held_out, decoder.fingerprint(), data.name).save(run / "latents.safetensors")
+
+
+def _costs(decoder: MNIFModel) -> dict[str, float]:
+    """Counts what the model and one of its fields are made of, and the memory that it took to come here."""
+    config = decoder.config
+    field = decoder.bake(decoder.coefficients(torch.zeros(1, config.latent_dim)))
+    return {
+        "peak_rss_mb": peak_memory_megabytes(),
+        "decoder_parameters": decoder.num_parameters(),
+        "field_parameters": field.parameters_per_field(),
+        "fields_per_instance": decoder.num_cells,
+        "multiply_adds_per_value": field.multiply_adds_per_point(),
+    }
+
+
+def _means(metrics: dict[str, Tensor], part: str) -> dict[str, float]:
+    """Means over instances, named figure_part; what does not exist for any instance is left out."""
+    means = {f"{name}_{part}": values.double().mean().item() for name, values in metrics.items()}
+    return {name: value for name, value in means.items() if math.isfinite(value)}
+
+
+@torch.no_grad()
+def _save_reconstructions(
+    run: Path, decoder: MNIFModel, signal: Signal, rows: ArrayDataset, latents: Tensor, refined: Tensor
+) -> None:
+    """Rows of originals, of what the first latents show, and of what refined ones show."""
+    pick = np.linspace(0, len(rows) - 1, min(16, len(rows))).astype(int)
+    (batch,) = rows.subset(pick).batches(len(pick))
+    pictures = [
+        signal.original_images(batch),
+        signal.reconstruction_images(decoder, latents[pick], batch),
+        signal.reconstruction_images(decoder, refined[pick], batch),
+    ]
+    scale = max(1, 64 // pictures[0].shape[1])
+    sheet = image_grid(np.concatenate(pictures), columns=len(pick), scale=scale)
+    save_image(run / "samples" / "reconstructions.png", sheet)
