@@ -204,9 +204,10 @@ class MNIFPipeline(DiffusionPipeline):
         """
         named = {name: options[name] for name in inspect.signature(cls.__init__).parameters if name in options}
         folder = Path(pretrained_model_name)
-        pipeline = load_pipeline(
-            folder if folder.is_dir() else Path(cls.download(pretrained_model_name, **options)), **named
-        )
+        if not folder.is_dir():
+            folder = Path(cls.download(pretrained_model_name, **options))
+        with torch.random.fork_rng(devices=[]):  # components draw weights before they read them
+            pipeline = load_pipeline(folder, **named)
         dtype = options.get("torch_dtype", options.get("dtype"))
         return pipeline if dtype is None else pipeline.to(dtype=dtype)
 

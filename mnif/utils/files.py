@@ -7,6 +7,7 @@ import ctypes
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -175,9 +176,17 @@ def _open_to_others(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes ``content`` as indented JSON, atomically."""
+    """Writes ``content`` as indented JSON, atomically; NaN and infinity, which JSON does not know, as null."""
     with written_atomically(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        temporary.write_text(json.dumps(_finite(content), indent=2, sort_keys=True) + "\n")
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def sha256_of_file(path: Path) -> str:

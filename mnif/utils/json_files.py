@@ -113,15 +113,24 @@ def arguments_schema(kind: Any) -> type[Struct]:
         ("diffusers_version", str | None, msgspec.field(default=None, name="_diffusers_version")),
         ("name_or_path", str | None, msgspec.field(default=None, name="_name_or_path")),
     ]
-    for name, parameter in list(inspect.signature(kind).parameters.items()):
+    for name, parameter in inspect.signature(kind).parameters.items():
         if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
-        hint = hints.get(name, Any)
+        hint = _known(hints.get(name, Any))
         default = msgspec.NODEFAULT if parameter.default is parameter.empty else parameter.default
         if isinstance(default, (list, dict, set)):
             default = msgspec.field(default_factory=functools.partial(type(default), default))
         fields.append((name, hint, default))
     return msgspec.defstruct(kind.__name__, fields, forbid_unknown_fields=True, kw_only=True)
+
+
+def _known(hint: Any) -> Any:
+    """An annotation that msgspec can check; of others, as a signal of one's own may have, anything is taken."""
+    try:
+        msgspec.json.Decoder(hint)
+    except TypeError:
+        return Any
+    return hint
 
 
 def merge_json(path: Path, metrics: dict[str, Any]) -> None:

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from mnif.cli import main
+from mnif.models.io import check_component
+from mnif.models.mnif_model import MNIFModel
 from mnif.signals.registry import signal_of_model
 from tests.hostile.conftest import refusal_of
 from tests.hostile.mutators import damaged_bytes, damaged_json
@@ -122,6 +124,13 @@ def test_index_takes_the_schedulers_that_the_flag_takes(name: str, copied: Calla
     changed(model / "scheduler/scheduler_config.json", _class_name=name)
     changed(model / "model_index.json", scheduler=["diffusers", name])
     assert refusal_of(lambda: drawn(model))
+
+
+def test_loading_leaves_random_numbers_alone(made: Path) -> None:
+    before = torch.get_rng_state()
+    check_component(MNIFModel, made / "model/decoder")
+    MNIFPipeline.from_pretrained(made / "model")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_weights_that_are_not_finite_or_integers_are_refused(copied: Callable[[str], Path]) -> None:
