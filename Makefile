@@ -10,7 +10,7 @@ FIT_STEPS ?= 5000
 PRIOR_STEPS ?= 1000
 SAMPLES ?= 1000
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint package install clean
 
 install: .venv/installed
 
@@ -36,5 +36,11 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# What users install: source distribution and wheel, and the wheel alone in an environment of its own, elsewhere.
+package: install
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist .
+	PYTHON=$(PYTHON) bash scripts/try_wheel.sh dist/*.whl
+
 clean:
-	rm -rf .venv runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

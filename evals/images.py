@@ -36,7 +36,7 @@ from mnif.data.images import ImageData, load_images
 from mnif.latents.inference import infer_latents
 from mnif.latents.inner_loop import InnerLoop
 from mnif.latents.pca import fit_pca
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, require
 from mnif.utils.files import sha256_of_file, sha256_of_folder
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import Processes
@@ -91,6 +91,7 @@ class ImageEvaluator(Evaluator):
             return bundle_images(arguments.bundle, self.protocol.num_samples, arguments.seed)
         assert arguments.model is not None
         run = load_run(arguments.model, prior_needed=True)
+        require("torchmetrics", "eval", "SSIM")
         channels = run.signal.channels
         if channels != 3:
             raise UserError(

@@ -316,6 +316,8 @@ def load_scheduler(folder: Path) -> SchedulerMixin:
         prediction = OBJECTIVES[objective_of(scheduler)]
         if not _takes(kind, prediction) and not (prediction.is_flow and scheduler.config.get("use_flow_sigmas")):
             raise ValueError(f"a denoiser of {prediction.words} is not for it")
+        if scheduler.config.get("clip_sample"):  # the default of some, if the file does not say
+            raise ValueError("it clips samples, and latents are not bounded")
         levels = getattr(scheduler, "alphas_cumprod", None)
         if not prediction.is_flow and (levels is None or not torch.allclose(levels, _squared_cosine(), atol=1e-4)):
             raise ValueError("denoisers are trained on the squared-cosine schedule, and its betas are others")

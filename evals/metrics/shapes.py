@@ -20,7 +20,7 @@ from scipy.spatial import KDTree
 from scipy.spatial.distance import cdist
 
 from evals.metrics.uncertainty import standard_error
-from mnif.utils.errors import UserError, require
+from mnif.utils.errors import UserError
 from mnif.utils.meshes import mesh_from_values
 from mnif.utils.process import progress_bar
 
@@ -72,7 +72,7 @@ def surfaces_of_grids(grids: Iterable[np.ndarray], names: list[str], level: floa
         seed: other points for the same names.
 
     Raises:
-        UserError: a grid is no cube or holds NaN, or scikit-image or trimesh is missing.
+        UserError: a grid is no cube or holds NaN.
     """
     points = np.full((len(names), POINTS, 3), np.nan, dtype=np.float32)
     empty = full = 0
@@ -96,9 +96,8 @@ def surface_points(mesh: Mesh, name: str, seed: int = 0) -> np.ndarray:
     """Samples points on a mesh's faces, chosen by name and seed: [POINTS, 3] float32.
 
     Raises:
-        UserError: the faces have no area, or trimesh is missing.
+        UserError: the faces have no area.
     """
-    require("trimesh", "voxels", "surfaces")
     import trimesh
 
     solid = trimesh.Trimesh(*mesh, process=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import OutputWriter, Signal
 from mnif.signals.registry import signal_of_model
-from mnif.utils.errors import UserError, check_at_least
+from mnif.utils.errors import UserError, check_at_least, require
 from mnif.utils.pixels import as_axes
 from mnif.utils.process import one_thread
 
@@ -41,6 +41,8 @@ def writer_from_flags(arguments: Any, signal: Signal) -> OutputWriter:
             raise UserError(f"--{flag}: not for the signal of this model, {signal.name}, which takes {fits}")
     if "frames" in given and "turntable" not in given:
         raise UserError(f"--frames {arguments.frames}: say --turntable gif or mp4 too")
+    if given.get("turntable") == "mp4":
+        require("imageio-ffmpeg", "video", "--turntable mp4")
     return signal.output_writer(**given)
 
 

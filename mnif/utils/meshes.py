@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mnif.utils.errors import UserError, require
+from mnif.utils.errors import UserError
 from mnif.utils.files import written_atomically
 
 MESH_SUFFIXES = (".glb", ".obj", ".ply", ".stl")
@@ -34,8 +34,7 @@ def mesh_from_values(values: np.ndarray, level: float = 0.0) -> tuple[np.ndarray
         Vertices [V, 3] float32 in [-1, 1] and faces [F, 3] int64, closed and of positive volume.
 
     Raises:
-        UserError: the values are no cube or not finite, all or none of them are above the level, or scikit-image is
-            missing.
+        UserError: the values are no cube or not finite, or all or none of them are above the level.
     """
     values = np.asarray(values)
     if values.ndim != 3 or len(set(values.shape)) != 1 or not values.size:
@@ -51,7 +50,6 @@ def mesh_from_values(values: np.ndarray, level: float = 0.0) -> tuple[np.ndarray
 
 def _closed_surface(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Finds the surface at 0 of finite float32 [R, R, R] of which some are positive; all may be."""
-    require("scikit-image", "voxels", "meshes", module="skimage")
     from skimage.measure import marching_cubes
 
     rim = np.pad(values, 1, mode="edge")
@@ -73,11 +71,10 @@ def save_mesh(path: Path, vertices: np.ndarray, faces: np.ndarray) -> None:
         faces: [F, 3], indices of vertices.
 
     Raises:
-        UserError: another suffix, or trimesh is missing.
+        UserError: another suffix.
     """
     if path.suffix.lower() not in MESH_SUFFIXES:
         raise UserError(f"{path}: a mesh is written as one of {', '.join(MESH_SUFFIXES)}")
-    require("trimesh", "voxels", "meshes")
     import trimesh
 
     mesh = trimesh.Trimesh(vertices, faces, process=False)  # processing would reorder what the caller gave
@@ -129,7 +126,7 @@ def occupancy_preview(
     The other arguments and what is returned are those of :func:`mesh_preview`.
 
     Raises:
-        UserError: a size below 1, or scikit-image is missing.
+        UserError: a size below 1.
     """
     occupancy = np.asarray(occupancy, dtype=bool)
     if not occupancy.any():

@@ -4,6 +4,7 @@ import contextlib
 import io
 import re
 import textwrap
+import tomllib
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -96,3 +97,17 @@ def test_python_of_a_signal_is_that_of_the_example() -> None:
     for line in textwrap.dedent(block).splitlines():
         words = line.split("#")[0].split("(self)")[0].strip()
         assert words in example, f"docs/new_signal.md: {line!r} is not in the example"
+
+
+def test_every_dependency_has_its_reason() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    needed = [project["dependencies"], *project["optional-dependencies"].values()]
+    names = {re.split(r"[\[<>=]", line)[0] for lines in needed for line in lines} - {"mnif-diffusion"}
+    told = {
+        name
+        for line in (ROOT / "docs" / "dependencies.md").read_text().split("## Written by hand")[0].splitlines()
+        if line.startswith("|")
+        for name in re.findall("`([^`]+)`", line.rsplit("|", 2)[0])
+    }
+    assert names <= told
+    assert told <= names | set(project["optional-dependencies"])

@@ -180,6 +180,13 @@ class Bomb:
         return open, (str(self.path), "w")
 
 
+def test_scheduler_that_does_not_say_whether_it_clips_is_refused(copied: Callable[[str], Path]) -> None:
+    path = copied("model") / "student_scheduler/scheduler_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in content.items() if name != "clip_sample"}))
+    assert "it clips samples" in (refusal_of(lambda: drawn(path.parents[1])) or "")
+
+
 @pytest.mark.parametrize("gone", ["model_index.json", "scheduler", "decoder", "denoiser/config.json", "student"])
 def test_damaged_local_folders_never_ask_the_network(
     gone: str, copied: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch

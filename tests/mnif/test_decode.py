@@ -21,6 +21,7 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.signals.outputs import decode_grid
 from mnif.signals.radiance import RadianceField
 from mnif.signals.voxels import Voxels
+from mnif.utils import errors
 
 RADII = (0.5, 0.8)
 
@@ -265,6 +266,15 @@ def test_objects_have_eight_views_of_the_training_size(objects: Path, tmp_path: 
     assert main(decode(objects, tmp_path, "--num", "1")) == 0
     assert len(list((tmp_path / "chairs_a").iterdir())) == 8
     assert pixels_of(tmp_path / "chairs_a/000.png").shape == (8, 10, 3)
+
+
+def test_a_missing_package_is_named_before_any_work(
+    shapes: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(errors, "find_spec", lambda module: None)
+    message = error_of(decode(shapes, tmp_path / "out", "--turntable", "mp4"), capsys)
+    assert '"imageio-ffmpeg" is missing; run: pip install "mnif-diffusion[video]"' in message
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

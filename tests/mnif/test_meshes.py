@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mnif.utils import errors, meshes
+from mnif.utils import meshes
 from mnif.utils.errors import UserError
 from mnif.utils.meshes import MESH_SUFFIXES, mesh_from_values, mesh_preview, occupancy_preview, save_mesh
 
@@ -105,14 +105,6 @@ def test_other_formats_are_refused(tmp_path: Path) -> None:
 def test_values_without_a_surface_are_refused(values: np.ndarray, message: str) -> None:
     with pytest.raises(UserError, match=message):
         mesh_from_values(values)
-
-
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(errors, "find_spec", lambda module: None)
-    with pytest.raises(UserError, match=r'"scikit-image" is missing; run: pip install "mnif-diffusion\[voxels\]"'):
-        mesh_from_values(sphere(8))
-    with pytest.raises(UserError, match=r'"trimesh" is missing'):
-        save_mesh(tmp_path / "a.glb", np.zeros((3, 3)), np.array([[0, 1, 2]]))
 
 
 def test_preview_shows_things_where_they_are() -> None:
