@@ -5,7 +5,6 @@ The card says what a model was learned from and how, what was measured, and unde
 
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -167,7 +166,7 @@ def model_folder(name: str | Path) -> Path:
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not folder.parent.is_dir()
     if not on_hub or folder.exists():
         return folder
-    print(f"{name}: no such folder; asking the hub for a model of this name", file=sys.stderr)
+    print(f"{name}: no such folder; asking the hub for a model of this name", flush=True)
     return downloaded(str(name))
 
 

@@ -96,7 +96,7 @@ class LatentTable:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise UserError(f"{path}: not a latent table (format {metadata.get('format')!r})")
-                _check_header(file, latent_dim)
+                _check_header(file)
                 # Copied out of the file: products round by where their numbers lie (:mod:`mnif.models.io`).
                 tensors = {key: file.get_tensor(key).clone() for key in _TYPES}
             ids = _checked_ids(tensors)
@@ -107,6 +107,11 @@ class LatentTable:
                 f"{path}: these latents belong to decoder {metadata['fingerprint'][:12]}, not to the one at hand "
                 f"({fingerprint[:12]}); encode the data again with `mnif encode`"
             )
+        if latent_dim not in (None, tensors["latents"].shape[1]):
+            found = tensors["latents"].shape[1]
+            raise UserError(
+                f"{path}: damaged latent table (latents of {found} numbers; the decoder's have {latent_dim})"
+            )
         return cls(
             latents=tensors["latents"],
             ids=ids,
@@ -116,7 +121,7 @@ class LatentTable:
         )
 
 
-def _check_header(file: Any, latent_dim: int | None) -> None:
+def _check_header(file: Any) -> None:
     """Looks at what a file says it holds, before anything is read.
 
     Raises:
@@ -132,9 +137,7 @@ def _check_header(file: Any, latent_dim: int | None) -> None:
     shapes = {name: file.get_slice(name).get_shape() for name in _TYPES}
     if len(shapes["latents"]) != 2 or 0 in shapes["latents"]:
         raise ValueError(f"latents are {shapes['latents']}; [N, D] is needed")
-    count, found_dim = shapes["latents"]
-    if latent_dim not in (None, found_dim):
-        raise ValueError(f"latents of {found_dim} numbers; the decoder's have {latent_dim}")
+    count = shapes["latents"][0]
     for name, length in (("held_out", count), ("id_offsets", count + 1), ("id_bytes", None)):
         if len(shapes[name]) != 1 or length not in (None, *shapes[name]):
             raise ValueError(f"{name} is {shapes[name]} for {count} latents")

@@ -207,6 +207,5 @@ def test_missing_folder_is_named_before_the_hub_is_asked(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["sample", "--model", "nosuch/model", "--output_dir", "out"]) == 2
-    first, *_ = capsys.readouterr().err.splitlines()
-    assert first.startswith("nosuch/model: no such folder")
+    assert capsys.readouterr().out.startswith("nosuch/model: no such folder")
     assert not (tmp_path / "out").exists()
