@@ -139,7 +139,7 @@ def meta_learning(name: str, bases: int, depth: int, width: int, latent_dim: int
 
         def ours() -> None:
             optimizer.zero_grad()
-            fitting(row=row, images=images).backward()
+            fitting(row=row, key=row, images=images).backward()
             optimizer.step()
 
         def plain() -> None:
@@ -174,7 +174,7 @@ def auto_decoding(name: str, bases: int, depth: int, width: int, latent_dim: int
 
         def ours() -> None:
             optimizer.zero_grad()
-            fitting(row=row, images=images).backward()
+            fitting(row=row, key=row, images=images).backward()
             rows.step()
             optimizer.step()
 

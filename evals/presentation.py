@@ -11,7 +11,7 @@ import msgspec
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, markdown_code, printable
 from mnif.utils.json_files import read_object
 
 _LAST = 99
@@ -224,7 +224,8 @@ def table_rows(evaluations: Sequence[Mapping[str, Any]]) -> list[TableRow]:
 
 def markdown_table(head: Sequence[str], rows: Sequence[TableRow]) -> str:
     """Writes the table in Markdown; controls are in italics."""
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    names = [printable(name).replace("|", "\\|") for name in head]
+    lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for row in rows:
         label = f"*– {row.label}*" if row.control else row.label
         lines.append("| " + " | ".join([label, *row.cells]) + " |")
@@ -233,7 +234,8 @@ def markdown_table(head: Sequence[str], rows: Sequence[TableRow]) -> str:
 
 def protocol_line(protocol: Mapping[str, Any]) -> str:
     """Says in a sentence what the numbers were measured under."""
-    return "Protocol: " + ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in protocol.items()) + "."
+    parts = [printable(f"{name.replace('_', ' ')} {value}") for name, value in protocol.items()]
+    return "Protocol: " + ", ".join(parts) + "."
 
 
 def evaluation_markdown(metrics: Mapping[str, Any], name: str) -> str:
@@ -242,7 +244,7 @@ def evaluation_markdown(metrics: Mapping[str, Any], name: str) -> str:
     parts += [f"**{warning}**\n" for warning in metrics.get("warnings", [])]
     if "protocol" in metrics:
         parts.append(protocol_line(metrics["protocol"]) + "\n")
-    parts.append(f"`{metrics['command']}`\n")
+    parts.append(f"{markdown_code(metrics['command'])}\n")
     return "\n".join(parts)
 
 

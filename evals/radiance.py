@@ -86,13 +86,13 @@ class ViewReconstructions:
             for kind, numbers in views.items():
                 truth = self.data.images[row, numbers] / 255
                 drawn = rendered(self.run, latents[place : place + 1], self.data, row, numbers) / 255
-                pictures = {"": drawn}
+                images = {"": drawn}
                 if kind:
-                    pictures["nearest_"] = self.data.images[row, self._nearest(row, numbers, given)] / 255
+                    images["nearest_"] = self.data.images[row, self._nearest(row, numbers, given)] / 255
                     shown.append((truth[0], drawn[0]))
                 if means is not None:
-                    pictures["mean_"] = means[numbers]
-                for subject, values in pictures.items():
+                    images["mean_"] = means[numbers]
+                for subject, values in images.items():
                     scores.setdefault(kind + subject, []).append(_scores(values, truth))
         self._save_image(split_name, shown)
         metrics: dict[str, float] = {}
@@ -136,11 +136,11 @@ def rendered(run: LoadedRun, latent: torch.Tensor, data: ViewData, row: int, vie
     return to_uint8(colours)
 
 
-def _scores(pictures: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
+def _scores(images: np.ndarray, truth: np.ndarray) -> dict[str, np.ndarray]:
     """Scores one object by the means over its views, [1] each."""
-    scores = {"psnr": psnr_per_image(pictures, truth)}
+    scores = {"psnr": psnr_per_image(images, truth)}
     if min(truth.shape[1:3]) >= SSIM_WINDOW:
-        scores["ssim"] = ssim_per_image(pictures, truth)
+        scores["ssim"] = ssim_per_image(images, truth)
     return {name: values.mean(keepdims=True) for name, values in scores.items()}
 
 
@@ -318,11 +318,11 @@ class ViewComparison:
         views, data, floor = self.views, self.data, self.floor
 
         def read(rows: range) -> np.ndarray:
-            pictures = []
+            images = []
             for number in range(rows.start // len(views), -(-rows.stop // len(views))):
                 wanted = [row % len(views) for row in rows if row // len(views) == number]
-                pictures.append(rendered(run, latents[number : number + 1], data, floor[number], views[wanted]))
-            return np.concatenate(pictures)
+                images.append(rendered(run, latents[number : number + 1], data, floor[number], views[wanted]))
+            return np.concatenate(images)
 
         height, width = data.images.shape[2:4]
         digest = hashlib.sha256(np.ascontiguousarray(latents.cpu().numpy()).tobytes()).hexdigest()
@@ -337,9 +337,9 @@ class ViewComparison:
         total = np.zeros((len(self.views), *self.data.images.shape[2:]))
         for row in self.floor:
             total += self.data.images[row, self.views]
-        pictures = (total / len(self.floor)).round().astype(np.uint8)
+        images = (total / len(self.floor)).round().astype(np.uint8)
         extractor = self.cache.extractor
-        return np.concatenate([*extractor.features(pictures, RESIZES[self.cache.resize])])
+        return np.concatenate([*extractor.features(images, RESIZES[self.cache.resize])])
 
     def _by_object(self, features: np.ndarray) -> np.ndarray:
         """Averages features over the views of each object, [objects, D]."""

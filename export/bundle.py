@@ -30,6 +30,7 @@ from mnif.signals.registry import signal_of_model
 from mnif.utils.errors import UserError
 from mnif.utils.files import flush_to_disk, sha256_of_file, write_json
 from mnif.utils.json_files import read_object
+from mnif.utils.output_folders import LOCK
 
 
 @dataclass(frozen=True)
@@ -227,7 +228,7 @@ def put_in_place(new: Path, output: Path) -> list[str]:
     flush_to_disk(output)
     there = (path.relative_to(output) for path in sorted(output.rglob("*")) if not path.is_dir())
     others = [path.as_posix() for path in there if path.parts[0] != ENGINES]
-    return [name for name in others if name not in files and name != MANIFEST]
+    return [name for name in others if name not in files and name not in (MANIFEST, LOCK)]
 
 
 def is_as_written(path: Path, entry: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from msgspec import Meta
 from torch import Tensor, nn
 
+from mnif.data.batches import InstanceGenerator
 from mnif.models.io import OwnMemory, load_component
 from mnif.utils.errors import UserError
 from mnif.utils.json_files import Depth, Size, read_json
@@ -30,18 +31,23 @@ class ResidualBlock(nn.Module):
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.modulation = nn.Linear(time_width, 2 * width)
         self.up = nn.Linear(width, 2 * width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.down = nn.Linear(2 * width, width)
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
 
     def forward(
-        self, hidden: Float[Tensor, "batch width"], time: Float[Tensor, "batch_or_1 time_width"]
+        self,
+        hidden: Float[Tensor, "batch width"],
+        time: Float[Tensor, "batch_or_1 time_width"],
+        generator: InstanceGenerator | None = None,
     ) -> Float[Tensor, "batch width"]:
-        """hidden [B, width], time [B or 1, time_width] → [B, width]."""
+        """hidden [B, width], time [B or 1, time_width] → [B, width]; drops out if it is given a generator."""
         scale, shift = self.modulation(time).chunk(2, dim=-1)
         inner = F.silu(self.up(self.norm(hidden) * (1 + scale) + shift))
-        return hidden + self.down(self.dropout(inner))
+        if generator is not None:
+            inner = generator.dropout(inner, self.dropout)
+        return hidden + self.down(inner)
 
 
 class Denoiser(OwnMemory, ModelMixin, ConfigMixin):
@@ -60,9 +66,15 @@ class Denoiser(OwnMemory, ModelMixin, ConfigMixin):
         self.register_buffer("latent_std", torch.ones(latent_dim))
 
     def forward(
-        self, sample: Float[Tensor, "batch latent_dim"], timestep: Tensor | float
+        self,
+        sample: Float[Tensor, "batch latent_dim"],
+        timestep: Tensor | float,
+        generator: InstanceGenerator | None = None,
     ) -> Float[Tensor, "batch latent_dim"]:
-        """Noisy standardised latents [B, D] at the scheduler's timestep, [B] or one number → the prediction [B, D]."""
+        """Noisy standardised latents [B, D] at the scheduler's timestep, [B] or one number → the prediction [B, D].
+
+        A generator is for dropout while training; without one there is none.
+        """
         raise NotImplementedError
 
     def standardised(self, latents: Float[Tensor, "*batch latent_dim"]) -> Float[Tensor, "*batch latent_dim"]:
@@ -114,13 +126,16 @@ class ResMLPDenoiser(Denoiser):
         return F.silu(self.time_in(get_timestep_embedding(timestep, self.config.time_width).to(self.dtype)))
 
     def forward(
-        self, sample: Float[Tensor, "batch latent_dim"], timestep: Tensor | float
+        self,
+        sample: Float[Tensor, "batch latent_dim"],
+        timestep: Tensor | float,
+        generator: InstanceGenerator | None = None,
     ) -> Float[Tensor, "batch latent_dim"]:
         """Noisy standardised latents [B, D] at the scheduler's timestep → the prediction [B, D]."""
         time = self.time_embedding(timestep)
         hidden = self.read(sample)
         for block in self.blocks:
-            hidden = block(hidden, time)
+            hidden = block(hidden, time, generator)
         return self.write(self.norm(hidden))
 
 
@@ -178,7 +193,10 @@ class PaperDenoiser(Denoiser):
         self.write = nn.Linear(width, latent_dim)
 
     def forward(
-        self, sample: Float[Tensor, "batch latent_dim"], timestep: Tensor | float
+        self,
+        sample: Float[Tensor, "batch latent_dim"],
+        timestep: Tensor | float,
+        generator: InstanceGenerator | None = None,
     ) -> Float[Tensor, "batch latent_dim"]:
         """Noisy standardised latents [B, D] at the scheduler's timestep, [B] or one number → the prediction [B, D]."""
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=self.device).reshape(-1)

@@ -18,11 +18,12 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
-from jaxtyping import Float, Shaped
+from jaxtyping import Float, Int64, Shaped
 from msgspec import Meta
 from torch import Tensor, nn
 
 from latent_prior.denoisers import Denoiser
+from mnif.data.batches import InstanceGenerator
 from mnif.utils.errors import UserError
 from mnif.utils.json_files import read_json
 
@@ -195,28 +196,32 @@ class DenoisingLoss(nn.Module):
         self.denoiser, self.objective, self.weighting, self.snr_limit = denoiser, objective, weighting, snr_limit
         self.loss_type, self.latent_noise = loss_type, latent_noise
 
-    def forward(self, latents: Float[Tensor, "batch latent_dim"]) -> Float[Tensor, ""]:
-        """Mean loss of latents [B, D], with noise and times from torch's generator."""
-        noise = torch.randn_like(latents)
-        time = torch.rand(len(latents), device=latents.device)
+    def forward(
+        self, latents: Float[Tensor, "batch latent_dim"], key: Int64[Tensor, " batch"], row: Tensor | None = None
+    ) -> Float[Tensor, ""]:
+        """Mean loss of latents [B, D], with noise, times and dropout from their keys [B]; ``row`` is not looked at."""
+        generator = InstanceGenerator(key)
+        noise, time = generator.normal(latents.shape[1]), generator.uniform()
         if self.latent_noise:
-            latents = latents + self.latent_noise * self.denoiser.latent_std * torch.randn_like(latents)
-        return self.at(latents, noise, time).mean()
+            noise_of_latents = self.latent_noise * self.denoiser.latent_std
+            latents = latents + noise_of_latents * generator.normal(latents.shape[1])
+        return self.at(latents, noise, time, generator).mean()
 
     def at(
         self,
         latents: Float[Tensor, "batch latent_dim"],
         noise: Float[Tensor, "batch latent_dim"],
         time: Float[Tensor, " batch"],
+        generator: InstanceGenerator | None = None,
     ) -> Float[Tensor, " batch"]:
-        """The loss of each latent [B] for given noise [B, D] and times [B] in [0, 1)."""
+        """The loss of each latent [B] for given noise [B, D] and times [B] in [0, 1); a generator is for dropout."""
         prediction, clean = OBJECTIVES[self.objective], self.denoiser.standardised(latents)
         timestep = time * TRAIN_TIMESTEPS
         timestep = timestep if prediction.is_flow else timestep.long()
         alpha, sigma = noise_levels(self.objective, timestep)
         noisy = alpha[:, None] * clean + sigma[:, None] * noise
         target = prediction.target(clean, noise, alpha[:, None], sigma[:, None])
-        error = penalty(self.denoiser(noisy, timestep) - target, self.loss_type)
+        error = penalty(self.denoiser(noisy, timestep, generator) - target, self.loss_type)
         return self._weight(alpha, sigma) * error
 
     def _weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from latent_prior.denoisers import Denoiser
@@ -23,6 +23,7 @@ from latent_prior.diffusion import (
 )
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
+from mnif.data.batches import InstanceGenerator
 from mnif.utils.files import sha256_of_folder
 from mnif.utils.process import progress_bar
 from mnif.utils.resumable import Chunks
@@ -157,7 +158,7 @@ def teacher_pairs(
             chunks.save(begin, _ends(teacher, noise, timesteps).cpu().numpy())
             bar.update(_CHUNK * accelerator.num_processes)
     accelerator.wait_for_everyone()
-    samples, states = torch.from_numpy(chunks.all()[:count]), _noise(seed, 0, count, len(timesteps), pipeline)
+    samples, states = torch.from_numpy(chunks.all(begins)[:count]), _noise(seed, 0, count, len(timesteps), pipeline)
     for place, timestep in enumerate(timesteps[1:], start=1):
         states[:, place] = _noisy(samples[:, 0], states[:, place], timestep)
     return Pairs(torch.tensor(timesteps), states, samples)
@@ -211,14 +212,19 @@ class DistillationLoss(nn.Module):
         self.register_buffer("shares", shares / shares.sum())
 
     def forward(
-        self, states: Float[Tensor, "batch timesteps latent_dim"], samples: Float[Tensor, "batch timesteps latent_dim"]
+        self,
+        states: Float[Tensor, "batch timesteps latent_dim"],
+        samples: Float[Tensor, "batch timesteps latent_dim"],
+        key: Int64[Tensor, " batch"],
+        row: Tensor | None = None,
     ) -> Float[Tensor, ""]:
-        """The mean error over a batch of :class:`latent_prior.distillation.Pairs`, each [B, T, D]; one state of each
-        row."""
-        row = torch.arange(len(states), device=states.device)
-        place = torch.multinomial(self.shares, len(states), replacement=True)
-        guess = self.student(states[row, place], self.timesteps[place])
-        return penalty(guess - samples[row, place], self.loss_type).mean()
+        """The mean error over a batch of :class:`latent_prior.distillation.Pairs`, each [B, T, D]; one state of each,
+        chosen by its key [B]. ``row`` is not looked at."""
+        generator = InstanceGenerator(key)
+        each = torch.arange(len(states), device=states.device)
+        place = torch.bucketize(generator.uniform(), self.shares.cumsum(0)[:-1], right=True)
+        guess = self.student(states[each, place], self.timesteps[place], generator)
+        return penalty(guess - samples[each, place], self.loss_type).mean()
 
     @torch.no_grad()
     def errors(

@@ -4,6 +4,7 @@ The card says what a model was learned from and how, what was measured, and unde
 """
 
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.registry import signal_class
 from mnif.training.run_record import read_run_record
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, markdown_code, printable
 from mnif.utils.files import written_atomically
 from mnif.utils.json_files import read_json, read_object
 
@@ -65,7 +66,7 @@ image = pipeline(batch_size=4).images[0]
 
 ## Data
 
-`{{ data }}`: {{ train }} instances to train, {{ held_out }} held out to choose weights by, the rest (if any) never
+Of {{ data }}: {{ train }} instances to train, {{ held_out }} held out to choose weights by, the rest (if any) never
 looked at. SHA-256 of the data as read: `{{ fingerprint }}`.
 
 ## How it was made
@@ -110,7 +111,7 @@ def model_card(run: Path) -> ModelCard:
     decoder = load_component(MNIFModel, run / "model", "decoder")
     table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint(), decoder.config.latent_dim)
     licence, words = _LICENCES.get(table.data, (None, None))
-    evaluated = run / "eval" / "metrics.json"
+    data, evaluated = markdown_code(public_name(table.data)), run / "eval" / "metrics.json"
     lines = [f"- {name}: {value}" for name, value in _metrics(metrics)]
     return ModelCard.from_template(
         ModelCardData(
@@ -120,22 +121,36 @@ def model_card(run: Path) -> ModelCard:
             tags=["mnif", "neural-fields", "implicit-neural-representations", decoder.config.signal],
         ),
         template_str=_TEMPLATE,
-        name=run.resolve().name,
+        name=printable(run.resolve().name),
         signal=decoder.config.signal,
         latent_dim=decoder.config.latent_dim,
         version=__version__,
-        data=table.data,
+        data=data,
         train=len(table.train),
         held_out=int(table.held_out.sum()),
         fingerprint=record["fit"].inputs.get("data_fingerprint", "unknown") if "fit" in record else "unknown",
-        commands="\n".join(record[stage].command for stage in _STAGES if stage in record),
+        commands="\n".join(public_command(record[stage].command) for stage in _STAGES if stage in record),
         metrics="\n".join(lines),
         evaluation=_evaluation(read_object(evaluated, Measured))
         if evaluated.exists()
         else "Samples have not been measured yet.",
-        licence=words
-        or f"None is stated: the licence of the data, {table.data}, tells what may be done with samples.",
+        licence=words or f"None is stated: the licence of the data, {data}, tells what may be done with samples.",
     )
+
+
+def public_command(command: str) -> str:
+    """A command as others may see it, on one line: of paths outside the working folder the last name alone."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote without its end
+        return printable(command)
+    return printable(shlex.join(map(public_name, words)))
+
+
+def public_name(word: str) -> str:
+    """A path outside the working folder without the folders that it is in, which are nobody else's business."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{flag}{equals}{Path(value).name}" if value.startswith(("/", "~", "..")) else word
 
 
 def _metrics(recorded: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -144,15 +159,19 @@ def _metrics(recorded: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, dict):
             yield from _metrics(value, f"{prefix}{name}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield f"`{prefix}{name}`", f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+            yield markdown_code(f"{prefix}{name}"), f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _evaluation(recorded: dict[str, Any]) -> str:
     """Lists what `mnif eval` measured, with its protocol and the command."""
-    protocol = ", ".join(f"{name} {value}" for name, value in sorted(recorded.get("protocol", {}).items()))
+    protocol = ", ".join(printable(f"{name} {value}") for name, value in sorted(recorded.get("protocol", {}).items()))
     measured = {name: value for name, value in recorded.items() if name not in ("protocol", "inputs")}
     lines = [f"- {name}: {value}" for name, value in _metrics(measured)]
-    head = f"Measured by `{recorded['command']}`" + (f" ({protocol})" if protocol else "") + ":"
+    head = (
+        f"Measured by {markdown_code(public_command(recorded['command']))}"
+        + (f" ({protocol})" if protocol else "")
+        + ":"
+    )
     return "\n".join([head, "", *lines])
 
 

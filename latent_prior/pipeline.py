@@ -100,9 +100,9 @@ class MNIFPipeline(DiffusionPipeline):
             batch_size: how many; ignored if ``latents`` are given.
             generator: makes the noise, also that of every step if the scheduler adds some (DDPM); a list holds one
                 generator per sample, so that a sample does not depend on the others.
-            num_inference_steps: denoising steps, at least 1.
+            num_inference_steps: denoising steps, 1 to as many as the scheduler has timesteps.
             resolution: pixels per axis, at least 1; default: the training resolution.
-            latents: initial noise [B, D] in place of the generator's.
+            latents: finite initial noise [B, D] in place of the generator's.
             truncation: ψ in [0, 1]; latents are drawn towards their mean m: m + ψ (z − m), which trades variety for
                 typical samples, as StyleGAN's truncation does (Karras et al., 2019, appendix B). 1 leaves them as
                 they are; 0 gives the mean.
@@ -118,7 +118,8 @@ class MNIFPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: an argument is out of range.
-            UserError: the scheduler does not fit what the denoiser predicts.
+            UserError: the scheduler does not fit what the denoiser predicts, cannot take so many steps, or comes to
+                NaN or infinity.
 
         Example:
             >>> import torch
@@ -138,10 +139,10 @@ class MNIFPipeline(DiffusionPipeline):
         """
         # 1. Check the arguments
         check_output_type(signal_of_model(self.decoder), output_type)
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps {num_inference_steps}: at least 1 step is needed")
         if not 0 <= truncation <= 1:
             raise ValueError(f"truncation {truncation}: must lie between 0 and 1")
+        if latents is not None:
+            _check_noise(latents, self.decoder.config.latent_dim)
 
         # 2. Choose teacher or student
         denoiser, scheduler = self.select_denoiser(num_inference_steps, use_student)
@@ -161,6 +162,11 @@ class MNIFPipeline(DiffusionPipeline):
 
         # 5. Truncate standardised latents, whose mean is 0, and give them the decoder's mean and scale
         latents = denoiser.to_latents(truncation * latents)
+        if not latents.isfinite().all():
+            raise UserError(
+                f"the denoiser draws NaN or infinity with {num_inference_steps} steps of {type(scheduler).__name__}; "
+                "take another number of steps or another scheduler"
+            )
 
         # 6. Decode
         images = postprocess(self.decoder, latents, output_type, resolution, views)
@@ -171,18 +177,20 @@ class MNIFPipeline(DiffusionPipeline):
         """Chooses the denoiser that draws in ``steps`` steps, and its scheduler.
 
         Args:
-            steps: denoising steps, at least 1.
+            steps: denoising steps, 1 to as many as the scheduler has timesteps.
             use_student: whether it is the student; default: if there is one that was distilled for this number of
                 steps.
 
         Raises:
             ValueError: there is no student to use.
-            UserError: the scheduler does not fit what the denoiser predicts.
+            UserError: the scheduler does not fit what the denoiser predicts, or cannot take so many steps.
         """
         if use_student and self.student is None:
             raise ValueError("use_student: there is none; `mnif distill` makes one")
         if use_student or (use_student is None and self.student and steps in self.student.config.distilled_steps):
+            _check_steps(steps, self.student_scheduler)
             return self.student, self.student_scheduler
+        _check_steps(steps, self.scheduler)
         if objective_of(self.scheduler) != self._objective:
             raise UserError(
                 f"{type(self.scheduler).__name__} does not fit what the denoiser predicts; "
@@ -296,6 +304,21 @@ def _load_part(folder: Path, name: str, class_name: str) -> Any:
     if type(part).__name__ != class_name:
         raise UserError(f"{folder / 'model_index.json'}: {name} is a {class_name}, its folder a {type(part).__name__}")
     return part
+
+
+def _check_noise(latents: Tensor, latent_dim: int) -> None:
+    """Raises a ValueError unless ``latents`` are finite numbers [B, ``latent_dim``]."""
+    if latents.ndim != 2 or latents.shape[1] != latent_dim:
+        raise ValueError(f"latents of shape {list(latents.shape)}: noise [B, {latent_dim}] is needed")
+    if not latents.isfinite().all():
+        raise ValueError("latents: the noise holds NaN or infinity")
+
+
+def _check_steps(steps: int, scheduler: SchedulerMixin) -> None:
+    """Raises a UserError where ``scheduler`` cannot take so many steps."""
+    most = scheduler.config.num_train_timesteps
+    if not 1 <= steps <= most:
+        raise UserError(f"num_inference_steps {steps}: {type(scheduler).__name__} takes 1 to {most} steps")
 
 
 def _check_fingerprints(decoder: MNIFModel, *denoisers: Denoiser) -> None:

@@ -1,7 +1,8 @@
 """Samples as files: one by one in a folder, in tar shards, or as one .npz file; all of them atomic and resumable.
 
 The samples are cut into chunks, each written at a time. What a killed command leaves behind are whole chunks and, in a
-folder, whole files; the next one writes the rest.
+folder, whole files; the next one writes the rest, and what is not as it was written
+(:class:`mnif.utils.resumable.Seals`).
 """
 
 import tarfile
@@ -9,7 +10,8 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,9 @@ from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import CHUNK, denoised, initial_noise, sample_latents, slerp
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import OutputWriter, Signal
-from mnif.utils.files import temporary_folder, was_written, written_atomically
+from mnif.utils.files import temporary_folder, written_atomically
 from mnif.utils.pixels import image_grid, save_animation, save_image
-from mnif.utils.resumable import Chunks, chunks_of
+from mnif.utils.resumable import SEALS, Chunks, Seals, chunks_of
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Samples(ABC):
         """The decoder of the pipeline."""
         return self.pipeline.decoder
 
+    @property
+    def seals(self) -> Seals:
+        """What the files held when they were written, a seal for each chunk."""
+        return Seals(self.output)
+
     def chunks(self) -> list[range]:
         """The samples, cut into what is written at a time."""
         return chunks_of(range(self.count), self.chunk_size)
@@ -64,7 +71,8 @@ class Samples(ABC):
     def folders(self) -> list[Path]:
         """The folders that files are written to, in this and every other format."""
         inside = [path for path in self.output.glob("[0-9]" * 6) if path.is_dir()]
-        return [self.output, self.output / "parts", self.output / "preview", *inside]
+        kept = self.output / "parts"
+        return [self.output, self.output / SEALS, kept, kept / SEALS, self.output / "preview", *inside]
 
     @abstractmethod
     def missing(self, chunk: range) -> int:
@@ -93,6 +101,11 @@ class Samples(ABC):
             yield samples, sample_latents(self.pipeline, self.seed, together, **self.options)
 
 
+def _seal_of(chunk: range) -> str:
+    """Names the seal of a chunk; the same samples have the same, however many are asked for."""
+    return f"{chunk.start:09d}"
+
+
 class FolderOfSamples(Samples):
     """000000.png ... and whatever else a signal is shown by, named by the samples' numbers."""
 
@@ -100,12 +113,15 @@ class FolderOfSamples(Samples):
         """The files of one sample, below the folder."""
         return self.writer.files(f"{sample:06d}")
 
-    def _is_missing(self, sample: int) -> bool:
-        return not all(was_written(self.output / file) for file in self.files(sample))
-
     def missing(self, chunk: range) -> int:
-        """Counts the samples that lack a file."""
-        return sum(map(self._is_missing, chunk))
+        """Counts the samples that lack a file, or have one that is not as it was written."""
+        return len(self._missing(chunk))
+
+    def _missing(self, chunk: range, tell: bool = True) -> dict[int, set[Path]]:
+        """Finds the samples that are not whole, and the files that they lack."""
+        files = {sample: [self.output / file for file in self.files(sample)] for sample in chunk}
+        sound = self.seals.sound(_seal_of(chunk), chain.from_iterable(files.values()), tell)
+        return {sample: set(paths) - sound for sample, paths in files.items() if not sound.issuperset(paths)}
 
     def any_there(self) -> bool:
         """Whether a name begins with six digits."""
@@ -113,9 +129,14 @@ class FolderOfSamples(Samples):
 
     def write(self, chunk: range) -> Iterator[str | None]:
         """Writes the files that are missing."""
+        missing = self._missing(chunk, tell=False)
+        for path in chain.from_iterable(missing.values()):
+            path.unlink(missing_ok=True)  # writers keep what they find
         for samples, latents in self._drawn(chunk):
-            missing = [sample for sample in samples if self._is_missing(sample)]
-            yield from self._write_files(self.output, missing, latents, samples.start)
+            some = [sample for sample in missing if sample in samples]
+            yield from self._write_files(self.output, some, latents, samples.start)
+        files = [self.output / file for sample in chunk for file in self.files(sample)]
+        self.seals.seal(_seal_of(chunk), files, flush=False)
 
     def _write_files(self, folder: Path, samples: list[int], latents: Tensor, first: int) -> Iterator[str | None]:
         """Writes the files of ``samples``, whose latents are those from ``first`` on."""
@@ -135,7 +156,8 @@ class TarShards(FolderOfSamples):
 
     def missing(self, chunk: range) -> int:
         """Counts all samples of a chunk or none."""
-        return 0 if self.path(chunk).exists() else len(chunk)
+        path = self.path(chunk)
+        return 0 if path in self.seals.sound(_seal_of(chunk), [path]) else len(chunk)
 
     def any_there(self) -> bool:
         """Whether there are shards."""
@@ -153,6 +175,7 @@ class TarShards(FolderOfSamples):
                 yield from self._write_files(folder, list(samples), latents, samples.start)
                 for sample in samples:
                     self._move(archive, folder, sample)
+        self.seals.seal(_seal_of(chunk), [path])
 
     def _move(self, archive: tarfile.TarFile, folder: Path, sample: int) -> None:
         for file in self.files(sample):
@@ -181,9 +204,14 @@ class NpzOfSamples(Samples):
         """The chunks, which are there until the whole is."""
         return Chunks(self.output / "parts", "samples")
 
+    @cached_property
+    def _is_whole(self) -> bool:
+        """Whether the file was there when the command began, as it was written."""
+        return self.path in self.seals.sound(self.path.name, [self.path])
+
     def missing(self, chunk: range) -> int:
         """Counts all samples of a chunk or none."""
-        return 0 if self.path.exists() or chunk.start in self.kept else len(chunk)
+        return 0 if self._is_whole or chunk.start in self.kept else len(chunk)
 
     def any_there(self) -> bool:
         """Whether there is the file or a chunk of it."""
@@ -199,8 +227,9 @@ class NpzOfSamples(Samples):
 
     def finish(self) -> None:
         """Puts the chunks together, one in memory at a time."""
-        if not self.path.exists():
+        if not self._is_whole:
             self._join()
+            self.seals.seal(self.path.name, [self.path])
         self.kept.remove()
 
     def _join(self) -> None:

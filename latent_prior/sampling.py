@@ -18,7 +18,6 @@ from torch import Tensor
 
 from latent_prior.diffusion import INFERENCE_STEPS
 from latent_prior.pipeline import MNIFPipeline
-from mnif.utils.errors import UserError
 from mnif.utils.process import one_thread
 
 
@@ -115,10 +114,5 @@ def denoised(
             output_type="latent",
             return_dict=False,
             **options,
-        )
-    if not latents.isfinite().all():
-        raise UserError(
-            f"the denoiser draws NaN or infinity with {num_inference_steps} steps of "
-            f"{type(pipeline.scheduler).__name__}; take another number of steps or another scheduler"
         )
     return latents

@@ -5,7 +5,8 @@ import os
 import sys
 from importlib import import_module
 
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, printable
+from mnif.utils.process import Terminated, escaped_output, sigterm_raises
 
 COMMANDS = {
     "fit": ("mnif.commands.fit:main", "learn bases and latents from data (stage one)"),
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 1 a check that failed, 2 a mistake the user can mend (one line on stderr), 130 stopped
-        by Ctrl-C, 141 nobody reads what is printed.
+        by Ctrl-C, 141 nobody reads what is printed, 143 stopped by SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -54,7 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
     module, _, function = COMMANDS[name][0].partition(":")
     atexit.register(_leave_process_group)
     try:
-        code: int | None = getattr(import_module(module), function)(rest)
+        with sigterm_raises(), escaped_output():
+            code: int | None = getattr(import_module(module), function)(rest)
     except UserError as error:
         print(f"mnif {name}: {error}", file=sys.stderr)
         return 2
@@ -62,8 +64,12 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        print(f"mnif {name}: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
+        where, what = error.filename or "file system", error.strerror or error
+        print(f"mnif {name}: {printable(where)}: {printable(what)}", file=sys.stderr)
         return 2
+    except Terminated:
+        print(f"mnif {name}: terminated", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print(f"mnif {name}: stopped", file=sys.stderr)
         return 130

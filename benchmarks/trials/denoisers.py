@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from latent_prior.denoisers import Denoiser, PaperDenoiser, ResMLPDenoiser
 from latent_prior.diffusion import DenoisingLoss, validation_loss
+from mnif.data.batches import instance_keys
 from mnif.latents.table import LatentTable
 
 
@@ -53,7 +54,7 @@ class TokenDenoiser(Denoiser):
         self.write = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, latent_dim // tokens))
         nn.init.zeros_(self.write[1].weight)
 
-    def forward(self, sample: Tensor, timestep: Tensor | float) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor | float, generator: object = None) -> Tensor:
         time = self.time.time_embedding(timestep)
         hidden = self.read(sample.view(len(sample), self.tokens, -1)) + self.places
         for index, (norm, modulation) in enumerate(zip(self.norms, self.modulations, strict=True)):
@@ -120,9 +121,9 @@ def trained(arguments: Arguments, loss: DenoisingLoss, table: LatentTable) -> tu
         for group in optimizer.param_groups:
             falling = 0.5 * (1 + np.cos(np.pi * used / arguments.cpu_seconds))
             group["lr"] = arguments.learning_rate * falling * min(1.0, steps / 100)
-        batch = table.train[torch.randint(len(table.train), (256,))]
+        rows = torch.randint(len(table.train), (256,))
         optimizer.zero_grad()
-        loss(batch).backward()
+        loss(table.train[rows], instance_keys(arguments.seed, steps, rows)).backward()
         nn.utils.clip_grad_norm_(loss.parameters(), 1.0)
         optimizer.step()
         ema.step(loss.parameters())

@@ -24,7 +24,7 @@ from variants import VARIANTS, Variant
 
 from evals.metrics.reconstruction import border_step_ratio
 from mnif.commands.fit import DECODER_SETTINGS, make_method, parse_fit_arguments
-from mnif.data.batches import ArrayDataset, ShuffledBatches, array_dataset
+from mnif.data.batches import ArrayDataset, ShuffledBatches, array_dataset, instance_keys
 from mnif.data.dataset import Split
 from mnif.latents.inference import evaluate_latents, infer_latents
 from mnif.models.cell_grid import CellGrid
@@ -134,7 +134,8 @@ def _train(fit: Any, variant: Variant, method: LearningMethod, rows: ArrayDatase
     batches = ShuffledBatches(len(rows), fit.train_batch_size, fit.seed, 0, fit.max_train_steps)
     for step, batch in enumerate(progress_bar(batches, desc="trial", unit="step")):
         torch.manual_seed(fit.seed * 1_000_003 + step)
-        loss = method(**rows.__getitems__(batch))
+        inputs = rows.__getitems__(batch)
+        loss = method(key=instance_keys(fit.seed, step, inputs["row"]), **inputs)
         loss.backward()
         clip_grad_norm_(parameters, fit.max_grad_norm)
         factor = _cosine(step, fit.lr_warmup_steps, fit.max_train_steps)

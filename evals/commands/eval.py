@@ -22,7 +22,7 @@ from evals.presentation import (
 )
 from evals.protocol import EvalArguments, protocol_of
 from mnif.utils.args import parse_arguments
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, markdown_code, printable
 from mnif.utils.files import write_json, written_atomically
 from mnif.utils.json_files import read_json
 from mnif.utils.output_folders import BEGUN, check_output_folder, output_folder_of
@@ -83,7 +83,7 @@ def compare(paths: Sequence[Path], output: Path) -> None:
     }
     write_json(output / "comparison.json", content)
     with written_atomically(output / "comparison.md") as temporary:
-        temporary.write_text(f"{table}\n{protocol_line(protocol)}\n\n`{command_line()}`\n")
+        temporary.write_text(f"{table}\n{protocol_line(protocol)}\n\n{markdown_code(command_line())}\n")
     plot = comparison_plot({evaluation.name: evaluation.metrics for evaluation in evaluations})
     if plot is not None:
         with written_atomically(output / "comparison.png") as temporary:
@@ -198,7 +198,7 @@ def _print(metrics: dict[str, Any]) -> None:
     for metric in metrics_of(metrics):
         print(f"  {metric.key:32} {metric.value:10.4g}" + (f" ± {metric.std:.2g}" if metric.std is not None else ""))
     for warning in metrics.get("warnings", []):
-        print(f"warning: {warning}")
+        print(f"warning: {printable(warning)}")
     if verdict := copying_verdict(metrics):
         print(f"  this prior {verdict}")
 

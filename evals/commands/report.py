@@ -27,7 +27,7 @@ from mnif.signals.outputs import postprocess
 from mnif.training.run_record import read_metrics_log, read_run_record
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError
-from mnif.utils.files import written_atomically
+from mnif.utils.files import check_writable, written_atomically
 from mnif.utils.json_files import read_json, read_object
 from mnif.utils.pixels import image_grid
 from mnif.utils.process import command_line
@@ -74,6 +74,10 @@ def report(arguments: ReportArguments) -> None:
     run = arguments.run
     if not (run / "run.json").is_file():
         raise UserError(f"--run {run}: no run folder; `mnif fit --output_dir {run}` makes it")
+    output = arguments.output or run / "report.html"
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; name a file")
+    check_writable(output.parent)
     pipeline = load_pipeline(run / "model")
     bundle = arguments.bundle or run / "bundle"
     manifest = _manifest_of(bundle) if (bundle / "manifest.json").exists() else None
@@ -107,7 +111,6 @@ def report(arguments: ReportArguments) -> None:
         seed=arguments.seed,
         resolutions=RESOLUTIONS,
     )
-    output = arguments.output or run / "report.html"
     with written_atomically(output) as temporary:
         temporary.write_text(page, encoding="utf-8")
     print(output)

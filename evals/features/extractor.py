@@ -135,11 +135,11 @@ class FeatureCache:
         """Returns what another number must agree in to be comparable, for pictures of a size [height, width]."""
         return self.extractor.protocol() | {"resize": self.resize, "resolution": f"{size[0]}×{size[1]}"}
 
-    def features(self, pictures: IndexedImages, description: str, keep: bool = False) -> np.ndarray:
+    def features(self, images: IndexedImages, description: str, keep: bool = False) -> np.ndarray:
         """Computes features of pictures, or finds them: [count, D] float32, memory-mapped.
 
         Args:
-            pictures: of one size.
+            images: of one size.
             description: for the progress bar.
             keep: in the cache folder, for further evaluations against the same data.
         """
@@ -147,9 +147,9 @@ class FeatureCache:
         def compute(images: np.ndarray) -> np.ndarray:
             return extract_features(images, self.extractor, RESIZES[self.resize], progress=False)
 
-        key = [pictures.fingerprint, pictures.count, self.protocol(pictures.size)]
+        key = [images.fingerprint, images.count, self.protocol(images.size)]
         width = self.extractor.dimension
-        return self.rows(key, pictures.count, width, pictures.read, compute, f"features: {description}", keep)
+        return self.rows(key, images.count, width, images.read, compute, f"features: {description}", keep)
 
     def rows(
         self,

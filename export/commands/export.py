@@ -32,7 +32,7 @@ from mnif.utils.files import (
     write_json,
 )
 from mnif.utils.json_files import read_object
-from mnif.utils.output_folders import check_output_folder
+from mnif.utils.output_folders import LOCK, check_output_folder, held_folder
 
 
 @dataclass(kw_only=True)
@@ -123,6 +123,13 @@ def selection_of(model: MNIFPipeline | MNIFModel, options: ExportArguments) -> S
 def main(arguments: list[str]) -> None:
     """Runs `mnif export`."""
     options = parse_arguments(ExportArguments, arguments, "mnif export")
+    check_output_folder(options.output_dir, "export")
+    with held_folder(options.output_dir):
+        _export(options)
+
+
+def _export(options: ExportArguments) -> None:
+    """Exports, unless that was done before."""
     _check_output(options.output_dir)
     model = load_model(options.model)
     if isinstance(model, MNIFModel) and options.latents is None:
@@ -176,8 +183,6 @@ def export_bundle(
             be exported, a graph misses its tolerance, or TensorRT-RTX refuses it.
     """
     selection = selection_of(model, options)
-    _check_output(options.output_dir)
-    output = options.output_dir.resolve()
     compiles = options.compile_rtx == "on" or (options.compile_rtx == "auto" and rtx_is_installed())
     if options.compile_rtx == "auto" and not compiles:
         print("TensorRT-RTX compile gate skipped: not installed (pip install 'mnif-diffusion[rtx]')")
@@ -186,9 +191,26 @@ def export_bundle(
         print("no prior and no latent table: nothing is baked (--latents names a table)")
     if selection.pipeline is not None:
         selection.pipeline.set_progress_bar_config(disable=True)
+    with held_folder(options.output_dir):
+        _check_output(options.output_dir)
+        manifest, others = _write_bundle(selection, options, inputs or {}, compiles)
+    megabytes = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
+    count = len(manifest["graphs"])
+    print(f"{options.output_dir}: {count} graphs, {megabytes:.1f} MB; README.md has the commands for a device")
+    if others:
+        first = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
+        count_of_others = "1 file" if len(others) == 1 else f"{len(others)} files"
+        print(f"{options.output_dir}: {count_of_others} of others in it stay as before: {first}")
+
+
+def _write_bundle(
+    selection: Selection, options: ExportArguments, inputs: dict[str, str], compiles: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Writes the bundle beside its place and moves it there; gives its manifest, and the files of others there."""
+    output = options.output_dir.resolve()
     with temporary_folder(output) as folder:
         (folder / "onnx").mkdir()
-        manifest = manifest_of(selection) | {"inputs": inputs or {}}
+        manifest = manifest_of(selection) | {"inputs": inputs}
         reference = _write_graphs(selection, options, folder, manifest, compiles)
         np.savez_compressed(folder / "reference.npz", **reference)
         _write_weights(selection.decoder, folder / "weights.safetensors")
@@ -203,14 +225,7 @@ def export_bundle(
         }
         manifest["digest"] = manifest_digest(manifest)
         write_json(folder / MANIFEST, manifest)
-        others = put_in_place(folder, output)
-    megabytes = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
-    count = len(manifest["graphs"])
-    print(f"{options.output_dir}: {count} graphs, {megabytes:.1f} MB; README.md has the commands for a device")
-    if others:
-        first = ", ".join(others[:3]) + (" …" if len(others) > 3 else "")
-        count_of_others = "1 file" if len(others) == 1 else f"{len(others)} files"
-        print(f"{options.output_dir}: {count_of_others} of others in it stay as before: {first}")
+        return manifest, put_in_place(folder, output)
 
 
 def _write_graphs(
@@ -245,7 +260,7 @@ def _check_output(output: Path) -> None:
     is_bundle = check_output_folder(output, "export")
     remove_leftovers(output.resolve().parent, output.resolve().name)
     remove_leftovers(output, MANIFEST)
-    if not is_bundle and output.exists() and any(output.iterdir()):
+    if not is_bundle and output.exists() and {path.name for path in output.iterdir()} - {LOCK}:
         raise UserError(f"{output} holds something other than a bundle; choose another --output_dir")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from export.device.bundle import ENGINES, BundleFolder, check_form, entry
-from export.device.cli import Parser, columns, run_command
+from export.device.cli import Parser, columns, printable, run_command
 from export.device.plans import PlanRefused, read_sidecar
 
 _KERNEL = {
@@ -41,20 +41,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _inspect(options: Any) -> int:
     if options.plan is not None:
-        print("\n".join(plan_lines(options.plan, kernels=True)))
+        _print(plan_lines(options.plan, kernels=True))
         return 0
     folder = BundleFolder(options.bundle)
-    print("\n".join(bundle_lines(folder)))
+    _print(bundle_lines(folder))
     plans = sorted((folder.path / ENGINES).glob("*.plan"))
     for plan in plans:
         try:
             lines = plan_lines(plan, options.kernels)
         except PlanRefused as reason:
             lines = [f"{plan.stem}: refused, {reason.reason}"]
-        print("\n".join(["", *lines]))
+        _print(["", *lines])
     if not plans:
         print("\nno plans here; mnif build makes them")
     return 0
+
+
+def _print(lines: Iterable[str]) -> None:
+    """Prints lines of which each may hold names from a manifest or a sidecar."""
+    print("\n".join(map(printable, lines)))
 
 
 def bundle_lines(folder: BundleFolder) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .bundle import BundleError, BundleFolder
+from .bundle import BackendMissing, BundleError, BundleFolder, import_backend
 from .cuda import CudaError
 from .plans import PlanRefused
 
@@ -35,15 +35,14 @@ class OpenVinoGraph:
         threads: 0 lets OpenVINO choose.
 
     Raises:
-        ImportError: OpenVINO is not installed.
+        BackendMissing: OpenVINO is not installed, or cannot be imported.
         BundleError: it cannot read the graph.
     """
 
     name = "openvino"
 
     def __init__(self, model: bytes, threads: int = 0):
-        import openvino
-
+        openvino = import_backend("openvino")
         self.version = str(openvino.__version__).partition("-")[0]
         self._settings = {
             "INFERENCE_PRECISION_HINT": "f32",
@@ -53,7 +52,10 @@ class OpenVinoGraph:
         }
         if threads:
             self._settings["INFERENCE_NUM_THREADS"] = str(threads)
-        self._core = openvino.Core()
+        try:
+            self._core = openvino.Core()
+        except Exception as error:  # such as a plugin that is missing
+            raise BackendMissing(f"openvino cannot start: {' '.join(str(error).split())}") from None
         try:
             self._model = self._core.read_model(model)
         except RuntimeError as error:
@@ -132,10 +134,6 @@ LOGGER = logging.getLogger("mnif.runtime")
 BACKENDS = ("tensorrt", "onnxruntime", "openvino")  # the best first
 
 
-class BackendMissing(BundleError):  # noqa: N818
-    """A backend that cannot be had on this machine."""
-
-
 class OnnxRuntimeGraph:
     """A graph in ONNX Runtime on the CPU. Its CPU kernels compute a mixed graph in float32: casts are removed.
 
@@ -144,15 +142,14 @@ class OnnxRuntimeGraph:
         threads: within an operator; 0 lets ONNX Runtime choose.
 
     Raises:
-        ImportError: ONNX Runtime is not installed.
+        BackendMissing: ONNX Runtime is not installed, or cannot be imported.
         BundleError: it cannot read the graph.
     """
 
     name = "onnxruntime"
 
     def __init__(self, model: bytes, threads: int = 0):
-        import onnxruntime
-
+        onnxruntime = import_backend("onnxruntime")
         self.version = str(onnxruntime.__version__)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
@@ -207,7 +204,7 @@ def _load(folder: BundleFolder, name: str, backend: str, threads: int) -> Any:
     model = folder.onnx(name)
     try:
         return kind(model, threads)
-    except ImportError:
-        raise BackendMissing(f"{backend} is not installed") from None
+    except BackendMissing:
+        raise
     except BundleError as error:
         raise BundleError(f"{folder.path / folder.graph(name)['file']}: {error}") from None

@@ -11,15 +11,14 @@ import resource
 import subprocess
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from .backends import BACKENDS, BackendMissing, load_graph
-from .bundle import BundleError, BundleFolder, check_at_least, entry, write_json
-from .cli import Parser, columns, run_command
+from .bundle import BundleError, BundleFolder, check_output, entry, import_backend, write_json
+from .cli import MOST_THREADS, Parser, columns, number, run_command
 from .cuda import Cuda, CudaError, find_gpu
 from .plans import PlanRefused
 
@@ -46,12 +45,10 @@ def describe_machine() -> dict[str, Any]:
 
 
 def package_version(name: str) -> str | None:
-    """Asks a module for its version, importing it; None where it is not installed."""
-    if name == "numpy":
-        return np.__version__
+    """Asks a module for its version, importing it; None where it cannot be had."""
     try:
-        return str(import_module(name).__version__)
-    except (ImportError, AttributeError):
+        return str(import_backend(name).__version__)
+    except (BackendMissing, AttributeError):
         return None
 
 
@@ -104,18 +101,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_bundle()
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, metavar="NAME", help=f"of {', '.join(BACKENDS)}")
     parser.add_argument("--graphs", nargs="+", metavar="NAME", help="default: the first of each kind and precision")
-    parser.add_argument("--batch_sizes", nargs="+", type=int, default=[1, 8, 32], metavar="N")
-    parser.add_argument("--rounds", type=int, default=100, help="calls of each that are timed (100)")
-    parser.add_argument("--threads", type=int, default=0, help="of a backend on the CPU; 0 lets it choose")
+    parser.add_argument("--batch_sizes", nargs="+", type=number(1), default=[1, 8, 32], metavar="N")
+    parser.add_argument("--rounds", type=number(1), default=100, help="calls of each that are timed (100)")
+    parser.add_argument(
+        "--threads", type=number(0, MOST_THREADS), default=0, help="of a backend on the CPU; 0 lets it choose"
+    )
     parser.add_argument("--output", type=Path, help="write machine and table as JSON here")
     return run_command(parser, arguments, _bench)
 
 
 def _bench(options: Any) -> int:
+    check_output(options.output)
     folder = BundleFolder(options.bundle)
-    check_at_least("rounds", options.rounds, 1)
-    for size in options.batch_sizes:
-        check_at_least("batch_sizes", size, 1)
     machine = describe_machine()
     print(_headline(machine))
     subjects: list[Subject] = []

@@ -6,11 +6,13 @@ GPUs: a compile gate, not a Jetson build. A plan that is already there and was b
 
 from __future__ import annotations
 
+import argparse
+import re
 import time
 from typing import Any
 
-from .bundle import ENGINES, BundleError, BundleFolder, entry, write_atomically
-from .cli import Parser, run_command
+from .bundle import ENGINES, BundleError, BundleFolder, check_writable, entry, write_atomically
+from .cli import Parser, number, run_command
 from .cuda import CudaError, Gpu, find_gpu
 from .plans import PlanRefused, environment, plan_key, read_plan, state_folder, write_plan
 from .tensorrt import MODULES, build_plan, compute_capabilities, find_builder, is_rtx, kernels_of_log
@@ -25,14 +27,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--batch_sizes",
         nargs="*",
-        type=int,
+        type=number(1),
         metavar="N",
         help="batch sizes with a profile of their own, beside the one for all (default: 1, without a GPU none)",
     )
-    parser.add_argument("--optimization_level", type=int, metavar="0-5", help="how hard to search")
+    parser.add_argument("--optimization_level", type=number(0, 5), metavar="0-5", help="how hard to search")
     parser.add_argument(
         "--compute_capabilities",
         nargs="+",
+        type=_compute_capability,
         default=[],
         metavar="8.6",
         help="GPUs to build for with TensorRT-RTX (default: this one, or without a GPU all)",
@@ -41,8 +44,15 @@ def main(arguments: list[str] | None = None) -> int:
     return run_command(parser, arguments, _build)
 
 
+def _compute_capability(text: str) -> str:
+    if re.fullmatch(r"\d{1,2}\.\d", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r}: two numbers with a point are needed, such as 8.6")
+    return text
+
+
 def _build(options: Any) -> int:
     folder = BundleFolder(options.bundle)
+    check_writable(folder.path / ENGINES)
     module = find_builder(options.builder)
     try:
         gpu: Gpu | None = find_gpu()[1]

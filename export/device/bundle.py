@@ -9,9 +9,11 @@ import math
 import os
 import re
 import struct
+import tempfile
 import tokenize
 import zipfile
 import zlib
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +40,34 @@ def write_atomically(path: Path, content: bytes, flush: bool = True) -> None:
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def check_writable(folder: Path) -> None:
+    """Makes sure, before any work is done, that files can be written to a folder; it may be missing.
+
+    Raises:
+        BundleError: nothing can be written there, and why.
+    """
+    there = folder.absolute()
+    while not os.path.lexists(str(there)):
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=str(there)):
+            pass
+    except OSError as error:
+        raise BundleError(f"{folder}: nothing can be written there ({error.strerror}); choose another place") from None
+
+
+def check_output(path: Path | None) -> None:
+    """Makes sure that a file can be written, where one is asked for.
+
+    Raises:
+        BundleError: it cannot, and why.
+    """
+    if path is not None and path.is_dir():
+        raise BundleError(f"{path}: is a folder; name a file")
+    if path is not None:
+        check_writable(path.parent)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -71,6 +101,25 @@ _GRAPH_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 class BundleError(Exception):
     """A bundle that is incomplete, changed or unusable, or a wish it cannot meet: one line for the user."""
+
+
+class BackendMissing(BundleError):  # noqa: N818
+    """A backend that cannot be had on this machine."""
+
+
+def import_backend(name: str) -> Any:
+    """Imports a package that may be missing, or broken in whatever way.
+
+    Raises:
+        BackendMissing: it cannot be imported; the line has the real reason, such as a library that it lacks.
+    """
+    try:
+        return import_module(name)
+    except Exception as error:  # on a board: ImportError, AttributeError (a newer numpy), OSError (a library), ...
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            raise BackendMissing(f"{name} is not installed") from None
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise BackendMissing(f"{name} cannot be imported: {type(error).__name__}: {reason}") from None
 
 
 _JSON_BYTES = 8 << 20

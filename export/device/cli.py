@@ -4,11 +4,30 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any, Callable, NoReturn, Sequence
 
 from .bundle import BundleError
+
+MOST_THREADS = 1024  # backends fail in ways of their own above what a machine can start
+
+
+def number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Makes the ``type`` of a flag that takes a whole number from ``least`` to ``most``."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{value}: must be at least {least}")
+        if most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"{value}: must be at most {most}")
+        return value
+
+    parse.__name__ = "whole number"  # argparse names it where the text is none
+    return parse
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,19 +54,38 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_command(parser: Parser, arguments: list[str] | None, work: Callable[[Any], int]) -> int:
-    """Parses and works; returns the exit code, 2 after one line about what is wrong.
+    """Parses and works; returns the exit code: 2 after one line about what is wrong, 130 after Ctrl-C.
 
-    What the runtime logs (which backend it took and why) goes to stderr.
+    A SIGTERM ends it with 143, by way of whatever clears up. What the runtime logs (which backend it took and why)
+    goes to stderr.
     """
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _end)
     try:
         options = parser.parse_args(arguments)
         logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
         return work(options)
     except BundleError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+        complaint = str(error)
+    except KeyboardInterrupt as error:
+        if type(error) is not KeyboardInterrupt:  # of `mnif`, which tells it apart
+            raise
+        print(f"{parser.prog}: stopped", file=sys.stderr)
+        return 130
     except OSError as error:
-        print(f"{parser.prog}: {error.filename or 'file system'}: {error.strerror or error}", file=sys.stderr)
+        complaint = f"{error.filename or 'file system'}: {error.strerror or error}"
+    print(f"{parser.prog}: {printable(complaint)}", file=sys.stderr)
     return 2
+
+
+def _end(number: int, frame: Any) -> NoReturn:
+    print("terminated", file=sys.stderr)
+    sys.exit(143)
+
+
+def printable(text: str) -> str:
+    """Makes one line of a text that may hold a name from a manifest: what is no visible character is escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

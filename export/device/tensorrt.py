@@ -11,11 +11,10 @@ from __future__ import annotations
 import re
 import time
 from functools import lru_cache
-from importlib import import_module
 from types import ModuleType
 from typing import Any, Mapping, NamedTuple, Sequence
 
-from .bundle import BundleError
+from .bundle import BackendMissing, BundleError, import_backend
 
 Profile = Mapping[str, Mapping[str, Sequence[int]]]  # input → {"minimum", "optimum", "maximum"} shapes
 
@@ -55,23 +54,26 @@ def find_builder(wanted: str = "auto") -> ModuleType:
         wanted: ``"tensorrt"``, ``"tensorrt_rtx"``, or ``"auto"`` for the first of them that is installed.
 
     Raises:
-        BundleError: it is not installed, or older than 8.5.
+        BackendMissing: it is not installed, cannot be imported, or is older than 8.5.
     """
+    reasons = []
     for name in MODULES if wanted == "auto" else (wanted,):
         try:
-            module = import_module(name)
-        except ImportError:
-            continue
-        if not hasattr(module, "Builder"):  # the package index has empty shells of plain TensorRT
-            continue
-        if not is_rtx(module) and version_of(module) < _OLDEST:
-            raise BundleError(f"TensorRT {module.__version__}: 8.5 or newer is needed (JetPack 5.1)")
-        return module
-    missing = "neither tensorrt nor tensorrt_rtx" if wanted == "auto" else f"no {wanted}"
-    raise BundleError(
-        f"{missing} can be imported; JetPack brings tensorrt (python3-libnvinfer), on a desktop "
-        "pip install tensorrt-rtx"
+            return _usable(import_backend(name))
+        except BackendMissing as reason:
+            reasons.append(str(reason))
+    raise BackendMissing(
+        f"{'; '.join(reasons)}; JetPack brings tensorrt (python3-libnvinfer), on a desktop pip install tensorrt-rtx"
     )
+
+
+def _usable(module: ModuleType) -> ModuleType:
+    """Gives the module back if it can build plans; raises BackendMissing if it cannot."""
+    if not hasattr(module, "Builder"):  # the package index has empty shells of plain TensorRT
+        raise BackendMissing(f"{module.__name__} is an empty shell without TensorRT's libraries")
+    if not is_rtx(module) and version_of(module) < _OLDEST:
+        raise BackendMissing(f"TensorRT {module.__version__}: 8.5 or newer is needed (JetPack 5.1)")
+    return module
 
 
 def is_rtx(module: Any) -> bool:

@@ -186,7 +186,8 @@ def load_tensorrt_graph(folder: BundleFolder, name: str, use_cuda_graph: bool = 
     Raises:
         CudaError: there is no GPU.
         PlanRefused: the plan is missing, foreign, stale or changed; TensorRT has not seen it.
-        BundleError: TensorRT is missing or refuses it.
+        BackendMissing: TensorRT is not here, or cannot be imported.
+        BundleError: TensorRT refuses it.
     """
     cuda = Cuda()
     gpu = cuda.gpu()

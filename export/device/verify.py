@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backends import BACKENDS, BackendMissing, load_graph
-from .bundle import BundleError, BundleFolder, entry, write_json
+from .bundle import BundleError, BundleFolder, check_output, entry, import_backend, write_json
 from .cli import Parser, run_command
 from .cuda import CudaError
 from .plans import PlanRefused
@@ -80,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _verify(options: Any) -> int:
+    check_output(options.output)
     folder = BundleFolder(options.bundle)
     graphs = entry(folder.manifest, "graphs", kind=dict)
     names = [name for name in options.graphs or sorted(graphs) if folder.graph(name)["reference"] is not None]
@@ -148,12 +149,10 @@ def check_graph(folder: BundleFolder, reference: dict[str, np.ndarray], name: st
 
 
 def _evaluated(model: bytes, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
-    try:
-        import onnx
+    onnx = import_backend("onnx")
+    import_backend("onnx.reference")
+    from .reference_evaluator import evaluate
 
-        from .reference_evaluator import evaluate
-    except ImportError:
-        raise BackendMissing("onnx is not installed") from None
     return list(evaluate(onnx.load_from_string(model), inputs).values())
 
 

@@ -16,7 +16,7 @@ from latent_prior.distillation import DistillationLoss, energy_distance, student
 from latent_prior.hub import write_model_card
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from latent_prior.sampling import sample_latents
-from mnif.data.batches import ArrayDataset
+from mnif.data.batches import array_dataset
 from mnif.latents.table import LatentTable
 from mnif.models.io import save_component, save_index
 from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator
@@ -25,6 +25,7 @@ from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import folder_written_atomically, sha256_of_folder
 from mnif.utils.json_files import merge_json
+from mnif.utils.output_folders import holds_folder
 from mnif.utils.process import peak_memory_megabytes
 
 _HELD_OUT_SHARE = 0.05  # of the pairs
@@ -71,6 +72,7 @@ def main(arguments: list[str]) -> None:
     distill(parse_arguments(DistillArguments, arguments, "mnif distill"))
 
 
+@holds_folder("run")
 def distill(arguments: DistillArguments) -> None:
     """Trains a student of the prior in ``arguments.run``.
 
@@ -119,7 +121,7 @@ def distill(arguments: DistillArguments) -> None:
     )
     ema = EMAModel(loss.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
-    rows = ArrayDataset(states=pairs.states[held_out:], samples=pairs.samples[held_out:])
+    rows = array_dataset({"states": pairs.states[held_out:], "samples": pairs.samples[held_out:]})
     keep_best = "validation_loss"
     TrainLoop(accelerator, arguments, loss, [optimizer], rows, run, "distill", validate, ema, keep_best).run()
     if accelerator.is_main_process:

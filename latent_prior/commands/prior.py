@@ -19,7 +19,7 @@ from latent_prior.diffusion import DenoisingLoss, LossType, Objective, Weighting
 from latent_prior.hub import write_model_card
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import sample_latents
-from mnif.data.batches import ArrayDataset
+from mnif.data.batches import array_dataset
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component, save_component, save_index
 from mnif.models.mnif_model import MNIFModel
@@ -30,6 +30,7 @@ from mnif.utils.args import parse_given, preset_values, read_preset
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import folder_written_atomically, sha256_of_file
 from mnif.utils.json_files import merge_json, read_object
+from mnif.utils.output_folders import holds_folder
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import peak_memory_megabytes
 
@@ -136,6 +137,7 @@ def main(arguments: list[str]) -> None:
     fit_prior(parse_prior_arguments(arguments))
 
 
+@holds_folder("run")
 def fit_prior(arguments: PriorArguments) -> None:
     """Trains stage two on the latent table of ``arguments.run``.
 
@@ -151,7 +153,8 @@ def fit_prior(arguments: PriorArguments) -> None:
     latents = torch.cat([table.train, *_extra_latents(arguments, table)])
     if arguments.num_train_epochs is not None:
         epochs, batch_size = arguments.num_train_epochs, arguments.train_batch_size
-        arguments.max_train_steps = steps_of_epochs(epochs, batch_size, len(latents))
+        accumulation = arguments.gradient_accumulation_steps
+        arguments.max_train_steps = steps_of_epochs(epochs, batch_size, accumulation, len(latents))
     accelerator = make_accelerator(arguments, run)
     extra = {f"extra_latents_{i}": sha256_of_file(path) for i, path in enumerate(arguments.extra_latents or [])}
     if begin_stage(run, "prior", arguments, {"decoder_fingerprint": table.fingerprint} | extra):
@@ -178,7 +181,7 @@ def fit_prior(arguments: PriorArguments) -> None:
     ema = EMAModel(loss.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
     keep_best = "validation_loss" if arguments.keep == "best" else None
-    rows = ArrayDataset(latents=latents)
+    rows = array_dataset({"latents": latents})
     TrainLoop(accelerator, arguments, loss, [optimizer], rows, run, "prior", validate, ema, keep_best).run()
     if accelerator.is_main_process:
         _finish(arguments, decoder, denoiser.cpu().eval(), time.perf_counter() - started)

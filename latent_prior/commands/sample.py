@@ -21,7 +21,7 @@ from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import flush_everything, remove_leftovers, sha256_of_folder, write_json
 from mnif.utils.json_files import read_json
-from mnif.utils.output_folders import check_output_folder
+from mnif.utils.output_folders import holds_folder
 from mnif.utils.process import command_line, peak_memory_megabytes, progress_bar
 
 _COMPONENTS = ("decoder", "denoiser", "scheduler", "student", "student_scheduler")
@@ -79,6 +79,7 @@ def main(arguments: list[str]) -> None:
     sample(parse_arguments(SampleArguments, arguments, "mnif sample"))
 
 
+@holds_folder("output_dir", "sample")
 def sample(arguments: SampleArguments) -> None:
     """Writes samples to ``arguments.output_dir``.
 
@@ -87,7 +88,6 @@ def sample(arguments: SampleArguments) -> None:
             or holds other samples.
     """
     _check(arguments)
-    check_output_folder(arguments.output_dir, "sample")
     model = model_folder(arguments.model)
     pipeline = load_pipeline(model)
     if arguments.scheduler:
@@ -207,12 +207,14 @@ def _write(samples: Samples, missing: dict[range, int], state: PartialState) -> 
 
 def _report(samples: Samples, drawn: int, unseen: int, seconds: float) -> None:
     unit, output = samples.signal.noun, samples.output
+    metrics = {"seconds": round(seconds, 2), "peak_rss_mb": peak_memory_megabytes(), "command": command_line()}
     if not drawn:
+        if not (output / "metrics.json").exists():  # of one that was killed at its end
+            write_json(output / "metrics.json", metrics)
         print(f"{output}: all {samples.count} {unit}s are there already")
         return
     rate = drawn / seconds
-    metrics = {"images_per_second": rate, "seconds": round(seconds, 2), "peak_rss_mb": peak_memory_megabytes()}
-    write_json(output / "metrics.json", metrics | {"command": command_line()})
+    write_json(output / "metrics.json", metrics | {"images_per_second": rate})
     without = f"; {unseen} of them have no surface" if unseen else ""
     print(f"{output}: {drawn} {unit}s drawn, {rate:.0f} a second{without}")
 

@@ -259,7 +259,8 @@ def _planned(flags: CompareArguments, run: Run, data: Dataset, train_data: Datas
         kept[key] = Speed(measured, max(round(seconds / measured), 1))
         write_json(path, msgspec.to_builtins(kept))
     arguments.max_train_steps = kept[key].max_train_steps
-    steps_worth = min(_VALIDATED, len(data)) / 3 / min(arguments.train_batch_size, len(train_data))
+    batch = min(arguments.train_batch_size, len(train_data)) * arguments.gradient_accumulation_steps
+    steps_worth = min(_VALIDATED, len(data)) / 3 / batch
     often = max(arguments.max_train_steps // _VALIDATIONS, round(10 * steps_worth), 1)
     arguments.validation_steps = min(arguments.validation_steps, often)
     measured = kept[key].seconds_per_step

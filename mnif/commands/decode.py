@@ -19,12 +19,13 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.signals.outputs import Animation, MeshFormat, writer_from_flags
 from mnif.signals.registry import signal_of_model
 from mnif.utils.args import parse_arguments
-from mnif.utils.errors import UserError, check_at_least
-from mnif.utils.files import flush_everything, remove_leftovers, sha256_of_file, was_written, write_json
+from mnif.utils.errors import UserError, check_at_least, printable
+from mnif.utils.files import flush_everything, remove_leftovers, sha256_of_file, write_json
 from mnif.utils.json_files import read_json
-from mnif.utils.output_folders import check_output_folder
+from mnif.utils.output_folders import holds_folder
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import command_line, default_device, peak_memory_megabytes, progress_bar
+from mnif.utils.resumable import SEALS, Seals
 
 _OWN_FILES = ("grid", "grid.png", "metrics.json", "decode.json")  # names that no latent may have
 _OVERVIEW, _OVERVIEW_PIXELS = 64, 256
@@ -64,6 +65,7 @@ def main(arguments: list[str]) -> None:
     decode(parse_arguments(DecodeArguments, arguments, "mnif decode"))
 
 
+@holds_folder("output_dir", "decode")
 @torch.no_grad()
 def decode(arguments: DecodeArguments) -> None:
     """Writes what latents stand for to ``arguments.output_dir``.
@@ -72,7 +74,6 @@ def decode(arguments: DecodeArguments) -> None:
         UserError: model or latents cannot be read or do not belong together, a flag is out of range or does not belong
             to the model's signal, the folder is another command's or holds something else, or no shape has a surface.
     """
-    check_output_folder(arguments.output_dir, "decode")
     decoder = load_component(MNIFModel, arguments.model, "decoder")
     signal = signal_of_model(decoder)
     writer = writer_from_flags(arguments, signal)
@@ -86,45 +87,53 @@ def decode(arguments: DecodeArguments) -> None:
     requested = {"decoder": fingerprint, "latents": sha256_of_file(arguments.latents)} | asdict(writer)
     files = {row: [output / file for file in writer.files(names[row])] for row in rows}
     _check_same_decoding(output, requested, [path for paths in files.values() for path in paths])
-    for folder in {output, *(path.parent for paths in files.values() for path in paths)}:
+    for folder in {output, output / SEALS, *(path.parent for paths in files.values() for path in paths)}:
         remove_leftovers(folder)
     write_json(output / "decode.json", requested)
-    missing = [row for row in rows if not all(map(was_written, files[row]))]
+    seals = Seals(output)
+    missing = {row: set(files[row]) - seals.sound(f"{row:09d}", files[row]) for row in rows}
+    missing = {row: paths for row, paths in missing.items() if paths}
     unseen: dict[str, str] = {}
     with progress_bar(total=len(rows), initial=len(rows) - len(missing), desc="decoding", unit=signal.noun) as bar:
-        for row in missing:
+        for row, paths in missing.items():
+            for path in paths:
+                path.unlink(missing_ok=True)  # writers keep what they find
             latent = table.latents[row : row + 1].to(decoder.device)
             why = writer.write(decoder, signal, latent, output, names[row])
             if why:
                 unseen[table.ids[row]] = why
+            seals.seal(f"{row:09d}", files[row], flush=False)
             bar.update()
-    for id, why in unseen.items():
-        print(f"{id}: the {signal.noun} is {why}, it has no surface; skipped")
-    if len(unseen) == len(rows):
-        raise UserError(
-            f"{arguments.latents}: every {signal.noun} asked for is empty or full, none has a surface; "
-            "choose other --ids or train the model for longer"
-        )
-    if len(missing) > len(unseen):
-        _report_rate(output, len(missing) - len(unseen), time.perf_counter() - started, unseen)
-    else:
-        print(f"{output}: all {len(rows) - len(unseen)} are there already")
+    _report(arguments, signal.noun, len(rows), len(missing), unseen, time.perf_counter() - started)
     _save_overview(output / "grid.png", [files[row][0] for row in rows if table.ids[row] not in unseen])
     flush_everything()
 
 
-def _report_rate(output: Path, decoded: int, seconds: float, unseen: dict[str, str]) -> None:
-    """Says and writes down how fast ``decoded`` latents were decoded, and which show no surface."""
-    rate = decoded / seconds
-    metrics = {
-        "images_per_second": rate,
-        "seconds": round(seconds, 2),
-        "without_surface": unseen,
-        "command": command_line(),
-        "peak_rss_mb": peak_memory_megabytes(),
-    }
-    write_json(output / "metrics.json", metrics)
-    print(f"{output}: {decoded} latents decoded, {rate:.1f} a second")
+def _report(
+    arguments: DecodeArguments, noun: str, asked: int, missing: int, unseen: dict[str, str], seconds: float
+) -> None:
+    """Says what was decoded, and of what there is nothing to show.
+
+    Raises:
+        UserError: of nothing there is.
+    """
+    for id, why in unseen.items():
+        print(f"{printable(id)}: the {noun} is {why}, it has no surface; skipped")
+    if len(unseen) == asked:
+        raise UserError(
+            f"{arguments.latents}: every {noun} asked for is empty or full, none has a surface; "
+            "choose other --ids or train the model for longer"
+        )
+    output, made = arguments.output_dir, missing - len(unseen)
+    metrics: dict[str, Any] = {"seconds": round(seconds, 2), "without_surface": unseen}
+    metrics |= {"command": command_line(), "peak_rss_mb": peak_memory_megabytes()}
+    if not made:
+        if not (output / "metrics.json").exists():  # of one that was killed at its end
+            write_json(output / "metrics.json", metrics)
+        print(f"{output}: all {asked - len(unseen)} are there already")
+        return
+    write_json(output / "metrics.json", metrics | {"images_per_second": made / seconds})
+    print(f"{output}: {made} latents decoded, {made / seconds:.1f} a second")
 
 
 def safe_names(ids: Iterable[str]) -> list[str]:

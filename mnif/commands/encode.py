@@ -21,7 +21,7 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Signal
 from mnif.signals.registry import signal_of_model
 from mnif.utils.args import parse_arguments
-from mnif.utils.errors import UserError, check_at_least
+from mnif.utils.errors import UserError, check_at_least, printable
 from mnif.utils.files import sha256_of_file, sha256_of_folder, write_json
 from mnif.utils.output_folders import check_output_folder, output_folder_of
 from mnif.utils.process import command_line, default_device, peak_memory_megabytes, progress_bar
@@ -146,7 +146,7 @@ def _infer_in_chunks(
             if begin not in chunks:
                 chunks.save(begin, infer(batch).cpu().numpy())
             bar.update(len(batch))
-    return torch.from_numpy(chunks.all())
+    return torch.from_numpy(chunks.all(range(0, len(rows), batch_size)))
 
 
 def _report(output: Path, ids: list[str], metrics: dict[str, Tensor], seconds: float) -> None:
@@ -170,7 +170,7 @@ def _report(output: Path, ids: list[str], metrics: dict[str, Tensor], seconds: f
     means = ", ".join(f"{name} {values.double().mean():.3f}" for name, values in metrics.items())
     print(f"{output}: {len(ids)} latents, {means} on average")
     if badly:
-        worst = ", ".join(f"{id} ({value:.1f} dB)" for id, value in list(badly.items())[:5])
+        worst = ", ".join(f"{printable(id)} ({value:.1f} dB)" for id, value in list(badly.items())[:5])
         print(f"warning: {len(badly)} of them fit much worse than the rest: {worst}")
 
 

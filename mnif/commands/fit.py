@@ -14,7 +14,7 @@ from mnif.data.dataset import Split
 from mnif.latents.embedding import LatentEmbedding
 from mnif.latents.inner_loop import InnerLoop
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.base import Observation, Signal
+from mnif.signals.base import Augmentation, Signal
 from mnif.signals.registry import detect_signal, signal_class
 from mnif.training.loop import TrainingArguments, TrainLoop, batch_size_of, make_accelerator, steps_of_epochs
 from mnif.training.methods import (
@@ -31,7 +31,7 @@ from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_given, preset_names, preset_values, read_preset
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.json_files import merge_json
-from mnif.utils.output_folders import check_output_folder
+from mnif.utils.output_folders import holds_folder
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -251,7 +251,8 @@ def dry_run_report(arguments: FitArguments, decoder: MNIFModel, signal: Signal, 
     operations = 2.0 * points * field.multiply_adds_per_point() * passes
     operations += 6.0 * sum(bases.numel() for bases in decoder.bases) * decoder.num_cells
     batch = min(arguments.train_batch_size, instances)
-    total = operations * batch * arguments.max_train_steps
+    accumulation = arguments.gradient_accumulation_steps
+    total = operations * batch * accumulation * arguments.max_train_steps
     learned = decoder.num_parameters()
     rows = instances * config.latent_dim if arguments.method == "auto-decoding" else 0
     kept = points * sum(shape.outputs + shape.inputs for shape in decoder.shapes) * batch
@@ -259,7 +260,7 @@ def dry_run_report(arguments: FitArguments, decoder: MNIFModel, signal: Signal, 
         kept *= 3 * arguments.inner_steps + 1 if arguments.inner_order == "second" else 1
     megabytes = (16 * learned + 12 * rows + 4 * kept) / 1e6
     return [
-        f"{instances:,} {signal.noun}s to train, {arguments.max_train_steps:,} steps of {batch}",
+        f"{instances:,} {signal.noun}s to train, {arguments.max_train_steps:,} steps of {batch * accumulation}",
         f"decoder: {learned:,} parameters; {len(field.params)} field(s) of "
         f"{field.parameters_per_field():,} parameters",
         f"a step looks at {points:,} points of each {signal.noun}: {operations / 1e9:.3g} GFLOP each",
@@ -282,6 +283,7 @@ def main(arguments: list[str]) -> None:
     fit(parse_fit_arguments(arguments))
 
 
+@holds_folder("output_dir", "fit")
 def fit(arguments: FitArguments) -> None:
     """Trains stage one into ``arguments.output_dir``.
 
@@ -289,8 +291,6 @@ def fit(arguments: FitArguments) -> None:
         UserError: the data cannot be read, the folder is another command's or holds another run, or training diverges.
     """
     started = time.perf_counter()
-    if not arguments.dry_run:
-        check_output_folder(arguments.output_dir, "fit")
     kind = signal_class(arguments.signal)
     data = kind.load(arguments.data, asdict(arguments))
     signal = kind.from_data(data, asdict(arguments))
@@ -300,7 +300,8 @@ def fit(arguments: FitArguments) -> None:
     train_data = data.rows(splits == Split.TRAIN)
     if arguments.num_train_epochs is not None:
         epochs, batch_size = arguments.num_train_epochs, arguments.train_batch_size
-        arguments.max_train_steps = steps_of_epochs(epochs, batch_size, len(train_data))
+        accumulation = arguments.gradient_accumulation_steps
+        arguments.max_train_steps = steps_of_epochs(epochs, batch_size, accumulation, len(train_data))
     _augmentations(arguments, signal)
     if arguments.dry_run:
         decoder = make_decoder(arguments, signal)
@@ -374,7 +375,7 @@ def make_method(
     return AutoDecoderMethod(decoder, signal, latent_embedding, arguments.latent_regularisation)
 
 
-def _augmentations(arguments: FitArguments, signal: Signal) -> list[Callable[[Observation], Observation]]:
+def _augmentations(arguments: FitArguments, signal: Signal) -> list[Augmentation]:
     """What the flags ask for.
 
     Raises:

@@ -4,6 +4,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mnif.utils.errors import markdown_code, printable
+
 _SHORT = {"whole": "whole", "missing": "half missing", "noise": "noise 0.2", "shift": "shifted"}
 
 
@@ -18,9 +20,9 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
         else f"{runs[0]['train_steps']:,} steps"
     )
     lines = [
-        f"# Ways of learning compared on {comparison['data']}",
+        f"# Ways of learning compared on {printable(comparison['data'])}",
         "",
-        f"`{comparison['command']}`",
+        markdown_code(comparison["command"]),
         "",
         f"{budget} each on {machine['threads']} thread(s) of {machine['device']}: {count['train']:,} {unit}s to learn "
         f"from, {count['heldout']:,} held out.",

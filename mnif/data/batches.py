@@ -1,5 +1,6 @@
-"""Rows of a data set as tensors, in batches that are a function of seed and step alone."""
+"""Rows of a data set in batches that are a function of seed and step alone, and the random numbers of instances."""
 
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -84,6 +85,83 @@ class ShuffledBatches(Sampler[list[int]]):
         return ranked * self.batch_size + np.arange(self.batch_size)
 
 
+_STEP = 0x9E3779B97F4A7C15 - 2**64  # as SplitMix64 counts: 2⁶⁴ over the golden ratio, here as a signed number
+
+
+class InstanceGenerator:
+    """Draws random numbers for the instances of a batch, those of each instance from its own key.
+
+    What an instance gets depends on its key and on what was drawn for it before, not on which others are in the batch
+    or which process it is learned by. Number n of a key is what SplitMix64 (Steele, Lea and Flood, 2014) makes of it,
+    worked out for all instances at once where the keys are.
+
+    Args:
+        keys: [B] int64 (:func:`instance_keys`).
+    """
+
+    def __init__(self, keys: Tensor):
+        self.keys, self._drawn = keys, 0
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Draws numbers evenly spread over [0, 1), [B, *shape] float32."""
+        return self._integers(shape).add_(2.0**23).mul_(2.0**-24)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Draws standard normal numbers, [B, *shape] float32, none beyond ±5.5."""
+        return self._integers(shape).add_(0.5).mul_(2.0**-23).erfinv_().mul_(math.sqrt(2))
+
+    def dropout(self, values: Tensor, share: float) -> Tensor:
+        """Sets a ``share`` of values [B, ...] to zero, to 1/65536, and scales the rest so that their mean stays."""
+        if not share:
+            return values
+        count = math.prod(values.shape[1:])
+        kept = self._bits(-(-count // 4)).view(torch.int16)[:, :count] >= round(share * 2**16) - 2**15
+        return values * kept.view(values.shape) / (1 - share)
+
+    def _integers(self, shape: tuple[int, ...]) -> Tensor:
+        """Draws whole numbers from -2²³ to 2²³ - 1, as float32, which holds all of them."""
+        count = math.prod(shape)
+        halves = self._bits(-(-count // 2)).view(torch.int32)[:, :count]
+        return (halves >> 8).float().view(len(self.keys), *shape)
+
+    def _bits(self, count: int) -> Tensor:
+        """Draws the next 64 · count random bits of each instance, [B, count] int64."""
+        self._drawn += count
+        return _random_bits(self.keys, self._drawn - count, count)
+
+
+# An operator of its own, because torch.compile works out whole numbers without wrapping them at 64 bits.
+@torch.library.custom_op("mnif::random_bits", mutates_args=())
+def _random_bits(keys: Tensor, drawn: int, count: int) -> Tensor:
+    """Outputs ``drawn`` + 1 to ``drawn`` + ``count`` of SplitMix64 from each key on: [B, count] int64."""
+    return _mixed(keys[:, None] + _STEP * torch.arange(drawn + 1, drawn + count + 1, device=keys.device))
+
+
+@_random_bits.register_fake
+def _(keys: Tensor, drawn: int, count: int) -> Tensor:
+    return keys.new_empty(len(keys), count)
+
+
+def instance_keys(seed: int, batch: int, rows: Tensor) -> Tensor:
+    """Gives each of ``rows`` [B] int64 the key that its random numbers in a batch are made of: [B] int64.
+
+    Args:
+        seed: of the training.
+        batch: its number.
+        rows: of the data set, in any order and number.
+    """
+    (key,) = np.random.SeedSequence([seed, batch]).generate_state(1, np.uint64).view(np.int64).tolist()
+    return _mixed(key + _STEP * rows)
+
+
+def _mixed(numbers: Tensor) -> Tensor:
+    """Spreads every bit of int64 numbers over all of them: the last part of SplitMix64."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1)):
+        above = (numbers >> shift) & ((1 << (64 - shift)) - 1)  # zeros come in from the left, not the sign
+        numbers = (numbers ^ above) * factor
+    return numbers
+
+
 def _taken(array: Tensor | np.ndarray, index: Tensor) -> Tensor:
     if isinstance(array, Tensor):
         return array[index]
@@ -95,7 +173,7 @@ def evenly_spaced(count: int, wanted: int) -> np.ndarray:
     return np.linspace(0, count - 1, min(wanted, count)).round().astype(int)
 
 
-def array_dataset(arrays: Mapping[str, np.ndarray]) -> ArrayDataset:
+def array_dataset(arrays: Mapping[str, Tensor | np.ndarray]) -> ArrayDataset:
     """Wraps the arrays of a data set, with each row's number under ``row``."""
     count = len(next(iter(arrays.values())))
     return ArrayDataset(row=torch.arange(count), **arrays)

@@ -115,6 +115,12 @@ class CellGrid:
     pixels: Int64[Tensor, " cells_points"]
     weights: Float[Tensor, "cells points"]
 
+    @property
+    def bytes(self) -> int:
+        """What its tensors take."""
+        tensors = (self.coordinates, self.pixels, self.weights, *(part for axis in self.axes for part in axis))
+        return sum(tensor.nbytes for tensor in tensors)
+
     def gather_points(
         self, values: Shaped[Tensor, "batch *grid channels"]
     ) -> Shaped[Tensor, "batch cells points channels"]:
@@ -154,6 +160,22 @@ class CellGrid:
         return values
 
 
+CACHED_BYTES = 2**28
+"""What the grids that are kept for the next call may take together, unless one alone takes more."""
+
+
+_cached_bytes = 0
+
+
+def _make_room(grid: CellGrid) -> None:
+    """Forgets the grids that are kept, before another one would make them too large together."""
+    global _cached_bytes
+    if _cached_bytes + grid.bytes > CACHED_BYTES:
+        cell_grid.cache_clear()
+        _cached_bytes = 0
+    _cached_bytes += grid.bytes
+
+
 @lru_cache(maxsize=64)
 def cell_grid(
     resolution: int | tuple[int, ...],
@@ -189,7 +211,7 @@ def cell_grid(
     coordinates = torch.stack(
         [torch.as_tensor(rows)[cell[:, None, axis], point[None, :, axis]] for axis, rows in enumerate(local)], dim=-1
     )
-    return CellGrid(
+    grid = CellGrid(
         coordinates=coordinates.to(device, dtype),
         cells=cells,
         points_per_axis=tuple(points),
@@ -204,6 +226,9 @@ def cell_grid(
         pixels=torch.from_numpy(pixels).to(device),
         weights=torch.from_numpy(weights).to(device, dtype),
     )
+    if not torch.compiler.is_compiling():  # what is traced is not kept
+        _make_room(grid)
+    return grid
 
 
 def _pixels_and_weights(axes: Sequence[AxisCells]) -> tuple[np.ndarray, np.ndarray]:

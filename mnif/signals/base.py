@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
+from mnif.data.batches import InstanceGenerator
 from mnif.data.dataset import Dataset
 from mnif.data.source import DataSource
 from mnif.models.encoders import PatchEncoder
@@ -47,6 +48,10 @@ class Observation:
             return squares.mean(dim=1)
         seen = self.mask.flatten(1)
         return (squares * seen).sum(dim=1) / seen.sum(dim=1).clamp_min(1)
+
+
+Augmentation = Callable[[Observation, InstanceGenerator], Observation]
+"""Changes every instance of a batch at random, by what the generator draws for it."""
 
 
 @dataclass(frozen=True)
@@ -243,7 +248,7 @@ class Signal(ABC):
         """Counts the points of one instance that a step of learning evaluates, twice where cells overlap."""
         return decoder.grid().coordinates.shape[1]
 
-    def augmentations(self) -> dict[str, Callable[[Observation], Observation]]:
+    def augmentations(self) -> dict[str, Augmentation]:
         """Returns random changes that leave an instance as likely as before, by the flag of `mnif fit` for each."""
         return {}
 
@@ -368,8 +373,8 @@ class GridSignal(Signal):
         return Observation(values, (1, None))
 
 
-def mirror_half(observation: Observation, axis: int) -> Observation:
+def mirror_half(observation: Observation, generator: InstanceGenerator, axis: int) -> Observation:
     """Reverses one axis of half of the instances, at random."""
     values = observation.values
-    chosen = torch.rand(len(values), *[1] * (values.ndim - 1), device=values.device) < 0.5
+    chosen = generator.uniform(*[1] * (values.ndim - 1)) < 0.5
     return replace(observation, values=torch.where(chosen, values.flip(axis), values))

@@ -1,6 +1,6 @@
 """Images as a signal: grey, RGB or RGBA values on a grid of two axes."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mnif.data.batches import InstanceGenerator
 from mnif.data.dataset import Dataset
 from mnif.data.images import IMAGE_SUFFIXES, ImageData, is_hub_folder, load_images
 from mnif.data.source import DataSource
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.base import GridSignal, Observation, OutputWriter, Signal, mirror_half
+from mnif.signals.base import Augmentation, GridSignal, Observation, OutputWriter, Signal, mirror_half
 from mnif.signals.outputs import check_resolution, decode_grid, decode_images
 from mnif.utils.errors import UserError
 from mnif.utils.pixels import as_axes, save_image, to_uint8
@@ -111,9 +112,9 @@ class Image(GridSignal):
         """Maps ``images`` [B, H, W, C] uint8 to [-1, 1]."""
         return self.on_grid(batch["images"].float() / 127.5 - 1)
 
-    def augmentations(self) -> dict[str, Callable[[Observation], Observation]]:
+    def augmentations(self) -> dict[str, Augmentation]:
         """``random_flip`` mirrors half of the images left to right, ``random_colours`` reorders channels of RGB."""
-        changes = {"random_flip": partial(mirror_half, axis=self.mirror_axis)}
+        changes: dict[str, Augmentation] = {"random_flip": partial(mirror_half, axis=self.mirror_axis)}
         return changes | ({"random_colours": _reorder_channels} if self.channels == 3 else {})
 
     def images(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
@@ -140,10 +141,10 @@ def height_and_width(resolution: Sequence[int]) -> int | tuple[int, int]:
     return resolution[0] if len(resolution) == 1 else (resolution[0], resolution[1])
 
 
-def _reorder_channels(observation: Observation) -> Observation:
+def _reorder_channels(observation: Observation, generator: InstanceGenerator) -> Observation:
     """Puts the channels of every image into a random order."""
     values = observation.values
-    order = torch.rand(len(values), 1, 1, values.shape[-1], device=values.device).argsort(dim=-1)
+    order = generator.uniform(1, 1, values.shape[-1]).argsort(dim=-1)
     return replace(observation, values=values.gather(-1, order.expand_as(values)))
 
 

@@ -1,6 +1,6 @@
 """Shapes as a signal: occupancy on a cube, with the surface where values are 0."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,15 @@ from mnif.data.dataset import Dataset
 from mnif.data.source import DataSource
 from mnif.data.voxels import VOXEL_SUFFIXES, VoxelData, load_voxels
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.base import GridSignal, Observation, OutputWriter, Signal, intersection_over_union, mirror_half
+from mnif.signals.base import (
+    Augmentation,
+    GridSignal,
+    Observation,
+    OutputWriter,
+    Signal,
+    intersection_over_union,
+    mirror_half,
+)
 from mnif.signals.outputs import (
     ELEVATION,
     Animation,
@@ -138,7 +146,7 @@ class Voxels(GridSignal):
         occupied = (batch["packed"][..., None] >> bits & 1).flatten(-2)[..., : self.cube]
         return self.on_grid(occupied[..., None].float() * 2 - 1)
 
-    def augmentations(self) -> dict[str, Callable[[Observation], Observation]]:
+    def augmentations(self) -> dict[str, Augmentation]:
         """``random_flip`` mirrors half of the shapes along x."""
         return {"random_flip": partial(mirror_half, axis=self.mirror_axis)}
 

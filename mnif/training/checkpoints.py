@@ -150,7 +150,23 @@ class Checkpoints:
         return Progress()
 
     def save(self, progress: Progress) -> None:
-        """Writes ``checkpoint-<step>`` and removes those beyond the limit."""
+        """Writes ``checkpoint-<step>`` and removes those beyond the limit.
+
+        Raises:
+            UserError: it cannot be written, as on a full disk; the older ones are as they were.
+        """
+        try:
+            self._save(progress)
+        except OSError as error:
+            kept = self.complete()
+            last = f"the last good checkpoint is {kept[-1]}" if kept else "there is no checkpoint yet"
+            path = self.folder / f"checkpoint-{progress.step}"
+            raise UserError(
+                f"{path} cannot be written ({error.strerror or error}); {last}; "
+                "mend that, and the same command continues"
+            ) from None
+
+    def _save(self, progress: Progress) -> None:
         if self.latent_embedding is not None:
             # Every process leaves its share before the main process makes a complete checkpoint of all of them.
             if self.accelerator.is_main_process:

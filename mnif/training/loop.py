@@ -4,10 +4,8 @@ Ctrl-C and SIGTERM are noticed between two steps, by all processes at the same o
 """
 
 import math
-import signal
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,13 +20,13 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from mnif.data.batches import ArrayDataset, ShuffledBatches
+from mnif.data.batches import ArrayDataset, ShuffledBatches, instance_keys
 from mnif.latents.embedding import LatentEmbedding
 from mnif.training.checkpoints import Checkpoints
 from mnif.training.run_record import MetricsLog
 from mnif.utils.errors import UserError
 from mnif.utils.files import remove_leftovers
-from mnif.utils.process import progress_bar
+from mnif.utils.process import graceful_interrupt, interruption, progress_bar
 
 
 def all_reduce_any() -> Callable[[bool], bool]:
@@ -46,24 +44,6 @@ def all_reduce_any() -> Callable[[bool], bool]:
         return bool(answer)
 
     return agreed
-
-
-@contextmanager
-def graceful_interrupt() -> Iterator[Callable[[], bool]]:
-    """Lets the step at hand finish after a first Ctrl-C or SIGTERM; a second one stops at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 LOG_STEPS = 50
@@ -134,14 +114,18 @@ def make_accelerator(arguments: TrainingArguments, folder: Path) -> Accelerator:
 class TrainLoop:
     """Trains ``module``, whose call on a batch of ``rows`` gives the loss.
 
+    What is random in a step is a function of seed, step and instance, so that several processes end where one does, up
+    to rounding: ``key`` for what differs from instance to instance, PyTorch's generator for what all of them share.
+
     Making one prepares everything and resumes from a checkpoint; :meth:`run` trains to the end.
 
     Args:
         accelerator: from :func:`make_accelerator`.
         arguments: the common training arguments.
-        module: ``module(**batch)`` returns a scalar loss.
+        module: ``module(key=key, **batch)`` returns a scalar loss; ``key`` [B] int64 is for an
+            :class:`mnif.data.batches.InstanceGenerator`.
         optimizers: over the module's parameters; all follow the same schedule.
-        rows: the training instances.
+        rows: the training instances, with their numbers under ``row``.
         folder: the run's folder; gets ``checkpoint-<step>`` folders under ``checkpoints/<stage>`` and rows in
             ``metrics.jsonl``.
         stage: the command's name.
@@ -236,12 +220,12 @@ class TrainLoop:
                     self._log()
                 if self._is_due(arguments.validation_steps):
                     self._validate()
-                stop = any_process(interrupted())
+                stop = any_process(bool(interrupted()))
                 if stop or self._is_due(arguments.checkpointing_steps):
                     self._save()
                 if stop and progress.step < arguments.max_train_steps:
                     self.accelerator.print(f"stopped at step {progress.step}; the same command continues from here")
-                    raise KeyboardInterrupt
+                    raise interruption(interrupted())
                 yield progress.step
 
     def _is_due(self, every: int) -> bool:
@@ -254,10 +238,11 @@ class TrainLoop:
             self.progress.losses.clear()
         # Drawn first: a loader's start uses up random numbers.
         batches = list(islice(self.batches, self.arguments.gradient_accumulation_steps))
-        _seed_step(self.arguments.seed, self.progress.step, self.accelerator.process_index)
-        for batch in batches:
+        for number, batch in enumerate(batches, start=self.progress.step * len(batches)):
+            _seed_batch(self.arguments.seed, number)
+            key = instance_keys(self.arguments.seed, number, batch["row"])
             with self.accelerator.accumulate(self.model):
-                loss = self.model(**batch)
+                loss = self.model(key=key, **batch)
                 self.accelerator.backward(loss)
                 self._update()
             self.losses.append(loss.detach())
@@ -362,9 +347,12 @@ def batch_size_of(arguments: TrainingArguments, instances: int, processes: int) 
     return batch_size
 
 
-def steps_of_epochs(epochs: int, train_batch_size: int, instances: int) -> int:
-    """The number of optimizer steps in passes over the data; a pass has whole batches only."""
-    return epochs * (instances // min(train_batch_size, instances))
+def steps_of_epochs(epochs: int, train_batch_size: int, accumulation: int, instances: int) -> int:
+    """The number of optimizer steps in passes over the data.
+
+    A pass has whole batches only; a last step that sums up fewer than ``accumulation`` of them is filled up.
+    """
+    return math.ceil(epochs * (instances // min(train_batch_size, instances)) / accumulation)
 
 
 def _loader(arguments: TrainingArguments, rows: ArrayDataset, step: int, processes: int) -> DataLoader:
@@ -400,9 +388,12 @@ def _scale_of_loss(accelerator: Accelerator) -> float:
     return accelerator.num_processes * (accelerator.scaler.get_scale() if accelerator.scaler is not None else 1.0)
 
 
-def _seed_step(seed: int, step: int, process: int) -> None:
-    """Makes a step's noise a function of seed, step and process, so that no generator state need be kept."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0]))
+def _seed_batch(seed: int, number: int) -> None:
+    """Makes what all instances of a batch share, such as the pixels that are looked at, the same in every process.
+
+    What differs from instance to instance comes from their keys; no state of a generator need be kept for either.
+    """
+    torch.manual_seed(int(np.random.SeedSequence([seed, number, 1]).generate_state(1, np.uint64)[0]))
 
 
 def _shown(metrics: dict[str, float]) -> str:

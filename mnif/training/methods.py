@@ -1,24 +1,27 @@
 """The three ways of learning bases: what each minimises in a step of training, what moves it, and how good it is."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mnif.data.batches import ArrayDataset
+from mnif.data.batches import ArrayDataset, InstanceGenerator
 from mnif.latents.embedding import LatentEmbedding
 from mnif.latents.inner_loop import InnerLoop
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.base import Observation, Signal
+from mnif.signals.base import Augmentation, Observation, Signal
 from mnif.training.muon import Muon
 
 _VALIDATED = 512  # instances of each side that a validation looks at, at most
 
 
 class LearningMethod(nn.Module):
-    """A way of learning: called on a batch of rows, gives the loss.
+    """A way of learning: called on a batch of rows and their keys, gives the loss.
+
+    ``row`` [B] are row numbers; ``key`` [B] makes what is random for each of them
+    (:class:`mnif.data.batches.InstanceGenerator`).
 
     Args:
         decoder: the bases.
@@ -57,18 +60,18 @@ class EncoderMethod(LearningMethod):
         signal: Signal,
         encoder: nn.Module,
         latent_noise: float,
-        augmentations: Sequence[Callable[[Observation], Observation]] = (),
+        augmentations: Sequence[Augmentation] = (),
     ):
         super().__init__(decoder, signal)
         self.encoder, self.latent_noise, self.augmentations = encoder, latent_noise, augmentations
 
-    def forward(self, row: Tensor, **batch: Tensor) -> Tensor:
+    def forward(self, row: Tensor, key: Tensor, **batch: Tensor) -> Tensor:
         """Mean squared error of a batch."""
-        observation = self.signal.observe(batch)
+        observation, generator = self.signal.observe(batch), InstanceGenerator(key)
         for augmentation in self.augmentations:
-            observation = augmentation(observation)
+            observation = augmentation(observation, generator)
         latents = self.latents(observation, row)
-        latents = latents + self.latent_noise * torch.randn_like(latents)
+        latents = latents + self.latent_noise * generator.normal(latents.shape[1])
         return self.signal.per_instance_loss(self.decoder, latents, self.signal.subsample(observation)).mean()
 
     def latents(self, observation: Observation, row: Tensor) -> Tensor:
@@ -120,10 +123,10 @@ class MetaMethod(LearningMethod):
         self.inner_loop, self.second_order, self.start_noise = inner_loop, second_order, start_noise
 
     @torch.compiler.disable  # torch.compile makes graphs that cannot be differentiated twice
-    def forward(self, row: Tensor, **batch: Tensor) -> Tensor:
+    def forward(self, row: Tensor, key: Tensor, **batch: Tensor) -> Tensor:
         """Mean squared error of a batch after the inner loop."""
         part = self.signal.subsample(self.signal.observe(batch))
-        start = self.start_noise * torch.randn(len(row), self.decoder.config.latent_dim, device=row.device)
+        start = self.start_noise * InstanceGenerator(key).normal(self.decoder.config.latent_dim)
         latents = self.inner_loop(self.decoder, self.signal, part, start, self.second_order)
         return self.signal.per_instance_loss(self.decoder, latents, part).mean()
 

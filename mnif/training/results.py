@@ -139,11 +139,11 @@ def _save_reconstructions(
     """Rows of originals, of what the first latents show, and of what refined ones show."""
     pick = np.linspace(0, len(rows) - 1, min(16, len(rows))).astype(int)
     (batch,) = rows.subset(pick).batches(len(pick))
-    pictures = [
+    images = [
         signal.original_images(batch),
         signal.reconstruction_images(decoder, latents[pick], batch),
         signal.reconstruction_images(decoder, refined[pick], batch),
     ]
-    scale = max(1, 64 // pictures[0].shape[1])
-    sheet = image_grid(np.concatenate(pictures), columns=len(pick), scale=scale)
+    scale = max(1, 64 // images[0].shape[1])
+    sheet = image_grid(np.concatenate(images), columns=len(pick), scale=scale)
     save_image(run / "samples" / "reconstructions.png", sheet)

@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from mnif.utils.errors import UserError
-from mnif.utils.files import flush_to_disk, write_json, written_atomically
+from mnif.utils.files import flush_to_disk, write_errors_of, write_json, written_atomically
 from mnif.utils.json_files import parse_json, read_json
 from mnif.utils.process import command_line
 
@@ -37,7 +37,7 @@ class MetricsLog:
     def add(self, step: int, seconds: float, metrics: dict[str, float]) -> None:
         """Appends one row: stage, step, seconds of training so far, and the figures."""
         row = {"stage": self.stage, "step": step, "seconds": round(seconds, 3), **metrics}
-        with self.path.open("a") as file:
+        with write_errors_of(self.path), self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 
     def flush(self) -> None:

@@ -1,5 +1,6 @@
-"""The one error a user is meant to read, and the checks that every command makes."""
+"""The one error a user is meant to read, the checks that every command makes, and names that are safe to show."""
 
+import re
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -7,8 +8,28 @@ from importlib.util import find_spec
 class UserError(Exception):
     """A mistake the user can mend: the message is one line that says what was wrong, where, and what to do.
 
-    The command line prints it to stderr and leaves with exit code 2.
+    The command line prints it to stderr and leaves with exit code 2. Names from data may stand in it as they are
+    (:func:`printable`).
     """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+def printable(text: object) -> str:
+    """Makes one line of a text that may hold a name from data: what is no visible character is written as its escape.
+
+    So no file name moves the cursor, colours what follows, or begins a line that looks like one of ours; and what is
+    not UTF-8 can be printed at all.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
+
+def markdown_code(text: str) -> str:
+    """Writes a name from data or a command as code within a line of Markdown, which it cannot break out of."""
+    text = printable(text)
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    return f"{fence}{text}{fence}" if fence == "`" else f"{fence} {text} {fence}"
 
 
 def check_at_least(least: float, **flags: float | Sequence[float] | None) -> None:

@@ -3,6 +3,7 @@
 docs/reliability.md says what is promised.
 """
 
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+from mnif.utils.errors import UserError
 
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
@@ -41,14 +44,14 @@ def written_atomically(path: Path, flush: bool = True) -> Iterator[Path]:
     _make_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _one_kind_of_write_error(path):
+        with write_errors_of(path, temporary):
             yield temporary
-        _open_to_others(temporary)
-        if flush:
-            flush_to_disk(temporary)
-        os.replace(temporary, path)
-        if flush:
-            flush_to_disk(path.parent)
+            _open_to_others(temporary)
+            if flush:
+                flush_to_disk(temporary)
+            os.replace(temporary, path)
+            if flush:
+                flush_to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -87,7 +90,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     _make_folder(path.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     try:
-        with _one_kind_of_write_error(path):
+        with write_errors_of(path, temporary):
             yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -158,16 +161,59 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 
 @contextmanager
-def _one_kind_of_write_error(path: Path) -> Iterator[None]:
-    """Libraries that write in native code raise errors of their own for a full disk; callers see OSError alone."""
+def write_errors_of(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Makes one kind of error of all that can go wrong in writing ``path``: an OSError that names it.
+
+    Libraries that write in native code raise errors of their own for a full disk, Python's own have no name or that of
+    the temporary file.
+
+    Args:
+        path: the file or folder, as the user knows it.
+        temporary: what it is written as.
+    """
     try:
         yield
-    except SafetensorError as error:
-        raise OSError(errno.EIO, str(error), str(path)) from error
-    except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error) and "iostream" not in str(error):
+    except OSError as error:
+        is_own = error.filename is None or (temporary and str(error.filename).startswith(str(temporary)))
+        if not is_own and error.errno not in _ONLY_OF_WRITING:  # a copy names what it reads
             raise
-        raise OSError(errno.EIO, str(error).splitlines()[0], str(path)) from error
+        raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+    except (SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _TENSOR_WRITERS.search(str(error)):
+            raise
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else errno.ENOSPC if _is_full(path.parent) else errno.EIO
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+_ONLY_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+# In the messages of PyTorch's writer, whose errors have no class or number of their own.
+_TENSOR_WRITERS = re.compile("PytorchStreamWriter|iostream|inline_container")
+
+
+def _is_full(folder: Path) -> bool:
+    return shutil.disk_usage(folder).free < 2**20
+
+
+def check_writable(path: Path) -> None:
+    """Makes sure, before any work is done, that a folder can be filled or a file written, without leaving a trace.
+
+    Args:
+        path: the folder, which may be missing with others above it; of a file, the folder it is to lie in.
+
+    Raises:
+        UserError: nothing can be written there, and why.
+    """
+    there = path.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=there), contextlib.suppress(FileNotFoundError):
+            os.stat(path)  # a name that is too long
+    except OSError as error:
+        raise UserError(f"{path}: nothing can be written there ({error.strerror}); choose another place") from None
 
 
 def _open_to_others(path: Path) -> None:

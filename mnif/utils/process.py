@@ -1,20 +1,117 @@
-"""This process: its command, memory, threads and progress, and the other processes that share its work.
+"""This process: its command, memory, threads, signals and output, and the other processes that share its work.
 
 torch and accelerate are imported where they are needed: whoever reads data shows progress without them.
 """
 
+import contextlib
+import math
+import os
+import re
 import resource
 import shlex
+import signal
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from tqdm import tqdm
 
+from mnif.utils.errors import printable
+
 if TYPE_CHECKING:
     import torch
+
+
+class _Escaped:
+    """A stream that writes lines as they are and all else that is no visible character as its escape."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        parts = re.split("([\\n\\r\\t]+)", text)  # between them what separates them
+        return self._stream.write("".join(part if part.isspace() else printable(part) for part in parts))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def escaped_output() -> Iterator[None]:
+    """Whatever is printed within, no name from data can do more to the terminal than begin a line."""
+    with contextlib.redirect_stdout(cast(TextIO, _Escaped(sys.stdout))):
+        yield
+
+
+class Terminated(KeyboardInterrupt):
+    """A SIGTERM: like Ctrl-C it ends a command, by way of whatever clears up."""
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """Makes a SIGTERM raise :class:`Terminated` within, so that a command ends as it does on Ctrl-C.
+
+    Of the processes of one launch the main one alone does so: the others may be waiting for it where no signal is
+    noticed, and have nothing to clear up.
+    """
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one is not to stop the clearing up
+        raise Terminated
+
+    if not is_main_process() or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+_ONE_WISH = 2.0  # seconds within which signals are one and the same wish: launchers and shells send several
+
+
+@contextmanager
+def graceful_interrupt() -> Iterator[Callable[[], list[int]]]:
+    """Lets the step at hand finish after Ctrl-C or SIGTERM; a second one that comes later stops at once.
+
+    Yields:
+        What gives the signals received, in their order.
+    """
+    received: list[int] = []
+    first = math.inf
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal first
+        if time.monotonic() - first > _ONE_WISH:
+            raise interruption([number])
+        first = min(first, time.monotonic())
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def interruption(received: list[int]) -> KeyboardInterrupt:
+    """What ends a command that got these signals; a process that got none of its own follows another."""
+    return Terminated() if signal.SIGTERM in received else KeyboardInterrupt()
+
+
+_RANKS = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # torchrun and accelerate, Open MPI, MPICH
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes files, as far as the launcher's environment tells."""
+    return next((os.environ[name] for name in _RANKS if name in os.environ), "0") == "0"
 
 
 @contextmanager

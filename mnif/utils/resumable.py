@@ -1,22 +1,25 @@
 """Rows that are worked out a chunk at a time and wait on disk until all are there: a stopped command loses one chunk.
 
 Chunks have the same bounds whatever the number of processes, so rows come out the same to the last bit. Processes on
-several machines need a folder that all of them see.
+several machines need a folder that all of them see. What a stopped command left is gone on from only where it is, byte
+for byte, what was written: its length and SHA-256 are its seal.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
+from tqdm import tqdm
 
-from mnif.utils.errors import UserError
-from mnif.utils.files import remove_leftovers, write_json, written_atomically
+from mnif.utils.errors import UserError, printable
+from mnif.utils.files import remove_leftovers, sha256_of_file, write_json, written_atomically
 from mnif.utils.json_files import read_json
-from mnif.utils.process import Processes, progress_bar
+from mnif.utils.process import Processes, is_main_process, progress_bar
 
 T = TypeVar("T")
 
@@ -24,6 +27,73 @@ T = TypeVar("T")
 def chunks_of(rows: range, size: int) -> list[range]:
     """Cuts ``rows`` into ranges of ``size``; the last one may be shorter."""
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+SEALS = ".seals"
+
+
+class Seals:
+    """What files held when they were written, so that one that was changed or cut off since is not taken for whole.
+
+    Args:
+        folder: the files are below it, and the seals in its hidden folder ``.seals``.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def sound(self, name: str, files: Iterable[Path], tell: bool = True) -> set[Path]:
+        """Picks the files that are as they were sealed.
+
+        Args:
+            name: of the seal.
+            files: below the folder; they may be missing.
+            tell: whether a line names those that are there and are not as they were sealed.
+        """
+        sealed, there = self._read(name), [path for path in files if path.exists()]
+        sound = {path for path in there if sealed.get(self._key(path)) == _content_of(path)}
+        changed = [path for path in there if path not in sound]
+        if changed and tell and is_main_process():
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            tqdm.write(f"{printable(changed[0])}{more}: not known to be as it was written; made anew")
+        return sound
+
+    def seal(self, name: str, files: Iterable[Path], flush: bool = True) -> None:
+        """Notes what those of the files hold that are there; what was noted of others stays.
+
+        Args:
+            name: of the seal.
+            files: below the folder; they may be missing.
+            flush: as of :func:`mnif.utils.files.written_atomically`: like the files themselves.
+        """
+        content = {self._key(path): _content_of(path) for path in files if path.exists()}
+        with written_atomically(self._path(name), flush) as temporary:
+            temporary.write_text(json.dumps(self._read(name) | content))
+
+    def remove(self) -> None:
+        """Removes all seals, and what a killed command left of one."""
+        remove_leftovers(self.folder / SEALS)
+        for path in (self.folder / SEALS).glob("*.json"):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            (self.folder / SEALS).rmdir()
+
+    def _key(self, path: Path) -> str:
+        return path.relative_to(self.folder).as_posix()
+
+    def _path(self, name: str) -> Path:
+        return self.folder / SEALS / f"{name}.json"
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """What is noted; nothing where the seal itself is missing or damaged."""
+        with contextlib.suppress(OSError, UserError):
+            return read_json(self._path(name))
+        return {}
+
+
+def _content_of(path: Path) -> list[int | str] | None:
+    """Length and SHA-256 of a file; None of anything else."""
+    return [path.stat().st_size, sha256_of_file(path)] if path.is_file() else None
 
 
 class Chunks:
@@ -37,15 +107,18 @@ class Chunks:
     """
 
     def __init__(self, folder: Path, name: str, search: dict[str, Any] | None = None):
-        self.folder, self.name = folder, name
+        self.folder, self.name, self._seals = folder, name, Seals(folder)
         self._record = folder / "search.json"
         if search is not None:
-            if not self._record.exists() or read_json(self._record) != search:
+            for place in (folder, folder / SEALS):
+                remove_leftovers(place)
+            if not self._is_of(search):
                 self.remove()
             write_json(self._record, search)
 
     def __contains__(self, start: int) -> bool:
-        return self._path(start).exists()
+        path = self._path(start)
+        return path in self._seals.sound(path.stem, [path])
 
     def __bool__(self) -> bool:
         return bool(self._paths())
@@ -54,22 +127,30 @@ class Chunks:
         """Keeps the chunk that begins at row ``start``."""
         with written_atomically(self._path(start)) as temporary:
             save_file({self.name: np.ascontiguousarray(rows)}, temporary)
+        self._seals.seal(self._path(start).stem, [self._path(start)])
 
     def load(self, start: int) -> np.ndarray:
         """Reads the chunk that begins at row ``start``."""
         return load_file(self._path(start))[self.name]
 
-    def all(self) -> np.ndarray:
-        """Reads all rows in order."""
-        return np.concatenate([load_file(path)[self.name] for path in self._paths()])
+    def all(self, starts: Iterable[int]) -> np.ndarray:
+        """Reads the rows of the chunks that begin at ``starts``."""
+        return np.concatenate([self.load(start) for start in starts])
 
     def remove(self) -> None:
         """Forgets everything, once it has been written elsewhere; the folder goes unless others have files there."""
         for path in (*self._paths(), self._record):
             path.unlink(missing_ok=True)
+        self._seals.remove()
         remove_leftovers(self.folder)
         with contextlib.suppress(OSError):
             self.folder.rmdir()
+
+    def _is_of(self, search: dict[str, Any]) -> bool:
+        try:
+            return read_json(self._record) == search
+        except UserError:  # missing or damaged
+            return False
 
     def _paths(self) -> list[Path]:
         return sorted(self.folder.glob("[0-9]" * 9 + ".safetensors"))
@@ -89,7 +170,7 @@ def compute_in_chunks(
     processes: Processes,
     description: str,
 ) -> np.ndarray:
-    """Computes ``compute(load(rows))`` of all rows into a file, unless the file is there already.
+    """Computes ``compute(load(rows))`` of all rows into a file, unless the file is there already, as it was written.
 
     A process holds one chunk and loads the next one meanwhile.
 
@@ -110,8 +191,10 @@ def compute_in_chunks(
     Raises:
         UserError: a row comes out as NaN or infinity.
     """
-    chunks, kept = chunks_of(range(count), chunk_size), Chunks(folder, "rows")
-    if not path.exists():
+    chunks, kept, seals = chunks_of(range(count), chunk_size), Chunks(folder, "rows"), Seals(path.parent)
+    is_there = path in seals.sound(path.name, [path])
+    processes.wait()  # all find the same, before one writes
+    if not is_there:
         missing = [chunk for chunk in processes.share(chunks) if chunk.start not in kept]
         with progress_bar(total=count, desc=description, unit="row", disable=not processes.is_main) as bar:
             bar.update(count - sum(map(len, missing)) if processes.count == 1 else 0)
@@ -121,13 +204,14 @@ def compute_in_chunks(
                 kept.save(chunk.start, rows)
                 bar.update(len(chunk) * processes.count)
     processes.wait()
-    if processes.is_main and not path.exists():
+    if processes.is_main and not is_there:
         with written_atomically(path) as temporary:
             whole = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=(count, width))
             for chunk in chunks:
                 whole[chunk.start : chunk.stop] = kept.load(chunk.start)
             whole.flush()
             del whole
+        seals.seal(path.name, [path])
         kept.remove()
     processes.wait()
     return np.load(path, mmap_mode="r")

@@ -23,6 +23,7 @@ from latent_prior.distillation import (
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
 from mnif.cli import main
+from mnif.data.batches import instance_keys
 from mnif.latents.table import LatentTable
 from mnif.models.io import save_component
 
@@ -50,7 +51,7 @@ def test_energy_distance_of_gaussians_in_closed_form() -> None:
 class Knowing(ResMLPDenoiser):
     """A student that gives the answer it was handed, whatever it is asked."""
 
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float, *_: object) -> torch.Tensor:
         return self.answer
 
 
@@ -64,9 +65,9 @@ def test_a_student_that_knows_has_no_loss_from_any_timestep() -> None:
     student = Knowing(latent_dim=4, width=8, depth=1)
     student.answer = torch.randn(6, 4)
     samples = student.answer[:, None].expand(-1, 3, -1)
-    loss = DistillationLoss(student, torch.tensor([999, 749, 499]))
-    assert loss(torch.randn(6, 3, 4), samples).item() == 0
-    assert loss(torch.randn(6, 3, 4), samples + 2).item() == pytest.approx(4)
+    loss, keys = DistillationLoss(student, torch.tensor([999, 749, 499])), torch.arange(6)
+    assert loss(torch.randn(6, 3, 4), samples, keys).item() == 0
+    assert loss(torch.randn(6, 3, 4), samples + 2, keys).item() == pytest.approx(4)
     shifted = samples + torch.tensor([1.0, 2.0, 3.0])[:, None]
     errors = loss.errors(torch.randn(6, 3, 4), shifted)
     assert errors == pytest.approx(
@@ -79,8 +80,9 @@ def test_half_of_a_batch_starts_from_noise() -> None:
     loss.student.answer = torch.zeros(9000, 1)
     from_noise = torch.zeros(9000, 4, 1)
     from_noise[:, 0] = 1
-    assert loss(torch.randn(9000, 4, 1), from_noise).item() == pytest.approx(0.5, abs=0.03)
-    assert loss(torch.randn(9000, 4, 1), from_noise.flip(1)).item() == pytest.approx(1 / 6, abs=0.03)
+    keys = instance_keys(0, 0, torch.arange(9000))
+    assert loss(torch.randn(9000, 4, 1), from_noise, keys).item() == pytest.approx(0.5, abs=0.03)
+    assert loss(torch.randn(9000, 4, 1), from_noise.flip(1), keys).item() == pytest.approx(1 / 6, abs=0.03)
 
 
 class Mixture(ResMLPDenoiser):
@@ -140,10 +142,10 @@ def test_students_of_an_exact_teacher_reach_it_and_gain_from_more_steps() -> Non
     loss = DistillationLoss(student, torch.tensor(timesteps))
     optimizer = torch.optim.Adam(student.parameters(), lr=6e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
-    for _ in range(400):
+    for step in range(400):
         rows = torch.randint(len(noise), (192,))
         optimizer.zero_grad()
-        loss(noise[rows], ends[rows]).backward()
+        loss(noise[rows], ends[rows], instance_keys(0, step, rows)).backward()
         optimizer.step()
         schedule.step()
     unseen, data = torch.randn(2000, 2), teacher.samples(torch.randn(2000, 2), 999)

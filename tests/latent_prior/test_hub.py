@@ -1,6 +1,7 @@
 """Models on the hub: fetched, pushed, and described by a card; nothing here asks the network."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -69,7 +70,7 @@ def test_card_states_no_licence_for_data_it_does_not_know(run: Path) -> None:
     write_model_card(run)
     card = ModelCard.load(run / "model/README.md", ignore_metadata_errors=True)
     assert card.data.license is None
-    assert "the licence of the data, my/pictures," in " ".join(card.text.split())
+    assert "the licence of the data, `my/pictures`," in " ".join(card.text.split())
 
 
 def test_hub_ids_are_folders_too(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,3 +137,25 @@ def test_push_without_the_network_is_one_line(run: Path) -> None:
     with pytest.raises(UserError, match="me/emoji: not uploaded") as error:
         load_pipeline(run / "model").push_to_hub("me/emoji")
     assert "\n" not in str(error.value)
+
+
+def test_card_keeps_its_fences_and_no_folder_of_the_machine(run: Path) -> None:
+    record = json.loads((run / "run.json").read_text())
+    data = "/home/ada/secret/a\n```\n# forged `x`"
+    record["fit"]["command"] = shlex.join(["mnif", "fit", "--data", data, "--output_dir=/srv/runs/emoji"])
+    (run / "run.json").write_text(json.dumps(record))
+    table = LatentTable.load(run / "latents.safetensors")
+    table.data = data
+    table.save(run / "latents.safetensors")
+    (run / "eval").mkdir()
+    evaluation = {"command": "mnif eval --model ~/runs/emoji/model", "fd`x`": 3.0, "protocol": {"a\nb": "c"}}
+    (run / "eval/metrics.json").write_text(json.dumps(evaluation))
+    write_model_card(run)
+    text = (run / "model/README.md").read_text()
+    assert not any(private in text for private in ("ada", "secret", "/srv", "~", "\n# forged"))
+    fences = [line for line in text.splitlines() if line.startswith("```")]
+    assert fences == ["```python", "```", "```sh", "```"]
+    assert r"mnif fit --data 'a\n```\n# forged `x`' --output_dir=emoji" in text
+    assert r"```` a\n```\n# forged `x` ````: 7 instances to train" in text
+    assert r"Measured by `mnif eval --model model` (a\nb c):" in text
+    assert "- `` fd`x` ``: 3" in text

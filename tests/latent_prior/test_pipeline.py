@@ -56,14 +56,25 @@ def test_generator_steps_resolution_and_return_dict(pipeline: MNIFPipeline) -> N
         {"output_type": "jpg"},
         {"output_type": "mesh"},
         {"num_inference_steps": 0},
+        {"num_inference_steps": 1001},
+        {"latents": torch.full((2, 12), torch.nan)},
+        {"latents": torch.zeros(2, 11)},
+        {"latents": torch.zeros(12)},
         {"truncation": -0.1},
         {"truncation": 1.5},
         {"use_student": True},
     ],
 )
 def test_settings_out_of_range_are_refused(pipeline: MNIFPipeline, settings: dict) -> None:
-    with pytest.raises(ValueError, match=next(iter(settings))):
+    with pytest.raises((ValueError, UserError), match=next(iter(settings))):
         pipeline(**settings)
+
+
+def test_no_picture_is_made_of_what_is_not_finite(pipeline: MNIFPipeline) -> None:
+    assert len(pipeline(num_inference_steps=1000).images) == 1
+    pipeline.denoiser.write.bias.data[3] = torch.nan
+    with pytest.raises(UserError, match=r"draws NaN or infinity with 8 steps of UniPC.*; take another"):
+        pipeline()
 
 
 def test_saved_pipeline_draws_the_same_in_a_fresh_process(pipeline: MNIFPipeline, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def draw(model: Path, output: Path, count: int, *flags: str) -> dict[str, bytes]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and "preview" not in path.parts)
+    files = (path for path in folder.rglob("*") if path.is_file() and not {"preview", ".seals"} & {*path.parts})
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in files
@@ -115,6 +115,29 @@ def test_bytes_depend_on_seed_and_number_alone(model: Path, tmp_path: Path) -> N
     assert draw(model, tmp_path / "few", 100, *STOCHASTIC) == many
     other = draw(model, tmp_path / "other", 2, "--seed", "1", *STOCHASTIC)
     assert not set(other.values()) & set(many.values())
+
+
+@pytest.mark.parametrize("format", ["folder", "tar", "npz"])
+def test_what_was_changed_since_is_drawn_anew(
+    model: Path, tmp_path: Path, format: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--format", format, "--shard_size", "64", "--resolution", "8"]
+    whole = draw(model, tmp_path / "drawn", 100, *flags)
+    for changed in (0, 100 if format == "folder" else len(whole)):  # one file with one bit, then all without a seal
+        if changed:
+            shutil.rmtree(tmp_path / "drawn/.seals")
+        else:
+            path = tmp_path / "drawn" / min(whole)
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+        capsys.readouterr()
+        assert draw(model, tmp_path / "drawn", 100, *flags) == whole
+        output = capsys.readouterr().out
+        assert f"drawn/{min(whole)}" in output
+        assert "not known to be as it was written; made anew" in output
+        assert draw(model, tmp_path / "drawn", 100, *flags) == whole
+        assert "all 100 pictures are there already" in capsys.readouterr().out
 
 
 def test_bytes_do_not_depend_on_where_weights_lie_in_their_files(touchy: Path, tmp_path: Path) -> None:
@@ -171,6 +194,7 @@ def test_formats_hold_the_same_pictures(model: Path, tmp_path: Path) -> None:
     assert images.shape == (140, 16, 16, 3)
     assert images.dtype == np.uint8
     assert {path.name for path in (tmp_path / "npz").iterdir()} == {
+        ".seals",
         "metrics.json",
         "preview",
         "samples.json",

@@ -33,7 +33,7 @@ class ExactDenoiser(ResMLPDenoiser):
     mean, std = 1.5, 0.4
     objective: Objective = "x0"
 
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float, *_: object) -> torch.Tensor:
         time = torch.as_tensor(timestep).reshape(-1, 1).double()
         if self.objective == "flow":
             signal, noise = 1 - time / 1000, time / 1000

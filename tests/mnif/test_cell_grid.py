@@ -1,3 +1,5 @@
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -67,3 +69,19 @@ def test_what_cells_see_apart_blends_to_the_grid(dimensions: int, resolution: in
 def test_resolution_zero_is_refused() -> None:
     with pytest.raises(UserError, match="resolution 0"):
         axis_cells(0, 4, 0.1)
+
+
+def test_grids_that_are_kept_are_bounded_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell_grid.cache_clear()
+    monkeypatch.setattr("mnif.models.cell_grid._cached_bytes", 0)
+    monkeypatch.setattr("mnif.models.cell_grid.CACHED_BYTES", 10**6)
+    kept: weakref.WeakSet = weakref.WeakSet()
+    for resolution in range(60, 120):  # of about 90 to 350 kB each
+        grid = cell_grid(resolution, 4, 0.1875)
+        tensors = [grid.coordinates, grid.pixels, grid.weights, *(part for axis in grid.axes for part in axis)]
+        assert grid.bytes == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        assert grid is cell_grid(resolution, 4, 0.1875)
+        kept.add(grid)
+        assert sum(each.bytes for each in kept) <= 10**6
+    assert cell_grid(400, 4, 0.1875).bytes > 10**6  # one that is larger by itself is kept alone
+    assert cell_grid.cache_info().currsize == 1

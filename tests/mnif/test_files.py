@@ -4,9 +4,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from latent_prior.pipeline import MNIFPipeline
-from mnif.utils.files import folder_written_atomically, write_json, written_atomically
+from mnif.utils.files import folder_written_atomically, write_errors_of, write_json, written_atomically
 from mnif.utils.json_files import read_json
 
 
@@ -28,6 +29,39 @@ def test_file_stays_old_when_the_disk_fills(tmp_path: Path) -> None:
         fill()
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["weights"]
+
+
+@pytest.mark.parametrize(
+    ("error", "number", "named"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), errno.ENOSPC, "weights"),
+        (OSError(errno.ENOSPC, "No space left on device", "what was copied"), errno.ENOSPC, "weights"),
+        (OSError(errno.EACCES, "Permission denied", "what was copied"), errno.EACCES, "what was copied"),
+        (SafetensorError("Error while serializing: I/O error: disk quota (os error 122)"), errno.EDQUOT, "weights"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), errno.EIO, "weights"),
+        (RuntimeError("basic_ios::clear: iostream error"), errno.EIO, "weights"),
+    ],
+)
+def test_errors_of_writing_are_of_one_kind_and_name_the_file(
+    tmp_path: Path, error: Exception, number: int, named: str
+) -> None:
+    def fail() -> None:
+        with written_atomically(tmp_path / "weights") as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(OSError, match=named) as raised:
+        fail()
+    assert (raised.value.errno, Path(raised.value.filename).name) == (number, named)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_errors_stay_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="of a mistake"), written_atomically(tmp_path / "weights"):
+        raise RuntimeError("of a mistake")
+    with pytest.raises(PermissionError) as raised, write_errors_of(tmp_path / "a", tmp_path / ".a.tmp"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / ".a.tmp"))
+    assert raised.value.filename == str(tmp_path / "a")  # not the temporary name
 
 
 def test_folder_is_old_or_new_and_never_half(tmp_path: Path) -> None:

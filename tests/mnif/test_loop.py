@@ -1,10 +1,12 @@
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import closing
-from itertools import count, islice
+from itertools import count, islice, product
 from pathlib import Path
 from random import random
 from threading import Timer
@@ -19,12 +21,14 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch import nn
 
-from mnif.data.batches import ArrayDataset, ShuffledBatches
+from mnif.data.batches import InstanceGenerator, ShuffledBatches, array_dataset
 from mnif.training import loop
 from mnif.training.checkpoints import newest_checkpoint
-from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator
+from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator, steps_of_epochs
 from mnif.training.run_record import read_metrics_log
+from mnif.utils import process
 from mnif.utils.errors import UserError
+from mnif.utils.process import Terminated
 
 
 class NoisyRegression(nn.Module):
@@ -34,17 +38,22 @@ class NoisyRegression(nn.Module):
         super().__init__()
         self.network = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Dropout(0.3), nn.Linear(8, 1))
 
-    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return (self.network(x + 0.1 * torch.randn_like(x)) - y).square().mean()
+    def forward(self, x: torch.Tensor, y: torch.Tensor, key: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        return (self.network(x + 0.1 * InstanceGenerator(key).normal(3)) - y).square().mean()
 
 
 def run(
-    folder: Path, steps: int = 12, stop_after: int | None = None, kill_at: int | None = None, **settings: object
+    folder: Path,
+    steps: int = 12,
+    stop_after: int | None = None,
+    kill_at: int | None = None,
+    signals: Sequence[int] = (signal.SIGINT,),
+    **settings: object,
 ) -> torch.Tensor:
     """Trains and returns all weights in one vector.
 
-    ``stop_after`` sends Ctrl-C once that step is done; ``kill_at`` lets the process die within some milliseconds of
-    so many steps, and before it has done eight more.
+    ``stop_after`` sends ``signals`` once that step is done; ``kill_at`` lets the process die within some milliseconds
+    of so many steps, and before it has done eight more.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -53,7 +62,7 @@ def run(
         setattr(arguments, name, value)
     torch.manual_seed(0)
     module = NoisyRegression()
-    rows = ArrayDataset(x=torch.randn(10, 3), y=torch.randn(10, 1))
+    rows = array_dataset({"x": torch.randn(10, 3), "y": torch.randn(10, 1)})
     accelerator: Accelerator = make_accelerator(arguments, folder)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     ema = EMAModel(module.parameters(), decay=0.9)
@@ -73,7 +82,8 @@ def run(
         nonlocal calls
         calls += 1
         if stop_after is not None and calls * 3 >= stop_after:
-            os.kill(os.getpid(), signal.SIGINT)
+            for number in signals:
+                os.kill(os.getpid(), number)
         return {"held_out": float(next(module.parameters()).detach().abs().mean())}
 
     folder.mkdir(exist_ok=True)
@@ -103,6 +113,64 @@ def test_interrupted_run_continues_as_if_nothing_had_happened(tmp_path: Path) ->
     assert curves_of(tmp_path / "parts") == curves_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("signals", "error"),
+    [
+        ((signal.SIGTERM,), Terminated),
+        ((signal.SIGINT, signal.SIGTERM), Terminated),
+        ((signal.SIGTERM, signal.SIGINT, signal.SIGINT), Terminated),
+        ((signal.SIGINT, signal.SIGINT), KeyboardInterrupt),
+    ],
+)
+def test_signals_of_one_instant_are_one_wish_and_keep_the_checkpoint(
+    tmp_path: Path, signals: Sequence[int], error: type[BaseException]
+) -> None:
+    whole = run(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt) as raised:
+        run(tmp_path / "parts", stop_after=6, signals=signals)
+    assert raised.type is error
+    assert (tmp_path / "parts/checkpoints/stage/checkpoint-6/.sha256").is_file()
+    assert torch.equal(run(tmp_path / "parts"), whole)
+
+
+def test_a_second_wish_stops_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    with process.graceful_interrupt() as interrupted:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupted() == [signal.SIGINT]
+        later = process.time.monotonic() + 3
+        monkeypatch.setattr(process.time, "monotonic", lambda: later)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("limit", [200, 1500, 4000])
+def test_a_checkpoint_that_cannot_be_written_names_the_last_one(
+    tmp_path: Path, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on file sizes stands for the full disk; whichever file it is that fails, by whichever library."""
+    whole, folder = run(tmp_path / "whole"), tmp_path / "parts"
+    save, before = Accelerator.save_state, resource.getrlimit(resource.RLIMIT_FSIZE)
+    full = (
+        f"{folder}/checkpoints/stage/checkpoint-8 cannot be written (.*); the last good checkpoint is .*checkpoint-4;"
+    )
+
+    def fail(accelerator: Accelerator, path: str, **options: object) -> str:
+        if (folder / "checkpoints/stage/checkpoint-4").exists():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        return save(accelerator, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "save_state", fail)
+        try:
+            with pytest.raises(UserError, match=full):
+                run(folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert sorted(path.name for path in (folder / "checkpoints/stage").iterdir()) == ["best", "checkpoint-4"]
+    assert torch.equal(run(folder), whole)
+    assert curves_of(folder) == curves_of(tmp_path / "whole")
+
+
 def test_run_killed_between_checkpoints_repeats_from_the_last(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -122,7 +190,7 @@ def test_run_killed_between_checkpoints_repeats_from_the_last(tmp_path: Path) ->
 def test_a_caller_may_stop_after_any_step(tmp_path: Path) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     arguments = TrainingArguments(max_train_steps=12, train_batch_size=4, compile="off")
-    rows, module = ArrayDataset(x=torch.randn(10, 3), y=torch.randn(10, 1)), NoisyRegression()
+    rows, module = array_dataset({"x": torch.randn(10, 3), "y": torch.randn(10, 1)}), NoisyRegression()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     accelerator = make_accelerator(arguments, tmp_path)
     train = TrainLoop(accelerator, arguments, module, [optimizer], rows, tmp_path, "stage", dict)
@@ -161,6 +229,15 @@ def test_accumulated_batches_cover_the_same_rows(tmp_path: Path) -> None:
     run(tmp_path / "run", gradient_accumulation_steps=2)
     state = torch.load(tmp_path / "run/checkpoints/stage/checkpoint-12/optimizer.bin")["state"]
     assert {int(moments["step"]) for moments in state.values()} == {12}  # the last step too is one
+
+
+def test_epochs_are_passes_over_the_data_however_many_batches_a_step_sums_up() -> None:
+    for epochs, batch_size, accumulation, instances in product((1, 10), (4, 64), (1, 3, 4), (22, 64)):
+        steps = steps_of_epochs(epochs, batch_size, accumulation, instances)
+        per_pass = instances // min(batch_size, instances)  # whole batches
+        batches = steps * accumulation
+        assert epochs * per_pass <= batches < epochs * per_pass + accumulation
+    assert steps_of_epochs(10, 8, 4, 64) == 20  # not 80
 
 
 def test_diverging_run_keeps_the_last_good_checkpoint_and_names_the_flag_to_lower(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mnif.data.batches import array_dataset
+from mnif.data.batches import array_dataset, instance_keys
 from mnif.latents.embedding import LatentEmbedding
 from mnif.latents.inference import infer_latents, initial_latents, optimize_latents
 from mnif.latents.inner_loop import InnerLoop
@@ -108,6 +108,7 @@ def test_first_order_ignores_how_a_step_depends_on_the_bases(decoder: MNIFModel,
 def test_meta_learning_where_training_is_compiled(decoder: MNIFModel, signal: Image) -> None:
     method = MetaMethod(decoder, signal, InnerLoop(12), second_order=True, start_noise=0.0)
     batch = {"row": torch.arange(2), "images": torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)}
+    batch["key"] = torch.arange(2)
     plain = torch.autograd.grad(method(**batch), decoder.bases[0])
     method.compile(backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(method(**batch), decoder.bases[0]), plain)
@@ -136,8 +137,8 @@ def test_every_way_of_learning_lowers_its_loss(decoder: MNIFModel, signal: Image
         decoder.load_state_dict(state)
         optimizer = torch.optim.Adam(method.parameters(), lr=1e-2)
         losses = []
-        for _ in range(30):
-            loss = method(**batch)
+        for step in range(30):
+            loss = method(key=instance_keys(0, step, batch["row"]), **batch)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

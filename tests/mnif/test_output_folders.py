@@ -1,9 +1,14 @@
 """A command fills a folder that is free or its own: the folders of all others stay as they are, to the last byte."""
 
+import errno
+import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,7 +17,8 @@ from export.device import sample as device_sample
 from latent_prior.pipeline import MNIFPipeline
 from mnif.cli import main
 from mnif.utils import output_folders
-from mnif.utils.output_folders import BEGUN, check_output_folder
+from mnif.utils.errors import UserError
+from mnif.utils.output_folders import BEGUN, LOCK, check_output_folder, held_folder
 
 SMALL = ["--resolution", "16", "--cells", "2", "--num_bases", "6", "--width", "8", "--depth", "1"]
 SMALL += ["--latent_dim", "12", "--encoder_width", "16"]
@@ -256,3 +262,126 @@ def test_sample_removes_its_own_temporaries_alone(pipeline: MNIFPipeline, tmp_pa
         assert after.keys() == {*before, *others}
         assert after[file] == before[file]
         assert {after[name] for name in others} == {b"content"}
+
+
+HOLDER = """
+import os, sys, time
+from pathlib import Path
+from mnif.utils.output_folders import held_folder
+with held_folder(Path(sys.argv[2])):
+    child = os.fork()  # such as one that loads data: it lives on when its parent is killed
+    if child:
+        print(child, flush=True)
+    time.sleep(120)
+"""
+
+COUNTER = """
+import sys
+from pathlib import Path
+from mnif.utils.errors import UserError
+from mnif.utils.output_folders import held_folder
+folder, done = Path(sys.argv[1]), 0
+while done < 60:
+    try:
+        with held_folder(folder):
+            counter = folder.parent / "counter"
+            counter.write_text(str(int(counter.read_text()) + 1))
+            done += 1
+    except UserError as error:
+        assert "in use" in str(error), error
+"""
+
+
+@contextmanager
+def held_by_another(folder: Path) -> Iterator[subprocess.Popen]:
+    words = [sys.executable, "-c", HOLDER, "fit", str(folder)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        try:
+            yield process
+        finally:
+            process.kill()
+            os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "prior", "distill"])
+def test_two_commands_at_once_in_one_folder(
+    filled: Path, name: str, picture_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second is told who is there since when, changes nothing, and may go on once the first was killed."""
+    monkeypatch.setenv("MNIF_CACHE", str(filled / "cache"))
+    folder = filled / ("fit" if name in ("prior", "distill") else name)
+    words = (
+        command(name, folder, filled / "fit", picture_folder) if folder.name == name else [name, "--run", str(folder)]
+    )
+    if name == "encode":
+        words += ["--batch_size", "7"]
+    before = contents(folder)
+    with held_by_another(folder) as holder:
+        message = error_of(words if name != "eval" else [*words, "--seed", "1"], capsys)
+        assert f"{folder} is in use since 20" in message
+        assert f"by process {holder.pid} on {os.uname().nodename} (mnif fit {folder})" in message
+        assert {**contents(folder), LOCK: b""} == {**before, LOCK: b""}
+        table = filled / "fit/latents.safetensors"
+        if name == "fit":  # whoever reads is not asked
+            read = ["decode", "--model", f"{folder}/model", "--latents", str(table), "--num", "2"]
+            assert main([*read, "--output_dir", str(filled / "decode")]) == 0
+        holder.kill()
+        holder.wait()
+        assert (folder / LOCK).is_file()
+        with held_folder(folder):  # the child of the killed one is still there
+            assert json.loads((folder / LOCK).read_text())["pid"] == os.getpid()
+    assert contents(folder) == before
+
+
+def test_a_lock_is_never_held_twice(tmp_path: Path) -> None:
+    """Six processes count up a file 60 times each, in a folder that comes and goes."""
+    (tmp_path / "counter").write_text("0")
+    words = [sys.executable, "-c", COUNTER, str(tmp_path / "out")]
+    processes = [subprocess.Popen(words) for _ in range(6)]
+    assert [process.wait(timeout=120) for process in processes] == [0] * 6
+    assert (tmp_path / "counter").read_text() == "360"
+    assert not list(tmp_path.rglob(LOCK))
+
+
+def test_the_main_process_of_a_launch_holds_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with held_folder(tmp_path / "out"):
+        assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("RANK", "0")
+    with held_folder(tmp_path / "out"), held_folder(tmp_path / "out"):
+        assert (tmp_path / "out" / LOCK).is_file()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_system_without_locks_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with held_folder(tmp_path / "out"):
+        assert "its file system knows no locks" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file/out", Path("/proc/out"), tmp_path / ("x" * 300)):
+        with pytest.raises(UserError, match="nothing can be written there"):
+            check_output_folder(folder, "sample")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_disk_without_room_for_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("mnif.utils.output_folders._rewrite", fill)
+    with (
+        pytest.raises(UserError, match=r"out: nothing can be written there \(No space left"),
+        held_folder(tmp_path / "out"),
+    ):
+        pass
+    assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from mnif.utils.errors import UserError
 from mnif.utils.process import Processes
@@ -36,7 +37,29 @@ def test_a_killed_computation_continues_with_the_missing_chunks(tmp_path: Path) 
     np.testing.assert_array_equal(found[:, 1], -found[:, 0])
     assert squares(tmp_path, arguments).shape == (COUNT, 2)
     assert len(arguments) == 4  # all was there
-    assert [path.name for path in tmp_path.iterdir()] == ["whole.npy"]
+    assert {path.name for path in tmp_path.iterdir()} == {"whole.npy", ".seals"}
+
+
+@pytest.mark.parametrize("value", [np.nan, 3.0])
+def test_rows_that_were_changed_since_are_computed_anew(
+    tmp_path: Path, value: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments: list[int] = []
+    with pytest.raises(KeyboardInterrupt):
+        squares(tmp_path, arguments, stop_at=2 * SIZE)
+    path = tmp_path / "chunks/000000064.safetensors"
+    rows = load_file(path)["rows"]
+    rows[5, 1] = value
+    save_file({"rows": rows}, path)
+    found = np.array(squares(tmp_path, arguments))
+    assert arguments == [0, SIZE, SIZE, 2 * SIZE, 3 * SIZE]
+    assert f"{path}: not known to be as it was written; made anew" in capsys.readouterr().out
+    np.testing.assert_array_equal(found[:, 0], np.arange(COUNT, dtype=np.float32) ** 2)
+    whole = np.load(tmp_path / "whole.npy", mmap_mode="r+")
+    whole[7, 1] = value
+    whole.flush()
+    np.testing.assert_array_equal(squares(tmp_path, arguments), found)
+    assert len(arguments) == 9
 
 
 def test_chunks_are_loaded_while_others_are_computed(tmp_path: Path) -> None:
@@ -77,13 +100,14 @@ def test_chunks_of_another_search_go_and_nothing_else_does(tmp_path: Path) -> No
     (folder / "notes.txt").write_text("mine")
     (folder / "mine.safetensors").write_text("mine")
     assert 0 in Chunks(folder, "latents", {"seed": 0})
+    (folder / "search.json").write_text("[" * 9)  # cut off
     chunks = Chunks(folder, "latents", {"seed": 1})
     assert 0 not in chunks
     assert not chunks
     for start, value in ((2, 5), (0, 4)):
         chunks.save(start, np.full((3, 2), value).T)  # not contiguous
     np.testing.assert_array_equal(chunks.load(2), np.full((2, 3), 5))
-    np.testing.assert_array_equal(chunks.all(), np.repeat([4, 5], 2)[:, None].repeat(3, axis=1))
+    np.testing.assert_array_equal(chunks.all((0, 2)), np.repeat([4, 5], 2)[:, None].repeat(3, axis=1))
     chunks.remove()
     assert sorted(path.name for path in folder.iterdir()) == ["mine.safetensors", "notes.txt"]
 

@@ -10,6 +10,7 @@ from jaxtyping import TypeCheckError
 from PIL import Image as Picture
 from torch import Tensor
 
+from mnif.data.batches import InstanceGenerator, instance_keys
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals import registry
 from mnif.signals.base import GridSignal, Observation, Signal, intersection_over_union, psnr
@@ -91,8 +92,8 @@ def test_pictures_of_any_channels_are_learned(channels: int) -> None:
     batch = {"images": plain, "row": torch.arange(8)}
     optimizer = torch.optim.Adam(method.parameters(), lr=1e-2)
     losses = []
-    for _ in range(30):
-        loss = method(**batch)
+    for step in range(30):
+        loss = method(key=instance_keys(0, step, batch["row"]), **batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -238,10 +239,10 @@ def test_a_mask_of_ones_changes_nothing_and_a_partial_one_counts_what_it_shows()
 
 @pytest.mark.parametrize(("signal", "axis"), [(Image(SIZE, 3), 2), (Voxels(8), 1)], ids=["pictures", "shapes"])
 def test_about_half_are_mirrored_and_nothing_else_changes(signal: GridSignal, axis: int) -> None:
-    torch.manual_seed(0)
+    generator = InstanceGenerator(instance_keys(0, 0, torch.arange(400)))
     shape = (400, *SIZE, 3) if signal.dimensions == 2 else (400, 8, 8, 8, 1)
     values = torch.rand(shape)
-    changed = signal.augmentations()["random_flip"](signal.on_grid(values)).values
+    changed = signal.augmentations()["random_flip"](signal.on_grid(values), generator).values
     as_they_were = (changed == values).flatten(1).all(dim=1)
     mirrored = (changed == torch.from_numpy(np.flip(values.numpy(), axis).copy())).flatten(1).all(dim=1)
     assert (as_they_were ^ mirrored).all()
@@ -249,10 +250,10 @@ def test_about_half_are_mirrored_and_nothing_else_changes(signal: GridSignal, ax
 
 
 def test_every_order_of_colours_occurs_and_pixels_stay_whole() -> None:
-    torch.manual_seed(0)
+    generator = InstanceGenerator(instance_keys(0, 0, torch.arange(300)))
     signal = Image(SIZE, 3)
     values = torch.rand(300, *SIZE, 3)
-    changed = signal.augmentations()["random_colours"](signal.on_grid(values)).values
+    changed = signal.augmentations()["random_colours"](signal.on_grid(values), generator).values
     orders = {order: (changed == values[..., order]).flatten(1).all(dim=1) for order in permutations(range(3))}
     assert all(30 < chosen.sum() < 70 for chosen in orders.values())
     assert sum(chosen.int() for chosen in orders.values()).eq(1).all()
