@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -99,18 +100,18 @@ class InstanceGenerator:
         keys: [B] int64 (:func:`instance_keys`).
     """
 
-    def __init__(self, keys: Tensor):
+    def __init__(self, keys: Int64[Tensor, " batch"]):
         self.keys, self._drawn = keys, 0
 
-    def uniform(self, *shape: int) -> Tensor:
+    def uniform(self, *shape: int) -> Float[Tensor, "batch *shape"]:
         """Draws numbers evenly spread over [0, 1), [B, *shape] float32."""
         return self._integers(shape).add_(2.0**23).mul_(2.0**-24)
 
-    def normal(self, *shape: int) -> Tensor:
+    def normal(self, *shape: int) -> Float[Tensor, "batch *shape"]:
         """Draws standard normal numbers, [B, *shape] float32, none beyond ±5.5."""
         return self._integers(shape).add_(0.5).mul_(2.0**-23).erfinv_().mul_(math.sqrt(2))
 
-    def dropout(self, values: Tensor, share: float) -> Tensor:
+    def dropout(self, values: Float[Tensor, "batch *shape"], share: float) -> Float[Tensor, "batch *shape"]:
         """Sets a ``share`` of values [B, ...] to zero, to 1/65536, and scales the rest so that their mean stays."""
         if not share:
             return values
@@ -142,7 +143,7 @@ def _(keys: Tensor, drawn: int, count: int) -> Tensor:
     return keys.new_empty(len(keys), count)
 
 
-def instance_keys(seed: int, batch: int, rows: Tensor) -> Tensor:
+def instance_keys(seed: int, batch: int, rows: Int64[Tensor, " batch"]) -> Int64[Tensor, " batch"]:
     """Gives each of ``rows`` [B] int64 the key that its random numbers in a batch are made of: [B] int64.
 
     Args:

@@ -257,6 +257,18 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mnif"
 
 
+@contextmanager
+def written_apart(path: Path) -> Iterator[Path]:
+    """Yields a path in a hidden folder of its own beside ``path``, and moves the file there at the end.
+
+    For safetensors, which writes under temporary names of its own: a kill leaves them where :func:`remove_leftovers`
+    finds them.
+    """
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
+        yield Path(folder) / path.name
+        os.replace(Path(folder) / path.name, path)
+
+
 def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Writes contiguous tensors with ``metadata`` in the order of its names.
 
@@ -265,7 +277,8 @@ def save_tensors(tensors: Mapping[str, Any], path: Path, metadata: Mapping[str, 
     """
     from safetensors.torch import save_file  # torch is no business of those who read and write other files
 
-    save_file(dict(tensors), path, dict(metadata) if metadata else None)
+    with written_apart(path) as apart:
+        save_file(dict(tensors), apart, dict(metadata) if metadata else None)
     if not metadata:
         return
     with path.open("r+b") as file:

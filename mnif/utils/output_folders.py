@@ -98,6 +98,7 @@ def output_folder_of(folder: Path, command: str) -> Iterator[None]:
     folder is held for this command meanwhile (:func:`held_folder`).
     """
     with held_folder(folder):
+        check_output_folder(folder, command)  # whoever has just left may have filled it
         remove_leftovers(folder)
         write_json(folder / BEGUN, {"command": command})
         try:
@@ -109,7 +110,7 @@ def output_folder_of(folder: Path, command: str) -> Iterator[None]:
         (folder / BEGUN).unlink(missing_ok=True)
 
 
-LOCK = ".lock"
+LOCK = ".mnif.lock"
 """Lies in a folder while a command writes to it, and says which."""
 
 
@@ -120,8 +121,8 @@ _HELD: dict[Path, int] = {}  # by this process, each with the descriptor of its 
 def held_folder(folder: Path) -> Iterator[None]:
     """Holds a folder for this command, so that no other one writes to it meanwhile; whoever reads is not asked.
 
-    The kernel holds the lock (``flock``) on the file ``.lock``, for as long as this process lives: after a kill it is
-    free, and the file that stays behind means nothing. Of the processes of one launch the main one alone holds it.
+    The kernel holds the lock (``flock``) on the file ``.mnif.lock``, for as long as this process lives: after a kill
+    it is free, and the file that stays behind means nothing. Of the processes of one launch the main one holds it.
     Linux passes it on to the server of a network disk (NFS, from version 4 on or with its lock daemon), so it holds
     between machines; where a file system knows no locks, a line says so and nothing is held.
 
@@ -183,13 +184,13 @@ def holds_folder(flag: str, command: str | None = None) -> Callable[[Callable[[T
 
 
 def _locked_file(folder: Path) -> int:
-    """Opens and locks the file ``.lock``, and writes into it who holds it."""
+    """Opens and locks the file ``.mnif.lock``, and writes into it who holds it."""
     check_writable(folder)
     path = folder / LOCK
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError:  # whoever held it has just removed the folder
             continue
         try:

@@ -17,7 +17,13 @@ from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
 from mnif.utils.errors import UserError, printable
-from mnif.utils.files import remove_leftovers, sha256_of_file, write_json, written_atomically
+from mnif.utils.files import (
+    remove_leftovers,
+    sha256_of_file,
+    write_json,
+    written_apart,
+    written_atomically,
+)
 from mnif.utils.json_files import read_json
 from mnif.utils.process import Processes, is_main_process, progress_bar
 
@@ -50,7 +56,7 @@ class Seals:
             files: below the folder; they may be missing.
             tell: whether a line names those that are there and are not as they were sealed.
         """
-        sealed, there = self._read(name), [path for path in files if path.exists()]
+        sealed, there = self._read(name), [path for path in files if path.is_file()]
         sound = {path for path in there if sealed.get(self._key(path)) == _content_of(path)}
         changed = [path for path in there if path not in sound]
         if changed and tell and is_main_process():
@@ -66,7 +72,7 @@ class Seals:
             files: below the folder; they may be missing.
             flush: as of :func:`mnif.utils.files.written_atomically`: like the files themselves.
         """
-        content = {self._key(path): _content_of(path) for path in files if path.exists()}
+        content = {self._key(path): _content_of(path) for path in files if path.is_file()}
         with written_atomically(self._path(name), flush) as temporary:
             temporary.write_text(json.dumps(self._read(name) | content))
 
@@ -91,9 +97,9 @@ class Seals:
         return {}
 
 
-def _content_of(path: Path) -> list[int | str] | None:
-    """Length and SHA-256 of a file; None of anything else."""
-    return [path.stat().st_size, sha256_of_file(path)] if path.is_file() else None
+def _content_of(path: Path) -> list[int | str]:
+    """Length and SHA-256 of a file."""
+    return [path.stat().st_size, sha256_of_file(path)]
 
 
 class Chunks:
@@ -125,8 +131,8 @@ class Chunks:
 
     def save(self, start: int, rows: np.ndarray) -> None:
         """Keeps the chunk that begins at row ``start``."""
-        with written_atomically(self._path(start)) as temporary:
-            save_file({self.name: np.ascontiguousarray(rows)}, temporary)
+        with written_atomically(self._path(start)) as temporary, written_apart(temporary) as apart:
+            save_file({self.name: np.ascontiguousarray(rows)}, apart)
         self._seals.seal(self._path(start).stem, [self._path(start)])
 
     def load(self, start: int) -> np.ndarray:

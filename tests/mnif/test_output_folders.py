@@ -385,3 +385,12 @@ def test_a_disk_without_room_for_the_lock(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "out" / LOCK).symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match="symbolic links"), held_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"
