@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from mnif.version import __version__
+from mnif.utils import __version__
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,6 +21,7 @@ from evals.presentation import (
     table_rows,
 )
 from evals.protocol import EvalArguments, protocol_of
+from mnif.utils import __version__
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least, markdown_code, printable
 from mnif.utils.files import write_json, written_atomically
@@ -28,7 +29,6 @@ from mnif.utils.json_files import read_json
 from mnif.utils.output_folders import BEGUN, check_output_folder, output_folder_of
 from mnif.utils.pixels import limit_image_pixels
 from mnif.utils.process import Processes, command_line, peak_memory_megabytes
-from mnif.version import __version__
 
 _MAY_DIFFER = {"seed", "num_inference_steps", "held_out_images"}
 _NO_INPUTS = ("output_dir", "max_image_pixels")

@@ -14,9 +14,9 @@ from zipfile import BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
 
+from mnif.utils import __version__
 from mnif.utils.errors import UserError
 from mnif.utils.files import cache_folder, written_atomically
-from mnif.version import __version__
 
 # What damaged archives and arrays end in, in zipfile, zlib and NumPy; RuntimeError: one with a password.
 _DAMAGE = (
