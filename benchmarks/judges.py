@@ -26,7 +26,7 @@ from mnif.data.voxels import load_voxels
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
-from mnif.utils.files import read_json
+from mnif.utils.json_files import read_json
 from mnif.utils.process import Processes
 
 

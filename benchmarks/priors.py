@@ -27,7 +27,8 @@ from latent_prior.distillation import energy_distance
 from latent_prior.pipeline import load_pipeline
 from latent_prior.sampling import sample_latents
 from mnif.utils.args import parse_arguments
-from mnif.utils.files import read_json, write_json
+from mnif.utils.files import write_json
+from mnif.utils.json_files import read_json
 
 VARIANTS = {
     "default": "",

@@ -30,7 +30,8 @@ from evals.features.extractor import IndexedImages
 from latent_prior.pipeline import load_pipeline
 from latent_prior.sampling import initial_noise
 from mnif.data.dataset import Split
-from mnif.utils.files import folder_written_atomically, read_json, write_json
+from mnif.utils.files import folder_written_atomically, write_json
+from mnif.utils.json_files import read_json
 from mnif.utils.process import peak_memory_megabytes, progress_bar
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}

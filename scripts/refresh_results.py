@@ -6,7 +6,8 @@ from pathlib import Path
 
 from evals.presentation import evaluation_markdown
 from mnif.utils.errors import UserError
-from mnif.utils.files import read_json, written_atomically
+from mnif.utils.files import written_atomically
+from mnif.utils.json_files import read_json
 
 BEGIN, END = "<!-- results: written by scripts/refresh_results.py -->", "<!-- end of results -->"
 

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 import torch
+from msgspec import Meta
 
 from mnif.commands.fit import AUGMENTATIONS, FitArguments, fit, make_decoder, make_method, train_loop, with_preset
 from mnif.comparison.robustness import CONDITIONS, conditions_of, robustness, seconds_per_instance
@@ -28,7 +30,8 @@ from mnif.training.loop import make_accelerator
 from mnif.training.run_record import read_metrics_log
 from mnif.utils.args import parse_given, typed_values
 from mnif.utils.errors import UserError, check_at_least
-from mnif.utils.files import merge_json, read_json, write_json, written_atomically
+from mnif.utils.files import write_json, written_atomically
+from mnif.utils.json_files import read_json
 from mnif.utils.output_folders import check_output_folder, output_folder_of
 from mnif.utils.pixels import limit_image_pixels
 from mnif.utils.process import command_line, default_device
@@ -226,6 +229,20 @@ def _result(
     }
 
 
+class Speed(msgspec.Struct):
+    """What ``speed.json`` holds for a number of seconds: of one step, and how many steps fit."""
+
+    seconds_per_step: Annotated[float, Meta(gt=0)]
+    max_train_steps: Annotated[int, Meta(ge=1)]
+
+
+class Measured(msgspec.Struct):
+    """A run's ``measured.json``: of what, and the figures."""
+
+    subject: dict[str, Any]
+    figures: dict[str, float]
+
+
 def _planned(flags: CompareArguments, run: Run, data: Dataset, train_data: Dataset) -> float:
     """Sets the run's number of steps to what fits into the seconds asked for; gives the seconds of a step.
 
@@ -235,18 +252,20 @@ def _planned(flags: CompareArguments, run: Run, data: Dataset, train_data: Datas
     seconds, arguments = flags.train_seconds, run.arguments
     assert seconds is not None
     path, key = arguments.output_dir / "speed.json", f"{seconds:g}"
-    kept = read_json(path) if path.exists() and arguments.resume_from_checkpoint != "no" else {}
+    kept: dict[str, Speed] = (
+        read_json(path, dict[str, Speed]) if path.exists() and arguments.resume_from_checkpoint != "no" else {}
+    )
     if key not in kept:
         signal = signal_class(flags.signal).from_data(data, asdict(arguments))
         measured = seconds_per_step(arguments, signal, train_data, min(seconds / 20, _LONGEST_MEASUREMENT))
-        kept[key] = {"seconds_per_step": measured, "max_train_steps": max(round(seconds / measured), 1)}
-        merge_json(path, kept)
-    arguments.max_train_steps = kept[key]["max_train_steps"]
+        kept[key] = Speed(measured, max(round(seconds / measured), 1))
+        write_json(path, msgspec.to_builtins(kept))
+    arguments.max_train_steps = kept[key].max_train_steps
     batch = min(arguments.train_batch_size, len(train_data)) * arguments.gradient_accumulation_steps
     steps_worth = min(_VALIDATED, len(data)) / 3 / batch
     often = max(arguments.max_train_steps // _VALIDATIONS, round(10 * steps_worth), 1)
     arguments.validation_steps = min(arguments.validation_steps, often)
-    measured = kept[key]["seconds_per_step"]
+    measured = kept[key].seconds_per_step
     print(f"{1000 * measured:.3g} ms a step: {arguments.max_train_steps} steps in {seconds:g} s", flush=True)
     return measured
 
@@ -317,9 +336,9 @@ def _measured(flags: CompareArguments, run: Run, data: Dataset, held_data: Datas
         "threads": torch.get_num_threads(),
     }
     path = folder / "measured.json"
-    if path.exists() and (stored := read_json(path))["subject"] == subject:
+    if path.exists() and (stored := read_json(path, Measured)).subject == subject:
         print(f"{path}: measured before; nothing to do")
-        return stored["figures"]
+        return stored.figures
     signal = signal_class(flags.signal).from_data(data, asdict(arguments))
     latent_init = load_latent_init(folder / "model", signal, arguments.method)
     latent_init = None if latent_init is None else latent_init.to(default_device())

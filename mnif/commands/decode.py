@@ -20,7 +20,8 @@ from mnif.signals.outputs import Animation, MeshFormat, writer_from_flags
 from mnif.signals.registry import signal_of_model
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least, printable
-from mnif.utils.files import flush_everything, read_json, remove_leftovers, sha256_of_file, write_json
+from mnif.utils.files import flush_everything, remove_leftovers, sha256_of_file, write_json
+from mnif.utils.json_files import read_json
 from mnif.utils.output_folders import holds_folder
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import command_line, default_device, peak_memory_megabytes, progress_bar
@@ -77,7 +78,7 @@ def decode(arguments: DecodeArguments) -> None:
     signal = signal_of_model(decoder)
     writer = writer_from_flags(arguments, signal)
     fingerprint = decoder.fingerprint()
-    table = LatentTable.load(arguments.latents, fingerprint)
+    table = LatentTable.load(arguments.latents, fingerprint, decoder.config.latent_dim)
     rows = _rows(arguments, table)
     names = safe_names(table.ids)
     decoder.to(default_device())

@@ -31,7 +31,7 @@ from mnif.training.results import save_results
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_given, preset_names, preset_values, read_preset
 from mnif.utils.errors import UserError, check_at_least
-from mnif.utils.files import merge_json
+from mnif.utils.json_files import merge_json
 from mnif.utils.output_folders import holds_folder
 from mnif.utils.pixels import MAX_IMAGE_PIXELS, limit_image_pixels
 

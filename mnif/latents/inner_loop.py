@@ -1,14 +1,18 @@
 """Meta-learning: a few gradient steps from a common start name the latent (CAVIA; Zintgraf et al., ICML 2019)."""
 
+from typing import Annotated
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from msgspec import Meta
 from torch import Tensor, nn
 
 from mnif.models.io import OwnMemory
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Observation, Signal
 from mnif.utils.errors import UserError
+from mnif.utils.json_files import Size
 
 
 class InnerLoop(OwnMemory, ModelMixin, ConfigMixin):
@@ -28,8 +32,8 @@ class InnerLoop(OwnMemory, ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        latent_dim: int = 128,
-        steps: int = 3,
+        latent_dim: Size = 128,
+        steps: Annotated[int, Meta(ge=0, le=1000)] = 3,
         learning_rate: float = 1.0,
         rates_from: float = 0.005,
         rates_to: float = 0.1,

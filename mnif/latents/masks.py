@@ -85,7 +85,7 @@ def _stored_masks(path: Path) -> tuple[np.ndarray, list[str] | None]:
     """Reads the masks of a file, bool, and the ids that they are of, if it says so."""
     try:
         if path.suffix == ".npz":
-            arrays = npz_arrays(path, "masks")
+            arrays = npz_arrays(path, "masks", ("masks", "ids"))
             return arrays["masks"].astype(bool), [str(id) for id in arrays["ids"]] if "ids" in arrays else None
         if path.suffix == ".npy":
             return npy_array(path).astype(bool), None

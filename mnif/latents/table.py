@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from mnif.utils.files import save_tensors, written_atomically
 
 _FORMAT = "mnif-latents/1"
 _CHUNK = 8192  # rows in float64 at a time
+
+
+_TYPES = {"latents": "F32", "held_out": "U8", "id_bytes": "U8", "id_offsets": "I64"}
 
 
 @dataclass
@@ -72,15 +76,17 @@ class LatentTable:
             save_tensors(tensors, temporary, {"format": _FORMAT, "fingerprint": self.fingerprint, "data": self.data})
 
     @classmethod
-    def load(cls, path: Path | str, fingerprint: str | None = None) -> "LatentTable":
+    def load(cls, path: Path | str, fingerprint: str | None = None, latent_dim: int | None = None) -> "LatentTable":
         """Reads a table.
 
         Args:
             path: the safetensors file.
             fingerprint: of the decoder at hand; None skips the check.
+            latent_dim: D of that decoder; None skips the check.
 
         Raises:
-            UserError: the file is missing, is no latent table, or belongs to another decoder.
+            UserError: the file is missing, is no latent table, is damaged, or belongs to another
+                decoder.
         """
         path = Path(path)
         if not path.is_file():
@@ -90,22 +96,70 @@ class LatentTable:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise UserError(f"{path}: not a latent table (format {metadata.get('format')!r})")
+                _check_header(file)
                 # Copied out of the file: products round by where their numbers lie (:mod:`mnif.models.io`).
-                tensors = {
-                    key: file.get_tensor(key).clone() for key in ("latents", "held_out", "id_bytes", "id_offsets")
-                }
-        except SafetensorError as error:
+                tensors = {key: file.get_tensor(key).clone() for key in _TYPES}
+            ids = _checked_ids(tensors)
+        except (SafetensorError, ValueError) as error:
             raise UserError(f"{path}: damaged latent table ({error})") from None
         if fingerprint is not None and metadata["fingerprint"] != fingerprint:
             raise UserError(
                 f"{path}: these latents belong to decoder {metadata['fingerprint'][:12]}, not to the one at hand "
                 f"({fingerprint[:12]}); encode the data again with `mnif encode`"
             )
-        text, offsets = tensors["id_bytes"].numpy().tobytes(), tensors["id_offsets"].tolist()
+        if latent_dim not in (None, tensors["latents"].shape[1]):
+            found = tensors["latents"].shape[1]
+            raise UserError(
+                f"{path}: damaged latent table (latents of {found} numbers; the decoder's have {latent_dim})"
+            )
         return cls(
             latents=tensors["latents"],
-            ids=[text[a:b].decode() for a, b in pairwise(offsets)],
+            ids=ids,
             held_out=tensors["held_out"].bool(),
             fingerprint=metadata["fingerprint"],
             data=metadata["data"],
         )
+
+
+def _check_header(file: Any) -> None:
+    """Looks at what a file says it holds, before anything is read.
+
+    Raises:
+        ValueError: a tensor or an entry is missing, or of another type or shape.
+    """
+    metadata, names = file.metadata() or {}, set(file.keys())
+    for name in ("fingerprint", "data"):
+        if name not in metadata:
+            raise ValueError(f"it has no {name}")
+    for name, kind in _TYPES.items():
+        if name not in names or file.get_slice(name).get_dtype() != kind:
+            raise ValueError(f"it has no {name} of type {kind}")
+    shapes = {name: file.get_slice(name).get_shape() for name in _TYPES}
+    if len(shapes["latents"]) != 2 or 0 in shapes["latents"]:
+        raise ValueError(f"latents are {shapes['latents']}; [N, D] is needed")
+    count = shapes["latents"][0]
+    for name, length in (("held_out", count), ("id_offsets", count + 1), ("id_bytes", None)):
+        if len(shapes[name]) != 1 or length not in (None, *shapes[name]):
+            raise ValueError(f"{name} is {shapes[name]} for {count} latents")
+
+
+def _checked_ids(tensors: dict[str, Tensor]) -> list[str]:
+    """Cuts the ids out of their bytes, once all tensors are what :meth:`LatentTable.save` writes.
+
+    Raises:
+        ValueError: a latent is not finite, the mask holds other numbers than 0 and 1, or the ids are not cut from
+            all of the bytes in order, not UTF-8, or not unique.
+    """
+    text, offsets = tensors["id_bytes"].numpy().tobytes(), tensors["id_offsets"]
+    if offsets[0] != 0 or (offsets.diff() < 0).any() or offsets[-1] != len(text):
+        raise ValueError("its ids do not lie one after another")
+    ids = [text[start:stop].decode() for start, stop in pairwise(offsets.tolist())]
+    if len(set(ids)) < len(ids):
+        raise ValueError("an id occurs twice")
+    if (tensors["held_out"] > 1).any():
+        raise ValueError("held_out holds other numbers than 0 and 1")
+    for start, rows in zip(range(0, len(ids), _CHUNK), tensors["latents"].split(_CHUNK), strict=True):
+        bad = (~rows.isfinite().all(dim=1)).nonzero()
+        if len(bad):
+            raise ValueError(f"the latent of {ids[start + int(bad[0])]} holds NaN or infinity")
+    return ids

@@ -1,15 +1,18 @@
 """Amortised encoders: an observation becomes its latent in one pass of matrix products."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float
+from msgspec import Meta
 from torch import Tensor, nn
 
 from mnif.models.io import OwnMemory
+from mnif.utils.json_files import Size
 from mnif.utils.pixels import as_axes
 
 
@@ -67,15 +70,15 @@ class PatchEncoder(OwnMemory, ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        channels: int = 3,
-        resolution: int | Sequence[int] = 32,
-        latent_dim: int = 128,
-        dimensions: int = 2,
-        patches: int = 4,
-        patch_width: int = 256,
-        patch_features: int = 64,
-        width: int = 512,
-        dropout: float = 0.0,
+        channels: Size = 3,
+        resolution: Size | Sequence[Size] = 32,
+        latent_dim: Size = 128,
+        dimensions: Annotated[int, Meta(ge=1, le=8)] = 2,
+        patches: Size = 4,
+        patch_width: Size = 256,
+        patch_features: Size = 64,
+        width: Size = 512,
+        dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0,
     ):
         super().__init__()
         self.patch_network = Patches(channels, as_axes(resolution, dimensions), patches, patch_width, patch_features)
@@ -118,13 +121,13 @@ class ViewsEncoder(OwnMemory, ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        resolution: int | Sequence[int] = 64,
-        latent_dim: int = 128,
-        channels: int = 3,
-        patches: int = 4,
-        patch_width: int = 256,
-        patch_features: int = 32,
-        width: int = 512,
+        resolution: Size | Sequence[Size] = 64,
+        latent_dim: Size = 128,
+        channels: Size = 3,
+        patches: Size = 4,
+        patch_width: Size = 256,
+        patch_features: Size = 32,
+        width: Size = 512,
     ):
         super().__init__()
         self.patch_network = Patches(channels, as_axes(resolution, 2), patches, patch_width, patch_features)

@@ -6,11 +6,13 @@ A model folder has one sub-folder per component, as diffusers lays out a pipelin
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from mnif.utils.errors import UserError
 from mnif.utils.files import folder_written_atomically, written_atomically
+from mnif.utils.json_files import arguments_schema, read_object
 
 
 class OwnMemory(ModelMixin):
@@ -32,6 +34,10 @@ class OwnMemory(ModelMixin):
 
 
 Component = TypeVar("Component", bound=ModelMixin)
+
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_REAL = ("F16", "BF16", "F32", "F64")
+
 
 _MADE_BY = {
     "decoder": "mnif fit",
@@ -65,6 +71,44 @@ def load_component(kind: type[Component], folder: Path, name: str) -> Component:
     if not (folder / name / "config.json").is_file():
         raise UserError(f"{folder} has no {name}; `{_MADE_BY[name]}` makes it")
     try:
-        return kind.from_pretrained(folder / name, use_safetensors=True, low_cpu_mem_usage=False).eval()
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        check_component(kind, folder / name)
+        component = kind.from_pretrained(
+            folder / name, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True
+        ).eval()
+    except (OSError, ValueError, RuntimeError, OverflowError, SafetensorError) as error:
         raise UserError(f"{folder / name}: damaged component ({str(error).splitlines()[0]})") from None
+    for parameter, values in component.state_dict().items():
+        if not values.isfinite().all():
+            raise UserError(f"{folder / name}: {parameter} holds NaN or infinity; `{_MADE_BY[name]}` makes it anew")
+    return component
+
+
+def check_component(kind: Any, folder: Path) -> None:
+    """Makes sure, before anything is allocated, that a component's weights are those that its configuration asks for.
+
+    Nothing but ``config.json`` and the header of the one file of weights is read.
+
+    Raises:
+        UserError: the configuration has entries that the class does not take, of another type or out of range; or
+            the weights have other names, shapes or types.
+        SafetensorError: the file of weights is damaged.
+        ValueError: the class refuses its configuration.
+    """
+    config = read_object(folder / "config.json", arguments_schema(kind))
+    if config.get("_class_name", kind.__name__) != kind.__name__:
+        raise UserError(f"{folder / 'config.json'}: a {config['_class_name']}; a {kind.__name__} is needed")
+    path = folder / _WEIGHTS
+    if not path.is_file():
+        raise UserError(f"{folder}: has no {_WEIGHTS}")
+    if (folder / f"{_WEIGHTS}.index.json").exists():
+        raise UserError(f"{folder}: weights in several files are not read; save them as one")
+    with torch.device("meta"):
+        expected = {name: list(values.shape) for name, values in kind.from_config(config).state_dict().items()}
+    with safe_open(path, framework="pt") as file:
+        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        for name in sorted(expected.keys() | found.keys()):
+            shape, wanted = found[name].get_shape() if name in found else None, expected.get(name)
+            if shape != wanted:
+                raise UserError(f"{path}: {name} is {shape or 'missing'}, where config.json makes it {wanted}")
+            if found[name].get_dtype() not in _REAL:
+                raise UserError(f"{path}: {name} is {found[name].get_dtype()}; floating-point numbers are needed")

@@ -9,18 +9,22 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float
+from msgspec import Meta
 from torch import Tensor, nn
 
 from mnif.models.cell_grid import CellGrid, assign_points, cell_grid
 from mnif.models.io import OwnMemory
 from mnif.models.siren import BakedField, layer_shapes, siren_params
+from mnif.utils.json_files import Depth, Size
 from mnif.utils.pixels import as_axes
+
+MOST_POINTS, _MOST_CELLS = 1 << 26, 1 << 16  # that no weight bounds: 8192² points, 256² cells
 
 
 class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
@@ -63,14 +67,14 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(
         self,
-        channels: int = 3,
-        dimensions: int = 2,
-        resolution: int | Sequence[int] = 32,
-        num_bases: int = 96,
-        width: int = 24,
-        depth: int = 2,
-        latent_dim: int | None = 128,
-        cells: int = 4,
+        channels: Size = 3,
+        dimensions: Annotated[int, Meta(ge=1, le=8)] = 2,
+        resolution: Size | Sequence[Size] = 32,
+        num_bases: Size = 96,
+        width: Size = 24,
+        depth: Depth = 2,
+        latent_dim: Size | None = 128,
+        cells: Size = 4,
         overlap: float = 0.1875,
         omega: float = 10.0,
         mixing: str = "delta",
@@ -83,6 +87,9 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         _check_form(mixing, coefficient_form, overlap)
         if signal_settings is None:
             self.register_to_config(signal_settings={"resolution": resolution, "channels": channels})
+        if math.prod(as_axes(resolution, dimensions)) > MOST_POINTS or cells**dimensions > _MOST_CELLS:
+            limits = f"at most {MOST_POINTS} points and {_MOST_CELLS} cells"
+            raise ValueError(f"resolution {resolution}, cells {cells}: {limits}")
         shapes = layer_shapes(dimensions, channels, width, depth)
         last = len(shapes) - 1
 

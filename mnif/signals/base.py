@@ -23,6 +23,7 @@ from mnif.models.encoders import PatchEncoder
 from mnif.models.io import OwnMemory
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
+from mnif.utils.json_files import Size
 from mnif.utils.pixels import as_axes, save_image
 
 
@@ -308,7 +309,7 @@ class GridSignal(Signal):
 
     encoder_class = PatchEncoder
 
-    def __init__(self, resolution: int | list[int], channels: int, stride: int = 1):
+    def __init__(self, resolution: Size | list[Size], channels: Size, stride: Size = 1):
         for pixels in as_axes(resolution, self.dimensions):
             if stride < 1 or pixels % stride:
                 raise UserError(f"--stride {stride}: must divide the resolution, {pixels}")

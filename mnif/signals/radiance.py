@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from msgspec import Meta
 from PIL import Image
 from torch import Tensor, nn
 
@@ -25,9 +26,12 @@ from mnif.signals.outputs import ELEVATION, Animation, check_camera, check_resol
 from mnif.signals.volume_rendering import box_intersection, camera_rays, composite, stratified_depths, turntable_poses
 from mnif.utils.errors import UserError
 from mnif.utils.files import was_written
+from mnif.utils.json_files import Size
 from mnif.utils.pixels import as_axes, save_animation, save_image, to_uint8
 
 _RAYS_AT_ONCE = 1 << 15
+
+Length = Annotated[float, Meta(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -143,16 +147,16 @@ class RadianceField(Signal):
 
     def __init__(
         self,
-        resolution: int | list[int],
-        bound: float = 1.0,
-        near: float = 0.0,
-        far: float = 10.0,
+        resolution: Size | list[Size],
+        bound: Length = 1.0,
+        near: Annotated[float, Meta(ge=0)] = 0.0,
+        far: Length = 10.0,
         background: str = "white",
-        samples: int = 32,
-        rays: int = 512,
-        held_out_views: int = 0,
-        camera_distance: float = 2.5,
-        intrinsics: list[float] | None = None,
+        samples: Size = 32,
+        rays: Size = 512,
+        held_out_views: Annotated[int, Meta(ge=0)] = 0,
+        camera_distance: Length = 2.5,
+        intrinsics: Annotated[list[float], Meta(min_length=4, max_length=4)] | None = None,
         camera_convention: str = "auto",
         center_views: bool = False,
     ):

@@ -1,12 +1,15 @@
 """The signals by name, and which of them a data source is of; one of your own joins with :func:`register_signal`."""
 
+import math
 from importlib import import_module
 
 from mnif.data.builtin import BUILTIN, builtin_signal
 from mnif.data.source import DataSource
-from mnif.models.mnif_model import MNIFModel
+from mnif.models.mnif_model import MOST_POINTS, MNIFModel
 from mnif.signals.base import Signal
 from mnif.utils.errors import UserError
+from mnif.utils.json_files import arguments_schema, check_type
+from mnif.utils.pixels import as_axes
 
 _BUILT_IN = {
     "image": "mnif.signals.image:Image",
@@ -38,8 +41,25 @@ def signal_class(name: str) -> type[Signal]:
 
 
 def signal_of_model(decoder: MNIFModel) -> Signal:
-    """Makes the signal a decoder was trained on, with its settings."""
-    return signal_class(decoder.config.signal)(**decoder.config.signal_settings)
+    """Makes the signal a decoder was trained on, with its settings.
+
+    Raises:
+        UserError: there is no such signal, its settings are not what its constructor takes, or they are of other
+            fields than the decoder's.
+    """
+    kind, settings = signal_class(decoder.config.signal), decoder.config.signal_settings
+    where = f"signal_settings of the decoder ({kind.name})"
+    check_type(settings, arguments_schema(kind), where)
+    try:
+        signal = kind(**settings)
+        points = math.prod(as_axes(signal.grid_resolution, signal.dimensions))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}: {error}") from None
+    config = decoder.config
+    fits = signal.channels <= config.channels and signal.dimensions == config.dimensions  # export pads channels
+    if not fits or points > MOST_POINTS:
+        raise UserError(f"{where}: they do not fit fields of {config.channels} channels on {config.dimensions} axes")
+    return signal
 
 
 def detect_signal(source: str) -> str:

@@ -36,6 +36,7 @@ from mnif.signals.outputs import (
 )
 from mnif.utils.errors import UserError
 from mnif.utils.files import was_written
+from mnif.utils.json_files import Size
 from mnif.utils.meshes import mesh_from_values, mesh_preview, occupancy_preview, save_mesh
 from mnif.utils.pixels import save_animation, save_image
 
@@ -106,7 +107,7 @@ class Voxels(GridSignal):
         "voxel r of n lies at (r + 1/2) / n."
     )
 
-    def __init__(self, resolution: int, channels: int = 1, stride: int = 1):
+    def __init__(self, resolution: Size, channels: Size = 1, stride: Size = 1):
         super().__init__(resolution, channels, stride)
 
     @classmethod

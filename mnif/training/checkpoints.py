@@ -6,10 +6,13 @@ import shutil
 import struct
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+import msgspec
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from msgspec import Meta
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -18,16 +21,21 @@ from mnif.latents.embedding import LatentEmbedding
 from mnif.utils.errors import UserError
 from mnif.utils.files import (
     folder_written_atomically,
-    read_json,
     remove_folder,
     remove_leftovers,
     save_tensors,
     sha256_of_folder,
     write_json,
 )
+from mnif.utils.json_files import read_json
 
 _DAMAGE = (
     OSError,
+    EOFError,
+    MemoryError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
     RuntimeError,
     ValueError,
     LookupError,
@@ -59,6 +67,17 @@ class Progress:
     best: float | None = None
     best_step: int = 0
     losses: list[float] = field(default_factory=list)
+
+
+class ProgressRecord(msgspec.Struct):
+    """A checkpoint's ``progress.json``: :class:`Progress`, and how many times the moving average was updated."""
+
+    step: Annotated[int, Meta(ge=0)]
+    seconds: Annotated[float, Meta(ge=0)]
+    best: float | None
+    best_step: Annotated[int, Meta(ge=0)]
+    losses: list[float]
+    ema_step: Annotated[int, Meta(ge=0)]
 
 
 class Checkpoints:
@@ -181,10 +200,10 @@ class Checkpoints:
     def _load(self, checkpoint: Path) -> Progress:
         """Puts everything back as it was at ``checkpoint``; damage shows as one of many kinds of error."""
         _check_seal(checkpoint)
+        record = msgspec.structs.asdict(read_json(checkpoint / "progress.json", ProgressRecord))
         self.accelerator.load_state(str(checkpoint))
         if self.latent_embedding is not None:
             self.latent_embedding.load(checkpoint)
-        record = read_json(checkpoint / "progress.json")
         ema_step = record.pop("ema_step")
         if self.ema is not None:
             _load_tensors(self.ema.shadow_params, checkpoint / "ema.safetensors")

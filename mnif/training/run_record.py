@@ -1,13 +1,18 @@
 """What a run folder remembers: what a command was asked to do there, whether it has finished, and its curves."""
 
+import contextlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
 
 from mnif.utils.errors import UserError
-from mnif.utils.files import flush_to_disk, read_json, write_errors_of, write_json, written_atomically
+from mnif.utils.files import flush_to_disk, write_errors_of, write_json, written_atomically
+from mnif.utils.json_files import parse_json, read_json
 from mnif.utils.process import command_line
 
 
@@ -42,15 +47,37 @@ class MetricsLog:
             flush_to_disk(self.path.parent)
 
 
+class MetricsRow(msgspec.Struct):
+    """What every row of a ``metrics.jsonl`` has; whatever else is there is a figure."""
+
+    stage: str
+    step: Annotated[int, Meta(ge=0)]
+    seconds: Annotated[float, Meta(ge=0)]
+
+
 def read_metrics_log(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``; a last line cut off by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+    """The rows of a ``metrics.jsonl``; a last line cut off by a kill is left out.
+
+    Raises:
+        UserError: the file is missing, or another line is damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    *lines, last = path.read_bytes().split(b"\n")
+    rows = [_metrics_row(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if last.strip():
+        with contextlib.suppress(UserError):
+            rows.append(_metrics_row(last, str(path)))
     return rows
+
+
+def _metrics_row(line: bytes, where: str) -> dict[str, Any]:
+    parse_json(line, MetricsRow, where)
+    row = parse_json(line, dict[str, int | float | str | None], where)
+    for name, value in row.items():
+        if isinstance(value, str) and name != "stage":
+            raise UserError(f"{where}: {name} is a text; a number is needed")
+    return row
 
 
 # Flags that change where a run's result goes or how fast it comes, not what it is.
@@ -66,6 +93,24 @@ _CONVENIENCES = {
     "batch_size",
     "max_image_pixels",
 }
+
+
+class StageRecord(msgspec.Struct):
+    """What ``run.json`` holds of a stage: its flags and the fingerprints of what it read, each as a text."""
+
+    command: str
+    arguments: dict[str, str] = {}
+    inputs: dict[str, str] = {}
+    finished: bool = False
+
+
+def read_run_record(run: Path) -> dict[str, StageRecord]:
+    """Reads ``run.json``: what the run folder holds of each stage, by the command's name.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    return read_json(run / "run.json", dict[str, StageRecord])
 
 
 def begin_stage(folder: Path, stage: str, arguments: Any, inputs: dict[str, str]) -> bool:
@@ -85,26 +130,28 @@ def begin_stage(folder: Path, stage: str, arguments: Any, inputs: dict[str, str]
     """
     path = folder / "run.json"
     requested = {key: str(value) for key, value in asdict(arguments).items() if key not in _CONVENIENCES}
-    record = read_json(path) if path.exists() else {}
+    record = read_run_record(folder) if path.exists() else {}
     before = record.get(stage)
     if before is not None and arguments.resume_from_checkpoint != "no":
-        for name, old, new in _differences(before["arguments"] | before["inputs"], requested | inputs):
+        for name, old, new in _differences(before.arguments | before.inputs, requested | inputs):
             raise UserError(
                 f"{folder} holds a `{stage}` with {name} {old} where now it is {new}; "
                 "choose another run folder, or begin anew with --resume_from_checkpoint no"
             )
-        if before["finished"]:
+        if before.finished:
             return True
-    record[stage] = {"arguments": requested, "inputs": inputs, "command": command_line(), "finished": False}
-    write_json(path, record)
+    record[stage] = StageRecord(command_line(), requested, inputs)
+    write_json(path, msgspec.to_builtins(record))
     return False
 
 
 def finish_stage(folder: Path, stage: str) -> None:
     """Notes in ``folder/run.json`` that ``stage`` is done."""
-    record = read_json(folder / "run.json")
-    record[stage]["finished"] = True
-    write_json(folder / "run.json", record)
+    record = read_run_record(folder)
+    if stage not in record:
+        raise UserError(f"{folder / 'run.json'}: lost its {stage} while that ran; give the command again")
+    record[stage].finished = True
+    write_json(folder / "run.json", msgspec.to_builtins(record))
 
 
 def _differences(before: dict[str, str], now: dict[str, str]) -> Iterable[tuple[str, str | None, str | None]]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypedDict, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import msgspec
 import tyro
 
 from mnif.utils.errors import UserError
-from mnif.utils.files import read_json
+from mnif.utils.json_files import read_object
 
 T = TypeVar("T")
 
@@ -139,6 +140,15 @@ def preset_names(folder: Path) -> list[str]:
     return sorted(path.stem for path in folder.glob("*.json"))
 
 
+_FlagValue = bool | int | float | str | None
+
+
+class Preset(msgspec.Struct):
+    """A preset: flags by name with their values, as JSON has them, and whatever else it tells."""
+
+    arguments: dict[str, bool | int | float | str | list[_FlagValue] | None]
+
+
 def read_preset(name: str, folder: Path) -> dict[str, Any]:
     """The preset of a name in ``folder``, or at a path: an object that holds at least ``arguments``, an object.
 
@@ -149,10 +159,10 @@ def read_preset(name: str, folder: Path) -> dict[str, Any]:
     path = path if path.is_file() else Path(name)
     if path.suffix != ".json" or not path.is_file():
         raise UserError(f"--preset {name}: neither a JSON file nor one of {', '.join(preset_names(folder))}")
-    content = read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get("arguments"), dict):
-        raise UserError(f'--preset {name}: an object with "arguments", an object, is needed')
-    return content
+    try:
+        return read_object(path, Preset)
+    except UserError as error:
+        raise UserError(f"--preset {error}") from None
 
 
 def preset_values(

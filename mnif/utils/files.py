@@ -8,6 +8,7 @@ import ctypes
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -221,28 +222,17 @@ def _open_to_others(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes ``content`` as indented JSON, atomically."""
+    """Writes ``content`` as indented JSON, atomically; NaN and infinity, which JSON does not know, as null."""
     with written_atomically(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        temporary.write_text(json.dumps(_finite(content), indent=2, sort_keys=True) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        UserError: the file is missing or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from None
-
-
-def merge_json(path: Path, metrics: dict[str, Any]) -> None:
-    """Adds ``figures`` to the JSON object in ``path``, which is made if it is missing."""
-    write_json(path, (read_json(path) if path.exists() else {}) | metrics)
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def sha256_of_file(path: Path) -> str:

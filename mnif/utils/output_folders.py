@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from mnif.utils.errors import UserError
 from mnif.utils.files import check_writable, remove_leftovers, write_json
+from mnif.utils.json_files import read_json
 from mnif.utils.process import command_line, is_main_process
 
 BEGUN = ".begun.json"
@@ -248,12 +249,11 @@ def _owner(folder: Path) -> tuple[str, str] | None:
         if entries & _content(folder / file).keys():
             return command, file
     begun = _content(folder / BEGUN).get("command")
-    return (begun, BEGUN) if begun in _WRITES else None
+    return (begun, BEGUN) if isinstance(begun, str) and begun in _WRITES else None
 
 
 def _content(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if it holds anything else or cannot be read."""
-    with contextlib.suppress(OSError, ValueError):
-        content = json.loads(path.read_text())
-        return content if isinstance(content, dict) else {}
+    with contextlib.suppress(OSError, UserError):
+        return read_json(path)
     return {}

@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from mnif.utils.errors import UserError, printable
 from mnif.utils.files import (
-    read_json,
     remove_leftovers,
     sha256_of_file,
     write_json,
     written_apart,
     written_atomically,
 )
+from mnif.utils.json_files import read_json
 from mnif.utils.process import Processes, is_main_process, progress_bar
 
 T = TypeVar("T")
@@ -92,9 +92,8 @@ class Seals:
 
     def _read(self, name: str) -> dict[str, Any]:
         """What is noted; nothing where the seal itself is missing or damaged."""
-        with contextlib.suppress(OSError, ValueError, RecursionError):
-            content = json.loads(self._path(name).read_text())
-            return content if isinstance(content, dict) else {}
+        with contextlib.suppress(OSError, UserError):
+            return read_json(self._path(name))
         return {}
 
 
