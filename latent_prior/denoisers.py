@@ -6,7 +6,7 @@ Han, Generative Neural Fields by Mixtures of Neural Implicit Functions, NeurIPS 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,13 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from jaxtyping import Float
+from msgspec import Meta
 from torch import Tensor, nn
 
 from mnif.data.batches import InstanceGenerator
 from mnif.models.io import OwnMemory, load_component
 from mnif.utils.errors import UserError
-from mnif.utils.files import read_json
+from mnif.utils.json_files import Depth, Size, read_json
 
 
 class ResidualBlock(nn.Module):
@@ -102,13 +103,13 @@ class ResMLPDenoiser(Denoiser):
     @register_to_config
     def __init__(
         self,
-        latent_dim: int = 128,
-        width: int = 512,
-        depth: int = 4,
-        time_width: int = 128,
-        dropout: float = 0.0,
+        latent_dim: Size = 128,
+        width: Size = 512,
+        depth: Depth = 4,
+        time_width: Size = 128,
+        dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0,
         decoder_fingerprint: str = "",
-        distilled_steps: Sequence[int] = (),
+        distilled_steps: Sequence[Size] = (),
     ):
         super().__init__(latent_dim)
         self.time_in = nn.Linear(time_width, time_width)
@@ -179,10 +180,10 @@ class PaperDenoiser(Denoiser):
     @register_to_config
     def __init__(
         self,
-        latent_dim: int = 128,
-        width: int = 4096,
-        depth: int = 8,
-        time_width: int = 64,
+        latent_dim: Size = 128,
+        width: Size = 4096,
+        depth: Depth = 8,
+        time_width: Size = 64,
         decoder_fingerprint: str = "",
     ):
         super().__init__(latent_dim)
@@ -231,6 +232,6 @@ def load_denoiser(folder: Path, name: str = "denoiser") -> Denoiser:
     config = folder / name / "config.json"
     named = read_json(config).get("_class_name") if config.is_file() else ResMLPDenoiser.__name__
     kinds = {kind.__name__: kind for kind in DENOISERS.values()}
-    if named not in kinds:
-        raise UserError(f"{config}: a {named} is no denoiser; {' or '.join(kinds)} is needed")
+    if not isinstance(named, str) or named not in kinds:
+        raise UserError(f"{config}: a {named!s:.40} is no denoiser; {' or '.join(kinds)} is needed")
     return load_component(kinds[named], folder, name)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, snapshot_download
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -19,8 +20,10 @@ from mnif.latents.table import LatentTable
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.registry import signal_class
+from mnif.training.run_record import read_run_record
 from mnif.utils.errors import UserError, markdown_code, printable
-from mnif.utils.files import read_json, written_atomically
+from mnif.utils.files import written_atomically
+from mnif.utils.json_files import read_json, read_object
 
 _FILES = ["*.json", "*.safetensors", "*.md"]  # what is fetched: never pickles or code
 
@@ -77,6 +80,13 @@ looked at. SHA-256 of the data as read: `{{ fingerprint }}`.
 """
 
 
+class Measured(msgspec.Struct):
+    """What a card says of an evaluation's ``metrics.json`` beside its figures."""
+
+    command: str
+    protocol: dict[str, bool | int | float | str | None] = {}
+
+
 def write_model_card(run: Path) -> None:
     """Writes ``run/model/README.md`` from what the run has recorded so far."""
     card = model_card(run)
@@ -90,9 +100,9 @@ def model_card(run: Path) -> ModelCard:
     Raises:
         UserError: the run folder lacks a finished stage one.
     """
-    record, metrics = read_json(run / "run.json"), read_json(run / "metrics.json")
+    record, metrics = read_run_record(run), read_json(run / "metrics.json")
     decoder = load_component(MNIFModel, run / "model", "decoder")
-    table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint())
+    table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint(), decoder.config.latent_dim)
     # Whoever learns from data of their own knows its licence, and this program does not.
     licence, words = builtin_licence(table.data) or (None, None)
     data, evaluated = markdown_code(public_name(table.data)), run / "eval" / "metrics.json"
@@ -112,10 +122,12 @@ def model_card(run: Path) -> ModelCard:
         data=data,
         train=len(table.train),
         held_out=int(table.held_out.sum()),
-        fingerprint=record.get("fit", {}).get("inputs", {}).get("data_fingerprint", "unknown"),
-        commands="\n".join(public_command(record[stage]["command"]) for stage in _STAGES if stage in record),
+        fingerprint=record["fit"].inputs.get("data_fingerprint", "unknown") if "fit" in record else "unknown",
+        commands="\n".join(public_command(record[stage].command) for stage in _STAGES if stage in record),
         metrics="\n".join(lines),
-        evaluation=_evaluation(read_json(evaluated)) if evaluated.exists() else "Samples have not been measured yet.",
+        evaluation=_evaluation(read_object(evaluated, Measured))
+        if evaluated.exists()
+        else "Samples have not been measured yet.",
         licence=words or f"None is stated: the licence of the data, {data}, tells what may be done with samples.",
     )
 
@@ -165,7 +177,10 @@ def model_folder(name: str | Path) -> Path:
     """
     folder = Path(name)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not folder.parent.is_dir()
-    return downloaded(str(name)) if on_hub and not folder.exists() else folder
+    if not on_hub or folder.exists():
+        return folder
+    print(f"{name}: no such folder; asking the hub for a model of this name", flush=True)
+    return downloaded(str(name))
 
 
 def downloaded(repo_id: str, **options: Any) -> Path:

@@ -1,12 +1,14 @@
 """Noise to pictures: the diffusers pipeline that holds decoder, denoiser and scheduler."""
 
+import inspect
 import tempfile
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import diffusers
+import msgspec
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -15,13 +17,14 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from latent_prior.denoisers import Denoiser, load_denoiser
-from latent_prior.diffusion import INFERENCE_STEPS, objective_of, takes_generator
+from latent_prior.diffusion import INFERENCE_STEPS, load_scheduler, objective_of, takes_generator
 from latent_prior.hub import downloaded, upload
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.outputs import check_output_type, postprocess
 from mnif.signals.registry import signal_of_model
 from mnif.utils.errors import UserError
+from mnif.utils.json_files import read_json
 
 # diffusers finds the classes of an outside pipeline among the modules already imported, so both stand above.
 
@@ -196,6 +199,27 @@ class MNIFPipeline(DiffusionPipeline):
         return self.denoiser, self.scheduler
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name: str | PathLike, **options: Any) -> "MNIFPipeline":
+        """Loads a model folder (:func:`load_pipeline`), or ``user/name`` from the hub if there is no such folder.
+
+        Args:
+            pretrained_model_name: the folder's path, or the name.
+            options: components by name, to take the place of the folder's; ``torch_dtype`` (or ``dtype``); those of
+                :func:`latent_prior.hub.downloaded`. Others, which say how diffusers loads, are passed over.
+
+        Raises:
+            UserError: the folder is damaged, or there is none and the hub has no such model.
+        """
+        named = {name: options[name] for name in inspect.signature(cls.__init__).parameters if name in options}
+        folder = Path(pretrained_model_name)
+        if not folder.is_dir():
+            folder = Path(cls.download(pretrained_model_name, **options))
+        with torch.random.fork_rng(devices=[]):  # components draw weights before they read them
+            pipeline = load_pipeline(folder, **named)
+        dtype = options.get("torch_dtype", options.get("dtype"))
+        return pipeline if dtype is None else pipeline.to(dtype=dtype)
+
+    @classmethod
     def download(cls, pretrained_model_name: str | PathLike, **options: Any) -> str:
         """Fetches a model from the hub: called by ``from_pretrained("user/name")``.
 
@@ -223,25 +247,63 @@ class MNIFPipeline(DiffusionPipeline):
             return upload(Path(folder), source, repo_id, **options)
 
 
-def load_pipeline(folder: Path) -> MNIFPipeline:
-    """The pipeline in a model folder.
+_DenoiserClass = Literal["ResMLPDenoiser", "PaperDenoiser"]
+_DenoiserModule = Literal["latent_prior.denoisers"]
+_AnyScheduler = tuple[Literal["diffusers"], str]
+
+
+class PipelineIndex(msgspec.Struct, forbid_unknown_fields=True):
+    """A ``model_index.json``: for each component its module and class, of ours and of diffusers' schedulers alone.
+
+    No other module is ever imported for it, and no other component read.
+    """
+
+    class_name: Literal["MNIFPipeline"] = msgspec.field(name="_class_name")
+    decoder: tuple[Literal["mnif.models.mnif_model"], Literal["MNIFModel"]]
+    denoiser: tuple[_DenoiserModule, _DenoiserClass]
+    scheduler: _AnyScheduler
+    student: tuple[_DenoiserModule | None, _DenoiserClass | None] = (None, None)
+    student_scheduler: tuple[Literal["diffusers"] | None, str | None] = (None, None)
+    diffusers_version: str | None = msgspec.field(default=None, name="_diffusers_version")
+    name_or_path: str | None = msgspec.field(default=None, name="_name_or_path")
+
+
+def load_pipeline(folder: Path, **components: Any) -> MNIFPipeline:
+    """The pipeline in a model folder. Nothing but what its index names is read, and the network is never asked.
+
+    Args:
+        folder: the model folder.
+        components: takes the place of those in the folder, by name.
 
     Raises:
         UserError: a stage is missing or damaged, or a denoiser belongs to another decoder.
     """
-    components = {
-        "decoder": load_component(MNIFModel, folder, "decoder"),
-        "denoiser": load_denoiser(folder),
-    }
-    if (folder / "student").is_dir():
-        components["student"] = load_denoiser(folder, "student")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model folder; `mnif prior` completes one at RUN/model")
+    if not (folder / "denoiser").exists():
+        raise UserError(f"{folder} has no denoiser; `mnif prior` makes it")
+    index = read_json(folder / "model_index.json", PipelineIndex)
+    has_student = index.student[1] is not None and index.student_scheduler[1] is not None
+    for name in ("decoder", "denoiser", "scheduler", *(("student", "student_scheduler") if has_student else ())):
+        if name not in components:
+            components[name] = _load_part(folder, name, getattr(index, name)[1])
     diffusers.utils.logging.disable_progress_bar()
     try:
-        return MNIFPipeline.from_pretrained(folder, **components)
+        pipeline = MNIFPipeline(**components)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: damaged pipeline ({str(error).splitlines()[0]}); run `mnif prior` again") from None
+    pipeline.register_to_config(_name_or_path=str(folder))
+    return pipeline
+
+
+def _load_part(folder: Path, name: str, class_name: str) -> Any:
+    """Reads one component, which must be of the class that the index names."""
+    if name == "decoder":
+        return load_component(MNIFModel, folder, name)
+    part = load_scheduler(folder / name) if name.endswith("scheduler") else load_denoiser(folder, name)
+    if type(part).__name__ != class_name:
+        raise UserError(f"{folder / 'model_index.json'}: {name} is a {class_name}, its folder a {type(part).__name__}")
+    return part
 
 
 def _check_noise(latents: Tensor, latent_dim: int) -> None:

@@ -23,7 +23,8 @@ from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least
-from mnif.utils.files import folder_written_atomically, merge_json, sha256_of_folder
+from mnif.utils.files import folder_written_atomically, sha256_of_folder
+from mnif.utils.json_files import merge_json
 from mnif.utils.output_folders import holds_folder
 from mnif.utils.process import peak_memory_megabytes
 
@@ -84,7 +85,9 @@ def distill(arguments: DistillArguments) -> None:
     if not run.is_dir():
         raise UserError(f"--run {run}: no such run folder; `mnif fit --output_dir {run}` makes it")
     pipeline = load_pipeline(model)
-    table = LatentTable.load(run / "latents.safetensors", pipeline.decoder.fingerprint())
+    table = LatentTable.load(
+        run / "latents.safetensors", pipeline.decoder.fingerprint(), pipeline.decoder.config.latent_dim
+    )
     accelerator = make_accelerator(arguments, run)
     if begin_stage(run, "distill", arguments, {"teacher_sha256": sha256_of_folder(model / "denoiser")}):
         print(f"{run}: `mnif distill` has finished here before with these arguments; nothing to do")

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import torch
 from accelerate.utils import set_seed
@@ -27,7 +28,8 @@ from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator, s
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_given, preset_values, read_preset
 from mnif.utils.errors import UserError, check_at_least
-from mnif.utils.files import folder_written_atomically, merge_json, read_json, sha256_of_file
+from mnif.utils.files import folder_written_atomically, sha256_of_file
+from mnif.utils.json_files import merge_json, read_object
 from mnif.utils.output_folders import holds_folder
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import peak_memory_megabytes
@@ -147,7 +149,7 @@ def fit_prior(arguments: PriorArguments) -> None:
     if not run.is_dir():
         raise UserError(f"--run {run}: no such run folder; `mnif fit --output_dir {run}` makes it")
     decoder = load_component(MNIFModel, run / "model", "decoder")
-    table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint())
+    table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint(), decoder.config.latent_dim)
     latents = torch.cat([table.train, *_extra_latents(arguments, table)])
     if arguments.num_train_epochs is not None:
         epochs, batch_size = arguments.num_train_epochs, arguments.train_batch_size
@@ -212,7 +214,10 @@ def _extra_latents(arguments: PriorArguments, table: LatentTable) -> list[Tensor
     Raises:
         UserError: one is missing, or belongs to another decoder.
     """
-    return [LatentTable.load(path, table.fingerprint).train for path in arguments.extra_latents or []]
+    return [
+        LatentTable.load(path, table.fingerprint, table.latents.shape[1]).train
+        for path in arguments.extra_latents or []
+    ]
 
 
 @torch.no_grad()
@@ -230,11 +235,17 @@ def _finish(arguments: PriorArguments, decoder: MNIFModel, denoiser: Denoiser, s
         "peak_rss_mb": peak_memory_megabytes(),
         "denoiser_parameters": denoiser.num_parameters(),
     }
-    recorded = read_json(run / "metrics.json")
+    recorded = read_object(run / "metrics.json", RunFigures)
     merge_json(run / "metrics.json", {"prior": recorded.get("prior", {}) | metrics})
     write_model_card(run)
     finish_stage(run, "prior")
     print(f"{run / 'model'}: denoiser and scheduler added; pictures at {run / 'samples' / 'samples.png'}")
+
+
+class RunFigures(msgspec.Struct):
+    """What a run's ``metrics.json`` holds of this stage."""
+
+    prior: dict[str, Any] = {}
 
 
 def add_prior(folder: Path, pipeline: MNIFPipeline) -> None:

@@ -19,7 +19,8 @@ from mnif.signals.outputs import Animation, MeshFormat, writer_from_flags
 from mnif.signals.registry import signal_of_model
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least
-from mnif.utils.files import flush_everything, read_json, remove_leftovers, sha256_of_folder, write_json
+from mnif.utils.files import flush_everything, remove_leftovers, sha256_of_folder, write_json
+from mnif.utils.json_files import read_json
 from mnif.utils.output_folders import holds_folder
 from mnif.utils.process import command_line, peak_memory_megabytes, progress_bar
 
