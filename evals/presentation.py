@@ -4,12 +4,15 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import msgspec
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mnif.utils.errors import markdown_code, printable
+from mnif.utils.errors import UserError, markdown_code, printable
+from mnif.utils.json_files import read_object
 
 _LAST = 99
 
@@ -147,6 +150,30 @@ class Metric:
 
     def __str__(self) -> str:
         return f"{self.value:.4g}" + (f" ± {self.std:.1g}" if self.std is not None else "")
+
+
+class EvaluationFile(msgspec.Struct):
+    """What an evaluation's ``metrics.json`` holds beside its metrics."""
+
+    inputs: dict[str, Any] = {}
+    protocol: dict[str, bool | int | float | str | None] = {}
+    warnings: list[str] = []
+    model: dict[str, bool | int | float | str | None] = {}
+    command: str = ""
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """Reads an evaluation's ``metrics.json``.
+
+    Raises:
+        UserError: the file is missing or damaged, or a metric is no number.
+    """
+    evaluation = read_object(path, EvaluationFile)
+    for key, value in evaluation.items():
+        is_metric = key.endswith("_std") or key.split("_")[0] in {name.split("_")[0] for name in FAMILIES}
+        if is_metric and not isinstance(value, int | float | None):
+            raise UserError(f"{path}: {key} is no number")
+    return evaluation
 
 
 def metrics_of(evaluation: Mapping[str, Any]) -> Iterator[Metric]:

@@ -24,7 +24,7 @@ from evals.metrics.shapes import (
     surface_points,
     surfaces_of_grids,
 )
-from mnif.data.arrays import npy_array, npz_arrays
+from mnif.data.arrays import npy_array, npz_arrays, npz_names
 from mnif.data.dataset import Split
 from mnif.data.source import DataSource, files_by_name
 from mnif.data.voxel_formats import MESH_SUFFIXES, grids_of_array, read_binvox, read_mesh
@@ -115,10 +115,10 @@ def _grids_in(path: Path) -> np.ndarray:
     if path.suffix.lower() == ".npy":
         grids = npy_array(path)
     else:
-        arrays = npz_arrays(path, _NEEDS)
+        arrays = npz_arrays(path, _NEEDS, ("voxels", "occupancy"))
         name = next((name for name in ("voxels", "occupancy") if name in arrays), None)
         if name is None:
-            raise UserError(f"{path}: needs {_NEEDS}; found {', '.join(arrays) or 'nothing'}")
+            raise UserError(f"{path}: needs {_NEEDS}; found {', '.join(sorted(npz_names(path))) or 'nothing'}")
         grids = arrays[name]
     grids, signed = grids_of_array(grids, f"{path}: an array")
     if grids.dtype.kind not in "buif" or not np.isfinite(grids).all():

@@ -17,12 +17,14 @@ from evals.presentation import (
     markdown_table,
     metrics_of,
     protocol_line,
+    read_evaluation,
     table_rows,
 )
 from evals.protocol import EvalArguments, protocol_of
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least, markdown_code, printable
-from mnif.utils.files import read_json, write_json, written_atomically
+from mnif.utils.files import write_json, written_atomically
+from mnif.utils.json_files import read_json
 from mnif.utils.output_folders import BEGUN, check_output_folder, output_folder_of
 from mnif.utils.pixels import limit_image_pixels
 from mnif.utils.process import Processes, command_line, peak_memory_megabytes
@@ -67,7 +69,7 @@ def compare(paths: Sequence[Path], output: Path) -> None:
         UserError: a path holds no evaluation, or two were measured under different protocols.
     """
     evaluations = [
-        Evaluation(name, folder, read_json(folder / "metrics.json"))
+        Evaluation(name, folder, read_evaluation(folder / "metrics.json"))
         for name, folder in zip(_names(paths), map(_folder_of, paths), strict=True)
     ]
     protocol = _common_protocol(evaluations)

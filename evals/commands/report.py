@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -16,17 +17,18 @@ from PIL import Image
 from torch import Tensor
 
 from evals.metrics.neighbours import copying_verdict
-from evals.presentation import curve_plot, protocol_line, table_rows
+from evals.presentation import curve_plot, protocol_line, read_evaluation, table_rows
 from evals.timing import measured_latencies
 from export.device.bundle import BundleError, BundleFolder
 from latent_prior.diffusion import INFERENCE_STEPS
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from latent_prior.sampling import denoised, initial_noise, sample_latents, slerp
 from mnif.signals.outputs import postprocess
-from mnif.training.run_record import read_metrics_log
+from mnif.training.run_record import read_metrics_log, read_run_record
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError
-from mnif.utils.files import check_writable, read_json, written_atomically
+from mnif.utils.files import check_writable, written_atomically
+from mnif.utils.json_files import read_json, read_object
 from mnif.utils.pixels import image_grid
 from mnif.utils.process import command_line
 
@@ -80,15 +82,16 @@ def report(arguments: ReportArguments) -> None:
     bundle = arguments.bundle or run / "bundle"
     manifest = _manifest_of(bundle) if (bundle / "manifest.json").exists() else None
     evaluation = arguments.eval_dir or run / "eval"
-    metrics = read_json(evaluation / "metrics.json") if (evaluation / "metrics.json").exists() else {}
+    metrics = read_evaluation(evaluation / "metrics.json") if (evaluation / "metrics.json").exists() else {}
     compared = arguments.comparison_dir or run / "comparison"
-    comparison = read_json(compared / "comparison.json") if (compared / "comparison.json").exists() else {}
+    compare = compared / "comparison.json"
+    comparison = read_object(compare, Comparison) if compare.exists() else {}
     samples = arguments.samples or run / "pictures"
     steps = arguments.num_inference_steps
     environment = Environment(loader=PackageLoader("evals", "."), autoescape=True, undefined=StrictUndefined)
     page = environment.get_template("report.html.jinja").render(
         title=run.resolve().name,
-        fit=read_json(run / "metrics.json"),
+        fit=read_object(run / "metrics.json", RunFigures),
         metrics=metrics,
         rows=table_rows([metrics]),
         protocol=protocol_line(metrics.get("protocol", {})),
@@ -111,6 +114,38 @@ def report(arguments: ReportArguments) -> None:
     with written_atomically(output) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     print(output)
+
+
+class PriorFigures(msgspec.Struct):
+    """What `mnif prior` adds to a run's ``metrics.json``."""
+
+    denoiser_parameters: int
+    seconds: float
+    peak_rss_mb: float | None = None
+
+
+class RunFigures(msgspec.Struct):
+    """What the page shows of a run's ``metrics.json``."""
+
+    decoder_parameters: int
+    fields_per_instance: int
+    field_parameters: int
+    seconds: float
+    prior: PriorFigures
+    peak_rss_mb: float | None = None
+
+
+class ComparedEvaluation(msgspec.Struct):
+    """A column of a ``comparison.json``."""
+
+    name: str
+    figures: dict[str, bool | int | float | str | list | dict | None]
+
+
+class Comparison(msgspec.Struct):
+    """A ``comparison.json``."""
+
+    evaluations: list[ComparedEvaluation] = []
 
 
 def _manifest_of(bundle: Path) -> dict[str, Any]:
@@ -177,13 +212,19 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+class Commanded(msgspec.Struct):
+    """A file that says by which command it was made."""
+
+    command: str = ""
+
+
 def _commands(run: Path, samples: Path, bundle: Path, evaluation: Path) -> list[str]:
-    record = read_json(run / "run.json")
-    commands = [record[stage]["command"] for stage in ("fit", "prior") if stage in record]
+    record = read_run_record(run)
+    commands = [record[stage].command for stage in ("fit", "prior") if stage in record]
     for path in (samples / "metrics.json", bundle / "manifest.json", evaluation / "metrics.json"):
-        if path.exists() and "command" in (content := read_json(path)):
-            commands.append(content["command"])
-    return [*commands, command_line()]
+        if path.exists():
+            commands.append(read_json(path, Commanded).command)
+    return [*filter(None, commands), command_line()]
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -7,7 +7,6 @@ in float64 and covariances divide by n − 1. As is the custom, the *squared* di
 """
 
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,14 +14,18 @@ from pathlib import Path
 
 import numpy as np
 
-from mnif.data.arrays import npz_names
+from mnif.data.arrays import npz_arrays, npz_names
 from mnif.utils.errors import UserError
 from mnif.utils.files import written_atomically
+from mnif.utils.json_files import parse_json
 
 _NEGATIVE_TOLERANCE = 1e-6  # of the largest eigenvalue; what float32 statistics leave of a zero
 
 
 _ROWS_AT_ONCE = 4096
+
+
+_STATISTICS = "mu, sigma, num and protocol"
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,16 +168,30 @@ def load_moments(path: Path, protocol: Mapping[str, str]) -> Moments:
     Raises:
         UserError: the file is missing or broken, or states another protocol or none.
     """
+    arrays = npz_arrays(path, _STATISTICS, ("mu", "sigma", "num", "protocol"))
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            found = dict(json.loads(str(file["protocol"])))
-            moments = Moments(file["mu"], file["sigma"], int(file["num"]))
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        found = parse_json(str(arrays["protocol"][()]).encode(), dict[str, str], "its protocol")
+        moments = Moments(arrays["mu"], arrays["sigma"], int(arrays["num"][()]))
+        _check_moments(moments)
+    except (UserError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         raise UserError(f"{path}: no statistics with mu, sigma, num and protocol ({error}); delete it") from None
     for name, value in protocol.items():
         if found.get(name) != value:
-            raise UserError(f"{path}: made with {name} {found.get(name)!r}, not {value!r}; make it again with these")
+            raise UserError(
+                f"{path}: made with {name} {found.get(name)!r:.80}, not {value!r:.80}; make it again with these"
+            )
     return moments
+
+
+def _check_moments(moments: Moments) -> None:
+    """Raises a ValueError unless they are finite, at least two samples', and of one dimension."""
+    mean, covariance = moments.mean, moments.covariance
+    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)) or not len(mean):
+        raise ValueError(f"mu is {list(mean.shape)}, sigma {list(covariance.shape)}; [D] and [D, D] are needed")
+    if not all(array.dtype.kind == "f" and np.isfinite(array).all() for array in (mean, covariance)):
+        raise ValueError("mu or sigma holds something else than finite numbers")
+    if moments.count < 2:
+        raise ValueError(f"{moments.count} samples; at least 2 are needed")
 
 
 def _trace_of_root(a: Moments, b: Moments) -> float:

@@ -4,9 +4,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+import struct
+import zlib
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
+from tokenize import TokenError
+from typing import Any
+from zipfile import BadZipFile, ZipFile, ZipInfo
 
 import numpy as np
 
@@ -14,22 +18,79 @@ from mnif.utils.errors import UserError
 from mnif.utils.files import cache_folder, written_atomically
 from mnif.version import __version__
 
+# What damaged archives and arrays end in, in zipfile, zlib and NumPy; RuntimeError: one with a password.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    BadZipFile,
+    zlib.error,
+    struct.error,
+    AttributeError,
+    TypeError,
+    OverflowError,
+    MemoryError,
+    NotImplementedError,
+    RuntimeError,
+    SyntaxError,
+    TokenError,
+    RecursionError,
+)
 
-def npz_arrays(path: Path, needs: str) -> dict[str, np.ndarray]:
-    """Reads all arrays of an ``.npz`` file by name.
+
+def npz_arrays(path: Path, needs: str, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """Reads arrays of an ``.npz`` file by name.
 
     Args:
         path: the file.
         needs: what the file should hold, for the error.
+        names: those that are read, as far as they are there; others are not touched. Default: all.
 
     Raises:
-        UserError: the file is damaged, or holds Python objects.
+        UserError: the file is damaged, holds Python objects, or asks for more memory than it may: an array that is
+            packed more than 200 to one and takes over 256 MB, or one over the limit of :func:`memmap_cached`.
     """
     try:
+        with ZipFile(path) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            wanted = [name for name in members if names is None or name in names]
+            for name in wanted:
+                _check_member(archive, members[name])
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile, AttributeError, TypeError) as error:
+            return {name: file[name] for name in wanted}
+    except _DAMAGE as error:
         raise UserError(f"{path}: needs {needs} ({error})") from None
+
+
+def _check_member(archive: ZipFile, member: ZipInfo) -> None:
+    """Looks at the sizes an array in an archive states, before it is read.
+
+    Raises:
+        ValueError: they do not fit each other, or are too large.
+    """
+    with archive.open(member) as file:
+        shape, _, kind = read_array_header(file)
+        size = math.prod(shape) * kind.itemsize
+        if kind.hasobject or size != member.file_size - file.tell():
+            raise ValueError(f"{member.filename} is not the {kind} {list(shape)} that its header states")
+    is_bomb = size > 256 << 20 and size > 200 * max(member.compress_size, 1)
+    if is_bomb or size > _limit_bytes():
+        raise ValueError(f"{member.filename} would take {size:,} bytes of memory; give it as .npy")
+
+
+def read_array_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Reads what an ``.npy`` file says of its array: shape, order and type.
+
+    Raises:
+        ValueError: it is not of that format.
+    """
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, order, kind = read(file)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"an array cannot be {list(shape)}")
+    return shape, order, kind
 
 
 def npz_names(path: Path) -> set[str]:
@@ -41,7 +102,7 @@ def npz_names(path: Path) -> set[str]:
     try:
         with ZipFile(path) as file:
             return {name.removesuffix(".npy") for name in file.namelist()}
-    except (OSError, BadZipFile) as error:
+    except _DAMAGE as error:
         raise UserError(f"{path}: not an .npz file ({error})") from None
 
 
@@ -53,7 +114,7 @@ def npy_array(path: Path) -> np.ndarray:
     """
     try:
         array = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except _DAMAGE as error:
         raise UserError(f"{path}: not a readable .npy array ({error})") from None
     if not isinstance(array, np.ndarray):
         raise UserError(f"{path}: not a readable .npy array (it is an .npz file)")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mnif.data.arrays import file_stamps, ids_and_groups, memmap_cached, npy_array, npz_arrays, row_names
+from mnif.data.arrays import file_stamps, ids_and_groups, memmap_cached, npy_array, npz_arrays, npz_names, row_names
 from mnif.data.builtin import avatar_drawings, builtin_names, data_file, is_avatars, twemoji_files, twemoji_group
 from mnif.data.dataset import Dataset
 from mnif.data.source import DataSource, files_by_name, readable, shared_groups
@@ -198,9 +198,11 @@ def array_source(path: Path) -> ImageSource:
     Raises:
         UserError: the file is damaged, or its array is not of the form above.
     """
-    arrays = {"images": npy_array(path)} if path.suffix == ".npy" else npz_arrays(path, _NEEDS)
+    arrays = (
+        {"images": npy_array(path)} if path.suffix == ".npy" else npz_arrays(path, _NEEDS, ("images", "ids", "groups"))
+    )
     if "images" not in arrays:
-        raise UserError(f"{path}: needs {_NEEDS}; found {', '.join(arrays) or 'nothing'}")
+        raise UserError(f"{path}: needs {_NEEDS}; found {', '.join(sorted(npz_names(path))) or 'nothing'}")
     images = arrays["images"]
     # A float array must say how many channels it has: a stack of something else is not taken for grey pictures.
     floats = images.dtype.kind == "f"

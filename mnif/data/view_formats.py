@@ -5,14 +5,16 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 
 from mnif.data.images import IMAGE_SUFFIXES
 from mnif.data.source import file_id, visible_files
 from mnif.utils.errors import UserError
-from mnif.utils.files import read_json
+from mnif.utils.json_files import read_object
 from mnif.utils.pixels import open_image
 from mnif.utils.process import tell
 
@@ -20,6 +22,8 @@ SRN_MARKER = "intrinsics.txt"
 TRANSFORMS_MARKERS = ("transforms.json", "transforms_train.json")
 CameraConvention = Literal["auto", "opengl", "opencv", "opengl-world-to-camera", "opencv-world-to-camera"]
 OPENCV_TO_OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
+_FARTHEST = 1e30  # poses are float32, and distances square them
+_LARGEST_TRANSFORMS = 64 << 20  # bytes
 _ROTATION_TOLERANCE = 1e-3
 _PINHOLES = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "FULL_OPENCV", "SIMPLE_RADIAL", "RADIAL", "PERSPECTIVE")
 _USED = ("fl_x", "fl_y", "cx", "cy", "camera_angle_x", "camera_angle_y", "w", "h", "camera_model")
@@ -104,6 +108,22 @@ def instance_folders(source: Path) -> dict[Path, str]:
     return dict(sorted(folders.items()))
 
 
+class Frame(msgspec.Struct):
+    """A picture of a ``transforms.json``."""
+
+    file_path: Annotated[str, Meta(min_length=1, max_length=4096, pattern="^[^\0]*$")]
+    transform_matrix: Annotated[list[Annotated[list[float], Meta(max_length=4)]], Meta(max_length=4)]
+
+
+class Transforms(msgspec.Struct):
+    """What is looked at in a ``transforms.json``; a frame may have the camera's keys too."""
+
+    frames: list[Frame]
+    camera_model: str | None = None
+    w: float | None = None
+    h: float | None = None
+
+
 def point_looked_at(poses: np.ndarray, where: str) -> np.ndarray:
     """Finds the point [3] nearest to all axes along which cameras [V, 4, 4] look, in the sense of least squares.
 
@@ -173,7 +193,7 @@ def _transforms_instance(id: str, marker: Path, max_views: int | None, conventio
 
     What a frame says of its camera goes before what the file says of all.
     """
-    content = read_json(marker)
+    content = read_object(marker, Transforms, largest=_LARGEST_TRANSFORMS)
     try:
         frames = [(str(f["file_path"]), np.array(f["transform_matrix"], dtype=float), f) for f in content["frames"]]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -278,7 +298,7 @@ def checked_pose(pose: np.ndarray, where: str) -> np.ndarray:
     """
     if pose.shape != (4, 4):
         raise UserError(f"{where}: the pose is {list(pose.shape)}; 4×4 numbers are needed")
-    if not np.isfinite(pose).all():
+    if not (np.abs(pose) < _FARTHEST).all():  # NaN is not
         raise UserError(f"{where}: the pose holds NaN or infinity; mend it or remove the view")
     rotation = pose[:3, :3]
     turned, determinant = np.abs(rotation @ rotation.T - np.eye(3)).max(), np.linalg.det(rotation)

@@ -24,6 +24,8 @@ from mnif.utils.errors import UserError, require
 from mnif.utils.files import written_atomically
 
 _LONGEST_RUN = 255
+LARGEST_GRID = 512
+"""Cells per axis of what can be read: 128 MB a shape."""
 _BODY = re.compile(rb"\ndata[ \t]*\r?\n")
 
 
@@ -86,6 +88,9 @@ def _parsed(path: Path, content: bytes) -> tuple[int, int]:
     digits = all(size.isascii() and size.isdigit() and len(size) < 10 for size in sizes)
     if not mark or not lines[0].startswith("#binvox") or len(sizes) != 3 or not digits:
         raise UserError(f"{path}: not a binvox file (its header needs #binvox, dim and data)")
+    if any(len(size) > 6 or int(size) > LARGEST_GRID for size in sizes):
+        shown = "×".join(size[:12] for size in sizes)
+        raise UserError(f"{path}: the grid is {shown}; {LARGEST_GRID}³ at most can be read")
     if len({int(size) for size in sizes}) > 1 or int(sizes[0]) < 1:
         raise UserError(f"{path}: the grid is {'×'.join(sizes)}; a cube is needed")
     return int(sizes[0]), mark.end()
@@ -160,8 +165,18 @@ def hdf5_grids(path: Path, file: Any, resolution: int | None) -> tuple[int, int,
     Raises:
         UserError: the file holds neither, or points in another form than described above.
     """
+    import h5py
+
+    for name, array in file.items():
+        if name == "voxels" or name.startswith(("points", "values")):
+            if not isinstance(array, h5py.Dataset) or array.dtype.kind not in "biuf" or not array.ndim:
+                raise UserError(f'{path}: "{name}" is no array of numbers')
+            if array.nbytes > 64 << 20 and array.nbytes > 2000 * array.id.get_storage_size():  # gzip packs 1030 to one
+                raise UserError(f'{path}: "{name}" should hold {array.nbytes:,} bytes, and most of them are missing')
     if "voxels" in file:
         voxels = file["voxels"]
+        if len(set(voxels.shape[1:4])) > 1 or max(voxels.shape[1:]) > LARGEST_GRID or not voxels.size:
+            raise UserError(f'{path}: "voxels" is {list(voxels.shape)}; cubes of {LARGEST_GRID}³ at most are needed')
         if voxels.ndim not in (4, 5) or (voxels.ndim == 5 and voxels.shape[4] != 1):
             raise UserError(f'{path}: "voxels" is {list(voxels.shape)}; [N, R, R, R, 1] is needed')
         return len(voxels), voxels.shape[1], lambda row: voxels[row].reshape(voxels.shape[1:4])

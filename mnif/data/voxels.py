@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mnif.data.arrays import file_stamps, ids_and_groups, memmap_cached, npy_array, npz_arrays
+from mnif.data.arrays import file_stamps, ids_and_groups, memmap_cached, npy_array, npz_arrays, npz_names
 from mnif.data.builtin import builtin_names, data_file
 from mnif.data.dataset import Dataset
 from mnif.data.source import DataSource, file_id, files_by_name, readable, visible_files
 from mnif.data.voxel_formats import (
+    LARGEST_GRID,
     MESH_SUFFIXES,
     binvox_resolution,
     grids_of_array,
@@ -28,6 +29,7 @@ from mnif.utils.process import progress_bar
 VOXEL_SUFFIXES = (".binvox", *MESH_SUFFIXES)
 ARRAY_SUFFIXES = (".npy", ".npz")
 _MESH_RESOLUTION = 32
+_FORMS = ("voxels", "occupancy", "packed")
 _NEEDS = '"voxels" or "occupancy", 0 and 1, [N, R, R, R], or "packed", uint8 [N, R, R, R/8], and "resolution"'
 
 
@@ -102,6 +104,8 @@ def load_voxels(source: str, resolution: int | None = None) -> VoxelData:
     if resolution is not None and resolution < 1:
         raise UserError(f"--resolution {resolution}: at least 1 cell is needed")
     grids = _source(source, resolution)
+    if (finest := max(grids.resolution, resolution or 0)) > LARGEST_GRID:
+        raise UserError(f"--data {source}: grids of {finest}³ cells; {LARGEST_GRID}³ at most can be read")
     cells = resolution or grids.resolution
     if grids.resolution % cells:
         raise UserError(
@@ -133,14 +137,19 @@ def array_source(path: Path) -> VoxelSource:
     Raises:
         UserError: the file is damaged, or its array has another shape.
     """
-    arrays = {"voxels": npy_array(path)} if path.suffix == ".npy" else npz_arrays(path, _NEEDS)
-    name = next((name for name in ("voxels", "occupancy", "packed") if name in arrays), None)
+    arrays = (
+        {"voxels": npy_array(path)}
+        if path.suffix == ".npy"
+        else npz_arrays(path, _NEEDS, (*_FORMS, "resolution", "ids", "groups"))
+    )
+    name = next((name for name in _FORMS if name in arrays), None)
     if name is None:
-        raise UserError(f"{path}: needs {_NEEDS}; found {', '.join(arrays) or 'nothing'}")
+        raise UserError(f"{path}: needs {_NEEDS}; found {', '.join(sorted(npz_names(path))) or 'nothing'}")
     grids = arrays[name]
     if name == "packed":
         ids, groups = ids_and_groups(path, arrays, len(grids) if grids.ndim else 0)
-        resolution = int(arrays["resolution"].item()) if arrays.get("resolution", np.zeros(2)).size == 1 else 0
+        stored = arrays.get("resolution", np.zeros(2))
+        resolution = int(stored.item()) if stored.size == 1 and stored.dtype.kind in "iu" else 0
         if grids.dtype != np.uint8 or grids.shape[1:] != (resolution, resolution, -(-resolution // 8)):
             raise UserError(f'{path}: "packed" is {grids.dtype} {list(grids.shape)}; needed is {_NEEDS}')
         return VoxelSource(ids, groups, resolution, lambda row: unpacked(grids[row], resolution), file_stamps([path]))
