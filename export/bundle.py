@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -27,7 +28,8 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.signals.radiance import RadianceField
 from mnif.signals.registry import signal_of_model
 from mnif.utils.errors import UserError
-from mnif.utils.files import flush_to_disk, read_json, sha256_of_file, write_json
+from mnif.utils.files import flush_to_disk, sha256_of_file, write_json
+from mnif.utils.json_files import read_object
 from mnif.utils.output_folders import LOCK
 
 
@@ -60,7 +62,7 @@ def instances_of_table(
     Raises:
         UserError: no such table or id, or the table belongs to another decoder.
     """
-    table = LatentTable.load(path, decoder.fingerprint())
+    table = LatentTable.load(path, decoder.fingerprint(), decoder.config.latent_dim)
     if ids is None:
         rows = list(range(min(count, len(table.ids))))
     else:
@@ -174,6 +176,20 @@ def write_device_files(bundle: Path) -> None:
 MANIFEST = "manifest.json"
 
 
+class WrittenFile(msgspec.Struct):
+    """What a manifest says of a file."""
+
+    sha256: str
+    bytes: int
+
+
+class WrittenManifest(msgspec.Struct):
+    """What is looked at in the manifest of a bundle that is to be replaced, finished or not."""
+
+    files: dict[str, WrittenFile] = {}
+    inputs: dict[str, str] = {}
+
+
 def put_in_place(new: Path, output: Path) -> list[str]:
     """Moves a whole bundle into ``output``.
 
@@ -190,7 +206,7 @@ def put_in_place(new: Path, output: Path) -> list[str]:
     Raises:
         UserError: a file that no manifest names is in the way; nothing has been touched.
     """
-    manifest = read_json(new / MANIFEST)
+    manifest = read_object(new / MANIFEST, WrittenManifest)
     files, before = manifest["files"], _files_of_bundle(output)
     changed = [name for name in files if not is_as_written(output / name, files[name])]
     for name in changed:
@@ -222,9 +238,10 @@ def is_as_written(path: Path, entry: dict[str, Any]) -> bool:
 
 def _files_of_bundle(output: Path) -> dict[str, Any]:
     """Reads what the manifest there names, as far as it lies below the folder; nothing where there is none."""
-    manifest = read_json(output / MANIFEST) if (output / MANIFEST).is_file() else {}
-    files = manifest.get("files") if isinstance(manifest, dict) else {}
-    return {name: entry for name, entry in files.items() if _is_inside(name)} if isinstance(files, dict) else {}
+    if not (output / MANIFEST).is_file():
+        return {}
+    files = read_object(output / MANIFEST, WrittenManifest).get("files", {})
+    return {name: entry for name, entry in files.items() if _is_inside(name)}
 
 
 def _is_inside(name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import onnx
 
-from export.bundle import MANIFEST, Selection, is_as_written, put_in_place, write_device_files
+from export.bundle import MANIFEST, Selection, WrittenManifest, is_as_written, put_in_place, write_device_files
 from export.device.bundle import manifest_digest
 from export.graphs.precision import PARTS, Precision, Storage
 from export.graphs.rtx_check import CompileReport, compile_with_rtx, rtx_is_installed
@@ -24,7 +24,6 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError
 from mnif.utils.files import (
-    read_json,
     remove_leftovers,
     save_tensors,
     sha256_of_file,
@@ -32,6 +31,7 @@ from mnif.utils.files import (
     temporary_folder,
     write_json,
 )
+from mnif.utils.json_files import read_object
 from mnif.utils.output_folders import LOCK, check_output_folder, held_folder
 
 
@@ -160,10 +160,10 @@ def _holds(output: Path, inputs: dict[str, str]) -> bool:
     """Whether a bundle of the same inputs lies there, each file as it was written; others may lie there too."""
     if not (output / MANIFEST).is_file():
         return False
-    manifest = read_json(output / MANIFEST)
+    manifest = read_object(output / MANIFEST, WrittenManifest)
     if manifest.get("inputs") != inputs or manifest.get("digest") != manifest_digest(manifest):
         return False
-    return all(is_as_written(output / name, entry) for name, entry in manifest["files"].items())
+    return all(is_as_written(output / name, entry) for name, entry in manifest.get("files", {}).items())
 
 
 def export_bundle(

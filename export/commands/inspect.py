@@ -5,9 +5,28 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from export.device.bundle import ENGINES, BundleFolder, entry
+from export.device.bundle import ENGINES, BundleFolder, check_form, entry
 from export.device.cli import Parser, columns, printable, run_command
 from export.device.plans import PlanRefused, read_sidecar
+
+_KERNEL = {
+    "name": str,
+    "kind": str,
+    "inputs": [str],
+    "outputs": [str],
+    "nodes": [str],
+    "profile": range(1 << 16),
+}
+_SHOWN = {  # of a sidecar
+    "facts": {
+        "builder": str,
+        "builder_version": str,
+        "gpu": (str, None),
+        "driver": (str, int, None),
+        "compute_capabilities": [str],
+    },
+    "report": {"seconds": float, "built_at": str, "typing": str, "flags": [str], "kernels": [_KERNEL]},
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -69,9 +88,13 @@ def plan_lines(path: Path, kernels: bool) -> list[str]:
     """Lists what a plan's sidecar says, each kernel with what was fused into it if asked for.
 
     Raises:
-        PlanRefused: the sidecar is missing, or was not written here.
+        PlanRefused: the sidecar is missing, was not written here, or by another version.
     """
     sidecar = read_sidecar(path)
+    try:
+        check_form(sidecar, _SHOWN, "it")
+    except ValueError as error:
+        raise PlanRefused(path, f"its sidecar is of another version ({error})") from None
     facts, report = sidecar["facts"], sidecar["report"]
     capabilities = ", ".join(facts["compute_capabilities"])
     where = f"on {facts['gpu']}, CUDA {facts['driver']}" if facts["gpu"] else "without a GPU: a compile gate"

@@ -5,9 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 import re
+import struct
 import tempfile
+import tokenize
+import zipfile
+import zlib
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,6 +87,9 @@ def manifest_digest(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
+_POINTS = 1 << 26  # of a grid
+
+
 T = TypeVar("T")
 
 
@@ -114,6 +122,252 @@ def import_backend(name: str) -> Any:
         raise BackendMissing(f"{name} cannot be imported: {type(error).__name__}: {reason}") from None
 
 
+_JSON_BYTES = 8 << 20
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON that may be damaged or hostile.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is too large, no JSON, nested too deep, or holds NaN or a number beyond what is counted.
+    """
+    if path.stat().st_size > _JSON_BYTES:
+        raise ValueError(f"more than {_JSON_BYTES} bytes")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_int=_integer, parse_constant=_integer)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def _integer(text: str) -> int:
+    if len(text) > 18 or text.startswith(("N", "I", "-I")):
+        raise ValueError(f"{text[:24]} is no usable number")
+    return int(text)
+
+
+_SIZE, _AXES = range(1, 1 << 24), [range(1, 1 << 16)]
+_TENSOR = {"name": str, "type": str, "shape": [(range(1, 1 << 24), str)]}
+_GRAPH = {
+    "kind": str,
+    "precision": str,
+    "storage": str,
+    "file": str,
+    "opset": range(1, 100),
+    "inputs": [_TENSOR],
+    "outputs": [_TENSOR],
+    "profile": {str: {str: [_SIZE]}},
+    "steps": (range(1, 10001), None),
+    "instance": (dict, None),
+    "half": [str],
+    "reference": (str, None),
+    "psnr": (float, None),
+    "tolerance": ({"max_abs": float, "psnr": float}, None),
+}
+_RADIANCE = {"size": _AXES, "intrinsics": [float], "camera_distance": float}
+_MANIFEST = {
+    "signal": str,
+    "decoder_fingerprint": str,
+    "package": {"name": str, "version": str},
+    "grid": {"dimensions": range(1, 9), "resolution": _AXES, "cells": range(1, 1 << 16), "overlap": float},
+    "values": {"channels": range(1, 65), "padded_channels": range(1, 65)},
+    "radiance": (_RADIANCE, None),
+    "sampling": ({"latent_dim": range(1, 1 << 20), "num_inference_steps": [range(1, 10001)]}, None),
+    "graphs": {str: _GRAPH},
+    "files": {str: {"sha256": str, "bytes": range(1 << 40)}},
+}
+
+
+def check_form(value: Any, form: Any, where: str = "the manifest") -> None:
+    """Checks content of JSON.
+
+    Args:
+        value: the content.
+        form: a type; a range, for whole numbers in it; a tuple of forms, one of which must fit, or None; a list of one
+            form, for lists of such; an object of forms by key, all of which must be there, or with the key ``str``,
+            one form for all. ``float`` takes whole numbers too, and nothing infinite.
+        where: what it is, for the message.
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    if isinstance(form, tuple):
+        if value is None and None in form:
+            return
+        form = next((each for each in form if each is not None and isinstance(value, _kind_of(each))), form[0])
+    fits = isinstance(value, _kind_of(form)) and not isinstance(value, bool)
+    if fits and isinstance(form, range):
+        fits = value in form
+    if fits and form is float:
+        fits = math.isfinite(value)
+    if not fits:
+        raise ValueError(f"{where} is {str(value)[:40]!r}")
+    if isinstance(form, list):
+        for index, each in enumerate(value):
+            check_form(each, form[0], f"{where}[{index}]")
+    elif isinstance(form, dict):
+        for key in value if str in form else form:
+            if key not in value:
+                raise ValueError(f"{where} has no {key}")
+            check_form(value[key], form.get(str, form.get(key)), f"{where}.{key}")
+
+
+def _kind_of(form: Any) -> Any:
+    """The types of Python that a form is about."""
+    if form is float:
+        return (int, float)
+    return form if isinstance(form, type) else int if isinstance(form, range) else type(form)
+
+
+def _check_manifest(manifest: dict) -> None:
+    """Checks what a form cannot say. Raises a ValueError."""
+    grid, values, files = manifest["grid"], manifest["values"], manifest["files"]
+    if len(grid["resolution"]) != grid["dimensions"] or math.prod(grid["resolution"]) > _POINTS:
+        raise ValueError(f"grid.resolution {grid['resolution']} is not for {grid['dimensions']} axes, or too large")
+    if grid["cells"] ** grid["dimensions"] > 1 << 16 or not 0 <= grid["overlap"] <= 0.5:
+        raise ValueError(f"grid: {grid['cells']} cells per axis that overlap by {grid['overlap']}")
+    if values["channels"] > values["padded_channels"]:
+        raise ValueError(f"values.channels {values['channels']} are more than are padded to")
+    radiance = manifest["radiance"]
+    if radiance is not None and (
+        len(radiance["size"]) != 2 or len(radiance["intrinsics"]) != 4 or min(radiance["intrinsics"][:2]) <= 0
+    ):
+        raise ValueError("radiance: two sizes and four intrinsics are needed")
+    for name, graph in manifest["graphs"].items():
+        if not _GRAPH_NAME.fullmatch(name):  # plans are named after graphs
+            raise ValueError(f"a graph cannot be named {name!r}")
+        if graph["file"] not in files:
+            raise ValueError(f"files has no {graph['file']}")
+        if not graph["outputs"] or not all(each["shape"] for each in graph["inputs"] + graph["outputs"]):
+            raise ValueError(f"graphs.{name} has no outputs, or tensors without a shape")
+        if graph["kind"] == "sampler" and (graph["steps"] is None or manifest["sampling"] is None):
+            raise ValueError(f"graphs.{name} is a sampler without steps")
+
+
+# What exports are made of: nothing here loops, calls another graph, or makes a tensor of a size that is data.
+_OPERATOR_NAMES = (
+    "Abs Add Cast Clip Concat DequantizeLinear Div Exp Gather Gemm Greater Less MatMul Max Min Mul Neg ReduceMax "
+    "ReduceMean ReduceMin ReduceSum Reshape Sigmoid Sin Softplus Split Sqrt Squeeze Sub Transpose Unsqueeze Where"
+)
+_OPERATORS = frozenset(_OPERATOR_NAMES.split())
+_DAMAGED_ARCHIVE = (
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    SyntaxError,
+    tokenize.TokenError,
+    MemoryError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+_ITEM_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8}  # of ONNX's types, by their numbers
+
+
+def check_graph_file(content: bytes, graph: dict) -> None:
+    """Looks at an ONNX file without building anything of it.
+
+    The numbers are those of the fields in ``onnx.proto``.
+
+    Args:
+        content: the file.
+        graph: what the manifest says of it.
+
+    Raises:
+        ValueError: it is damaged, has other inputs, outputs or operators than exports have, operators within
+            operators, weights elsewhere, or a weight whose size is not that of its numbers.
+        IndexError, struct.error: it ends too early.
+    """
+    model = _fields(memoryview(content))
+    if 25 in model or 20 in model or len(model.get(7, [])) != 1:
+        raise ValueError("it holds functions, or not one graph")
+    opsets = [(bytes(each.get(1, [b""])[0]), each.get(2)) for each in map(_fields, model.get(8, []))]
+    if opsets != [(b"", [graph["opset"]])]:
+        raise ValueError(f"its operators are not those of opset {graph['opset']}")
+    parts = _fields(model[7][0])
+    if 15 in parts:
+        raise ValueError("it holds sparse weights")
+    weights = set()
+    for weight in map(_fields, parts.get(5, [])):
+        weights.add(bytes(weight.get(8, [b""])[0]).decode())
+        _check_weight(weight)
+    for number, side in ((11, "inputs"), (12, "outputs")):
+        names = [bytes(_fields(each)[1][0]).decode() for each in parts.get(number, [])]
+        if [name for name in names if name not in weights] != [each["name"] for each in graph[side]]:
+            raise ValueError(f"its {side} are {', '.join(names)[:80]}")
+    for node in map(_fields, parts.get(1, [])):
+        operator = bytes(node.get(4, [b""])[0]).decode()
+        if operator not in _OPERATORS or any(bytes(each) for each in node.get(7, [])):
+            raise ValueError(f"no export has the operator {operator[:40]!r}")
+        if any({5, 6, 10, 11, 22, 23} & _fields(each).keys() for each in node.get(5, [])):
+            raise ValueError(f"a {operator} holds a graph or a tensor")
+
+
+def _check_weight(weight: dict) -> None:
+    dims = [size for each in weight.get(1, []) for size in ([each] if isinstance(each, int) else _varints(each))]
+    item = _ITEM_BYTES.get(weight.get(2, [0])[0])
+    numbers = sum(len(each) for each in weight.get(9, []))
+    if item is None or 13 in weight or weight.get(14, [0]) != [0] or math.prod(dims) * item != numbers:
+        raise ValueError(f"a weight {dims} of {numbers} bytes")
+
+
+def _fields(content: Any) -> dict[int, list]:
+    """Reads the fields of a protocol-buffer message: their values by number, bytes as views."""
+    fields: dict[int, list] = {}
+    at = 0
+    while at < len(content):
+        tag, at = _varint(content, at)
+        kind = tag & 7
+        value: Any
+        if kind == 0:
+            value, at = _varint(content, at)
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+            (value,) = struct.unpack("<Q" if kind == 1 else "<I", content[at : at + size])
+            at += size
+        elif kind == 2:
+            length, at = _varint(content, at)
+            if at + length > len(content):
+                raise ValueError("it ends too early")
+            value = content[at : at + length]
+            at += length
+        else:
+            raise ValueError("it is damaged")
+        fields.setdefault(tag >> 3, []).append(value)
+    return fields
+
+
+def _varint(content: Any, at: int) -> tuple[int, int]:
+    number = 0
+    for shift in range(0, 70, 7):
+        number |= (content[at] & 127) << shift
+        at += 1
+        if content[at - 1] < 128:
+            return number, at
+    raise ValueError("it is damaged")
+
+
+def _varints(content: Any) -> list[int]:
+    numbers, at = [], 0
+    while at < len(content):
+        number, at = _varint(content, at)
+        numbers.append(number)
+    return numbers
+
+
+def _check_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+    """Raises a ValueError unless an array is as large as its header says, and fits into memory."""
+    with archive.open(member) as file:
+        np.lib.format.read_magic(file)
+        shape, _, kind = np.lib.format.read_array_header_1_0(file)
+        size = math.prod(shape) * kind.itemsize
+        if kind.kind not in "fiu" or size != member.file_size - file.tell() or size > 1 << 28:
+            raise ValueError(f"{member.filename} should hold {kind} {list(shape)}")
+
+
 class BundleFolder:
     """A bundle with a checked manifest.
 
@@ -132,20 +386,22 @@ class BundleFolder:
         self.path = Path(path)
         file = self.path / "manifest.json"
         try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
+            manifest = read_json(file)
         except OSError as error:
             raise BundleError(f"{file}: {error.strerror}; `mnif export` writes a bundle") from None
-        except ValueError:
-            raise BundleError(f"{file}: not JSON; export the bundle again") from None
+        except ValueError as error:
+            raise BundleError(f"{file}: not JSON ({error}); export the bundle again") from None
         if isinstance(manifest, dict) and manifest.get("schema") == UNFINISHED:
             raise BundleError(f"{file}: the export was stopped half-way; run `mnif export` again")
         if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
             raise BundleError(f"{file}: not a bundle of schema {SCHEMA}; export again with this version")
         if manifest.get("digest") != manifest_digest(manifest):
             raise BundleError(f"{file}: was changed after the export; export the bundle again")
-        for name in entry(manifest, "graphs", kind=dict):
-            if not _GRAPH_NAME.fullmatch(name):  # plans are named after graphs
-                raise BundleError(f"{file}: a graph cannot be named {name!r}; export the bundle again")
+        try:
+            check_form(manifest, _MANIFEST)
+            _check_manifest(manifest)
+        except ValueError as error:
+            raise BundleError(f"{file}: {error}; export the bundle again") from None
         self.manifest: dict[str, Any] = manifest
 
     def graph(self, name: str) -> dict[str, Any]:
@@ -185,13 +441,31 @@ class BundleFolder:
         return entry(self.manifest, "files", entry(self.graph(name), "file", kind=str), "sha256", kind=str)
 
     def onnx(self, name: str) -> bytes:
-        """Reads a graph's file."""
-        return self.read(entry(self.graph(name), "file", kind=str))
+        """Reads a graph's file.
+
+        Raises:
+            BundleError: it holds something that no export writes (:func:`check_graph_file`).
+        """
+        graph = self.graph(name)
+        content = self.read(graph["file"])
+        try:
+            check_graph_file(content, graph)
+        except (ValueError, IndexError, struct.error) as error:
+            raise BundleError(f"{self.path / graph['file']}: not a usable graph ({error})") from None
+        return content
 
     def reference(self) -> dict[str, np.ndarray]:
         """Reads fixed inputs and their outputs in float64, by the names the manifest explains."""
-        with np.load(io.BytesIO(self.read("reference.npz")), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+        content = io.BytesIO(self.read("reference.npz"))
+        try:
+            with zipfile.ZipFile(content) as archive:
+                for member in archive.infolist():
+                    _check_array(archive, member)
+            content.seek(0)
+            with np.load(content, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except _DAMAGED_ARCHIVE as error:
+            raise BundleError(f"{self.path / 'reference.npz'}: damaged ({error}); export the bundle again") from None
 
     def read(self, file: str) -> bytes:
         """Reads a file's bytes, the very ones that were hashed.
@@ -202,10 +476,16 @@ class BundleFolder:
         Raises:
             BundleError: it is missing, lies outside, or its hash is not the manifest's.
         """
-        path = (self.path / file).resolve()
+        try:
+            path = (self.path / file).resolve()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise BundleError(f"{self.path}: the manifest names no file ({error})") from None
         if self.path.resolve() not in path.parents:
             raise BundleError(f"{self.path}: the manifest points outside the bundle ({file})")
+        size = entry(self.manifest, "files", file, "bytes", kind=int)
         try:
+            if path.stat().st_size != size:
+                raise BundleError(f"{path}: differs from what was exported ({size} bytes); export the bundle again")
             content = path.read_bytes()
         except OSError as error:
             raise BundleError(f"{path}: {error.strerror}; export the bundle again") from None

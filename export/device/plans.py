@@ -19,10 +19,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .bundle import BundleError, write_atomically, write_json
+from .bundle import BundleError, check_form, read_json, write_atomically, write_json
 from .cuda import Gpu
 
 _KEY_BYTES = 32
+
+_SIDECAR = {"facts": dict, "report": dict, "plan": {"sha256": str, "bytes": range(1 << 40)}}
 
 
 class PlanRefused(BundleError):  # noqa: N818
@@ -110,7 +112,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     """
     file = sidecar_path(path)
     try:
-        sidecar = json.loads(file.read_text(encoding="utf-8"))
+        sidecar = read_json(file)
     except OSError as error:
         raise PlanRefused(path, f"its sidecar {file.name} cannot be read ({error.strerror})") from None
     except ValueError:
@@ -119,6 +121,10 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     if not isinstance(seal, str) or not hmac.compare_digest(seal, _seal(sidecar)):
         reason = f"its sidecar {file.name} was not written by this user on this machine, or was edited"
         raise PlanRefused(path, reason)
+    try:
+        check_form(sidecar, _SIDECAR, "it")
+    except ValueError as error:
+        raise PlanRefused(path, f"its sidecar {file.name} is of another version ({error})") from None
     return sidecar
 
 
