@@ -14,7 +14,7 @@ from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.radiance import RadianceField, Rays
-from mnif.utils.files import read_json
+from mnif.utils.json_files import read_json
 from tests.fakes.onnx_rules import run
 
 

@@ -14,7 +14,8 @@ import export.bundle
 from export.device.bundle import BundleError, BundleFolder, manifest_digest
 from latent_prior.pipeline import MNIFPipeline
 from mnif.cli import main
-from mnif.utils.files import read_json, sha256_of_file
+from mnif.utils.files import sha256_of_file
+from mnif.utils.json_files import read_json
 
 # Runs a `mnif` command that is killed when it moves its second file.
 KILLED = """

@@ -240,7 +240,7 @@ def test_a_graph_cannot_be_named_like_a_path(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("part", ["files", "graphs", "sampling"])
 def test_a_manifest_with_a_part_missing_is_refused(folder: Path, part: str) -> None:
     rewrite(folder, lambda manifest: manifest.pop(part))
-    with pytest.raises(BundleError, match=f"manifest has no usable {part}"):
+    with pytest.raises(BundleError, match=f"the manifest has no {part}"):
         Sampler(load_bundle(folder))(1)
 
 

@@ -13,7 +13,8 @@ from onnx import TensorProto, numpy_helper
 from export.device.bundle import BundleFolder, manifest_digest
 from export.device.verify import check_graph
 from mnif.cli import main
-from mnif.utils.files import read_json, sha256_of_file
+from mnif.utils.files import sha256_of_file
+from mnif.utils.json_files import read_json
 
 
 @pytest.fixture
@@ -25,7 +26,8 @@ def resign(folder: Path, **changes: Any) -> None:
     """Makes hashes and digest fit what lies there."""
     manifest = read_json(folder / "manifest.json")
     for name in manifest["files"]:
-        manifest["files"][name]["sha256"] = sha256_of_file(folder / name)
+        file = folder / name
+        manifest["files"][name] = {"sha256": sha256_of_file(file), "bytes": file.stat().st_size}
     manifest["graphs"]["decoder"].update(changes)
     manifest["digest"] = manifest_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))

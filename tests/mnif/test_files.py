@@ -7,7 +7,13 @@ import pytest
 from safetensors import SafetensorError
 
 from latent_prior.pipeline import MNIFPipeline
-from mnif.utils.files import folder_written_atomically, write_errors_of, written_atomically
+from mnif.utils.files import folder_written_atomically, write_errors_of, write_json, written_atomically
+from mnif.utils.json_files import read_json
+
+
+def test_json_that_is_written_can_be_read(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"a": [float("nan"), 1.5], "b": {"c": float("inf"), "d": (2, None)}})
+    assert read_json(tmp_path / "a.json") == {"a": [None, 1.5], "b": {"c": None, "d": [2, None]}}
 
 
 def test_file_stays_old_when_the_disk_fills(tmp_path: Path) -> None:

@@ -255,6 +255,9 @@ def test_what_is_no_preset(tmp_path: Path) -> None:
     assert set(PAPER) < set(preset_names(PRESETS))
     for content in ('["image"]', '{"signal": "image"}', '{"signal": 1, "arguments": {}}', '{"signal": "image"'):
         (tmp_path / "broken.json").write_text(content)
-        assert re.search("an object with .* is needed|not a JSON file", refusal(f"{tmp_path}/broken.json"))
+        assert re.search(
+            "an object with .* is needed|Expected `object`|required field|not a JSON file",
+            refusal(f"{tmp_path}/broken.json"),
+        )
     (tmp_path / "smell.json").write_text('{"signal": "smell", "arguments": {}}')
     assert main(["fit", "--data", "x", "--output_dir", f"{tmp_path}/run", "--preset", f"{tmp_path}/smell.json"]) == 2

@@ -180,7 +180,9 @@ def test_run_killed_between_checkpoints_repeats_from_the_last(tmp_path: Path) ->
         file.unlink()
     shutil_target.rmdir()
     with (tmp_path / "killed/metrics.jsonl").open("a") as curves:
-        curves.write('{"stage": "stage", "step": 9, "loss": 0.5}\n{"stage": "st')  # beyond the checkpoint, and cut off
+        curves.write(
+            '{"stage": "stage", "step": 9, "seconds": 1, "loss": 0.5}\n{"stage": "st'
+        )  # beyond the checkpoint, and cut off
     assert torch.equal(run(tmp_path / "killed"), whole)
     assert curves_of(tmp_path / "killed") == curves_of(tmp_path / "whole")
 
