@@ -4,10 +4,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 MNIF := $(BIN)/mnif
 
-# `make demo` fits this in ten to fifteen minutes on two cores; CI shrinks it.
+# `make demo` fits this in ten to fifteen minutes on two cores; CI shrinks it. The emoji take less:
+#   make demo RUN=runs/emoji DATA=twemoji FIT_FLAGS="--random_flip --random_colours" PRIOR_STEPS=1000
 RUN ?= runs/demo
+DATA ?= avatars
+FIT_FLAGS ?= --resolution 64 --latent_noise 0.1
 FIT_STEPS ?= 5000
-PRIOR_STEPS ?= 1000
+PRIOR_STEPS ?= 1500
 SAMPLES ?= 1000
 
 .PHONY: demo test lint package install clean
@@ -20,11 +23,11 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	$(MNIF) fit --data twemoji --output_dir $(RUN) --random_flip --random_colours --max_train_steps $(FIT_STEPS)
+	$(MNIF) fit --data $(DATA) --output_dir $(RUN) $(FIT_FLAGS) --max_train_steps $(FIT_STEPS)
 	$(MNIF) prior --run $(RUN) --max_train_steps $(PRIOR_STEPS)
 	$(MNIF) sample --model $(RUN)/model --num_samples 64 --output_dir $(RUN)/pictures
 	$(MNIF) export --model $(RUN)/model --output_dir $(RUN)/bundle
-	$(MNIF) eval --model $(RUN)/model --reference twemoji --num_samples $(SAMPLES) --output_dir $(RUN)/eval
+	$(MNIF) eval --model $(RUN)/model --reference $(DATA) --num_samples $(SAMPLES) --output_dir $(RUN)/eval
 	$(MNIF) report --run $(RUN)
 
 test: install

@@ -30,11 +30,12 @@ from export.device import runtime
 from export.device.bundle import BundleError
 from export.device.runtime import Sampler, load_bundle
 from mnif.data.dataset import Split
-from mnif.data.images import ImageData, array_source, image_files, image_size, load_images, open_image
+from mnif.data.images import ImageData, array_source, image_files, image_size, load_images
+from mnif.data.source import DataSource, readable
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_file
-from mnif.utils.pixels import to_uint8
+from mnif.utils.pixels import open_image, to_uint8
 
 _BESIDE_SAMPLES = (".json", ".jsonl", ".safetensors", ".md", ".html", ".log")  # what commands write there themselves
 
@@ -57,8 +58,8 @@ def sample_images(source: str) -> IndexedImages:
     Raises:
         UserError: there are fewer than two, something else is among them, they differ in size or are not RGB.
     """
-    path = Path(source)
-    found = _folder_images(path) if path.is_dir() else _file_images(path)
+    data = DataSource(source)
+    found = _folder_images(data) if data.path.is_dir() else _file_images(Path(source))
     if found.count < 2:
         raise UserError(f"--samples {source}: {found.count} picture; at least 2 are needed")
     return found
@@ -108,15 +109,15 @@ def bundle_images(folder: Path, count: int, seed: int) -> IndexedImages:
     return IndexedImages(count, (shape[1], shape[2]), fingerprint, read)
 
 
-def _folder_images(folder: Path) -> IndexedImages:
-    files = image_files(folder)
+def _folder_images(data: DataSource) -> IndexedImages:
+    folder, files = data.path, image_files(data.name)
     strangers = [
         path.name
-        for path in sorted(folder.iterdir())
+        for path in sorted(folder.iterdir() if data.pattern is None else ())
         if path.is_file() and not path.name.startswith(".") and path.suffix.lower() not in _BESIDE_SAMPLES
     ]
     for name in strangers:
-        if name not in files and not any(file.startswith(f"{name}/") for file in files):
+        if readable(name) not in files and not any(file.startswith(f"{name}/") for file in files):
             raise UserError(f"{folder / name}: no picture; move it away from the samples")
     digest, sizes = hashlib.sha256(), Counter[tuple[int, int]]()
     for name, path in files.items():

@@ -8,6 +8,7 @@ import tyro
 
 from latent_prior.diffusion import INFERENCE_STEPS
 from mnif.utils.errors import UserError
+from mnif.utils.pixels import MAX_IMAGE_PIXELS
 
 
 @dataclass(kw_only=True)
@@ -48,6 +49,8 @@ class EvalArguments:
     """Share of the designs kept for a test, likewise."""
     refinement_steps: int = 60
     """Adam steps on held-out latents; as given to `mnif fit`."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Pixels that a picture file of samples or reference may have."""
     emd_points: int = 0
     """Compare shapes by earth mover's distances too, of so many points on each (256 takes minutes, 2048 hours)."""
 

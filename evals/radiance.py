@@ -1,6 +1,7 @@
 """How well a radiance field shows views it was not given, beside the mean view and the nearest view it was given."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -166,7 +167,8 @@ class RadianceEvaluator(Evaluator):
         else:
             assert arguments.samples is not None
             self.subject = sample_images(arguments.samples)
-            self.data = load_views(arguments.reference, self.subject.size)
+            # Only pictures are compared here, whatever their cameras see.
+            self.data = load_views(arguments.reference, self.subject.size, bound=math.inf)
             self.measured = self.subject.fingerprint
 
     def inputs(self) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Sets of shapes: drawn ones from files, and how they compare with real ones that the model never saw.
 
 Meshes are taken as they stand, in the cube [-1, 1]³ that `mnif decode` writes them in. Grids hold occupancies in
-[0, 1] on that cube. Unlike shapes to learn from, drawn ones may be empty or full: they are counted.
+[0, 1] on that cube; volumes as a bundle's `device/sample.py` draws them, about [-1, 1], become such. Unlike shapes to
+learn from, drawn ones may be empty or full: they are counted.
 
 All sets that are compared have the same number of shapes, since coverage and 1-NNA depend on it. The floor is what
 real shapes from the training set score in the place of drawn ones: no model can hope for better.
@@ -25,8 +26,8 @@ from evals.metrics.shapes import (
 )
 from mnif.data.arrays import npy_array, npz_arrays
 from mnif.data.dataset import Split
-from mnif.data.images import files_by_name
-from mnif.data.voxel_formats import MESH_SUFFIXES, read_binvox, read_mesh
+from mnif.data.source import DataSource, files_by_name
+from mnif.data.voxel_formats import MESH_SUFFIXES, grids_of_array, read_binvox, read_mesh
 from mnif.data.voxels import VoxelData
 from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_file, sha256_of_folder
@@ -35,7 +36,7 @@ from mnif.utils.process import progress_bar
 _GRID_SUFFIXES = (".npz", ".npy", ".binvox")
 
 
-_NEEDS = '"voxels" or "occupancy", occupancies in [0, 1], [R, R, R] or [N, R, R, R]'
+_NEEDS = '"voxels" or "occupancy", occupancies in [0, 1], [R, R, R] or [N, R, R, R], or volumes [R, R, R, 1]'
 
 
 _BOUND = 1 + 1e-3  # a mesh may leave the cube by its rounding
@@ -57,7 +58,7 @@ class ShapeFiles:
 
     def fingerprint(self) -> str:
         """Hashes names and contents."""
-        source = Path(self.source)
+        source = DataSource(self.source).path
         return sha256_of_folder(source) if source.is_dir() else sha256_of_file(source)
 
     def surfaces(self, count: int) -> Surfaces:
@@ -94,14 +95,16 @@ def shape_files(source: str) -> ShapeFiles:
     path = Path(source)
     if path.is_file() and path.suffix.lower() in _GRID_SUFFIXES:
         return ShapeFiles(source, [path], meshes=False)
-    if not path.is_dir():
+    if not DataSource(source).path.is_dir():
         raise UserError(f"--samples {source}: no such folder, or file of {', '.join(_GRID_SUFFIXES)}")
-    found = list(files_by_name(path, (*_GRID_SUFFIXES, *MESH_SUFFIXES)).values())
+    found = list(files_by_name(source, (*_GRID_SUFFIXES, *MESH_SUFFIXES)).values())
     meshes = {file.suffix.lower() in MESH_SUFFIXES for file in found}
     if not found:
         raise UserError(f"--samples {source}: no shapes here ({', '.join((*_GRID_SUFFIXES, *MESH_SUFFIXES))})")
     if len(meshes) > 1:
-        raise UserError(f"--samples {source}: holds both grids and meshes; give a folder with one kind")
+        raise UserError(
+            f"--samples {source}: holds both grids and meshes; say which, such as '{source}/*{found[0].suffix}'"
+        )
     return ShapeFiles(source, found, meshes.pop())
 
 
@@ -117,12 +120,16 @@ def _grids_in(path: Path) -> np.ndarray:
         if name is None:
             raise UserError(f"{path}: needs {_NEEDS}; found {', '.join(arrays) or 'nothing'}")
         grids = arrays[name]
-    shape = list(grids.shape)
-    grids = grids[None] if grids.ndim == 3 else grids
-    if grids.ndim != 4 or len(set(grids.shape[1:])) > 1 or not grids.size:
-        raise UserError(f"{path}: the grids are {shape}; cubes [R, R, R] or [N, R, R, R] are needed")
-    if grids.dtype.kind not in "buif" or not ((grids >= 0) & (grids <= 1)).all():  # NaN is neither
-        raise UserError(f"{path}: holds values outside [0, 1]; occupancies are needed")
+    grids, signed = grids_of_array(grids, f"{path}: an array")
+    if grids.dtype.kind not in "buif" or not np.isfinite(grids).all():
+        raise UserError(f"{path}: holds something other than finite numbers; occupancies are needed")
+    if signed:
+        return (grids.astype(np.float32) / 2 + 0.5).clip(0, 1)
+    if grids.min() < 0 or grids.max() > 1:
+        raise UserError(
+            f"{path}: holds values outside [0, 1], {grids.min():g} to {grids.max():g}; occupancies are needed, or "
+            "volumes with a channel, [R, R, R, 1]"
+        )
     return grids.astype(np.float32)
 
 

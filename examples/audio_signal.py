@@ -20,8 +20,7 @@ from torch import Tensor
 
 from mnif.cli import main
 from mnif.data.dataset import Dataset
-from mnif.data.images import files_by_name
-from mnif.data.source import DataSource
+from mnif.data.source import DataSource, files_by_name
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import GridSignal, Observation
 from mnif.signals.registry import register_signal

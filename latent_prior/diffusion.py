@@ -193,7 +193,10 @@ class DenoisingLoss(nn.Module):
         self.loss_type, self.latent_noise = loss_type, latent_noise
 
     def forward(
-        self, latents: Float[Tensor, "batch latent_dim"], key: Int64[Tensor, " batch"], row: Tensor | None = None
+        self,
+        latents: Float[Tensor, "batch latent_dim"],
+        key: Int64[Tensor, " batch"],
+        row: Int64[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, ""]:
         """Mean loss of latents [B, D], with noise, times and dropout from their keys [B]; ``row`` is not looked at."""
         generator = InstanceGenerator(key)

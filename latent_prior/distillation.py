@@ -216,7 +216,7 @@ class DistillationLoss(nn.Module):
         states: Float[Tensor, "batch timesteps latent_dim"],
         samples: Float[Tensor, "batch timesteps latent_dim"],
         key: Int64[Tensor, " batch"],
-        row: Tensor | None = None,
+        row: Int64[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, ""]:
         """The mean error over a batch of :class:`latent_prior.distillation.Pairs`, each [B, T, D]; one state of each,
         chosen by its key [B]. ``row`` is not looked at."""

@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, constants, snapshot
 from huggingface_hub.errors import HTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from mnif import __version__
+from mnif.data.builtin import builtin_licence
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
@@ -31,14 +32,6 @@ _OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_onl
 
 
 _TROUBLES = (HTTPError, OSError, ValueError)  # every error of huggingface-hub is one of these
-
-
-# Of the built-in sets; whoever learns from data of their own knows its licence, and this program does not.
-_LICENCES = {
-    "twemoji": ("cc-by-4.0", "Twemoji artwork, © Twitter, Inc. and other contributors, CC-BY 4.0"),
-    "furniture": ("cc-by-3.0", "Sweet Home 3D's libraries, CC0 and CC-BY 3.0"),
-    "furniture-views": ("cc-by-3.0", "Sweet Home 3D's libraries, CC0 and CC-BY 3.0"),
-}
 
 
 _STAGES = {"fit": "stage one", "prior": "stage two", "distill": "student"}
@@ -88,7 +81,7 @@ def write_model_card(run: Path) -> None:
     """Writes ``run/model/README.md`` from what the run has recorded so far."""
     card = model_card(run)
     with written_atomically(run / "model" / "README.md") as temporary:
-        temporary.write_text(str(card).rstrip() + "\n")
+        temporary.write_text(str(card).rstrip() + "\n", errors="backslashreplace")
 
 
 def model_card(run: Path) -> ModelCard:
@@ -100,7 +93,8 @@ def model_card(run: Path) -> ModelCard:
     record, metrics = read_json(run / "run.json"), read_json(run / "metrics.json")
     decoder = load_component(MNIFModel, run / "model", "decoder")
     table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint())
-    licence, words = _LICENCES.get(table.data, (None, None))
+    # Whoever learns from data of their own knows its licence, and this program does not.
+    licence, words = builtin_licence(table.data) or (None, None)
     data, evaluated = markdown_code(public_name(table.data)), run / "eval" / "metrics.json"
     lines = [f"- {name}: {value}" for name, value in _metrics(metrics)]
     return ModelCard.from_template(

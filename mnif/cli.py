@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 1 a check that failed, 2 a mistake the user can mend (one line on stderr), 130 stopped
-        by Ctrl-C, 141 nobody reads what is printed, 143 stopped by SIGTERM.
+        by Ctrl-C, 141 nobody reads what is printed, 143 by SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):

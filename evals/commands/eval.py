@@ -21,13 +21,15 @@ from evals.presentation import (
 )
 from evals.protocol import EvalArguments, protocol_of
 from mnif.utils.args import parse_arguments
-from mnif.utils.errors import UserError, markdown_code, printable
+from mnif.utils.errors import UserError, check_at_least, markdown_code, printable
 from mnif.utils.files import read_json, write_json, written_atomically
 from mnif.utils.output_folders import BEGUN, check_output_folder, output_folder_of
+from mnif.utils.pixels import limit_image_pixels
 from mnif.utils.process import Processes, command_line, peak_memory_megabytes
 from mnif.version import __version__
 
 _MAY_DIFFER = {"seed", "num_inference_steps", "held_out_images"}
+_NO_INPUTS = ("output_dir", "max_image_pixels")
 
 
 @dataclass(frozen=True)
@@ -163,6 +165,8 @@ def evaluate(arguments: EvalArguments) -> None:
     """
     started = time.perf_counter()
     check_output_folder(arguments.output_dir, "eval")
+    check_at_least(1, max_image_pixels=arguments.max_image_pixels)
+    limit_image_pixels(arguments.max_image_pixels)
     arguments = replace(arguments, num_samples=protocol_of(arguments).num_samples)
     processes = Processes()
     evaluator = evaluator_of(arguments)
@@ -202,4 +206,4 @@ def _print(metrics: dict[str, Any]) -> None:
 
 
 def _flags(arguments: EvalArguments) -> dict[str, str]:
-    return {key: str(value) for key, value in asdict(arguments).items() if key != "output_dir"}
+    return {key: str(value) for key, value in asdict(arguments).items() if key not in _NO_INPUTS}

@@ -109,7 +109,7 @@ def report(arguments: ReportArguments) -> None:
         resolutions=RESOLUTIONS,
     )
     with written_atomically(output) as temporary:
-        temporary.write_text(page, encoding="utf-8")
+        temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     print(output)
 
 

@@ -30,6 +30,7 @@ from mnif.utils.args import parse_given, typed_values
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import merge_json, read_json, write_json, written_atomically
 from mnif.utils.output_folders import check_output_folder, output_folder_of
+from mnif.utils.pixels import limit_image_pixels
 from mnif.utils.process import command_line, default_device
 
 _TRAIN_SECONDS = 480.0
@@ -99,6 +100,7 @@ def compare(flags: CompareArguments, runs: list[Run]) -> None:
     check_output_folder(flags.output_dir, "compare-fit")
     for run in runs:
         check_output_folder(run.arguments.output_dir, "fit")
+    limit_image_pixels(flags.max_image_pixels)
     data = signal_class(flags.signal).load(flags.data, asdict(flags))
     splits = data.split(flags.held_out_fraction, flags.test_fraction)
     train_data, held_data = (data.rows(splits == split) for split in (Split.TRAIN, Split.HELD_OUT))

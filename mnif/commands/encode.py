@@ -24,6 +24,7 @@ from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least, printable
 from mnif.utils.files import sha256_of_file, sha256_of_folder, write_json
 from mnif.utils.output_folders import check_output_folder, output_folder_of
+from mnif.utils.pixels import MAX_IMAGE_PIXELS, limit_image_pixels
 from mnif.utils.process import command_line, default_device, peak_memory_megabytes, progress_bar
 from mnif.utils.resumable import Chunks
 
@@ -62,6 +63,8 @@ class EncodeArguments:
     """The views that were seen, by number (radiance)."""
     batch_size: int = 256
     """Instances at a time; changes speed and memory, not the result."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Pixels that a picture file may have."""
 
 
 def main(arguments: list[str]) -> None:
@@ -77,7 +80,8 @@ def encode(arguments: EncodeArguments) -> None:
     """
     steps = arguments.refinement_steps
     steps = REFINEMENT_STEPS[arguments.preset] if steps is None else steps
-    check_at_least(1, batch_size=arguments.batch_size)
+    check_at_least(1, batch_size=arguments.batch_size, max_image_pixels=arguments.max_image_pixels)
+    limit_image_pixels(arguments.max_image_pixels)
     check_at_least(0, refinement_steps=steps)
     if not 0 < arguments.refinement_learning_rate < math.inf:
         raise UserError(f"--refinement_learning_rate {arguments.refinement_learning_rate:g}: must be above 0")

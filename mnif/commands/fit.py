@@ -11,6 +11,7 @@ from accelerate.utils import set_seed
 
 from mnif.data.batches import ArrayDataset, array_dataset
 from mnif.data.dataset import Split
+from mnif.data.view_formats import CameraConvention
 from mnif.latents.embedding import LatentEmbedding
 from mnif.latents.inner_loop import InnerLoop
 from mnif.models.mnif_model import MNIFModel
@@ -32,6 +33,7 @@ from mnif.utils.args import parse_given, preset_names, preset_values, read_prese
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import merge_json
 from mnif.utils.output_folders import holds_folder
+from mnif.utils.pixels import MAX_IMAGE_PIXELS, limit_image_pixels
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -69,6 +71,7 @@ _COUNTS = (
     "rays_per_step",
     "encoder_width",
     "resolution",
+    "max_image_pixels",
 )  # flags that are at least 1
 
 
@@ -77,7 +80,7 @@ class FitArguments(TrainingArguments):
     """Learn basis networks and latents from data; the same command again continues or reuses the run."""
 
     data: str
-    """A built-in set (twemoji, furniture, furniture-views), a folder, a file, or hf:NAME; see docs/data.md."""
+    """A built-in set (avatars, twemoji, furniture, furniture-views), a folder, a file or hf:NAME; see docs/data.md."""
     output_dir: Path
     """The run folder: gets model/, latents.safetensors, metrics.jsonl, metrics.json and samples/."""
     signal: str = "auto"
@@ -94,6 +97,8 @@ class FitArguments(TrainingArguments):
     """Pixels per axis: one number, or height and width. Pictures: 32 unless given; others: as the data are."""
     channels: Literal[1, 3, 4] = 3
     """Of pictures: grey, RGB, or RGBA."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Pixels that a picture file may have; larger ones stop the run."""
     stride: int = 1
     """Grids: a step looks at every stride-th pixel along each axis, with a random offset."""
     held_out_fraction: float = 0.1
@@ -109,8 +114,9 @@ class FitArguments(TrainingArguments):
     """Hidden-to-hidden layers of a field."""
     latent_dim: int = 128
     """Numbers in a latent (direct coefficients have their own number)."""
-    cells: int = 4
-    """Cells per axis, each with a field of its own; 1 is one global field, as in the paper."""
+    cells: int | None = None
+    """Cells per axis, each with a field of its own; 1 is one global field, as in the paper. Unless given: 4, and of
+    pictures over 32 pixels so many that a cell has 8 (at most 16)."""
     overlap: float = 0.1875
     """How far a cell's field reaches over its borders, as a fraction of its width (0 to 0.5)."""
     omega: float = 10.0
@@ -172,6 +178,10 @@ class FitArguments(TrainingArguments):
     """Distance from the cameras where the object ends; default: of the data (radiance)."""
     background: Literal["white", "black"] = "white"
     """Behind the object, and behind transparent pixels (radiance)."""
+    camera_convention: CameraConvention = "auto"
+    """Of the poses in the files; auto: OpenCV's of SRN folders, OpenGL's of transforms.json (radiance)."""
+    center_views: bool = False
+    """Move the point that the cameras of an object look at to the origin (radiance)."""
 
 
 T = TypeVar("T", bound=FitArguments)
@@ -291,6 +301,7 @@ def fit(arguments: FitArguments) -> None:
         UserError: the data cannot be read, the folder is another command's or holds another run, or training diverges.
     """
     started = time.perf_counter()
+    limit_image_pixels(arguments.max_image_pixels)
     kind = signal_class(arguments.signal)
     data = kind.load(arguments.data, asdict(arguments))
     signal = kind.from_data(data, asdict(arguments))
@@ -303,6 +314,7 @@ def fit(arguments: FitArguments) -> None:
         accumulation = arguments.gradient_accumulation_steps
         arguments.max_train_steps = steps_of_epochs(epochs, batch_size, accumulation, len(train_data))
     _augmentations(arguments, signal)
+    arguments.cells = arguments.cells or signal.default_cells()
     if arguments.dry_run:
         decoder = make_decoder(arguments, signal)
         print("\n".join(dry_run_report(arguments, decoder, signal, len(train_data))))
@@ -318,7 +330,7 @@ def fit(arguments: FitArguments) -> None:
     rows = array_dataset(train_data.arrays())
     held_rows = array_dataset(data.rows(splits == Split.HELD_OUT).arrays())
     accelerator.print(
-        f"{arguments.data}: {len(rows)} {signal.noun}s to train, {len(held_rows)} held out, "
+        f"{data.name}: {len(rows)} {signal.noun}s to train, {len(held_rows)} held out, "
         f"{(splits == Split.TEST).sum()} kept for a test; decoder {decoder.num_parameters():,} parameters"
     )
     probes = {"psnr_train": validation_rows(rows, method, accelerator)}
@@ -346,7 +358,8 @@ def make_decoder(arguments: FitArguments, signal: Signal) -> MNIFModel:
         latent_dim=None if arguments.coefficient_form == "direct" else arguments.latent_dim,
         signal=signal.name,
         signal_settings=signal.settings(),
-        **{name: getattr(arguments, name) for name in DECODER_SETTINGS},
+        **{name: getattr(arguments, name) for name in DECODER_SETTINGS}
+        | {"cells": arguments.cells or signal.default_cells()},
     )
 
 

@@ -3,26 +3,34 @@
 A source yields its pictures one at a time; each is opened and brought to a size and a number of channels.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from hashlib import sha256
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from mnif.data.arrays import file_stamps, ids_and_groups, memmap_cached, npy_array, npz_arrays, row_names
-from mnif.data.builtin import builtin_names, data_file, twemoji_files, twemoji_group
+from mnif.data.builtin import avatar_drawings, builtin_names, data_file, is_avatars, twemoji_files, twemoji_group
 from mnif.data.dataset import Dataset
+from mnif.data.source import DataSource, files_by_name, readable, shared_groups
 from mnif.utils.errors import UserError, require
-from mnif.utils.pixels import as_axes
+from mnif.utils.pixels import as_axes, crop_and_resize, open_image
 from mnif.utils.process import progress_bar
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+IMAGE_SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff"),
+    *(".avif", ".avifs", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+    *(".icb", ".vda", ".vst", ".ico", ".icns", ".cur", ".qoi", ".dds", ".psd", ".pcx", ".dcx", ".sgi", ".ras", ".xbm"),
+)
+"""Of the formats that Pillow reads by itself; those that stand for something else, too, are left out (.rgb, .im)."""
+
+_ROWS_AT_ONCE = 256
 _NEEDS = '"images", uint8 [N, H, W] or [N, H, W, 1|3|4], or float [N, H, W, 1|3|4] in [0, 1]'
 
 
@@ -74,11 +82,11 @@ def load_images(source: str, resolution: int | tuple[int, int], channels: int = 
     cache folder and memory-mapped (:func:`mnif.data.arrays.memmap_cached`).
 
     Args:
-        source: a built-in name (``twemoji``, ``furniture-views``); a folder of PNG, JPEG or WebP files; an ``.npz``
-            file with ``images``, uint8 [N, H, W] or [N, H, W, 1|3|4] or float [N, H, W, 1|3|4] in [0, 1], and
-            optionally ``ids`` and ``groups``, N strings; such an array as ``.npy``, memory-mapped; a folder made by
-            ``save_to_disk`` of Hugging Face ``datasets``, or ``hf:NAME[:SPLIT]``, of which the first column of
-            pictures is taken.
+        source: a built-in name (``avatars``, ``twemoji``, ``furniture-views``); a folder of PNG, JPEG or WebP files;
+            an ``.npz`` file with ``images``, uint8 [N, H, W] or [N, H, W, 1|3|4] or float [N, H, W, 1|3|4] in
+            [0, 1], and optionally ``ids`` and ``groups``, N strings; such an array as ``.npy``, memory-mapped; a
+            folder made by ``save_to_disk`` of Hugging Face ``datasets``, or ``hf:NAME[:SPLIT]``, of which the first
+            column of pictures is taken.
         resolution: pixels per axis, or height and width, at least 1.
         channels: 1 (luminance), 3 (RGB) or 4 (RGBA).
 
@@ -93,7 +101,7 @@ def load_images(source: str, resolution: int | tuple[int, int], channels: int = 
     images = _source(source)
     if not images.ids:
         raise UserError(f"--data {source}: holds no pictures")
-    return ImageData(source, _pixels(source, images, (height, width), channels), images.ids, images.groups)
+    return ImageData(readable(source), _pixels(source, images, (height, width), channels), images.ids, images.groups)
 
 
 def image_size(source: str) -> int:
@@ -108,8 +116,8 @@ def image_size(source: str) -> int:
         images = array_source(path).array
         assert images is not None
         sizes[images.shape[2], images.shape[1]] = source
-    elif path.is_dir():
-        for file_path in image_files(path).values():
+    elif DataSource(source).path.is_dir():
+        for file_path in image_files(source).values():
             with open_image(file_path) as image:
                 sizes.setdefault(image.size, str(file_path))
     else:
@@ -126,13 +134,19 @@ def image_size(source: str) -> int:
 def _source(source: str) -> ImageSource:
     path = Path(source)
     if source == "twemoji":
-        return file_source(twemoji_files(), twemoji_group)
+        files = twemoji_files()
+        return file_source(files, [twemoji_group(id) for id in files])
+    if is_avatars(source):
+        return avatar_source(source)
     if source == "furniture-views":
         return view_source()
     if source.startswith("hf:"):
         return hub_source(source.removeprefix("hf:"), source)
-    if path.is_dir():
-        return hub_source(source, source) if is_hub_folder(path) else file_source(image_files(path))
+    if is_hub_folder(path):
+        return hub_source(source, source)
+    if DataSource(source).path.is_dir():
+        files = image_files(source)
+        return file_source(files, shared_groups([*files], [id.rpartition(".")[0] for id in files]))
     if path.suffix in (".npz", ".npy") and path.is_file():
         return array_source(path)
     known = builtin_names("image", "radiance")
@@ -142,6 +156,7 @@ def _source(source: str) -> ImageSource:
 def _pixels(name: str, source: ImageSource, size: tuple[int, int], channels: int) -> np.ndarray:
     shape = (len(source.ids), *size, channels)
     if source.array is not None and source.array.shape == shape and source.array.dtype == np.uint8:
+        _refuse_masks(name, source.array)
         return source.array
 
     def fill(images: np.ndarray) -> None:
@@ -152,16 +167,29 @@ def _pixels(name: str, source: ImageSource, size: tuple[int, int], channels: int
                     images[row] = crop_and_resize(image, size, channels)
             except ValueError as error:
                 raise UserError(f"{name}: picture {source.ids[row]!r} cannot be read ({error})") from None
+        _refuse_masks(name, images)
 
     return memmap_cached(shape, fill, [*source.key, "images"])
 
 
-def file_source(files: dict[str, Path], group: Callable[[str], str] = lambda id: id) -> ImageSource:
+def _refuse_masks(name: str, images: np.ndarray) -> None:
+    """Raises a UserError if 1 is the brightest value of all colours; looks no farther than to the first above it."""
+    brightest = 0
+    for start in range(0, len(images), _ROWS_AT_ONCE):
+        brightest = max(brightest, int(images[start : start + _ROWS_AT_ONCE, ..., :3].max()))
+        if brightest > 1:
+            return
+    if brightest == 1:
+        raise UserError(
+            f"{name}: no pixel is above 1 of 255, so all is nearly black; multiply masks of 0 and 1 by 255 "
+            "(occupancies of shapes: --signal voxels)"
+        )
+
+
+def file_source(files: dict[str, Path], groups: list[str]) -> ImageSource:
     """Makes a source of image files by id."""
     paths = list(files.values())
-    return ImageSource(
-        list(files), [group(id) for id in files], lambda row: open_image(paths[row]), file_stamps(paths)
-    )
+    return ImageSource(list(files), groups, lambda row: open_image(paths[row]), file_stamps(paths))
 
 
 def array_source(path: Path) -> ImageSource:
@@ -176,6 +204,7 @@ def array_source(path: Path) -> ImageSource:
     images = arrays["images"]
     # A float array must say how many channels it has: a stack of something else is not taken for grey pictures.
     floats = images.dtype.kind == "f"
+    _refuse_ambiguous(path, images)
     shaped = images.shape[3:] in ((1,), (3,), (4,)) or (images.ndim == 3 and not floats)
     if not (images.dtype == np.uint8 or floats) or not shaped or not images.size:
         raise UserError(f'{path}: "images" is {images.dtype} {list(images.shape)}; needed is {_NEEDS}')
@@ -188,6 +217,19 @@ def array_source(path: Path) -> ImageSource:
         return nullcontext(Image.fromarray(np.squeeze(image, 2) if image.shape[2:] == (1,) else np.asarray(image)))
 
     return ImageSource(ids, groups, read, file_stamps([path]), images)
+
+
+def _refuse_ambiguous(path: Path, images: np.ndarray) -> None:
+    """Raises a UserError for an array that may be one picture, or whose channels come first."""
+    shape = list(images.shape)
+    if images.ndim == 3 and shape[2] in (1, 3, 4) and shape[1] != shape[2]:
+        height, width, channels = shape
+        raise UserError(
+            f'{path}: "images" {shape} may be one picture of {channels} channels or {height} grey ones {channels} '
+            f"pixels wide; give [1, {height}, {width}, {channels}] or [{height}, {width}, {channels}, 1]"
+        )
+    if images.ndim == 4 and shape[1] in (1, 3, 4) and min(shape[2:]) > 4:
+        raise UserError(f'{path}: "images" {shape} has its channels first; transpose it by (0, 2, 3, 1)')
 
 
 def _bytes_of(values: np.ndarray, where: str) -> np.ndarray:
@@ -216,17 +258,15 @@ def hub_source(name: str, where: str) -> ImageSource:
     column = next((name for name, feature in table.features.items() if isinstance(feature, ImageFeature)), None)
     if column is None:
         raise UserError(f"--data {where}: no column of pictures among {', '.join(table.column_names)}")
-    images = table.select_columns([column])
+    images = table.select_columns([column]).cast_column(column, ImageFeature(decode=False))
     ids = row_names(len(table))
 
     def read(row: int) -> AbstractContextManager[Image.Image]:
-        try:
-            image = images[row][column]
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"--data {where}: row {row} is an unreadable picture ({error})") from None
-        if image is None:
+        found = images[row][column]
+        if found is None:
             raise UserError(f"--data {where}: row {row} holds no picture; remove it")
-        return image
+        content = found["bytes"]
+        return open_image(Path(found["path"]) if content is None else BytesIO(content), f"--data {where}: row {row}")
 
     return ImageSource(ids, ids, read, [f"{where} {table._fingerprint} {column}"])
 
@@ -269,82 +309,40 @@ def view_source() -> ImageSource:
     return ImageSource(ids, groups, lambda row: Image.open(BytesIO(files[row])), file_stamps([path]))
 
 
+def avatar_source(source: str) -> ImageSource:
+    """Makes a source of the built-in ``avatars``; of seeds that draw the same picture the first one stays.
+
+    Raises:
+        UserError: they cannot be drawn (:func:`mnif.data.builtin.avatar_drawings`).
+    """
+    ids, drawings = avatar_drawings(source)
+    first: dict[bytes, int] = {}
+    for row, drawing in enumerate(drawings):
+        first.setdefault(sha256(drawing.tobytes()).digest(), row)
+    ids, rows = [ids[row] for row in first.values()], list(first.values())
+    key = sha256(b"".join(first)).hexdigest()
+    return ImageSource(ids, ids, lambda row: nullcontext(Image.fromarray(drawings[rows[row]])), [key])
+
+
 def packed_images(arrays: dict[str, np.ndarray]) -> list[bytes]:
     """Cuts ``image_bytes``, image files one after another, at ``image_offsets``."""
     content, offsets = arrays["image_bytes"].tobytes(), arrays["image_offsets"]
     return [content[start:stop] for start, stop in pairwise(offsets)]
 
 
-def image_files(folder: Path) -> dict[str, Path]:
-    """Finds the image files in a folder, by name.
+def image_files(source: str | Path) -> dict[str, Path]:
+    """Finds the image files of a folder, by name (:func:`mnif.data.source.files_by_name`); an animation is none.
 
     Raises:
         UserError: there are none.
     """
-    if files := files_by_name(folder, IMAGE_SUFFIXES):
+    if files := files_by_name(source, IMAGE_SUFFIXES, _animation):
         return files
-    raise UserError(f"{folder}: no pictures here ({', '.join(IMAGE_SUFFIXES)})")
+    raise UserError(f"{source}: no pictures here ({', '.join(IMAGE_SUFFIXES)})")
 
 
-def files_by_name(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
-    """Finds the files with one of these suffixes in a folder or, only if it holds none itself, in its sub-folders."""
-    for candidates in (folder.iterdir(), folder.rglob("*")):
-        files = sorted(path for path in candidates if path.suffix.lower() in suffixes and path.is_file())
-        if files:
-            return {path.relative_to(folder).as_posix(): path for path in files}
-    return {}
-
-
-@contextmanager
-def open_image(path: Path) -> Iterator[Image.Image]:
-    """Opens the image in a file; whatever fails while it is read becomes a :class:`UserError` that names the file."""
-    try:
-        with Image.open(path) as image:
-            yield image
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: unreadable picture ({error}); remove or replace it") from None
-
-
-def crop_and_resize(image: Image.Image, size: tuple[int, int], channels: int) -> np.ndarray:
-    """Turns an image as its EXIF data say, cuts it to the central part, resizes it: [height, width, channels] uint8.
-
-    Args:
-        image: any picture of at most 8 bits a channel, or 16-bit grey.
-        size: height and width; the largest central part of this aspect is resized by Pillow's antialiased bicubic
-            filter.
-        channels: 1 for luminance, 3 for RGB (both laid on white), 4 for RGBA.
-
-    Raises:
-        ValueError: the picture has 32 bits a pixel in one channel, whose range nobody tells.
-    """
-    height, width = size
-    image = to_mode(ImageOps.exif_transpose(image), channels)
-    # Cut first: a box given to resize() would let pixels outside it bleed in. Pillow resizes RGBA with the colours
-    # multiplied by alpha, so the invisible colour of transparent pixels makes no dark fringe.
-    image = image.crop(central_box(image.size, size)).resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(image).reshape(height, width, channels)
-
-
-def to_mode(image: Image.Image, channels: int, background: str = "white") -> Image.Image:
-    """Converts an image to L, RGB or RGBA; transparency is laid on ``background`` unless it is kept (4 channels).
-
-    Raises:
-        ValueError: the picture has 32 bits a pixel in one channel.
-    """
-    if image.mode in ("I", "F"):
-        raise ValueError(f"mode {image.mode}, 32 bits a pixel; save it with 8 bits a channel")
-    if image.mode.startswith("I;16"):  # which Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image) / 257 + 0.5).astype(np.uint8))
-    if channels != 4 and (image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info):
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
-    return image.convert(_MODES[channels])
-
-
-def central_box(whole: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Finds the largest central part of a (width, height) image with the aspect of a (height, width): left … lower."""
-    (image_width, image_height), (height, width) = whole, size
-    cut_width = min(image_width, max(1, round(image_height * width / height)))
-    cut_height = min(image_height, max(1, round(image_width * height / width)))
-    left, top = (image_width - cut_width) // 2, (image_height - cut_height) // 2
-    return left, top, left + cut_width, top + cut_height
+def _animation(path: Path) -> str | None:
+    if path.suffix.lower() not in (".gif", ".apng"):
+        return None
+    with open_image(path) as image:
+        return "animation" if getattr(image, "is_animated", False) else None

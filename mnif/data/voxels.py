@@ -1,5 +1,7 @@
 """Occupancy grids of one size with ids, eight cells a byte, from arrays, HDF5 or folders of `.binvox` or meshes."""
 
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,10 +11,11 @@ import numpy as np
 from mnif.data.arrays import file_stamps, ids_and_groups, memmap_cached, npy_array, npz_arrays
 from mnif.data.builtin import builtin_names, data_file
 from mnif.data.dataset import Dataset
-from mnif.data.images import files_by_name
+from mnif.data.source import DataSource, file_id, files_by_name, readable, visible_files
 from mnif.data.voxel_formats import (
     MESH_SUFFIXES,
     binvox_resolution,
+    grids_of_array,
     hdf5_grids,
     hdf5_ids,
     open_hdf5,
@@ -23,6 +26,7 @@ from mnif.utils.errors import UserError
 from mnif.utils.process import progress_bar
 
 VOXEL_SUFFIXES = (".binvox", *MESH_SUFFIXES)
+ARRAY_SUFFIXES = (".npy", ".npz")
 _MESH_RESOLUTION = 32
 _NEEDS = '"voxels" or "occupancy", 0 and 1, [N, R, R, R], or "packed", uint8 [N, R, R, R/8], and "resolution"'
 
@@ -86,9 +90,9 @@ def load_voxels(source: str, resolution: int | None = None) -> VoxelData:
     Args:
         source: a built-in name (``furniture``); an ``.npz`` file with ``voxels`` or ``occupancy``, 0 and 1,
             [N, R, R, R], or ``packed`` and ``resolution`` as in :class:`VoxelData`, and optionally ``ids`` and
-            ``groups``; such an array of 0 and 1 as ``.npy``, memory-mapped; IM-NET's ``.hdf5`` or ``.h5``
-            (:mod:`mnif.data.voxel_formats`); a folder of ``.binvox`` files or of meshes
-            (:mod:`mnif.data.voxel_formats`).
+            ``groups``; such an array of 0 and 1, or one grid of it, as ``.npy``, memory-mapped; volumes as a bundle
+            draws them (:func:`mnif.data.voxel_formats.grids_of_array`); IM-NET's ``.hdf5`` or ``.h5``; a folder of
+            ``.binvox`` files, of meshes (:mod:`mnif.data.voxel_formats`) or of arrays.
         resolution: cells per axis; default: as the source has it, 32 for meshes.
 
     Raises:
@@ -104,15 +108,15 @@ def load_voxels(source: str, resolution: int | None = None) -> VoxelData:
             f"--resolution {cells}: the grids of {source} have {grids.resolution} cells per axis, which is no whole "
             f"multiple; leave --resolution out or divide {grids.resolution}"
         )
-    return VoxelData(source, _packed(source, grids, cells), cells, grids.ids, grids.groups)
+    return VoxelData(readable(source), _packed(source, grids, cells), cells, grids.ids, grids.groups)
 
 
 def _source(source: str, resolution: int | None) -> VoxelSource:
     path = Path(source)
     if source == "furniture":
         return array_source(data_file(source))
-    if path.is_dir():
-        return folder_source(path, resolution)
+    if DataSource(source).path.is_dir():
+        return folder_source(source, resolution)
     if path.suffix in (".npz", ".npy") and path.is_file():
         return array_source(path)
     if path.suffix in (".hdf5", ".h5") and path.is_file():
@@ -134,15 +138,20 @@ def array_source(path: Path) -> VoxelSource:
     if name is None:
         raise UserError(f"{path}: needs {_NEEDS}; found {', '.join(arrays) or 'nothing'}")
     grids = arrays[name]
-    ids, groups = ids_and_groups(path, arrays, len(grids) if grids.ndim else 0)
     if name == "packed":
+        ids, groups = ids_and_groups(path, arrays, len(grids) if grids.ndim else 0)
         resolution = int(arrays["resolution"].item()) if arrays.get("resolution", np.zeros(2)).size == 1 else 0
         if grids.dtype != np.uint8 or grids.shape[1:] != (resolution, resolution, -(-resolution // 8)):
             raise UserError(f'{path}: "packed" is {grids.dtype} {list(grids.shape)}; needed is {_NEEDS}')
         return VoxelSource(ids, groups, resolution, lambda row: unpacked(grids[row], resolution), file_stamps([path]))
-    if grids.ndim != 4 or len(set(grids.shape[1:])) > 1 or not grids.size:
-        raise UserError(f'{path}: "{name}" is {list(grids.shape)}; cubes [N, R, R, R] are needed')
-    return VoxelSource(ids, groups, grids.shape[1], lambda row: grids[row], file_stamps([path]))
+    grids, signed = grids_of_array(grids, f'{path}: "{name}"')
+    ids, groups = ids_and_groups(path, arrays, len(grids))
+
+    def read(row: int) -> np.ndarray:
+        grid = grids[row]
+        return grid > 0 if signed and np.isfinite(grid).all() else grid
+
+    return VoxelSource(ids, groups, grids.shape[1], read, file_stamps([path]))
 
 
 def hdf5_source(path: Path, resolution: int | None) -> VoxelSource:
@@ -156,33 +165,103 @@ def hdf5_source(path: Path, resolution: int | None) -> VoxelSource:
     return VoxelSource(ids, ids, cells, read, file_stamps([path]))
 
 
-def folder_source(folder: Path, resolution: int | None) -> VoxelSource:
-    """Makes a source of ``.binvox`` files, or of meshes, voxelised at ``resolution`` (default 32); ids are file names.
+def folder_source(source: str, resolution: int | None) -> VoxelSource:
+    """Makes a source of ``.binvox`` files, of meshes, voxelised at ``resolution`` (default 32), or else of arrays.
+
+    Ids are file names; groups are the designs (:func:`_designs`).
 
     Raises:
-        UserError: the folder holds neither or both, or grids of several sizes.
+        UserError: the folder holds nothing, several kinds, several files of one object, or grids of several sizes.
     """
-    files = files_by_name(folder, VOXEL_SUFFIXES)
+    files = files_by_name(source, VOXEL_SUFFIXES) or files_by_name(source, ARRAY_SUFFIXES)
     if not files:
-        raise UserError(f"{folder}: no voxels or meshes here ({', '.join(VOXEL_SUFFIXES)})")
+        raise UserError(f"{source}: no voxels or meshes here ({', '.join((*VOXEL_SUFFIXES, *ARRAY_SUFFIXES))})")
     ids, paths = list(files), list(files.values())
-    kinds = {path.suffix.lower() == ".binvox" for path in paths}
+    groups = _designs(DataSource(source), ids)
+    kinds = {_kind(path) for path in paths}
     if len(kinds) > 1:
-        raise UserError(f"{folder}: holds both .binvox files and meshes; give a folder with one kind")
-    if kinds == {False}:
+        kind = paths[0].suffix
+        raise UserError(f"{source}: holds both .binvox files and meshes; say which, such as '{source}/**/*{kind}'")
+    if kinds == {"meshes"}:
         cells = resolution or _MESH_RESOLUTION
-        return VoxelSource(
-            ids, ids, cells, lambda row: voxelise_mesh(paths[row], cells), file_stamps(paths), slow=True
-        )
+        beside = [binary for path in paths if path.suffix.lower() == ".gltf" for binary in path.parent.glob("*.bin")]
+        stamps = [*file_stamps([*paths, *beside]), "by volume"]
+        return VoxelSource(ids, groups, cells, lambda row: voxelise_mesh(paths[row], cells), stamps, slow=True)
+    if kinds == {"arrays"}:
+        return _joined({id: array_source(path) for id, path in files.items()}, groups, paths)
     cells = binvox_resolution(paths[0])
 
     def read(row: int) -> np.ndarray:
         grid = read_binvox(paths[row])
-        if len(grid) != cells:
-            raise UserError(f"{paths[row]}: {len(grid)}³ cells where {paths[0].name} has {cells}³; give one size")
+        _check_size(paths[row], len(grid), paths[0], cells)
         return grid
 
-    return VoxelSource(ids, ids, cells, read, file_stamps(paths))
+    return VoxelSource(ids, groups, cells, read, file_stamps(paths))
+
+
+def _kind(path: Path) -> str:
+    suffix = path.suffix.lower()
+    return "arrays" if suffix in ARRAY_SUFFIXES else "meshes" if suffix in MESH_SUFFIXES else suffix
+
+
+def _check_size(path: Path, cells: int, first: Path, wanted: int) -> None:
+    if cells != wanted:
+        raise UserError(f"{path}: {cells}³ cells where {first.name} has {wanted}³; give one size")
+
+
+def _joined(sources: dict[str, VoxelSource], designs: list[str], paths: list[Path]) -> VoxelSource:
+    """Puts the grids of several files together, whose ids are the file's, with their own behind it if it has more."""
+    cells = next(iter(sources.values())).resolution
+    ids, groups, places = [], [], []
+    for (id, source), design, path in zip(sources.items(), designs, paths, strict=True):
+        _check_size(path, source.resolution, paths[0], cells)
+        several = len(source.ids) > 1
+        ids += [f"{id}/{own}" if several else id for own in source.ids]
+        groups += [f"{design}/{own}" if several else design for own in source.groups]
+        places += [(source, row) for row in range(len(source.ids))]
+
+    def read(row: int) -> np.ndarray:
+        source, place = places[row]
+        return source.read(place)
+
+    return VoxelSource(ids, groups, cells, read, file_stamps(paths))
+
+
+_BASE = re.compile(r"(.+?)((?:\.[A-Za-z_]+)*\.[^.]+)")  # of a file name, and words that tell its versions apart
+
+
+def _designs(source: DataSource, ids: list[str]) -> list[str]:
+    """Names the design of each file: its object's folder, if there is one for each, or its name.
+
+    There is where the same few names come again in more folders than there are names, as in ShapeNet. Elsewhere files
+    that differ in words behind a dot alone, ``a.solid.binvox`` and ``a.surface.binvox`` or ``a.obj``, are one object.
+
+    Raises:
+        UserError: an object has several files, and no pattern says which are meant.
+    """
+    every = [file_id(path, source.path) for path in visible_files(source.path, Counter())]
+    every = [id for id in every if id.lower().endswith((*VOXEL_SUFFIXES, *ARRAY_SUFFIXES))]
+    folders, names = ({id.rpartition("/")[part] for id in every} for part in (0, 2))
+    of_folders = len(folders) > len(names)
+
+    def split(id: str) -> tuple[str, str]:
+        """Cuts an id into object and version."""
+        folder, slash, name = id.rpartition("/")
+        base, version = _BASE.fullmatch(name).groups()  # type: ignore[union-attr]
+        return (folder, name) if of_folders else (folder + slash + base, version)
+
+    files = Counter(split(id)[0] for id in every)
+    chosen = Counter(split(id)[0] for id in ids)
+    if source.pattern is None and max(chosen.values()) > 1:
+        several = [design for design, count in chosen.items() if count > 1]
+        versions = sorted({split(id)[1] for id in ids if split(id)[0] == several[0]})
+        wanted = ("" if of_folders else "*") + versions[0]
+        raise UserError(
+            f"{source.name}: {len(several)} objects have several files ({several[0]}: {', '.join(versions)}); say "
+            f"which, such as '{source.path}/**/{wanted}'"
+        )
+    alone = [not of_folders and files[split(id)[0]] == 1 and split(id)[1].count(".") == 1 for id in ids]
+    return [id if single else split(id)[0] for id, single in zip(ids, alone, strict=True)]
 
 
 def _packed(name: str, source: VoxelSource, cells: int) -> np.ndarray:

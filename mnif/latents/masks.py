@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from mnif.data.arrays import npy_array, npz_arrays
 from mnif.signals.base import Observation, Signal
 from mnif.utils.errors import UserError
+from mnif.utils.pixels import open_image, to_mode
 
 Observe = Callable[[Mapping[str, Tensor]], Observation]
 
@@ -89,7 +89,7 @@ def _stored_masks(path: Path) -> tuple[np.ndarray, list[str] | None]:
             return arrays["masks"].astype(bool), [str(id) for id in arrays["ids"]] if "ids" in arrays else None
         if path.suffix == ".npy":
             return npy_array(path).astype(bool), None
-        with Image.open(path) as image:
-            return np.asarray(image.convert("L")) > 127, None
-    except (OSError, ValueError, KeyError, UnidentifiedImageError, UserError) as error:
+        with open_image(path) as image:
+            return np.asarray(to_mode(image, 1)) > 127, None
+    except (OSError, ValueError, KeyError, UserError) as error:
         raise UserError(f'--mask {path}: a picture, an .npy, or an .npz with "masks" is needed ({error})') from None

@@ -179,6 +179,10 @@ class Signal(ABC):
     def load_like(self, source: str) -> Dataset:
         """Reads further data in the form this model was trained on."""
 
+    def default_cells(self) -> int:
+        """Says how many cells per axis a decoder has where `--cells` is not given: 4."""
+        return 4
+
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Returns what makes this object again, ``type(self)(**settings)``; it is stored in the decoder's config."""

@@ -1,5 +1,6 @@
 """Images as a signal: grey, RGB or RGBA values on a grid of two axes."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,8 @@ from mnif.signals.base import Augmentation, GridSignal, Observation, OutputWrite
 from mnif.signals.outputs import check_resolution, decode_grid, decode_images
 from mnif.utils.errors import UserError
 from mnif.utils.pixels import as_axes, save_image, to_uint8
+
+_CELL_PIXELS = 8  # docs/experiments.md has the trials
 
 
 @dataclass(frozen=True)
@@ -83,12 +86,12 @@ class Image(GridSignal):
     @classmethod
     def recognizes(cls, source: DataSource) -> bool:
         """Recognizes folders of image files, sets of Hugging Face, and arrays: ``images``, or of an image's shape."""
-        shape = source.array_shape
+        shape, kind = source.array_shape, source.array_kind  # floats and bits without channels are no pictures
         return (
             source.name.startswith("hf:")
             or is_hub_folder(source.path)
             or "images" in source.array_names
-            or (shape is not None and (len(shape) == 3 or shape[3:] in ((1,), (3,), (4,))))
+            or (shape is not None and ((len(shape) == 3 and kind == "u") or shape[3:] in ((1,), (3,), (4,))))
             or any(suffix in source.file_suffixes for suffix in IMAGE_SUFFIXES)
         )
 
@@ -102,6 +105,11 @@ class Image(GridSignal):
         """Takes ``stride``."""
         height, width, channels = data.images.shape[1:]
         return cls(height if height == width else [height, width], channels, options["stride"])
+
+    def default_cells(self) -> int:
+        """Cells of about 8 pixels, at least 4 and at most 16 along each axis: 4 up to 32×32, 8 at 64×64."""
+        height, width = as_axes(self.resolution, 2)
+        return min(max(4, round(math.sqrt(height * width) / _CELL_PIXELS)), 16)
 
     def load_like(self, source: str) -> Dataset:
         """Reads images at the model's size and channels."""

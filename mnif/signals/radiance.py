@@ -1,5 +1,6 @@
 """Radiance fields: density and colour in space, observed as posed pictures (NeRF; Mildenhall et al., ECCV 2020)."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from mnif.data.batches import evenly_spaced
 from mnif.data.dataset import Dataset
 from mnif.data.source import DataSource
 from mnif.data.view_formats import SRN_MARKER, TRANSFORMS_MARKERS
-from mnif.data.views import ViewData, load_views
+from mnif.data.views import ViewData, default_bound, load_views
 from mnif.models.encoders import ViewsEncoder
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Observation, OutputWriter, Signal, psnr
@@ -31,7 +32,7 @@ _RAYS_AT_ONCE = 1 << 15
 
 @dataclass(frozen=True)
 class Cameras:
-    """Cameras of whole images: poses [B, V, 4, 4], intrinsics [B, 4], and the images' height and width."""
+    """Cameras of whole images: poses [B, V, 4, 4], intrinsics [B, 4] or [B, V, 4], and the images' size."""
 
     poses: Tensor
     intrinsics: Tensor
@@ -40,9 +41,12 @@ class Cameras:
 
     def rays(self) -> tuple[Tensor, Tensor]:
         """Computes origins and directions of all pixels' rays, both [B, V, H, W, 3]."""
-        return camera_rays(
-            self.poses, self.intrinsics[:, None].expand(-1, self.poses.shape[1], -1), self.height, self.width
-        )
+        return camera_rays(self.poses, self.of_each_view(), self.height, self.width)
+
+    def of_each_view(self) -> Tensor:
+        """Gives the intrinsics of every view, [B, V, 4]."""
+        same = self.intrinsics.ndim == 2
+        return self.intrinsics[:, None].expand(-1, self.poses.shape[1], -1) if same else self.intrinsics
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,8 @@ class RadianceField(Signal):
         held_out_views: the last views of each instance are never learned from, but measured on.
         camera_distance: of the turntable, in world units.
         intrinsics: of the turntable: fx, fy, cx, cy in pixels.
+        camera_convention: of the poses in files of data (:func:`mnif.data.views.load_views`).
+        center_views: whether the point that the cameras of data look at is moved to the origin.
     """
 
     name = "radiance"
@@ -147,10 +153,13 @@ class RadianceField(Signal):
         held_out_views: int = 0,
         camera_distance: float = 2.5,
         intrinsics: list[float] | None = None,
+        camera_convention: str = "auto",
+        center_views: bool = False,
     ):
         self.resolution, self.bound, self.near, self.far = resolution, bound, near, far
         self.background, self.samples, self.rays = background, samples, rays
         self.held_out_views, self.camera_distance = held_out_views, camera_distance
+        self.camera_convention, self.center_views = camera_convention, center_views
         height, width = self.size
         self.intrinsics = intrinsics or [float(width), float(width), width / 2, height / 2]
 
@@ -162,10 +171,11 @@ class RadianceField(Signal):
     @classmethod
     def load(cls, source: str, options: Mapping[str, Any]) -> Dataset:
         """Reads posed views (:func:`mnif.data.views.load_views`); takes ``resolution``, ``near``, ``far``,
-        ``max_views`` and ``background``."""
+        ``max_views``, ``background``, ``bound``, ``camera_convention`` and ``center_views``."""
         resolution = height_and_width(options["resolution"]) if options["resolution"] else None
-        names = ("near", "far", "max_views", "background")
-        return load_views(source, resolution, **{name: options[name] for name in names})
+        _check_bound(options)
+        names = ("near", "far", "max_views", "background", "bound", "camera_convention", "center_views")
+        return load_views(source, resolution, **{name: options[name] for name in names if name in options})
 
     @classmethod
     def from_data(cls, data: ViewData, options: Mapping[str, Any]) -> "RadianceField":
@@ -176,12 +186,11 @@ class RadianceField(Signal):
         views, height, width = data.images.shape[1:4]
         if not 0 <= options["held_out_views"] < views:
             raise UserError(f"--held_out_views {options['held_out_views']}: each object has {views} views")
-        if options["bound"] is not None and not options["bound"] > 0:
-            raise UserError(f"--bound {options['bound']:g}: must be above 0")
+        _check_bound(options)
         distance = float(np.median(np.linalg.norm(np.asarray(data.poses[:, :, :3, 3]), axis=-1)))
         return cls(
             resolution=height if height == width else [height, width],
-            bound=options["bound"] or max(data.far - distance, distance - data.near) / 3**0.5,
+            bound=options["bound"] or default_bound(np.asarray(data.poses), data.near, data.far),
             near=data.near,
             far=data.far,
             background=data.background,
@@ -189,13 +198,15 @@ class RadianceField(Signal):
             rays=options["rays_per_step"],
             held_out_views=options["held_out_views"],
             camera_distance=distance,
-            intrinsics=[float(n) for n in np.asarray(data.intrinsics[0])],
+            intrinsics=[float(n) for n in np.median(np.atleast_2d(data.intrinsics[0]), axis=0)],
+            camera_convention=options.get("camera_convention", "auto"),
+            center_views=options.get("center_views", False),
         )
 
     def load_like(self, source: str) -> Dataset:
         """Reads views at the model's size, with its depths and background."""
-        background: Any = self.background
-        data = load_views(source, self.size, self.near, self.far, None, background)
+        forms: Any = (self.background, self.bound, self.camera_convention, self.center_views)
+        data = load_views(source, self.size, self.near, self.far, None, *forms)
         views = data.images.shape[1]
         if views <= self.held_out_views:
             reason = f"the model keeps {self.held_out_views} of each object for measuring"
@@ -216,7 +227,8 @@ class RadianceField(Signal):
     def settings(self) -> dict[str, Any]:
         """Returns everything the constructor takes."""
         names = ("resolution", "bound", "near", "far", "background", "samples", "rays", "held_out_views")
-        return {name: getattr(self, name) for name in (*names, "camera_distance", "intrinsics")}
+        more = ("camera_distance", "intrinsics", "camera_convention", "center_views")
+        return {name: getattr(self, name) for name in (*names, *more)}
 
     def observe(self, batch: Mapping[str, Tensor]) -> Observation:
         """Observes all views but the held-out ones: ``images`` [B, V, H, W, 3] uint8, ``poses``, ``intrinsics``."""
@@ -234,7 +246,9 @@ class RadianceField(Signal):
     def observe_views(self, batch: Mapping[str, Tensor], views: slice | list[int]) -> Observation:
         """Observes some of the views, by number."""
         values = batch["images"][:, views].float() / 127.5 - 1
-        cameras = Cameras(batch["poses"][:, views].float(), batch["intrinsics"].float(), *values.shape[2:4])
+        intrinsics = batch["intrinsics"].float()
+        intrinsics = intrinsics if intrinsics.ndim == 2 else intrinsics[:, views]
+        cameras = Cameras(batch["poses"][:, views].float(), intrinsics, *values.shape[2:4])
         return Observation(values, cameras)
 
     def points_per_step(self, decoder: MNIFModel) -> int:
@@ -351,9 +365,15 @@ class RadianceField(Signal):
         return [[Image.fromarray(view) for view in images] for images in objects]
 
 
+def _check_bound(options: Mapping[str, Any]) -> None:
+    bound = options.get("bound")
+    if bound is not None and not 0 < bound < math.inf:
+        raise UserError(f"--bound {bound:g}: must be above 0")
+
+
 def _rays_of(cameras: Cameras, views: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Computes origins and directions [B, n, 3] of chosen pixels, without those of all the others."""
-    intrinsics = cameras.intrinsics[:, None].expand(-1, len(views), -1).clone()
+    intrinsics = cameras.of_each_view()[:, views].clone()
     # An image of one pixel whose principal point is moved, so that its centre is the pixel meant.
     intrinsics[..., 2] -= (pixels % cameras.width).to(intrinsics)
     intrinsics[..., 3] -= (pixels // cameras.width).to(intrinsics)

@@ -2,7 +2,7 @@
 
 from importlib import import_module
 
-from mnif.data.builtin import BUILTIN
+from mnif.data.builtin import BUILTIN, builtin_signal
 from mnif.data.source import DataSource
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Signal
@@ -51,8 +51,8 @@ def detect_signal(source: str) -> str:
     Raises:
         UserError: the source is missing, or holds nothing that tells; the message says what it holds.
     """
-    if source in BUILTIN:
-        return BUILTIN[source]
+    if (builtin := builtin_signal(source)) is not None:
+        return builtin
     data, names = DataSource(source), list(dict.fromkeys([*_BUILT_IN, *_REGISTERED]))
     recognized = [name for name in names if signal_class(name).recognizes(data)]
     if len(recognized) == 1 or (recognized and data.array_shape is None):

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from mnif.data.dataset import Dataset
+from mnif.data.images import IMAGE_SUFFIXES
 from mnif.data.source import DataSource
-from mnif.data.voxels import VOXEL_SUFFIXES, VoxelData, load_voxels
+from mnif.data.voxels import ARRAY_SUFFIXES, VOXEL_SUFFIXES, VoxelData, load_voxels
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import (
     Augmentation,
@@ -110,13 +111,15 @@ class Voxels(GridSignal):
 
     @classmethod
     def recognizes(cls, source: DataSource) -> bool:
-        """Recognizes HDF5 files, folders of ``.binvox`` files or meshes, and arrays: by name, or of cubes."""
-        shape, names = source.array_shape, source.array_names
+        """Recognizes HDF5 files, folders of ``.binvox`` files, meshes or arrays alone, and arrays: by name, or of
+        cubes."""
+        names, suffixes = source.array_names, source.file_suffixes
         return (
             source.suffix in (".hdf5", ".h5")
             or (bool(names & {"voxels", "occupancy", "packed"}) and "images" not in names)
-            or (shape is not None and len(shape) == 4 and len(set(shape[1:])) == 1)
-            or any(suffix in source.file_suffixes for suffix in VOXEL_SUFFIXES)
+            or _of_cubes(source.array_shape or ())
+            or any(suffix in suffixes for suffix in VOXEL_SUFFIXES)
+            or (bool(suffixes.keys() & {*ARRAY_SUFFIXES}) and not suffixes.keys() & {*IMAGE_SUFFIXES})
         )
 
     @classmethod
@@ -172,6 +175,12 @@ class Voxels(GridSignal):
         if output_type == "mesh":
             return meshes
         return [[Image.fromarray(view) for view in _turntable(mesh, views, ELEVATION)] for mesh in meshes]
+
+
+def _of_cubes(shape: tuple[int, ...]) -> bool:
+    """Whether an array may be one grid, several, or a volume with a channel."""
+    without_channel = shape[:-1] if shape[-1:] == (1,) else shape
+    return any(len(each) in (3, 4) and len(set(each[-3:])) == 1 for each in (shape, without_channel))
 
 
 def _one_number(resolution: Sequence[int] | None) -> int | None:

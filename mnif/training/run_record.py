@@ -64,6 +64,7 @@ _CONVENIENCES = {
     "dataloader_num_workers",
     "compile",
     "batch_size",
+    "max_image_pixels",
 }
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from tqdm import tqdm
@@ -139,6 +140,13 @@ def default_device() -> "torch.device":
     return device or torch.device("cpu")
 
 
+@cache
+def tell(line: str) -> None:
+    """Tells the user a line that is no error: once, however often it comes up and however many processes run."""
+    if os.environ.get("RANK", "0") == "0":
+        print(printable(line))
+
+
 def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
     """A tqdm bar on stderr; in a log file or a pipe it prints a line's worth every 20 seconds only."""
     quiet = not sys.stderr.isatty()
@@ -181,7 +189,8 @@ class Processes:
 
 def command_line() -> str:
     """The command this process runs, as a user would type it."""
-    return shlex.join(["mnif", *sys.argv[1:]])
+    text = shlex.join(["mnif", *sys.argv[1:]])
+    return text.encode("utf-8", "backslashreplace").decode()  # of names of files, which may be no UTF-8
 
 
 def peak_memory_megabytes() -> float:

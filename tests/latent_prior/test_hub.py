@@ -63,6 +63,17 @@ def test_card_is_filled_from_the_run(run: Path) -> None:
     load_pipeline(run / "model")
 
 
+def test_card_names_the_licence_of_the_style(run: Path) -> None:
+    pytest.importorskip("dicebear")
+    table = LatentTable.load(run / "latents.safetensors")
+    table.data = "avatars:personas:500"
+    table.save(run / "latents.safetensors")
+    write_model_card(run)
+    card = ModelCard.load(run / "model/README.md")
+    assert card.data.license == "cc-by-4.0"
+    assert "Personas by Draftbit by Draftbit - draftbit.com, CC BY 4.0" in card.text
+
+
 def test_card_states_no_licence_for_data_it_does_not_know(run: Path) -> None:
     table = LatentTable.load(run / "latents.safetensors")
     table.data = "my/pictures"

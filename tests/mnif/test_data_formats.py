@@ -164,6 +164,7 @@ def test_installed_built_in_sets_load() -> None:
 
 def test_signals(tmp_path: Path) -> None:
     assert {name: detect_signal(name) for name in BUILTIN} == BUILTIN
+    assert detect_signal("avatars:lorelei") == detect_signal("avatars:lorelei:20") == "image"
     assert detect_signal("hf:someone/faces:train") == "image"
     found: dict[str, str] = {}
     for name, key in (("a.npz", "images"), ("b.npz", "voxels"), ("c.npz", "occupancy"), ("d.npz", "packed")):
@@ -202,7 +203,9 @@ def test_what_cannot_be_told_says_what_was_found(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=match):
             detect_signal(str(path))
 
-    refused(tmp_path / "nowhere", r"no such folder, file or built-in set \(furniture, furniture-views, twemoji\)")
+    refused(
+        tmp_path / "nowhere", r"no such folder, file or built-in set \(avatars, furniture, furniture-views, twemoji\)"
+    )
     refused(tmp_path, "found nothing")
     for name in ("a.csv", "b.csv", "README"):
         (tmp_path / name).touch()

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from mnif.data.images import central_box, image_size, load_images
+from mnif.data.images import image_size, load_images
 from mnif.utils.errors import UserError
+from mnif.utils.pixels import central_box
 
 
 @pytest.fixture(autouse=True)
@@ -216,7 +217,7 @@ def test_hugging_face_folder(tmp_path: Path) -> None:
     content = io.BytesIO()
     Image.fromarray(images[0]).save(content, "PNG")
     for name, picture, message in (
-        ("cut", content.getvalue()[:60], "row 1 is an unreadable"),
+        ("cut", content.getvalue()[:60], "row 1: unreadable picture"),
         ("none", None, "row 1"),
     ):
         broken = [{"bytes": content.getvalue(), "path": None}, picture and {"bytes": picture, "path": None}]

@@ -1,9 +1,14 @@
+import json
+from importlib import import_module
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mnif.data import builtin
+from mnif.data.builtin import builtin_licence
 from mnif.data.images import ImageData, load_images
 from mnif.utils.errors import UserError
 
@@ -46,6 +51,56 @@ def test_twemoji_variants_of_one_design_stay_on_one_side() -> None:
     waving = [row for row, id in enumerate(data.ids) if id == "1f44b" or id.startswith("1f44b-1f3f")]
     assert len(waving) == 6
     assert len({data.groups[row] for row in waving}) == 1
+
+
+def test_avatars_are_drawn_once_for_each_seed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("dicebear")
+    resvg = pytest.importorskip("resvg_py")
+    from dicebear import Avatar, Style
+
+    monkeypatch.setenv("MNIF_CACHE", str(tmp_path))
+    data = load_images("avatars:lorelei:3", 64)
+    assert data.ids == ["lorelei-000000", "lorelei-000001", "lorelei-000002"]
+    (folder,) = import_module("dicebear_styles").__path__
+    style = Style(json.loads((Path(folder) / "lorelei.json").read_text()))
+    png = resvg.svg_to_bytes(str(Avatar(style, {"seed": "2"})), width=64, height=64, background="white")
+    on_white = np.asarray(Image.open(BytesIO(png)).convert("RGB"))
+    np.testing.assert_allclose(data.images[2], on_white, atol=2)
+    monkeypatch.delattr(builtin, "_drawn")
+    np.testing.assert_array_equal(load_images("avatars:lorelei:3", 64).images, data.images)
+
+
+def test_avatars_that_look_the_same_are_one_and_more_seeds_move_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("dicebear")
+    monkeypatch.setenv("MNIF_CACHE", str(tmp_path))
+    few, many = (load_images(f"avatars:glyphs:{count}", 64, channels=4) for count in (60, 120))
+    different = {image.tobytes() for image in many.images}
+    assert len(many) == len(different) < 120
+    assert many.ids[: len(few)] == few.ids
+    np.testing.assert_array_equal(many.images[: len(few)], few.images)
+    np.testing.assert_array_equal(many.held_out(0.3)[: len(few)], few.held_out(0.3))
+
+
+def test_only_styles_with_a_standard_licence_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("dicebear")
+    assert builtin_licence("avatars") == ("cc0-1.0", "Open Peeps by Pablo Stanley, CC0 1.0")
+    assert builtin_licence("avatars:adventurer:9") == ("cc-by-4.0", "Adventurer by Lisa Wischofsky, CC BY 4.0")
+    for style in ("avataaars", "avataaars-neutral", "bottts", "bottts-neutral"):
+        with pytest.raises(UserError, match=rf"{style} is \"Free for .*, which is no standard one; choose one of adv"):
+            load_images(f"avatars:{style}", 8)
+    with pytest.raises(UserError, match=r'no style "peeps"; choose one of adventurer, .*, open-peeps, .*weave$'):
+        load_images("avatars:peeps", 8)
+    with pytest.raises(UserError, match="initials needs fonts"):
+        load_images("avatars:initials:4", 8)
+    for source in ("avatars:lorelei:0", "avatars:lorelei:-1", "avatars:lorelei:many", "avatars:lorelei:4:4"):
+        with pytest.raises(UserError, match=f"{source}: write avatars, avatars:STYLE or"):
+            load_images(source, 8)
+    monkeypatch.setattr("mnif.utils.errors.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'"dicebear-core" is missing; run: pip install "mnif-diffusion\[avatars\]"'):
+        load_images("avatars", 8)
+    assert builtin_licence("avatars") is None
 
 
 def test_side_of_a_group_does_not_depend_on_the_others() -> None:

@@ -1,7 +1,9 @@
 """Signals on grids: what they observe, which part a step looks at, and how errors and figures are counted."""
 
+import json
 from dataclasses import replace
 from itertools import permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +12,9 @@ from jaxtyping import TypeCheckError
 from PIL import Image as Picture
 from torch import Tensor
 
+from mnif.commands.fit import main as fit
 from mnif.data.batches import InstanceGenerator, instance_keys
+from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals import registry
 from mnif.signals.base import GridSignal, Observation, Signal, intersection_over_union, psnr
@@ -335,3 +339,22 @@ def test_signals_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(signal_of_model(decoder)) is Relief
     with pytest.raises(UserError, match="must be one of image, radiance, relief, voxels"):
         signal_class("sound")
+
+
+@pytest.mark.parametrize(
+    ("resolution", "cells"),
+    [(8, 4), (28, 4), (32, 4), (48, 6), (64, 8), ([48, 64], 7), (100, 12), (128, 16), (512, 16)],
+)
+def test_cells_of_pictures_have_about_eight_pixels(resolution: int | list[int], cells: int) -> None:
+    assert Image(resolution, 3).default_cells() == cells
+
+
+def test_cells_given_win_and_those_of_the_rule_are_recorded(picture_folder: Path, tmp_path: Path) -> None:
+    small = ["--num_bases", "2", "--width", "4", "--depth", "0", "--latent_dim", "3", "--encoder_width", "8"]
+    small += ["--max_train_steps", "1", "--train_batch_size", "4", "--refinement_steps", "0"]
+    for given, cells in (([], 6), (["--cells", "1"], 1)):
+        run = tmp_path / str(cells)
+        fit(["--data", str(picture_folder), "--output_dir", str(run), "--resolution", "48", *given, *small])
+        assert json.loads((run / "run.json").read_text())["fit"]["arguments"]["cells"] == str(cells)
+        assert load_component(MNIFModel, run / "model", "decoder").config.cells == cells
+    assert Voxels(64, 1).default_cells() == 4
