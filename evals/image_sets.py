@@ -39,7 +39,6 @@ from mnif.utils.pixels import open_image, to_uint8
 
 _BESIDE_SAMPLES = (".json", ".jsonl", ".safetensors", ".md", ".html", ".log")  # what commands write there themselves
 
-
 _DECODED_AT_ONCE = 64
 
 

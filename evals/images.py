@@ -43,9 +43,7 @@ from mnif.utils.process import Processes
 
 SHOWN = 24
 
-
 _PCA_NUMBERS = 1 << 27  # of training pictures; where there are more, PCA is fitted to some of them
-
 
 _BORDERS = 1024  # pictures that steps across borders are looked for in
 

@@ -58,14 +58,12 @@ FAMILIES = {
 }
 """By the first words of a metric's name; a name that is not here is shown as it is, after the others."""
 
-
 CONTROLS_OF_SAMPLES = {
     "gaussian": "Gaussian latents",
     "pca": "Gaussian over PCA",
     "floor": "real against real",
     "copies": "copies of training instances",
 }
-
 
 CONTROLS_OF_RECONSTRUCTIONS = {
     "encoder": "encoder alone",
@@ -74,7 +72,6 @@ CONTROLS_OF_RECONSTRUCTIONS = {
     "mean": "mean of the training set",
     "floor": "real against real",
 }
-
 
 _SPLITS = {"train": "training", "heldout": "held-out", "test": "test"}
 
@@ -85,12 +82,10 @@ def _any(words: Iterable[str]) -> str:
 
 _SAMPLES_KEY = re.compile(f"(.+?)(?:_{_any(CONTROLS_OF_SAMPLES)})?")
 
-
 _RECONSTRUCTIONS_KEY = re.compile(
     f"(.+?)(?:_{_any(CONTROLS_OF_RECONSTRUCTIONS)})?_{_any(_SPLITS)}(?:_{_any(CONTROLS_OF_RECONSTRUCTIONS)})?"
 )
 """The control stands before the split or after it."""
-
 
 _ELSEWHERE = ("seconds", "peak_rss_mb", "images_per_second")  # not quality
 
@@ -256,14 +251,12 @@ LABELS = {
     "validation_loss_train": "training latents",
 }
 
-
 COSTS = {
     "num_inference_steps": "denoising steps",
     "multiply_adds_per_value": "multiply-adds of the fields per value",
     "num_bases": "bases M",
 }
 """What quality is paid with, as in ``model`` of a ``metrics.json``."""
-
 
 _QUALITIES = ("fid", "fd_lite0", "mmd_chamfer", "psnr_heldout", "iou_heldout")
 

@@ -31,9 +31,7 @@ from mnif.utils.process import Processes, progress_bar
 
 _OBJECTS = 64  # of a split, evenly spread; what rendering costs
 
-
 _SHOWN = 12
-
 
 _VIEWS = 8  # of each object, evenly spread; more of the same object tell little
 

@@ -15,7 +15,6 @@ from latent_prior.sampling import initial_noise
 
 ROUNDS = 5
 
-
 K = TypeVar("K")
 
 

@@ -35,9 +35,7 @@ from mnif.utils.process import progress_bar
 
 _GRID_SUFFIXES = (".npz", ".npy", ".binvox")
 
-
 _NEEDS = '"voxels" or "occupancy", occupancies in [0, 1], [R, R, R] or [N, R, R, R], or volumes [R, R, R, 1]'
-
 
 _BOUND = 1 + 1e-3  # a mesh may leave the cube by its rounding
 
@@ -146,9 +144,7 @@ def _mesh_in_cube(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 LEAST = 8  # shapes in a set
 
-
 _COPIED_QUANTILE = 0.05
-
 
 _CHUNK = 1024  # training shapes whose surfaces are held at a time
 

@@ -40,15 +40,11 @@ from mnif.utils.process import Processes
 
 PIXELS = 96  # of a picture of a shape
 
-
 _BATCH = 32  # shapes drawn at a time
-
 
 _SURFACES = 128  # shapes of a split whose surfaces are compared, evenly spread
 
-
 _PCA_NUMBERS = 1 << 27  # of training shapes; where there are more, PCA is fitted to every n-th
-
 
 Draw = Callable[[Tensor, Tensor], Tensor]
 """Latents [B, D] and originals [B, R, R, R, 1] → values in the form of the originals."""

@@ -91,11 +91,9 @@ _PRECISIONS = {
     "`device/build.py` sets them layer by layer.",
 }
 
-
 _SAMPLE = """
     python3 device/sample.py --num 16 --seed 0 --output_dir out
 """
-
 
 _TEXT = """\
 # mnif bundle

@@ -14,7 +14,6 @@ from export.graphs.specs import KINDS
 
 _TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "int64": "TYPE_INT64", "int32": "TYPE_INT32"}
 
-
 _LONGEST_WAIT = 500  # microseconds that a request waits for company
 
 
@@ -88,7 +87,6 @@ model_warmup [
   }}
 ]
 """
-
 
 _CUDA_GRAPHS = """\
 optimization { cuda { graphs: true } }

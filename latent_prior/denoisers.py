@@ -214,7 +214,6 @@ class PaperDenoiser(Denoiser):
 
 DenoiserName = Literal["modulated", "paper"]
 
-
 DENOISERS: dict[DenoiserName, type[Denoiser]] = {"modulated": ResMLPDenoiser, "paper": PaperDenoiser}
 """What `mnif prior --denoiser` names; a new one is added to both, with its flags to `mnif prior`."""
 

@@ -52,9 +52,7 @@ def _mean_within(points: Tensor) -> Tensor:
 
 _CHUNK = 1024  # samples at a time, whatever the number of processes: rounding depends on the size of a batch
 
-
 _FIRST = 2**40  # number of the first sample that is drawn for students; nobody's own samples come that far
-
 
 _APART = 2**36  # further on begins the noise that is added to samples for the next timestep
 

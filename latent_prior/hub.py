@@ -27,18 +27,13 @@ from mnif.utils.json_files import read_json, read_object
 
 _FILES = ["*.json", "*.safetensors", "*.md"]  # what is fetched: never pickles or code
 
-
 _SECONDS = 10.0  # that the hub may take to answer
-
 
 _OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_only")
 
-
 _TROUBLES = (HTTPError, OSError, ValueError)  # every error of huggingface-hub is one of these
 
-
 _STAGES = {"fit": "stage one", "prior": "stage two", "distill": "student"}
-
 
 _TEMPLATE = """---
 {{ card_data }}

@@ -248,7 +248,6 @@ class NpzOfSamples(Samples):
 
 FORMATS: dict[str, type[Samples]] = {"folder": FolderOfSamples, "tar": TarShards, "npz": NpzOfSamples}
 
-
 _ROWS = 8  # ways on the sheet of an interpolation
 
 

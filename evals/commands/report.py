@@ -34,7 +34,6 @@ from mnif.utils.process import command_line
 
 RESOLUTIONS = (32, 64, 256)
 
-
 PACKAGES = ("mnif-diffusion", "torch", "diffusers", "accelerate", "onnx", "onnxruntime", "tensorrt-rtx", "numpy")
 
 

@@ -27,18 +27,13 @@ from mnif.utils.files import sha256_of_file
 
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
-
 _WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
-
 
 _BATCH_SIZE = 2  # pictures a thread takes at a time; small batches stay in the cache and are the fastest
 
-
 _BLOCKS = 16
 
-
 _HALVING_BLOCKS = (1, 3, 5, 11)
-
 
 _BATCH_NORM_EPSILON = 1e-3
 

@@ -21,9 +21,7 @@ from mnif.utils.json_files import parse_json
 
 _NEGATIVE_TOLERANCE = 1e-6  # of the largest eigenvalue; what float32 statistics leave of a zero
 
-
 _ROWS_AT_ONCE = 4096
-
 
 _STATISTICS = "mu, sigma, num and protocol"
 

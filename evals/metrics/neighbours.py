@@ -100,7 +100,6 @@ def are_copies(distances: np.ndarray, held_out: np.ndarray, train: np.ndarray, q
 
 COPYING_BELOW = 0.9
 
-
 EXPECTED_SHARE = 0.05  # of samples that do not copy, by the definition of are_copies
 
 

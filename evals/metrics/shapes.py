@@ -26,13 +26,10 @@ from mnif.utils.process import progress_bar
 
 POINTS = 2048
 
-
 SHOWN = 12
-
 
 Mesh = tuple[np.ndarray, np.ndarray]
 """Vertices [V, 3] and faces [F, 3], as :mod:`mnif.utils.meshes` has them."""
-
 
 _NO_MESH: Mesh = (np.empty((0, 3)), np.empty((0, 3), dtype=np.int64))
 
@@ -110,12 +107,9 @@ def surface_points(mesh: Mesh, name: str, seed: int = 0) -> np.ndarray:
 
 Metric = Literal["chamfer", "emd"]
 
-
 Exact = Literal["all", "minima", "row minima"]
 
-
 _MAP = 16  # nodes per axis of a map of distances over [-1, 1]³; finer maps cost more than they save
-
 
 _LEAF = 16  # points in a leaf of a tree; the fastest of 8 to 64
 

@@ -15,7 +15,6 @@ from evals.metrics.frechet import Moments, MomentSums, frechet_distance, moments
 
 GROUPS = 8
 
-
 _ROWS_AT_ONCE = 4096
 
 

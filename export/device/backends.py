@@ -20,9 +20,7 @@ from .plans import PlanRefused
 
 _TERMS = 6  # t, t³, ... t¹¹: within 1e-7 of the sine
 
-
 _LANES = 16  # the widest vectors' float32 numbers
-
 
 _KEPT = 8  # compiled shapes
 
@@ -129,7 +127,6 @@ def sine_coefficients(terms: int) -> np.ndarray:
 
 
 LOGGER = logging.getLogger("mnif.runtime")
-
 
 BACKENDS = ("tensorrt", "onnxruntime", "openvino")  # the best first
 

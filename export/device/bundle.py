@@ -77,7 +77,6 @@ def write_json(path: Path, content: Any) -> None:
 
 SCHEMA = 2
 
-
 UNFINISHED = "unfinished"
 
 
@@ -89,12 +88,9 @@ def manifest_digest(manifest: dict) -> str:
 
 _POINTS = 1 << 26  # of a grid
 
-
 T = TypeVar("T")
 
-
 ENGINES = "engines"  # where plans lie; the manifest does not list what a device builds
-
 
 _GRAPH_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 

@@ -18,9 +18,7 @@ from .bundle import BackendMissing, BundleError, import_backend
 
 Profile = Mapping[str, Mapping[str, Sequence[int]]]  # input → {"minimum", "optimum", "maximum"} shapes
 
-
 MODULES = ("tensorrt", "tensorrt_rtx")
-
 
 _OLDEST = (8, 5)
 
@@ -255,15 +253,11 @@ _KERNEL = re.compile(
     r"Outputs: \[(?P<outputs>.*)\], TacticName: .*?Metadata: (?P<nodes>.*)"
 )
 
-
 _PROFILE = re.compile(r"_myl(\d+)_\d+$")
-
 
 _TYPE = re.compile(r"Datatype: (\w+)")
 
-
 _NODE = re.compile(r"\[ONNX Layer: (.*?)\]")
-
 
 _NO_WORK = "shape_call"  # works sizes out on the host
 

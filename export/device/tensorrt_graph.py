@@ -20,7 +20,6 @@ from .tensorrt import builder_logger, find_builder
 
 LOGGER = logging.getLogger("mnif.runtime")
 
-
 Shapes = Dict[str, Tuple[int, ...]]
 
 

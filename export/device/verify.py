@@ -28,7 +28,6 @@ def psnr(values: np.ndarray, exact: np.ndarray) -> float:
 
 REFERENCE_EVALUATOR = "onnx-reference"
 
-
 _PEAK = 2.0  # values lie in [-1, 1]
 
 

@@ -11,9 +11,7 @@ from mnif import __version__
 
 OPSET = 17  # the last one that TensorRT 8.6 (JetPack 6.0) parses
 
-
 IR_VERSION = 8
-
 
 Shape = Sequence[int | str]
 

@@ -29,12 +29,9 @@ from mnif.utils.pixels import as_axes
 
 Resolution = int | Sequence[int]  # pixels per axis; one number stands for all axes
 
-
 Layers = dict[int, tuple[str, str]]  # number of a layer → what its weight and its bias are called
 
-
 _BATCHES = (1, 8, 64)
-
 
 _MOST_VALUES = 1 << 22  # of one batch; large grids come in smaller batches
 
@@ -237,12 +234,9 @@ def _blend(builder: GraphBuilder, decoder: MNIFModel, grid: CellGrid, values: st
 
 _REFERENCES = 3  # instances in the reference of a graph with a batch, fewer where their grids are large
 
-
 _REFERENCE_VALUES = 1 << 17
 
-
 _REFERENCE_POINTS = 256  # of each cell, in the reference of a baked graph
-
 
 _BAKED_AT_ONCE = 64
 

@@ -25,7 +25,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 Precision = Literal["fp32", "mixed"]
 
-
 Storage = Literal["fp32", "fp16", "int8"]
 
 
@@ -35,12 +34,9 @@ PARTS: dict[Precision, dict[str, str]] = {
     "mixed": {"products": "float16", "first_layer": "float32", "biases": "float32", "sines": "float32"},
 }
 
-
 _HIDDEN = re.compile(r"layer_[1-9]\d*/product|step_\d+/.+")
 
-
 _LARGE = 4096  # numbers; smaller matrices are not worth a node
-
 
 _INT8_WEIGHTS = ("denoiser.blocks.", "decoder.coefficient_map.")  # what int8 holds; all else is float16 then
 

@@ -216,9 +216,7 @@ def _composite(builder: GraphBuilder, signal: RadianceField, colours: str, densi
 
 _REFERENCES = 2  # instances
 
-
 _PLACES = 64  # rays or points of each, in a reference
-
 
 _MOST_POINTS = 1 << 17  # asked of all cells together by the largest engine
 

@@ -39,22 +39,17 @@ from mnif.utils.errors import UserError
 
 T = TypeVar("T")
 
-
 _LAGS = 3
 
 
 # What a step may use, the likeliest first: (0 for samples or 1 for predictions, lag).
 _PLACES = [(0, 0), (1, 0), (1, 1), (0, 1), (1, 2), (0, 2)]
 
-
 _ELEMENTS = 512
-
 
 _LOUDNESS = 100.0  # far beyond any range a scheduler clips to
 
-
 _TOLERANCE = 1e-5  # schedulers count in float32
-
 
 _NOTHING = 1e-9  # what rounding leaves of a weight that is zero
 
@@ -293,9 +288,7 @@ def _denoise_exactly(pipeline: MNIFPipeline, steps: LinearSchedulerTable, noise:
 
 _LARGEST_BATCH = 4  # of *field*, whose points are many
 
-
 _REFERENCES = 2  # instances
-
 
 _REFERENCE_POINTS = 256  # of each cell
 

@@ -22,7 +22,6 @@ from mnif.utils.errors import UserError
 
 Profile = Mapping[str, Mapping[str, Sequence[int]]]  # input → {"minimum", "optimum", "maximum"} shapes
 
-
 PROFILE_SIZES = ("minimum", "optimum", "maximum")
 
 
@@ -81,7 +80,6 @@ KINDS = {
     ),
 }
 """Every kind of graphs, in the order of the README; the manifest and :mod:`export.device` know them by these names."""
-
 
 REFERENCED_BAKED = 8  # baked graphs that have a reference; the others are the same graph with other numbers
 
@@ -157,9 +155,7 @@ def reference_of(
 
 _WORST = 30.0  # dB; a graph in fewer bits that comes out below is of no use
 
-
 _DEVICES_DIFFER = 3.0  # dB that another device may lose by the order in which it adds
-
 
 _FINEST = 100.0  # dB; no backend is asked for more
 

@@ -26,7 +26,6 @@ from mnif.utils.process import command_line, peak_memory_megabytes, progress_bar
 
 _COMPONENTS = ("decoder", "denoiser", "scheduler", "student", "student_scheduler")
 
-
 _PATIENCE = timedelta(days=7)  # that processes wait for the slowest of them
 
 

@@ -17,7 +17,6 @@ from mnif.utils.files import save_tensors, written_atomically
 _FORMAT = "mnif-latents/1"
 _CHUNK = 8192  # rows in float64 at a time
 
-
 _TYPES = {"latents": "F32", "held_out": "U8", "id_bytes": "U8", "id_offsets": "I64"}
 
 

@@ -163,7 +163,6 @@ class CellGrid:
 CACHED_BYTES = 2**28
 """What the grids that are kept for the next call may take together, unless one alone takes more."""
 
-
 _cached_bytes = 0
 
 

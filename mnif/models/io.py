@@ -38,7 +38,6 @@ Component = TypeVar("Component", bound=ModelMixin)
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _REAL = ("F16", "BF16", "F32", "F64")
 
-
 _MADE_BY = {
     "decoder": "mnif fit",
     "encoder": "mnif fit --method encoder",

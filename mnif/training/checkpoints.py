@@ -46,7 +46,6 @@ _DAMAGE = (
     UserError,
 )
 
-
 _SEAL = ".sha256"  # of all that is not hidden: without it a folder is not whole, and a flipped bit shows
 
 

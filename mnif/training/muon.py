@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, by Jordan et al.
 
-
 _STEPS = 5
 
 

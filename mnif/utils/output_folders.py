@@ -113,7 +113,6 @@ def output_folder_of(folder: Path, command: str) -> Iterator[None]:
 LOCK = ".mnif.lock"
 """Lies in a folder while a command writes to it, and says which."""
 
-
 _HELD: dict[Path, int] = {}  # by this process, each with the descriptor of its lock
 
 
