@@ -143,7 +143,7 @@ def default_device() -> "torch.device":
 @cache
 def tell(line: str) -> None:
     """Tells the user a line that is no error: once, however often it comes up and however many processes run."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         print(printable(line))
 
 
