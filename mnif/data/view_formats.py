@@ -152,9 +152,13 @@ def _srn_instance(id: str, marker: Path, max_views: int | None, convention: Came
     """
     folder = marker.parent
     pictures = visible_files(folder / "rgb", Counter()) if (folder / "rgb").is_dir() else []
-    paths = [path for path in pictures if path.suffix.lower() in IMAGE_SUFFIXES][:max_views]
+    paths = [path for path in pictures if path.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
         raise UserError(f"{folder / 'rgb'}: no pictures here ({', '.join(IMAGE_SUFFIXES)})")
+    unseen = {path.stem for path in (folder / "pose").glob("*.txt")} - {path.stem for path in paths}
+    if unseen:
+        tell(f"{folder}: {len(unseen)} of its poses have no picture, such as {min(unseen)}; they are not used")
+    paths = paths[:max_views]
     intrinsics, centre, stated, inverted = _srn_intrinsics(marker)
     if convention == "auto":
         convention = "opencv-world-to-camera" if inverted else "opencv"

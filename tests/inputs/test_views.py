@@ -317,6 +317,15 @@ def test_hidden_folders_and_what_lies_in_an_object_are_no_objects(
     assert lines == [f"{source}: 3 objects are read; left out are 1 hidden"]
 
 
+def test_poses_without_a_picture_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(view_formats, "tell", lines.append)
+    srn(tmp_path)
+    (tmp_path / "rgb" / "000001.png").unlink()
+    assert load_views(str(tmp_path), max_views=2).poses.shape[:2] == (1, 2)
+    assert lines == [f"{tmp_path}: 1 of its poses have no picture, such as 000001; they are not used"]
+
+
 def test_other_files_of_cameras_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr(view_formats, "tell", lines.append)
