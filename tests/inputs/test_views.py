@@ -146,7 +146,8 @@ def test_what_changes_a_camera_and_is_not_used_is_refused_by_name(
 ) -> None:
     camera = {"fl_x": 40} | ({} if of_a_frame else {key: value})
     write(tmp_path, frames=[{}, {key: value}] if of_a_frame else None, **camera)
-    with pytest.raises(UserError, match=rf"transforms\.json: frame {'1' if of_a_frame else '0'}\.png: ") as error:
+    place = rf"(frame {'1' if of_a_frame else '0'}\.png: |{key}: )"  # the latter where the type itself is wrong
+    with pytest.raises(UserError, match=rf"transforms\.json: {place}") as error:
         load_views(str(tmp_path))
     assert key in str(error.value) or "focal lengths and sizes" in str(error.value)
 
@@ -349,7 +350,7 @@ def test_a_damaged_file_of_cameras_is_one_line(tmp_path: Path) -> None:
     good = json.loads(path.read_text())
     for content in ([], None, 3, "x", {}, {"frames": 3}, {"frames": ["x"]}, {"frames": {"a": 1}}, {"frames": [{}]}):
         path.write_text(json.dumps(content))
-        with pytest.raises(UserError, match=r"transforms\.json: needs \"frames\""):
+        with pytest.raises(UserError, match=r"transforms\.json: .*(frames|Expected `object`)"):
             load_views(str(tmp_path))
     for matrix in ("x", [[1, 2], [3]], [[None] * 4] * 4, np.zeros((4, 4)).tolist(), [[10**400] * 4] * 4):
         good["frames"][1]["transform_matrix"] = matrix
