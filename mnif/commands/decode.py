@@ -172,9 +172,6 @@ def _rows(arguments: DecodeArguments, table: LatentTable) -> list[int]:
         rows = [place[id] for id in dict.fromkeys(arguments.ids)]
     if not rows:
         raise UserError(f"{arguments.latents}: no latents were asked for")
-    for row in rows:
-        if not table.latents[row].isfinite().all():
-            raise UserError(f"{arguments.latents}: the latent of {table.ids[row]} holds NaN or infinity")
     return rows
 
 

@@ -213,6 +213,9 @@ def check_writable(path: Path) -> None:
         with tempfile.TemporaryFile(dir=there), contextlib.suppress(FileNotFoundError):
             os.stat(path)  # a name that is too long
     except OSError as error:
+        if not os.path.lexists(there):  # another command has just removed it
+            check_writable(path)
+            return
         raise UserError(f"{path}: nothing can be written there ({error.strerror}); choose another place") from None
 
 

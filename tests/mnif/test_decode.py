@@ -328,7 +328,6 @@ def test_latents_that_do_not_fit_are_refused(
     broken = saved(tmp_path / "run", decoder, latents, list("abcde"))
     assert "the latent of c holds NaN" in error_of(decode(broken, tmp_path / "out"), capsys)
     assert not (tmp_path / "out").exists()
-    assert main(decode(broken, tmp_path / "out", "--num", "2")) == 0
 
 
 def test_ctrl_c_leaves_whole_files_and_the_same_command_continues(
