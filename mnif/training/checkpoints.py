@@ -4,6 +4,7 @@ import pickle
 import re
 import shutil
 import struct
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -200,7 +201,9 @@ class Checkpoints:
         """Puts everything back as it was at ``checkpoint``; damage shows as one of many kinds of error."""
         _check_seal(checkpoint)
         record = msgspec.structs.asdict(read_json(checkpoint / "progress.json", ProgressRecord))
-        self.accelerator.load_state(str(checkpoint))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch's, of a foreign pickle, before it refuses it
+            self.accelerator.load_state(str(checkpoint))
         if self.latent_embedding is not None:
             self.latent_embedding.load(checkpoint)
         ema_step = record.pop("ema_step")

@@ -92,9 +92,9 @@ def test_meshes_are_taken_where_they_stand(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"a.npy": np.zeros((4, 4, 5))}, r"a\.npy: the grids are \[4, 4, 5\]; cubes"),
+        ({"a.npy": np.zeros((4, 4, 5))}, r"a\.npy: an array is \[4, 4, 5\]; cubes"),
         ({"a.npy": np.full((4, 4, 4), -1.0)}, r"a\.npy: holds values outside \[0, 1\]"),
-        ({"a.npy": np.full((4, 4, 4), np.nan)}, r"a\.npy: holds values outside \[0, 1\]"),
+        ({"a.npy": np.full((4, 4, 4), np.nan)}, r"a\.npy: holds something other than finite numbers"),
         ({"a.npy": np.zeros((4, 4, 4)), "b.npy": np.zeros((8, 8, 8))}, r"b\.npy: 8³ cells where a\.npy has 4³"),
         ({"a.npy": np.zeros((4, 4, 4)), "b.stl": None}, "both grids and meshes"),
         ({"a.stl": None}, r"a\.stl: (unreadable|has no faces)"),

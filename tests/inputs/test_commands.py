@@ -126,7 +126,8 @@ def test_a_sigterm_ends_a_command_as_ctrl_c_does(
 @pytest.mark.parametrize(("number", "code", "line"), [(15, 143, "terminated\n"), (2, 130, "mnif sample: stopped\n")])
 def test_a_signal_ends_a_command_on_a_board(exported: Path, tmp_path: Path, number: int, code: int, line: str) -> None:
     program = (
-        "import os, sys; from pathlib import Path; from export.device import bundle, sample\n"
+        "import os, signal, sys; from pathlib import Path; from export.device import bundle, sample\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background takes it away
         "def replace(path, target): os.kill(os.getpid(), int(sys.argv.pop()))\n"
         "Path.replace = replace\n"
         "sys.exit(sample.main(sys.argv[1:-1]))"
