@@ -4,12 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 MNIF := $(BIN)/mnif
 
-# `make demo` fits this in ten to fifteen minutes on two cores; CI shrinks it. The emoji take less:
-#   make demo RUN=runs/emoji DATA=twemoji FIT_FLAGS="--random_flip --random_colours" PRIOR_STEPS=1000
+# `make demo` fits this in about a quarter of an hour on two cores; CI shrinks it. The emoji:
+#   make demo RUN=runs/emoji DATA=twemoji FIT_FLAGS="--random_flip --random_colours" FIT_STEPS=5000 PRIOR_STEPS=1000
 RUN ?= runs/demo
 DATA ?= avatars
 FIT_FLAGS ?= --resolution 64 --latent_noise 0.1
-FIT_STEPS ?= 5000
+FIT_STEPS ?= 2500
 PRIOR_STEPS ?= 1500
 SAMPLES ?= 1000
 
