@@ -63,14 +63,7 @@ def instances_of_table(
         UserError: no such table or id, or the table belongs to another decoder.
     """
     table = LatentTable.load(path, decoder.fingerprint(), decoder.config.latent_dim)
-    if ids is None:
-        rows = list(range(min(count, len(table.ids))))
-    else:
-        place = {id: row for row, id in enumerate(table.ids)}
-        for id in ids:
-            if id not in place:
-                raise UserError(f"--ids {id}: not in {path}, which begins with {', '.join(table.ids[:3])}")
-        rows = [place[id] for id in ids]
+    rows = list(range(min(count, len(table.ids)))) if ids is None else table.rows_of(ids, path)
     further = [row for row in range(len(table.ids)) if row not in set(rows)][: max(least - len(rows), 0)]
     return ExportedInstances(table.latents[rows + further], [{"id": table.ids[row]} for row in rows])
 

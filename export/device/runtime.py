@@ -1,4 +1,4 @@
-"""From the points fields are asked at to a picture: cells, blending, pixels, PNG."""
+"""Runs a bundle: decoder, sampler, baked instances and cameras, from noise or coefficients to values and pictures."""
 
 from __future__ import annotations
 

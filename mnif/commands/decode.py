@@ -163,13 +163,7 @@ def _rows(arguments: DecodeArguments, table: LatentTable) -> list[int]:
     else:
         if arguments.num is not None:
             raise UserError("give either --ids or --num")
-        place = {id: row for row, id in enumerate(table.ids)}
-        for id in arguments.ids:
-            if id not in place:
-                raise UserError(
-                    f"--ids {id}: not in {arguments.latents}, which begins with {', '.join(table.ids[:3])}"
-                )
-        rows = [place[id] for id in dict.fromkeys(arguments.ids)]
+        rows = table.rows_of(dict.fromkeys(arguments.ids), arguments.latents)
     if not rows:
         raise UserError(f"{arguments.latents}: no latents were asked for")
     return rows

@@ -1,6 +1,6 @@
 """The latent table: the latents of a data set, with the ids they stand for and the decoder they belong to."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -58,6 +58,18 @@ class LatentTable:
         """Yields the training rows in float64, a few at a time: a table may be half of what memory holds."""
         for latents, held_out in zip(self.latents.split(_CHUNK), self.held_out.split(_CHUNK), strict=True):
             yield latents[~held_out].double()
+
+    def rows_of(self, ids: Iterable[str], path: Path) -> list[int]:
+        """Finds the rows of ``ids``, in their order; ``path`` is where the table was read from.
+
+        Raises:
+            UserError: an id of ``--ids`` is not in the table.
+        """
+        place = {id: row for row, id in enumerate(self.ids)}
+        for id in (ids := list(ids)):
+            if id not in place:
+                raise UserError(f"--ids {id}: not in {path}, which begins with {', '.join(self.ids[:3])}")
+        return [place[id] for id in ids]
 
     def save(self, path: Path) -> None:
         """Writes the table as safetensors, atomically. Ids are UTF-8 bytes with offsets, so any number fits."""
