@@ -1,4 +1,4 @@
-"""A scheduler as a table of numbers.
+"""The sampler, noise → values with its denoising steps unrolled; a scheduler in it is a table of numbers.
 
 Deterministic diffusers schedulers (DDIM, UniPC, DPM-Solver++, flow matching with Euler or Heun steps, ...) make the
 next sample as a weighted sum of recent samples and predictions, with weights that depend on the step alone. The

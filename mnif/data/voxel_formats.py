@@ -390,8 +390,7 @@ def read_mesh(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Reads vertices [V, 3] float64 and faces [F, 3], at least one; vertices used by a face are finite.
 
     Raises:
-        UserError: the file is damaged, has no faces, names a corner that is not there, or
-            a corner is NaN or infinite.
+        UserError: the file is damaged, has no faces, names a corner that is not there, or a corner is NaN or infinite.
     """
     import trimesh
 
