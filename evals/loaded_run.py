@@ -108,7 +108,7 @@ def load_run(model: Path, prior_needed: bool = False) -> LoadedRun:
     decoder = load_component(MNIFModel, model, "decoder") if pipeline is None else pipeline.decoder
     signal = signal_of_model(decoder)
     table = latent_table_of(model, decoder)
-    return LoadedRun(decoder, signal, load_latent_init(model, signal), table, pipeline)
+    return LoadedRun(decoder, signal, load_latent_init(model, decoder, signal), table, pipeline)
 
 
 def drawn_latents(pipeline: MNIFPipeline, count: int, seed: int, steps: int) -> Tensor:

@@ -28,7 +28,7 @@ from evals.features.extractor import extract_features
 from evals.features.resize import bicubic_antialias
 from evals.metrics.frechet import frechet_distance_from_features
 from evals.metrics.reconstruction import border_step_ratio
-from mnif.commands.fit import DECODER_SETTINGS, make_method, parse_fit_arguments
+from mnif.commands.fit import DECODER_SETTINGS, cells_and_tokens, make_method, parse_fit_arguments
 from mnif.data.batches import ArrayDataset, ShuffledBatches, array_dataset, evenly_spaced, instance_keys
 from mnif.data.dataset import Split
 from mnif.latents.inference import evaluate_latents, infer_latents
@@ -93,7 +93,7 @@ def trial(variant: Variant, setting: dict[str, Any]) -> dict[str, float]:
     kind = signal_class(fit.signal)
     data = kind.load(fit.data, asdict(fit))
     signal = kind.from_data(data, asdict(fit))
-    fit.cells = fit.cells or signal.default_cells()
+    fit.cells, fit.tokens = cells_and_tokens(fit, signal)
     splits = data.split(fit.held_out_fraction, fit.test_fraction)
     train_rows, held_rows = (
         array_dataset(data.rows(splits == split).arrays()) for split in (Split.TRAIN, Split.HELD_OUT)

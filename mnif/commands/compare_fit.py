@@ -340,7 +340,7 @@ def _measured(flags: CompareArguments, run: Run, data: Dataset, held_data: Datas
         print(f"{path}: measured before; nothing to do")
         return stored.figures
     signal = signal_class(flags.signal).from_data(data, asdict(arguments))
-    latent_init = load_latent_init(folder / "model", signal, arguments.method)
+    latent_init = load_latent_init(folder / "model", decoder, signal, arguments.method)
     latent_init = None if latent_init is None else latent_init.to(default_device())
     rows, steps = array_dataset(probes.arrays()), arguments.refinement_steps
     metrics = {"latent_dim": decoder.config.latent_dim}

@@ -89,7 +89,7 @@ def encode(arguments: EncodeArguments) -> None:
     device = default_device()
     decoder = load_component(MNIFModel, arguments.model, "decoder").to(device)
     signal = signal_of_model(decoder)
-    latent_init = load_latent_init(arguments.model, signal, arguments.method)
+    latent_init = load_latent_init(arguments.model, decoder, signal, arguments.method)
     latent_init = None if latent_init is None else latent_init.to(device)
     data = _selected_data(arguments, signal)
     rows = array_dataset(_arrays(arguments, signal, data))

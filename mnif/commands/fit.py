@@ -1,5 +1,6 @@
 """`mnif fit`: learns the bases and one latent per instance (stage one)."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from mnif.data.view_formats import CameraConvention
 from mnif.latents.embedding import LatentEmbedding
 from mnif.latents.inner_loop import InnerLoop
 from mnif.models.mnif_model import MNIFModel
+from mnif.models.token_map import check_tokens
 from mnif.signals.base import Augmentation, Signal
 from mnif.signals.registry import detect_signal, signal_class
 from mnif.training.loop import TrainingArguments, TrainLoop, batch_size_of, make_accelerator, steps_of_epochs
@@ -50,10 +52,13 @@ DECODER_SETTINGS = (
     "mixing",
     "coefficient_form",
     "output_sine",
+    "tokens",
 )
 """The flags that the decoder is made with."""
 
 SUSTAINED = 5e12  # floating-point operations a second: a quarter of an A100's float32 peak
+
+_TOKENS = 4  # along each axis, unless --tokens says otherwise, or what of it divides the cells
 
 _NOT_OF_A_PRESET = {"data", "output_dir", "signal", "preset"}
 
@@ -62,6 +67,7 @@ _COUNTS = (
     "width",
     "latent_dim",
     "cells",
+    "tokens",
     "max_train_steps",
     "num_train_epochs",
     "train_batch_size",
@@ -117,6 +123,11 @@ class FitArguments(TrainingArguments):
     cells: int | None = None
     """Cells per axis, each with a field of its own; 1 is one global field, as in the paper. Unless given: 4, and of
     pictures over 32 pixels so many that a cell has 8 (at most 16)."""
+    latent_layout: Literal["global", "tokens"] = "global"
+    """One vector that every cell hears, or tokens on a grid, of which a cell hears its own and those around it."""
+    tokens: int | None = None
+    """Tokens per axis, into which the latent is cut (--latent_layout tokens): a divisor of --cells. Unless given: 4, or
+    what of it divides the cells."""
     overlap: float = 0.1875
     """How far a cell's field reaches over its borders, as a fraction of its width (0 to 0.5)."""
     omega: float = 10.0
@@ -242,6 +253,8 @@ def _check(arguments: FitArguments) -> None:
         raise UserError(f"--overlap {arguments.overlap}: must lie between 0 and 0.5")
     if not 0 <= arguments.held_out_fraction < 1:
         raise UserError(f"--held_out_fraction {arguments.held_out_fraction}: must be at least 0 and below 1")
+    if arguments.tokens is not None and arguments.latent_layout != "tokens":
+        raise UserError(f"--tokens {arguments.tokens}: needs --latent_layout tokens")
     for flag in AUGMENTATIONS:
         if values[flag] and arguments.method != "encoder":
             raise UserError(f"--{flag} needs --method encoder: otherwise an instance has one latent, not several")
@@ -314,7 +327,7 @@ def fit(arguments: FitArguments) -> None:
         accumulation = arguments.gradient_accumulation_steps
         arguments.max_train_steps = steps_of_epochs(epochs, batch_size, accumulation, len(train_data))
     _augmentations(arguments, signal)
-    arguments.cells = arguments.cells or signal.default_cells()
+    arguments.cells, arguments.tokens = cells_and_tokens(arguments, signal)
     if arguments.dry_run:
         decoder = make_decoder(arguments, signal)
         print("\n".join(dry_run_report(arguments, decoder, signal, len(train_data))))
@@ -349,8 +362,29 @@ def fit(arguments: FitArguments) -> None:
         finish_stage(run, "fit")
 
 
+def cells_and_tokens(arguments: FitArguments, signal: Signal) -> tuple[int, int | None]:
+    """Settles what the flags may leave open: cells and tokens along each axis, None where the latent is global.
+
+    Raises:
+        UserError: the latent cannot be laid out so, or the signal has no encoder for tokens.
+    """
+    cells = arguments.cells or signal.default_cells()
+    if arguments.latent_layout == "global":
+        return cells, None
+    tokens = arguments.tokens or math.gcd(cells, _TOKENS)
+    try:
+        check_tokens(tokens, cells, signal.dimensions, arguments.latent_dim, arguments.coefficient_form)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None  # it begins with the name of the flag
+    if arguments.method == "encoder" and signal.token_encoder_class is None:
+        reason = f"a {signal.noun} of this kind has no encoder for tokens"
+        raise UserError(f"--latent_layout tokens: {reason}; take --method auto-decoding or meta")
+    return cells, tokens
+
+
 def make_decoder(arguments: FitArguments, signal: Signal) -> MNIFModel:
     """The bases, freshly drawn."""
+    cells, tokens = cells_and_tokens(arguments, signal)
     return MNIFModel(
         channels=signal.channels,
         dimensions=signal.dimensions,
@@ -358,8 +392,7 @@ def make_decoder(arguments: FitArguments, signal: Signal) -> MNIFModel:
         latent_dim=None if arguments.coefficient_form == "direct" else arguments.latent_dim,
         signal=signal.name,
         signal_settings=signal.settings(),
-        **{name: getattr(arguments, name) for name in DECODER_SETTINGS}
-        | {"cells": arguments.cells or signal.default_cells()},
+        **{name: getattr(arguments, name) for name in DECODER_SETTINGS} | {"cells": cells, "tokens": tokens},
     )
 
 
@@ -369,7 +402,10 @@ def make_method(
     """The way of learning that ``arguments.method`` names, for ``instances`` rows."""
     latent_dim = decoder.config.latent_dim
     if arguments.method == "encoder":
-        encoder = signal.encoder(latent_dim, arguments.encoder_width)
+        tokens, width = decoder.config.tokens, arguments.encoder_width
+        encoder = (
+            signal.encoder(latent_dim, width) if tokens is None else signal.token_encoder(latent_dim, tokens, width)
+        )
         return EncoderMethod(decoder, signal, encoder, arguments.latent_noise, _augmentations(arguments, signal))
     if arguments.method == "meta":
         inner_loop = InnerLoop(latent_dim, arguments.inner_steps, arguments.inner_learning_rate)

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from mnif.data.batches import ArrayDataset
 from mnif.latents.inner_loop import InnerLoop
-from mnif.models.encoders import PatchEncoder, ViewsEncoder
+from mnif.models.encoders import PatchEncoder, TokenEncoder, ViewsEncoder
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Observation, Signal
 from mnif.utils.errors import UserError
 from mnif.utils.process import progress_bar
 
-LatentInit = PatchEncoder | ViewsEncoder | InnerLoop | nn.Module | None
+LatentInit = PatchEncoder | TokenEncoder | ViewsEncoder | InnerLoop | nn.Module | None
 _FROM_ZERO = 5  # a search from zero takes this many times the steps of one that starts near
 
 
@@ -123,11 +123,12 @@ def _generator(step: int) -> torch.Generator:
     return torch.Generator().manual_seed(step)
 
 
-def load_latent_init(folder: Path, signal: Signal, method: str = "auto") -> LatentInit:
+def load_latent_init(folder: Path, decoder: MNIFModel, signal: Signal, method: str = "auto") -> LatentInit:
     """Loads what finds the latents of new data: the folder's encoder or inner loop, or None for a search from zero.
 
     Args:
         folder: the model folder.
+        decoder: the model's.
         signal: the model's.
         method: "encoder", "meta" or "auto-decoding" (None); "auto" takes what there is.
 
@@ -139,5 +140,7 @@ def load_latent_init(folder: Path, signal: Signal, method: str = "auto") -> Late
         name = next((name for name in ("encoder", "inner_loop") if (folder / name).is_dir()), None)
     if name is None:
         return None
-    kind = InnerLoop if name == "inner_loop" else signal.encoder_class
+    if name == "inner_loop":
+        return load_component(InnerLoop, folder, name)
+    kind = signal.encoder_class if decoder.config.tokens is None else signal.token_encoder_class
     return load_component(kind, folder, name)

@@ -12,8 +12,11 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from mnif.models.io import OwnMemory
-from mnif.utils.json_files import Size
+from mnif.utils.json_files import Depth, Size
 from mnif.utils.pixels import as_axes
+
+
+_HEADS = 4  # of attention among tokens
 
 
 class Patches(nn.Module):
@@ -101,6 +104,87 @@ class PatchEncoder(OwnMemory, ModelMixin, ConfigMixin):
         hidden = self.drop(F.gelu(self.mix_in(features)))
         hidden = hidden + self.drop(F.gelu(self.mix_residual(hidden)))
         return F.layer_norm(self.mix_out(hidden) + self.skip(features), (self.config.latent_dim,))
+
+
+class AttentionBlock(nn.Module):
+    """Attention among tokens, then a two-layer network at each; what either finds in normalised tokens is added to them.
+
+    Vaswani et al., *Attention Is All You Need* (NeurIPS 2017), with the norms ahead.
+
+    Args:
+        width: numbers in a token, a multiple of ``heads``.
+        hidden: hidden units of the network.
+        heads: of the attention.
+    """
+
+    def __init__(self, width: int, hidden: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm_attention = nn.LayerNorm(width)
+        self.read = nn.Linear(width, 3 * width)
+        self.write = nn.Linear(width, width)
+        self.norm_network = nn.LayerNorm(width)
+        self.up = nn.Linear(width, hidden)
+        self.down = nn.Linear(hidden, width)
+
+    def forward(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens width"]:
+        """Maps tokens [B, T, width] to as many."""
+        parts = self.read(self.norm_attention(tokens)).unflatten(2, (3, self.heads, -1))
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        heard = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        tokens = tokens + self.write(heard)
+        return tokens + self.down(F.gelu(self.up(self.norm_network(tokens))))
+
+
+class TokenEncoder(OwnMemory, ModelMixin, ConfigMixin):
+    """Patches that lie as the tokens of the latent do, one for each, and attention among them.
+
+    The latent is normalised over all of its numbers, as that of :class:`PatchEncoder`.
+
+    Args:
+        channels: values per pixel.
+        resolution: pixels per axis: one number, or one for each axis.
+        latent_dim: D, numbers in a latent, a multiple of the number of tokens.
+        dimensions: axes of the grid.
+        tokens: along each axis.
+        patch_width: hidden units per patch.
+        width: hidden units of a block's network; a token has about a quarter as many numbers on its way.
+        depth: blocks.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        channels: Size = 3,
+        resolution: Size | Sequence[Size] = 32,
+        latent_dim: Size = 128,
+        dimensions: Annotated[int, Meta(ge=1, le=8)] = 2,
+        tokens: Size = 4,
+        patch_width: Size = 256,
+        width: Size = 512,
+        depth: Depth = 2,
+    ):
+        super().__init__()
+        stream = max(width // 16, 1) * 4
+        self.patch_network = Patches(channels, as_axes(resolution, dimensions), tokens, patch_width, stream)
+        self.blocks = nn.ModuleList(AttentionBlock(stream, width, _HEADS) for _ in range(depth))
+        self.norm = nn.LayerNorm(stream)
+        self.write = nn.Linear(stream, latent_dim // self.patch_network.count)
+
+    def forward(
+        self, values: Float[Tensor, "batch *grid channels"], mask: Float[Tensor, "batch *grid"] | None = None
+    ) -> Float[Tensor, "batch latent_dim"]:
+        """Infers latents [B, D], each of mean 0 and variance 1.
+
+        Args:
+            values: [B, ..., C] in [-1, 1], the whole grid.
+            mask: [B, ...], 1 for what was seen; the rest is read as 0, the middle of the range.
+        """
+        features = self.patch_network(values if mask is None else values * mask[..., None])
+        tokens = features.view(len(values), self.patch_network.count, -1)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return F.layer_norm(self.write(self.norm(tokens)).flatten(1), (self.config.latent_dim,))
 
 
 class ViewsEncoder(OwnMemory, ModelMixin, ConfigMixin):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mnif.models.cell_grid import CellGrid, assign_points, cell_grid
 from mnif.models.io import OwnMemory
 from mnif.models.siren import BakedField, layer_shapes, siren_params
+from mnif.models.token_map import TokenMap, check_tokens
 from mnif.utils.json_files import Depth, Size
 from mnif.utils.pixels import as_axes
 
@@ -43,6 +44,9 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
     - ``"shared"``: the layers of a cell share one vector of coefficients.
     - ``"direct"``: there is no map; the latent is the coefficients, D = cells^d · mixed layers · M.
 
+    Two layouts of a latent: all cells hear all of it; or it is tokens on a grid, and a cell hears its own token and those
+    around it (:class:`mnif.models.token_map.TokenMap`).
+
     Args:
         channels: values per point (3 for colours).
         dimensions: d, coordinates per point (2 for images).
@@ -59,6 +63,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         output_sine: a sine follows the last layer too, as the paper's image fields have it.
         signal: what the fields show, by its name in :mod:`mnif.signals.registry`.
         signal_settings: of the signal; default: pictures of this resolution and these channels.
+        tokens: along each axis, a divisor of ``cells``; D is a multiple of their number. None: the latent is global.
 
     Raises:
         ValueError: an argument is out of range.
@@ -82,6 +87,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         output_sine: bool = False,
         signal: str = "image",
         signal_settings: dict[str, Any] | None = None,
+        tokens: Size | None = None,
     ):
         super().__init__()
         _check_form(mixing, coefficient_form, overlap)
@@ -103,16 +109,21 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         self.mixed_layers = list(range(len(self.shared), len(shapes)))
         self.means = nn.ParameterList([rows(index, 1) for index in self.mixed_layers] if delta else [])
         self.bases = nn.ParameterList([rows(index, num_bases) for index in self.mixed_layers])
+        if tokens is not None:
+            check_tokens(tokens, cells, dimensions, latent_dim, coefficient_form)
         vectors = self.num_cells * (1 if coefficient_form == "shared" else len(self.mixed_layers))
         if coefficient_form == "direct":
             if latent_dim not in (None, vectors * num_bases):
                 raise ValueError(f"latent_dim {latent_dim}: direct coefficients make it {vectors * num_bases}")
             self.register_to_config(latent_dim=vectors * num_bases)
-            self.coefficient_map: nn.Linear | None = None
+            self.coefficient_map: nn.Linear | TokenMap | None = None
         elif latent_dim is None:
             raise ValueError("latent_dim: a number is needed unless coefficients are direct")
-        else:
+        elif tokens is None:
             self.coefficient_map = _coefficient_map(latent_dim, vectors * num_bases, bias=0.0 if delta else 1.0)
+        else:
+            of_a_cell = vectors // self.num_cells * num_bases
+            self.coefficient_map = TokenMap(latent_dim, dimensions, tokens, cells, of_a_cell, 0.0 if delta else 1.0)
 
     @property
     def num_cells(self) -> int:
@@ -200,6 +211,8 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         """Computes the SHA-256 of what a latent's meaning depends on: configuration, bases and coefficient map."""
         digest = hashlib.sha256()
         settings = {key: value for key, value in self.config.items() if not key.startswith("_")}
+        if self.config.tokens is None:
+            del settings["tokens"]  # unknown to the folders of earlier versions, whose fingerprints stay
         digest.update(json.dumps(settings, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())

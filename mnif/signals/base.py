@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mnif.data.batches import InstanceGenerator
 from mnif.data.dataset import Dataset
 from mnif.data.source import DataSource
-from mnif.models.encoders import PatchEncoder
+from mnif.models.encoders import PatchEncoder, TokenEncoder
 from mnif.models.io import OwnMemory
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
@@ -141,6 +141,7 @@ class Signal(ABC):
         name: as on the command line.
         noun: what one instance is called.
         encoder_class: what :meth:`encoder` makes.
+        token_encoder_class: what :meth:`token_encoder` makes; None if there is no such encoder.
         dimensions: coordinates per point.
         channels: values a field gives per point.
         mirror_axis: of the arrays of a data set and of observed values; None if an instance cannot be mirrored.
@@ -153,6 +154,7 @@ class Signal(ABC):
     name: ClassVar[str]
     noun: ClassVar[str]
     encoder_class: ClassVar[type[OwnMemory]]
+    token_encoder_class: ClassVar[type[OwnMemory] | None] = None
     dimensions: int
     channels: int
     mirror_axis: ClassVar[int | None] = None
@@ -220,9 +222,14 @@ class Signal(ABC):
     def encoder(self, latent_dim: int, width: int) -> nn.Module:
         """Makes a network with ``width`` hidden units that :meth:`encode` runs: observation → latents."""
 
+    def token_encoder(self, latent_dim: int, tokens: int, width: int) -> nn.Module:
+        """Makes what :meth:`encoder` does where latents are ``tokens`` along each axis; only with
+        :attr:`token_encoder_class`."""
+        raise NotImplementedError
+
     @abstractmethod
     def encode(self, encoder: nn.Module, observation: Observation) -> Float[Tensor, "batch latent_dim"]:
-        """Infers latents [B, D] by a network that :meth:`encoder` made."""
+        """Infers latents [B, D] by a network that :meth:`encoder` or :meth:`token_encoder` made."""
 
     @abstractmethod
     def images(
@@ -308,6 +315,7 @@ class GridSignal(Signal):
     """
 
     encoder_class = PatchEncoder
+    token_encoder_class = TokenEncoder
 
     def __init__(self, resolution: Size | list[Size], channels: Size, stride: Size = 1):
         for pixels in as_axes(resolution, self.dimensions):
@@ -363,6 +371,10 @@ class GridSignal(Signal):
     def encoder(self, latent_dim: int, width: int) -> nn.Module:
         """Makes a network over patches of the grid."""
         return PatchEncoder(self.channels, self.resolution, latent_dim, self.dimensions, width=width)
+
+    def token_encoder(self, latent_dim: int, tokens: int, width: int) -> nn.Module:
+        """Makes a network over patches of the grid, one for each token, and attention among them."""
+        return TokenEncoder(self.channels, self.resolution, latent_dim, self.dimensions, tokens, width=width)
 
     def encode(self, encoder: nn.Module, observation: Observation) -> Float[Tensor, "batch latent_dim"]:
         """Infers latents [B, D] from the whole grid, or from what was seen of it."""
