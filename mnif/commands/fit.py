@@ -124,10 +124,10 @@ class FitArguments(TrainingArguments):
     """Cells per axis, each with a field of its own; 1 is one global field, as in the paper. Unless given: 4, and of
     pictures over 32 pixels so many that a cell has 8 (at most 16)."""
     latent_layout: Literal["global", "tokens"] = "global"
-    """One vector that every cell hears, or tokens on a grid, of which a cell hears its own and those around it."""
+    """One latent that all cells hear, or tokens on a grid, of which a cell hears its own and those around it."""
     tokens: int | None = None
-    """Tokens per axis, into which the latent is cut (--latent_layout tokens): a divisor of --cells. Unless given: 4, or
-    what of it divides the cells."""
+    """Tokens per axis, which share the latent's numbers (--latent_layout tokens); they divide the cells. Unless given:
+    4, or what of it divides the cells."""
     overlap: float = 0.1875
     """How far a cell's field reaches over its borders, as a fraction of its width (0 to 0.5)."""
     omega: float = 10.0

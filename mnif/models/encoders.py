@@ -15,7 +15,6 @@ from mnif.models.io import OwnMemory
 from mnif.utils.json_files import Depth, Size
 from mnif.utils.pixels import as_axes
 
-
 _HEADS = 4  # of attention among tokens
 
 
@@ -107,7 +106,7 @@ class PatchEncoder(OwnMemory, ModelMixin, ConfigMixin):
 
 
 class AttentionBlock(nn.Module):
-    """Attention among tokens, then a two-layer network at each; what either finds in normalised tokens is added to them.
+    """Attention among tokens, then a two-layer network at each; both read normalised tokens and add to them.
 
     Vaswani et al., *Attention Is All You Need* (NeurIPS 2017), with the norms ahead.
 

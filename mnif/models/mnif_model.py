@@ -44,8 +44,8 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
     - ``"shared"``: the layers of a cell share one vector of coefficients.
     - ``"direct"``: there is no map; the latent is the coefficients, D = cells^d · mixed layers · M.
 
-    Two layouts of a latent: all cells hear all of it; or it is tokens on a grid, and a cell hears its own token and those
-    around it (:class:`mnif.models.token_map.TokenMap`).
+    Two layouts of a latent: all cells hear all of it; or it is tokens on a grid, and a cell hears its own token and
+    those around it (:class:`mnif.models.token_map.TokenMap`).
 
     Args:
         channels: values per point (3 for colours).

@@ -45,10 +45,11 @@ def check_tokens(tokens: int, cells: int, dimensions: int, latent_dim: int | Non
 class TokenMap(nn.Module):
     """Maps tokens to the coefficients of cells; a cell hears its own token and those around it.
 
-    One two-layer network, W₂ silu(W₁ x + b), serves all places: x are a token and its 3^d − 1 neighbours (a convolution
-    with a kernel of 3), its outputs the coefficients of the cells that lie on the token. Beyond the border of the
-    domain, the token at the border is heard again. Each cell has a bias of its own. All is written with
-    gathering and matrices, so that it is the same on any number of axes, Muon moves the matrices, and engines know it.
+    One two-layer network, W₂ silu(W₁ x + b), serves all places: x are a token and its 3^d − 1 neighbours (so it is a
+    convolution with a kernel of 3), its outputs the coefficients of the cells that lie on the token. Beyond the border
+    of the domain the token at the border is heard again. Each cell has a bias of its own. All of it is gathering and
+    matrix products, so it is the same on any number of axes, Muon moves the matrices, and graphs need no further
+    operators.
 
     Args:
         latent_dim: D, numbers in a latent; :func:`check_tokens` says what goes together.

@@ -82,15 +82,15 @@ def test_the_whole_chain_over_tokens(
     run, model = tmp_path / "run", ["--model", f"{tmp_path}/run/model"]
     small = ["--width", "16", "--depth", "1", *QUICK]
     assert fit(signal, "--method", method, "--latent_layout", "tokens") == 0  # as many tokens as cells
+    samplers = ["--num_inference_steps", "1", "2", "--sampler_precision", "fp32", "mixed", "--sampler_storage", "int8"]
+    evaluate = ["eval", "--reference", str(data[signal]), "--held_out_fraction", "0.25", "--num_samples", "8"]
     commands = [
         ["prior", "--run", str(run), *small],
         ["distill", "--run", str(run), "--num_pairs", "32", "--teacher_steps", "4", *small],
         ["sample", *model, "--num_samples", "2", "--output_dir", f"{run}/pictures"],
-        ["export", *model, "--output_dir", f"{run}/bundle", "--num_baked", "1", "--num_inference_steps", "1", "2"]
-        + ["--sampler_precision", "fp32", "mixed", "--sampler_storage", "int8", "--compile_rtx", "off"],
+        ["export", *model, "--output_dir", f"{run}/bundle", "--num_baked", "1", "--compile_rtx", "off", *samplers],
         ["verify", "--bundle", f"{run}/bundle", "--backends", "onnxruntime", "onnx-reference"],
-        ["eval", *model, "--reference", str(data[signal]), "--num_samples", "8", "--output_dir", f"{run}/eval"]
-        + ["--held_out_fraction", "0.25"],
+        [*evaluate, *model, "--output_dir", f"{run}/eval"],
         ["report", "--run", str(run)],
     ]
     for command in commands:

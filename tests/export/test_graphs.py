@@ -36,7 +36,14 @@ SHAPES = {
     ),
     "shared coefficients": ({"cells": 2, "coefficient_form": "shared"}, 9),
     "direct coefficients": ({"cells": 2, "coefficient_form": "direct", "latent_dim": None}, 9),
+    "tokens": ({"cells": 4, "tokens": 2, "latent_dim": 8}, 17),
 }
+
+
+def _let_latents_matter(decoder: MNIFModel, spread: float) -> None:
+    for name, parameter in decoder.named_parameters():
+        if name.startswith("coefficient_map.") and parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=spread * min(1, 6 / parameter.shape[1]))
 
 
 def run(model: onnx.ModelProto, array: np.ndarray) -> np.ndarray:
@@ -49,8 +56,7 @@ def spec(request: pytest.FixtureRequest) -> tuple[MNIFModel, int | tuple[int, ..
     settings, resolution = SHAPES[request.param]
     torch.manual_seed(0)
     decoder = MNIFModel(**{"num_bases": 4, "width": 8, "depth": 1, "latent_dim": 6} | settings).eval()
-    if decoder.coefficient_map is not None:
-        torch.nn.init.normal_(decoder.coefficient_map.weight, std=0.2)
+    _let_latents_matter(decoder, 0.2)
     return decoder, resolution
 
 
@@ -104,17 +110,22 @@ def test_sampler_graph_equals_the_pipeline(pipeline: MNIFPipeline, scheduler: Sc
         np.testing.assert_allclose((run(model, noise) / 2 + 0.5).clip(0, 1), pictures, atol=1e-4)
 
 
+FORMS = {
+    "shared": {"coefficient_form": "shared"},
+    "direct": {"coefficient_form": "direct", "latent_dim": None},
+    "one token for each cell": {"tokens": 2, "latent_dim": 12},
+    "fewer tokens than cells": {"tokens": 2, "latent_dim": 12, "cells": 6, "coefficient_form": "shared"},
+}
+
+
 @pytest.mark.parametrize("mixing", ["delta", "average"])
-@pytest.mark.parametrize("form", ["shared", "direct"])
+@pytest.mark.parametrize("form", FORMS)
 def test_sampler_graph_of_other_forms_of_coefficients(form: str, mixing: str) -> None:
     torch.manual_seed(0)
-    latent_dim = None if form == "direct" else 6
-    settings = {"num_bases": 4, "width": 8, "depth": 1, "cells": 2, "mixing": mixing, "coefficient_form": form}
-    decoder = MNIFModel(latent_dim=latent_dim, **settings).eval()
-    if decoder.coefficient_map is not None:
-        torch.nn.init.normal_(decoder.coefficient_map.weight, std=0.5)
+    settings = {"num_bases": 4, "width": 8, "depth": 1, "cells": 2, "latent_dim": 6, "mixing": mixing}
+    decoder = MNIFModel(**settings | FORMS[form]).eval()
+    _let_latents_matter(decoder, 0.5)
     size = decoder.config.latent_dim
-    assert size == (2 * 2 * len(decoder.bases) * 4 if form == "direct" else 6)
     denoiser = ResMLPDenoiser(latent_dim=size, width=16, depth=1, decoder_fingerprint=decoder.fingerprint())
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.1)

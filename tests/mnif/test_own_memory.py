@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from latent_prior.denoisers import PaperDenoiser, ResMLPDenoiser
 from mnif.latents.inner_loop import InnerLoop
 from mnif.latents.table import LatentTable
-from mnif.models.encoders import PatchEncoder, ViewsEncoder
+from mnif.models.encoders import PatchEncoder, TokenEncoder, ViewsEncoder
 from mnif.models.mnif_model import MNIFModel
 
 ALIGNMENT = 64  # bytes, of PyTorch's memory on a CPU
@@ -21,7 +21,9 @@ ALIGNMENT = 64  # bytes, of PyTorch's memory on a CPU
     "component",
     [
         MNIFModel(resolution=8, num_bases=3, width=5, depth=1, latent_dim=7, cells=1),
+        MNIFModel(resolution=8, num_bases=3, width=5, depth=1, latent_dim=12, cells=4, tokens=2),
         PatchEncoder(resolution=8, latent_dim=7),
+        TokenEncoder(resolution=8, latent_dim=8, tokens=2, width=32),
         ViewsEncoder(resolution=8, latent_dim=7),
         InnerLoop(latent_dim=7),
         ResMLPDenoiser(latent_dim=7, width=9, depth=1),

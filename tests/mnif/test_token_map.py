@@ -79,6 +79,13 @@ def test_fields_start_as_one_network_and_latents_matter_from_the_first_step() ->
         assert (gradient != 0).all()
 
 
+def test_gradients_of_gradients_are_right() -> None:
+    """Meta-learning needs them; against finite differences."""
+    mapping = model_of(2, tokens=2, cells=4, numbers=2).coefficient_map.double()
+    latents = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: mapping(x)[:, ::7], latents)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
@@ -121,7 +128,7 @@ def test_a_model_of_tokens_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert loaded.fingerprint() == model.fingerprint()
     path = tmp_path / "decoder/config.json"
     path.write_text(path.read_text().replace('"tokens": 2', '"tokens": 4'))
-    with pytest.raises(UserError, match="damaged component .*a multiple of 16"):
+    with pytest.raises(UserError, match=r"damaged component .*a multiple of 16"):
         load_component(MNIFModel, tmp_path, "decoder")
 
 
