@@ -147,7 +147,7 @@ class TokenEncoder(OwnMemory, ModelMixin, ConfigMixin):
         dimensions: axes of the grid.
         tokens: along each axis.
         patch_width: hidden units per patch.
-        width: hidden units of a block's network; a token has about a quarter as many numbers on its way.
+        width: a block's network has half as many hidden units, a token within the blocks a quarter as many numbers.
         depth: blocks.
     """
 
@@ -164,9 +164,9 @@ class TokenEncoder(OwnMemory, ModelMixin, ConfigMixin):
         depth: Depth = 2,
     ):
         super().__init__()
-        stream = max(width // 16, 1) * 4
+        stream = max(width // (4 * _HEADS), 1) * _HEADS
         self.patch_network = Patches(channels, as_axes(resolution, dimensions), tokens, patch_width, stream)
-        self.blocks = nn.ModuleList(AttentionBlock(stream, width, _HEADS) for _ in range(depth))
+        self.blocks = nn.ModuleList(AttentionBlock(stream, 2 * stream, _HEADS) for _ in range(depth))
         self.norm = nn.LayerNorm(stream)
         self.write = nn.Linear(stream, latent_dim // self.patch_network.count)
 

@@ -43,7 +43,7 @@ SHAPES = {
 def _let_latents_matter(decoder: MNIFModel, spread: float) -> None:
     for name, parameter in decoder.named_parameters():
         if name.startswith("coefficient_map.") and parameter.ndim == 2:
-            torch.nn.init.normal_(parameter, std=spread * min(1, 6 / parameter.shape[1]))
+            torch.nn.init.normal_(parameter, std=spread * min(1, (6 / parameter.shape[1]) ** 0.5))
 
 
 def run(model: onnx.ModelProto, array: np.ndarray) -> np.ndarray:
