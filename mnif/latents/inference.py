@@ -143,4 +143,6 @@ def load_latent_init(folder: Path, decoder: MNIFModel, signal: Signal, method: s
     if name == "inner_loop":
         return load_component(InnerLoop, folder, name)
     kind = signal.encoder_class if decoder.config.tokens is None else signal.token_encoder_class
+    if kind is None:
+        raise UserError(f"{folder / name}: no {signal.noun} of this kind has an encoder for tokens")
     return load_component(kind, folder, name)

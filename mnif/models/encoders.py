@@ -149,6 +149,9 @@ class TokenEncoder(OwnMemory, ModelMixin, ConfigMixin):
         patch_width: hidden units per patch.
         width: a block's network has half as many hidden units, a token within the blocks a quarter as many numbers.
         depth: blocks.
+
+    Raises:
+        ValueError: the tokens cannot share the latent.
     """
 
     @register_to_config
@@ -164,11 +167,16 @@ class TokenEncoder(OwnMemory, ModelMixin, ConfigMixin):
         depth: Depth = 2,
     ):
         super().__init__()
+        count = tokens**dimensions
+        if latent_dim % count:
+            raise ValueError(
+                f"latent_dim {latent_dim}: {count} tokens share it evenly; a multiple of {count} is needed"
+            )
         stream = max(width // (4 * _HEADS), 1) * _HEADS
         self.patch_network = Patches(channels, as_axes(resolution, dimensions), tokens, patch_width, stream)
         self.blocks = nn.ModuleList(AttentionBlock(stream, 2 * stream, _HEADS) for _ in range(depth))
         self.norm = nn.LayerNorm(stream)
-        self.write = nn.Linear(stream, latent_dim // self.patch_network.count)
+        self.write = nn.Linear(stream, latent_dim // count)
 
     def forward(
         self, values: Float[Tensor, "batch *grid channels"], mask: Float[Tensor, "batch *grid"] | None = None
