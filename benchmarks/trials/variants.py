@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mnif.models.cell_grid import CellGrid
 from mnif.models.mnif_model import MNIFModel
 from mnif.models.siren import BakedField, LayerShape, siren_params
+from mnif.models.token_map import TokenMap
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,39 @@ class MixedFirstLayer(MNIFModel):
         self.means = nn.ParameterList([nn.Parameter(first[:1]), *self.means])
         self.bases = nn.ParameterList([nn.Parameter(first[1:]), *self.bases])
         self.coefficient_map = _small_map(config, len(self.bases))
+
+
+class MatrixForEveryToken(MNIFModel):
+    """Tokens: a matrix for each of them in place of the network that all places share."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        self.coefficient_map = _MatrixForEveryToken(self.coefficient_map)
+
+
+class _MatrixForEveryToken(nn.Module):
+    def __init__(self, shared: TokenMap):
+        super().__init__()
+        self.around, self.order, self.bias = shared.around, shared.order, shared.bias
+        inputs = shared.read.in_features
+        weights = torch.randn(len(self.around), inputs, shared.write.out_features)
+        self.weights = nn.Parameter(0.1 / inputs**0.5 * weights)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        tokens = latents.view(len(latents), len(self.around), -1)[:, self.around.flatten()]
+        heard = tokens.view(len(latents), len(self.around), -1)
+        mapped = torch.einsum("bti,tio->bto", heard, self.weights).reshape(len(latents), len(self.order), -1)
+        return mapped[:, self.order].flatten(1) + self.bias
+
+
+class PlacedTokens(MNIFModel):
+    """Tokens: the network that all places share is told where it is."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        token_map = self.coefficient_map
+        token_map.place = nn.Parameter(torch.zeros(1, len(token_map.around), token_map.read.out_features))
+        token_map.read.register_forward_hook(lambda module, inputs, hidden: hidden + token_map.place)
 
 
 class SharedFirstAverage(MNIFModel):
@@ -272,4 +306,9 @@ SECOND_ROUND = {
     "multiplied bases": Variant(decoder=Multiplicative),
     "Muon for bases too, 0.01": Variant(muon={"bases": 0.01}),
 }
-VARIANTS = FIRST_ROUND | SECOND_ROUND
+_TOKENS = {"latent_layout": "tokens"}
+TOKENS = {
+    "a matrix for every token": Variant(_TOKENS, MatrixForEveryToken),
+    "tokens that know their place": Variant(_TOKENS, PlacedTokens),
+}
+VARIANTS = FIRST_ROUND | SECOND_ROUND | TOKENS

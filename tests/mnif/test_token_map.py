@@ -147,6 +147,8 @@ def test_the_encoder_gives_normalised_tokens_that_ignore_the_batch(
     torch.testing.assert_close(latents.mean(dim=1), torch.zeros(5), atol=1e-6, rtol=0)
     torch.testing.assert_close(latents.var(dim=1, correction=0), torch.ones(5), atol=1e-2, rtol=0)
     torch.testing.assert_close(encoder(values[2:3]), latents[2:3], atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=f"{count} tokens share it evenly"):
+        TokenEncoder(2, resolution, 4 * count + 1, dimensions, tokens=3)
     mask = (torch.rand(5, *sizes) < 0.5).float()
     hidden = values * mask[..., None] + 7 * (1 - mask[..., None])
     torch.testing.assert_close(encoder(values, mask), encoder(hidden, mask))
