@@ -224,11 +224,13 @@ def _measure_energy(subjects: list[Subject], rows: list[dict[str, Any]], seconds
         return "not measured, --energy_seconds 0"
     try:
         meter = find_meter()
+        told = [(each, row) for each, row in zip(subjects, rows) if meter.whole_board or each.backend == "tensorrt"]
+        if not told:
+            raise NotMeasured(f"{meter.name} tells the GPU's alone, and nothing ran there")
         idle = meter.joules_of(lambda: time.sleep(0.05), 1.0)
-        for subject, row in zip(subjects, rows):
-            if meter.whole_board or subject.backend == "tensorrt":
-                taken = meter.joules_of(partial(subject.run, subject.arrays), seconds)
-                row["millijoules"] = taken.joules / taken.calls / subject.size * 1e3
+        for subject, row in told:
+            taken = meter.joules_of(partial(subject.run, subject.arrays), seconds)
+            row["millijoules"] = taken.joules / taken.calls / subject.size * 1e3
     except NotMeasured as reason:
         return f"not measured, {reason}"
     what = "the whole module" if meter.whole_board else "the GPU alone"

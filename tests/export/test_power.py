@@ -150,6 +150,21 @@ def test_nvml_counts_what_the_gpu_took() -> None:
         NvmlMeter(Nvml(energy_status=3))
 
 
+def test_the_energy_of_a_gpu_is_given_to_its_own_graphs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = Nvml()
+
+    def run(arrays: object) -> None:
+        library.millijoules += 40
+        time.sleep(0.01)
+
+    monkeypatch.setattr(bench, "find_meter", lambda: NvmlMeter(library))
+    on_gpu, on_cpu = (bench.Subject("decoder", name, False, 4, run, {}) for name in ("tensorrt", "onnxruntime"))
+    rows: list[dict[str, Any]] = [{"millijoules": None}, {"millijoules": None}]
+    assert bench._measure_energy([on_gpu, on_cpu], rows, 1) == "of the GPU alone, by NVML; 0.0 W of it when idle"
+    assert [row["millijoules"] for row in rows] == [10, None]
+    assert bench._measure_energy([on_cpu], rows[1:], 1).startswith("not measured, NVML tells the GPU's alone")
+
+
 def test_bench_says_that_nothing_was_measured(
     exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
