@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Lays out onnxruntime/ beside this file from packages: the library of the Python wheel, and the headers of Debian's and
-# Ubuntu's libonnxruntime-dev; a Debian before 13 takes them from 13's archive. Headers may be older than the library,
-# which answers for every earlier version of its interface. Nothing is installed.
+# Lays out onnxruntime/ beside this file from packages: the library of the Python wheel, and the headers of Debian's or
+# Ubuntu's libonnxruntime-dev; a Debian before 13 takes them from 13's archive. Headers may be older than the library:
+# it answers for every earlier version of its interface. Nothing is installed.
 #
 #     PYTHON=.venv/bin/python bash examples/cpp/get_onnxruntime.sh
 set -euo pipefail

@@ -139,7 +139,8 @@ class Noise {
     for (;;) {
       const float beyond = -float(1 / tail_begins) * std::log1p(-uniform());
       const float test = -std::log1p(-uniform());
-      if (test + test > beyond * beyond) return negative ? -(float(tail_begins) + beyond) : float(tail_begins) + beyond;
+      const float size = float(tail_begins) + beyond;
+      if (test + test > beyond * beyond) return negative ? -size : size;
     }
   }
 
@@ -192,7 +193,8 @@ void write_file(const std::filesystem::path& path, const std::string& content) {
 }
 
 // Values [height, width, channels] in about [-1, 1] as a picture of the first `kept` channels.
-std::string picture(const float* values, std::int64_t height, std::int64_t width, std::int64_t channels, std::int64_t kept) {
+std::string picture(const float* values, const std::vector<std::int64_t>& shape, std::int64_t kept) {
+  const std::int64_t height = shape[0], width = shape[1], channels = shape[2];
   std::ostringstream head;
   if (kept == 4)
     head << "P7\nWIDTH " << width << "\nHEIGHT " << height << "\nDEPTH 4\nMAXVAL 255\nTUPLTYPE RGB_ALPHA\nENDHDR\n";
@@ -226,16 +228,17 @@ void write_sample(const Options& options, std::uint64_t number, const float* val
   const std::int64_t kept = shape.size() == 3 && options.channels ? std::int64_t(options.channels) : shape.back();
   if (shape.size() != 3) return write_file(options.output / (std::string(name) + ".npy"), npy(values, shape));
   if (kept > shape[2] || (kept != 1 && kept != 3 && kept != 4))
-    throw std::runtime_error("pictures of 1, 3 or 4 channels are written, and values have " + std::to_string(shape[2]));
+    throw std::runtime_error("pictures of 1, 3 or 4 channels are written; values have " + std::to_string(shape[2]));
   const std::string ending = kept == 1 ? ".pgm" : kept == 3 ? ".ppm" : ".pam";
-  write_file(options.output / (name + ending), picture(values, shape[0], shape[1], shape[2], kept));
+  write_file(options.output / (name + ending), picture(values, shape, kept));
 }
 
 void draw(const Options& options) {
   const Ort::Env environment(ORT_LOGGING_LEVEL_ERROR, "sample");
   Ort::Session session(environment, options.graph.c_str(), Ort::SessionOptions());
   const Ort::AllocatorWithDefaultOptions allocator;
-  const auto input = session.GetInputNameAllocated(0, allocator), output = session.GetOutputNameAllocated(0, allocator);
+  const auto input = session.GetInputNameAllocated(0, allocator);
+  const auto output = session.GetOutputNameAllocated(0, allocator);
   const auto noise_shape = session.GetInputTypeInfo(0).GetTensorTypeAndShapeInfo().GetShape();
   if (session.GetInputCount() != 1 || std::string(input.get()) != "noise" || noise_shape.size() != 2)
     throw std::runtime_error(options.graph.string() + ": no sampler, which takes noise [batch, latent_dim]");
