@@ -1,5 +1,7 @@
 """`mnif report`: one self-contained HTML page that shows a run."""
 
+from __future__ import annotations
+
 import base64
 import io
 import platform
@@ -7,23 +9,14 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
-from torch import Tensor
 
-from evals.metrics.neighbours import copying_verdict
-from evals.presentation import curve_plot, protocol_line, read_evaluation, table_rows
-from evals.timing import measured_latencies
 from export.device.bundle import BundleError, BundleFolder
-from latent_prior.diffusion import INFERENCE_STEPS
-from latent_prior.pipeline import MNIFPipeline, load_pipeline
-from latent_prior.sampling import denoised, initial_noise, sample_latents, slerp
-from mnif.signals.outputs import postprocess
+from latent_prior.settings import INFERENCE_STEPS
 from mnif.training.run_record import read_metrics_log, read_run_record
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError
@@ -32,17 +25,20 @@ from mnif.utils.json_files import read_json, read_object
 from mnif.utils.pixels import image_grid
 from mnif.utils.process import command_line
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latent_prior.pipeline import MNIFPipeline
+
 RESOLUTIONS = (32, 64, 256)
 
 PACKAGES = ("mnif-diffusion", "torch", "diffusers", "accelerate", "onnx", "onnxruntime", "tensorrt-rtx", "numpy")
 
 
 @dataclass(kw_only=True)
-class ReportArguments:
-    """Write one self-contained HTML page that shows a run: pictures, curves, figures with their controls, commands."""
+class InputsFlags:
+    """What is shown beside the run itself."""
 
-    run: Path
-    """The run folder."""
     eval_dir: Path | None = None
     """The output of `mnif eval`; default: RUN/eval."""
     comparison_dir: Path | None = None
@@ -51,12 +47,26 @@ class ReportArguments:
     """The output of `mnif export`; default: RUN/bundle."""
     samples: Path | None = None
     """The output of `mnif sample`; default: RUN/pictures."""
-    output: Path | None = None
-    """The page; default: RUN/report.html."""
+
+
+@dataclass(kw_only=True)
+class PicturesFlags:
+    """What is drawn for the page."""
+
     seed: int = 0
     """Of the pictures drawn for the page."""
     num_inference_steps: int = INFERENCE_STEPS
     """Denoising steps of the pictures drawn for the page."""
+
+
+@dataclass(kw_only=True)
+class ReportArguments(InputsFlags, PicturesFlags):
+    """Write one self-contained HTML page that shows a run: pictures, curves, figures with their controls, commands."""
+
+    run: Path
+    """The run folder."""
+    output: Path | None = None
+    """The page; default: RUN/report.html."""
 
 
 def main(arguments: list[str]) -> None:
@@ -70,6 +80,14 @@ def report(arguments: ReportArguments) -> None:
     Raises:
         UserError: the run folder lacks a stage, or the bundle is unfinished or was changed.
     """
+    import torch
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    from evals.metrics.neighbours import copying_verdict
+    from evals.presentation import protocol_line, read_evaluation, table_rows
+    from evals.timing import measured_latencies
+    from latent_prior.pipeline import load_pipeline
+
     run = arguments.run
     if not (run / "run.json").is_file():
         raise UserError(f"--run {run}: no run folder; `mnif fit --output_dir {run}` makes it")
@@ -159,23 +177,28 @@ def _steps_of(manifest: dict[str, Any] | None, steps: int) -> int:
     return max(manifest["sampling"]["num_inference_steps"]) if manifest else steps
 
 
-@torch.no_grad()
 def _drawn_images(pipeline: MNIFPipeline, seed: int, steps: int) -> dict[str, str]:
     """Samples, the same sample at several resolutions, and a walk between samples, as data URIs."""
+    import torch
+
+    from latent_prior.sampling import denoised, initial_noise, sample_latents, slerp
+    from mnif.signals.outputs import postprocess
+
     pipeline.set_progress_bar_config(disable=True)
 
     def sheet(latents: Tensor, columns: int, resolution: int | None = None) -> str:
         images = postprocess(pipeline.decoder, latents, "pil", resolution)
         return _data_uri(image_grid([np.asarray(image) for image in images], columns=columns))
 
-    latents = sample_latents(pipeline, seed, range(96), steps)
     noise = initial_noise(seed, range(5), pipeline.decoder.config.latent_dim)
     walk = np.concatenate([slerp(start, end, np.linspace(0, 1, 8)) for start, end in pairwise(noise)])
-    return {
-        "samples": sheet(latents, columns=16),
-        **{f"at_{resolution}": sheet(latents[:4], 4, resolution) for resolution in RESOLUTIONS},
-        "interpolation": sheet(denoised(pipeline, torch.from_numpy(walk), steps), columns=8),
-    }
+    with torch.no_grad():
+        latents = sample_latents(pipeline, seed, range(96), steps)
+        return {
+            "samples": sheet(latents, columns=16),
+            **{f"at_{resolution}": sheet(latents[:4], 4, resolution) for resolution in RESOLUTIONS},
+            "interpolation": sheet(denoised(pipeline, torch.from_numpy(walk), steps), columns=8),
+        }
 
 
 def _stored_images(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
@@ -184,6 +207,8 @@ def _stored_images(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
 
 
 def _plots(path: Path) -> dict[str, str]:
+    from evals.presentation import curve_plot
+
     rows = read_metrics_log(path) if path.exists() else []
     plots = {
         "fit_loss": curve_plot(rows, "fit", ["loss"], "mean squared error", logarithmic=True),

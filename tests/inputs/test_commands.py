@@ -88,8 +88,8 @@ def terminated(*_: object, **__: object) -> None:
     [
         ("sample", "latent_prior.sample_writers.sample_latents"),
         ("sample --format tar", "latent_prior.sample_writers.sample_latents"),
-        ("encode --data DATA", "mnif.commands.encode.evaluate_latents"),
-        ("export --compile_rtx off", "export.commands.export.write_device_files"),
+        ("encode --data DATA", "mnif.latents.inference.evaluate_latents"),
+        ("export --compile_rtx off", "export.bundle.write_device_files"),
         ("eval --reference DATA --num_samples 48", "evals.images.set_metrics"),
         ("decode --latents LATENTS", "mnif.commands.decode._save_overview"),
     ],

@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 import pytest
 
-from mnif.utils.args import parse_given, typed_values
+from mnif.utils.args import parse_given
 from mnif.utils.errors import UserError
+from mnif.utils.flag_files import typed_values
 
 
 @dataclass(kw_only=True)

@@ -11,8 +11,8 @@ from PIL import Image
 from mnif.cli import main
 from mnif.commands.fit import PRESETS, parse_fit_arguments
 from mnif.models.mnif_model import MNIFModel
-from mnif.utils.args import preset_names
 from mnif.utils.errors import UserError
+from mnif.utils.flag_files import preset_names
 
 PAPER = {
     "celeba-hq-s": {"num_bases": 256, "depth": 4, "width": 64, "latent_dim": 1024, "omega": 30, "field": 17_027},

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from mnif.training.loop import TrainingArguments
+from mnif.training.arguments import TrainingArguments
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.errors import UserError
 
