@@ -48,9 +48,12 @@ def read_config(path: Path, command: type, program: str) -> dict[str, Any]:
             similar = get_close_matches(unknown[0], kinds, n=1)
             meant = f"did you mean {similar[0]}?" if similar else f"{program} --help lists them"
             raise UserError(f"{path}: no such flag: {', '.join(unknown)}; {meant}")
-        return typed_values(command, flags)
     except UserError as error:
         raise UserError(f"--config {error}") from None
+    try:
+        return typed_values(command, flags)
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from None
 
 
 def parse_values(content: Any, where: str) -> dict[str, Any]:
