@@ -18,11 +18,11 @@ from msgspec import Meta
 
 from mnif.commands.fit import AUGMENTATIONS, FitArguments, fit, make_decoder, make_method, train_loop, with_preset
 from mnif.data.dataset import Dataset, Split
-from mnif.training.run_record import read_metrics_log
+from mnif.training.run_record import flags_as_json, for_further_runs, read_metrics_log
 from mnif.utils.args import parse_given
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import write_json, written_atomically
-from mnif.utils.flag_files import typed_values
+from mnif.utils.flag_files import Flags, typed_values, write_config
 from mnif.utils.json_files import read_json
 from mnif.utils.output_folders import check_output_folder, output_folder_of
 from mnif.utils.pixels import limit_image_pixels
@@ -43,7 +43,7 @@ _BUDGETS = ("train_seconds", "max_train_steps", "num_train_epochs")
 # What is compared on, and what the process can have only once: no variant may differ in it.
 _COMMON = {*_BUDGETS, "data", "output_dir", "signal", "preset", "dry_run", "resolution", "channels", "method"}
 _COMMON |= {"held_out_fraction", "test_fraction", "held_out_views", "max_views", "near", "far", "background"}
-_COMMON |= {"mixed_precision", "resume_from_checkpoint", "report_to"}
+_COMMON |= {"mixed_precision", "resume_from_checkpoint", "report_to", "tracker_project_name"}
 
 
 @dataclass(kw_only=True)
@@ -94,9 +94,11 @@ def compare(flags: CompareArguments, runs: list[Run]) -> None:
             another run, or training diverges.
     """
     from mnif.signals.registry import signal_class
+    from mnif.training.loop import check_machine
 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("several processes cannot be compared; run it without torchrun")
+    check_machine(flags)
     check_output_folder(flags.output_dir, "compare-fit")
     for run in runs:
         check_output_folder(run.arguments.output_dir, "fit")
@@ -123,6 +125,7 @@ def _compare(flags: CompareArguments, runs: list[Run], data: Dataset, train_data
     from mnif.latents.pca import baseline_metrics
     from mnif.signals.registry import signal_class
 
+    write_config(flags.output_dir / "config.yaml", {"compare-fit": _for_further_comparisons(flags)})
     results = [_result(flags, run, data, train_data, held_data) for run in runs]
     signal = signal_class(flags.signal).from_data(data, asdict(flags))
     controls = baseline_metrics(signal, array_dataset(train_data.arrays()), array_dataset(held_data.arrays()), results)
@@ -149,6 +152,14 @@ def _compare(flags: CompareArguments, runs: list[Run], data: Dataset, train_data
     with written_atomically(flags.output_dir / "curves.png") as temporary:
         temporary.write_bytes(curves_image(curves, {result["name"]: result for result in results}))
     print(f"\n{table}\n{flags.output_dir}: compare.json, compare.md and curves.png written")
+
+
+def _for_further_comparisons(flags: CompareArguments) -> Flags:
+    """What ``--config`` reads: of the budgets that which counts."""
+    counts = "train_seconds" if flags.train_seconds is not None else "max_train_steps"
+    counts = "num_train_epochs" if flags.num_train_epochs is not None else counts
+    unused = {*_BUDGETS, "method"} - {counts}
+    return {name: value for name, value in for_further_runs(flags_as_json(flags)).items() if name not in unused}
 
 
 def parse_compare_arguments(arguments: list[str]) -> tuple[CompareArguments, list[Run]]:

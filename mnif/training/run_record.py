@@ -158,7 +158,7 @@ def begin_stage(folder: Path, stage: str, arguments: Any, inputs: dict[str, str]
             return True
     record[stage] = StageRecord(command_line(), requested, inputs)
     write_json(path, msgspec.to_builtins(record))
-    write_config(folder / "config.yaml", {name: _for_further_runs(each.arguments) for name, each in record.items()})
+    write_config(folder / "config.yaml", {name: for_further_runs(each.arguments) for name, each in record.items()})
     return False
 
 
@@ -185,7 +185,8 @@ def flags_as_json(arguments: Any) -> Flags:
     return flags
 
 
-def _for_further_runs(flags: Flags) -> Flags:
+def for_further_runs(flags: Flags) -> Flags:
+    """Those of the flags that a ``config.yaml`` has: what was given or filled in, and is not of one call only."""
     return {name: value for name, value in flags.items() if value is not None and name not in _OF_ONE_CALL}
 
 
