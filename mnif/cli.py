@@ -68,16 +68,21 @@ def main(arguments: list[str] | None = None) -> int:
         found = f"{printable(foreign)} is found in the place of mnif's own package of that name"
         print(f"mnif: {found}; rename it, or take its folder out of PYTHONPATH", file=sys.stderr)
         return 2
-    module, flags, _ = COMMANDS[name]
     atexit.register(_leave_process_group)
+    return _run(name, rest)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    """Runs a command, and tells in a line how it ended if that was no success."""
+    module, flags, _ = COMMANDS[name]
     try:
         with sigterm_raises(), escaped_output():
             command = import_module(module)
-            if flags == "make_parser" and {"-h", "--help"} & {*rest}:
+            if flags == "make_parser" and {"-h", "--help"} & {*arguments}:
                 from mnif.utils.args import print_help
 
                 print_help(command.make_parser())
-            code: int | None = command.main(rest)
+            code: int | None = command.main(arguments)
     except UserError as error:
         print(f"mnif {name}: {error}", file=sys.stderr)
         return 2

@@ -26,6 +26,7 @@ from mnif.utils.pixels import image_grid
 from mnif.utils.process import command_line
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from torch import Tensor
 
     from latent_prior.pipeline import MNIFPipeline
@@ -81,20 +82,13 @@ def report(arguments: ReportArguments) -> None:
         UserError: the run folder lacks a stage, or the bundle is unfinished or was changed.
     """
     import torch
-    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from evals.metrics.neighbours import copying_verdict
     from evals.presentation import protocol_line, read_evaluation, table_rows
     from evals.timing import measured_latencies
     from latent_prior.pipeline import load_pipeline
 
-    run = arguments.run
-    if not (run / "run.json").is_file():
-        raise UserError(f"--run {run}: no run folder; `mnif fit --output_dir {run}` makes it")
-    output = arguments.output or run / "report.html"
-    if output.is_dir():
-        raise UserError(f"--output {output}: is a folder; name a file")
-    check_writable(output.parent)
+    run, output = arguments.run, _output_of(arguments)
     pipeline = load_pipeline(run / "model")
     bundle = arguments.bundle or run / "bundle"
     manifest = _manifest_of(bundle) if (bundle / "manifest.json").exists() else None
@@ -105,8 +99,7 @@ def report(arguments: ReportArguments) -> None:
     comparison = read_object(compare, Comparison) if compare.exists() else {}
     samples = arguments.samples or run / "pictures"
     steps = arguments.num_inference_steps
-    environment = Environment(loader=PackageLoader("evals", "."), autoescape=True, undefined=StrictUndefined)
-    page = environment.get_template("report.html.jinja").render(
+    page = _template().render(
         title=run.resolve().name,
         fit=read_object(run / "metrics.json", RunFigures),
         metrics=metrics,
@@ -131,6 +124,24 @@ def report(arguments: ReportArguments) -> None:
     with written_atomically(output) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     print(output)
+
+
+def _output_of(arguments: ReportArguments) -> Path:
+    """The page, if there is a run and the page can be written."""
+    run, output = arguments.run, arguments.output or arguments.run / "report.html"
+    if not (run / "run.json").is_file():
+        raise UserError(f"--run {run}: no run folder; `mnif fit --output_dir {run}` makes it")
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; name a file")
+    check_writable(output.parent)
+    return output
+
+
+def _template() -> Template:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(loader=PackageLoader("evals", "."), autoescape=True, undefined=StrictUndefined)
+    return environment.get_template("report.html.jinja")
 
 
 class PriorFigures(msgspec.Struct):

@@ -20,9 +20,11 @@ from mnif.utils.output_folders import holds_folder
 from mnif.utils.process import peak_memory_megabytes
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from torch import Tensor
 
     from latent_prior.denoisers import Denoiser, ResMLPDenoiser
+    from latent_prior.distillation import Pairs
     from latent_prior.pipeline import MNIFPipeline
     from mnif.latents.table import LatentTable
 
@@ -96,15 +98,12 @@ def distill(arguments: DistillArguments) -> None:
     Raises:
         UserError: the run has no finished prior, a flag is out of range, or training diverges.
     """
-    import torch
     from accelerate.utils import set_seed
-    from diffusers.training_utils import EMAModel
 
-    from latent_prior.distillation import DistillationLoss, student_timesteps, teacher_pairs
+    from latent_prior.distillation import student_timesteps, teacher_pairs
     from latent_prior.pipeline import load_pipeline
-    from mnif.data.batches import array_dataset
     from mnif.latents.table import LatentTable
-    from mnif.training.loop import TrainLoop, check_machine, make_accelerator, steps_of_epochs
+    from mnif.training.loop import check_machine, fill_in_steps, make_accelerator
 
     started = time.perf_counter()
     _check(arguments)
@@ -117,16 +116,11 @@ def distill(arguments: DistillArguments) -> None:
     table = LatentTable.load(
         run / "latents.safetensors", pipeline.decoder.fingerprint(), pipeline.decoder.config.latent_dim
     )
-    held_out = max(int(_HELD_OUT_SHARE * arguments.num_pairs), 1)
-    if arguments.num_train_epochs is not None:
-        epochs, accumulation = arguments.num_train_epochs, arguments.gradient_accumulation_steps
-        pairs_to_learn = arguments.num_pairs - held_out
-        arguments.max_train_steps = steps_of_epochs(epochs, arguments.train_batch_size, accumulation, pairs_to_learn)
+    fill_in_steps(arguments, arguments.num_pairs - _held_out(arguments))
     accelerator = make_accelerator(arguments, run)
     if begin_stage(run, "distill", arguments, {"teacher_sha256": sha256_of_folder(model / "denoiser")}):
         print(f"{run}: `mnif distill` has finished here before with these arguments; nothing to do")
         return
-    timesteps = student_timesteps(arguments.student_steps)
     pairs = teacher_pairs(
         run / "pairs",
         model,
@@ -134,13 +128,35 @@ def distill(arguments: DistillArguments) -> None:
         arguments.num_pairs,
         arguments.seed,
         arguments.teacher_steps,
-        timesteps,
+        student_timesteps(arguments.student_steps),
         accelerator,
     )
     drawn = time.perf_counter() - started
     set_seed(arguments.seed)
     student = make_student(arguments, pipeline.denoiser)
+    _train(arguments, accelerator, student, pairs)
+    if accelerator.is_main_process:
+        seconds = {"seconds_of_pairs": round(drawn, 1), "seconds": round(time.perf_counter() - started, 1)}
+        _finish(arguments, pipeline, student.cpu().eval(), table, seconds)
+    accelerator.wait_for_everyone()
+
+
+def _held_out(arguments: DistillArguments) -> int:
+    """The number of pairs that are not learned from."""
+    return max(int(_HELD_OUT_SHARE * arguments.num_pairs), 1)
+
+
+def _train(arguments: DistillArguments, accelerator: Accelerator, student: ResMLPDenoiser, pairs: Pairs) -> None:
+    """Leaves in ``student`` what was learned of the pairs."""
+    import torch
+    from diffusers.training_utils import EMAModel
+
+    from latent_prior.distillation import DistillationLoss
+    from mnif.data.batches import array_dataset
+    from mnif.training.loop import TrainLoop
+
     loss = DistillationLoss(student, pairs.timesteps, arguments.loss).to(accelerator.device)
+    held_out, run = _held_out(arguments), arguments.run
     accelerator.print(
         f"pairs of {arguments.num_pairs - held_out} noises to learn from, {held_out} held out; "
         f"student {student.num_parameters():,} parameters"
@@ -157,10 +173,6 @@ def distill(arguments: DistillArguments) -> None:
     rows = array_dataset({"states": pairs.states[held_out:], "samples": pairs.samples[held_out:]})
     keep_best = "validation_loss"
     TrainLoop(accelerator, arguments, loss, [optimizer], rows, run, "distill", validate, ema, keep_best).run()
-    if accelerator.is_main_process:
-        seconds = {"seconds_of_pairs": round(drawn, 1), "seconds": round(time.perf_counter() - started, 1)}
-        _finish(arguments, pipeline, student.cpu().eval(), table, seconds)
-    accelerator.wait_for_everyone()
 
 
 def make_student(arguments: DistillArguments, teacher: Denoiser) -> ResMLPDenoiser:

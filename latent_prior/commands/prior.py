@@ -27,6 +27,7 @@ from mnif.utils.process import peak_memory_megabytes
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
     from PIL.Image import Image
     from torch import Tensor
 
@@ -160,14 +161,11 @@ def fit_prior(arguments: PriorArguments) -> None:
     """
     import torch
     from accelerate.utils import set_seed
-    from diffusers.training_utils import EMAModel
 
-    from latent_prior.diffusion import DenoisingLoss
-    from mnif.data.batches import array_dataset
     from mnif.latents.table import LatentTable
     from mnif.models.io import load_component
     from mnif.models.mnif_model import MNIFModel
-    from mnif.training.loop import TrainLoop, check_machine, make_accelerator, steps_of_epochs
+    from mnif.training.loop import check_machine, fill_in_steps, make_accelerator
 
     started = time.perf_counter()
     run = arguments.run
@@ -178,10 +176,7 @@ def fit_prior(arguments: PriorArguments) -> None:
     decoder = load_component(MNIFModel, run / "model", "decoder")
     table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint(), decoder.config.latent_dim)
     latents = torch.cat([table.train, *_extra_latents(arguments, table)])
-    if arguments.num_train_epochs is not None:
-        epochs, batch_size = arguments.num_train_epochs, arguments.train_batch_size
-        accumulation = arguments.gradient_accumulation_steps
-        arguments.max_train_steps = steps_of_epochs(epochs, batch_size, accumulation, len(latents))
+    fill_in_steps(arguments, len(latents))
     accelerator = make_accelerator(arguments, run)
     extra = {f"extra_latents_{i}": sha256_of_file(path) for i, path in enumerate(arguments.extra_latents or [])}
     if begin_stage(run, "prior", arguments, {"decoder_fingerprint": table.fingerprint} | extra):
@@ -189,6 +184,28 @@ def fit_prior(arguments: PriorArguments) -> None:
         return
     set_seed(arguments.seed)
     denoiser = make_denoiser(arguments, table)
+    _train(arguments, accelerator, decoder, denoiser, table, latents)
+    if accelerator.is_main_process:
+        _finish(arguments, decoder, denoiser.cpu().eval(), time.perf_counter() - started)
+    accelerator.wait_for_everyone()
+
+
+def _train(
+    arguments: PriorArguments,
+    accelerator: Accelerator,
+    decoder: MNIFModel,
+    denoiser: Denoiser,
+    table: LatentTable,
+    latents: Tensor,
+) -> None:
+    """Leaves in ``denoiser`` what was learned of the latents."""
+    import torch
+    from diffusers.training_utils import EMAModel
+
+    from latent_prior.diffusion import DenoisingLoss
+    from mnif.data.batches import array_dataset
+    from mnif.training.loop import TrainLoop
+
     loss = DenoisingLoss(
         denoiser,
         arguments.objective,
@@ -208,15 +225,12 @@ def fit_prior(arguments: PriorArguments) -> None:
     ema = EMAModel(loss.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
     keep_best = "validation_loss" if arguments.keep == "best" else None
-    rows = array_dataset({"latents": latents})
+    rows, run = array_dataset({"latents": latents}), arguments.run
 
     def show() -> Image:
         return samples_sheet(decoder, deepcopy(denoiser).cpu(), arguments)
 
     TrainLoop(accelerator, arguments, loss, [optimizer], rows, run, "prior", validate, ema, keep_best, show=show).run()
-    if accelerator.is_main_process:
-        _finish(arguments, decoder, denoiser.cpu().eval(), time.perf_counter() - started)
-    accelerator.wait_for_everyone()
 
 
 def make_denoiser(arguments: PriorArguments, table: LatentTable) -> Denoiser:

@@ -93,7 +93,7 @@ def sample(arguments: SampleArguments) -> None:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    from latent_prior.diffusion import adds_noise, scheduler_by_name
+    from latent_prior.diffusion import scheduler_by_name
     from latent_prior.hub import model_folder
     from latent_prior.pipeline import load_pipeline
     from latent_prior.sample_writers import save_interpolation, save_preview
@@ -104,12 +104,8 @@ def sample(arguments: SampleArguments) -> None:
     if arguments.scheduler:
         pipeline.scheduler = scheduler_by_name(arguments.scheduler, pipeline.scheduler)
     samples = _samples(arguments, pipeline)
-    _, scheduler = pipeline.select_denoiser(arguments.num_inference_steps, samples.options["use_student"])
-    if arguments.interpolate and adds_noise(scheduler):
-        raise UserError(
-            f"--interpolate: {type(scheduler).__name__} adds noise in every step; name another --scheduler, "
-            "such as DDIMScheduler"
-        )
+    if arguments.interpolate:
+        _check_interpolation(samples)
     requested = _requested(arguments, model, samples)
     _check_same_samples(samples, requested)
 
@@ -153,6 +149,18 @@ def _check(arguments: SampleArguments) -> None:
         for flag in ("mesh", "turntable", "frames"):
             if getattr(arguments, flag) is not None:
                 raise UserError(f"--{flag}: an .npz file holds one array and no files; take --format folder or tar")
+
+
+def _check_interpolation(samples: Samples) -> None:
+    from latent_prior.diffusion import adds_noise
+
+    options = samples.options
+    _, scheduler = samples.pipeline.select_denoiser(options["num_inference_steps"], options["use_student"])
+    if adds_noise(scheduler):
+        raise UserError(
+            f"--interpolate: {type(scheduler).__name__} adds noise in every step; name another --scheduler, "
+            "such as DDIMScheduler"
+        )
 
 
 def _samples(arguments: SampleArguments, pipeline: MNIFPipeline) -> Samples:

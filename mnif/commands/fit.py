@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from mnif.data.dataset import Split
+from mnif.data.dataset import Dataset, Split
 from mnif.data.view_formats import CameraConvention
 from mnif.training.arguments import TrainingArguments
 from mnif.training.run_record import begin_stage, finish_stage
@@ -20,6 +20,7 @@ from mnif.utils.output_folders import holds_folder
 from mnif.utils.pixels import MAX_IMAGE_PIXELS, limit_image_pixels
 
 if TYPE_CHECKING:
+    import numpy as np
     from accelerate import Accelerator
     from PIL.Image import Image
 
@@ -33,19 +34,6 @@ PRESETS = Path(__file__).parents[1] / "presets"
 
 AUGMENTATIONS = ("random_flip", "random_colours")
 """Flags that change instances at random (:meth:`mnif.signals.base.Signal.augmentations`)."""
-
-DECODER_SETTINGS = (
-    "num_bases",
-    "width",
-    "depth",
-    "cells",
-    "overlap",
-    "omega",
-    "mixing",
-    "coefficient_form",
-    "output_sine",
-)
-"""The flags that the decoder is made with."""
 
 SUSTAINED = 5e12  # floating-point operations a second: a quarter of an A100's float32 peak
 
@@ -203,6 +191,9 @@ class FitArguments(DataFlags, ModelFlags, MethodFlags, RadianceFlags, OptimizerF
     """Peak learning rate of all but bases and latents."""
 
 
+DECODER_SETTINGS = tuple(field.name for field in fields(ModelFlags) if field.name != "latent_dim")
+"""The flags that the decoder is made with as they are."""
+
 T = TypeVar("T", bound=FitArguments)
 
 
@@ -321,11 +312,8 @@ def fit(arguments: FitArguments) -> None:
     """
     from accelerate.utils import set_seed
 
-    from mnif.data.batches import array_dataset
     from mnif.signals.registry import signal_class
-    from mnif.training.loop import check_machine, make_accelerator, steps_of_epochs
-    from mnif.training.methods import AutoDecoderMethod, mean_psnr, validation_rows
-    from mnif.training.results import reconstructions_sheet, save_results
+    from mnif.training.loop import check_machine, fill_in_steps, make_accelerator
 
     started = time.perf_counter()
     check_machine(arguments)
@@ -334,18 +322,14 @@ def fit(arguments: FitArguments) -> None:
     data = kind.load(arguments.data, asdict(arguments))
     signal = kind.from_data(data, asdict(arguments))
     splits = data.split(arguments.held_out_fraction, arguments.test_fraction)
-    if not (splits == Split.TRAIN).any():
+    instances = int((splits == Split.TRAIN).sum())
+    if not instances:
         raise UserError(f"--data {arguments.data}: no {signal.noun} is left to train on; lower --held_out_fraction")
-    train_data = data.rows(splits == Split.TRAIN)
-    if arguments.num_train_epochs is not None:
-        epochs, batch_size = arguments.num_train_epochs, arguments.train_batch_size
-        accumulation = arguments.gradient_accumulation_steps
-        arguments.max_train_steps = steps_of_epochs(epochs, batch_size, accumulation, len(train_data))
+    fill_in_steps(arguments, instances)
     _augmentations(arguments, signal)
     arguments.cells = arguments.cells or signal.default_cells()
     if arguments.dry_run:
-        decoder = make_decoder(arguments, signal)
-        print("\n".join(dry_run_report(arguments, decoder, signal, len(train_data))))
+        print("\n".join(dry_run_report(arguments, make_decoder(arguments, signal), signal, instances)))
         return
     run = arguments.output_dir
     accelerator = make_accelerator(arguments, run)
@@ -353,10 +337,23 @@ def fit(arguments: FitArguments) -> None:
         print(f"{run}: `mnif fit` has finished here before with these arguments; nothing to do")
         return
     set_seed(arguments.seed)
+    metrics = _train(arguments, accelerator, signal, data, splits)
+    if accelerator.is_main_process:
+        merge_json(run / "metrics.json", metrics | {"seconds": round(time.perf_counter() - started, 1)})
+        finish_stage(run, "fit")
+
+
+def _train(
+    arguments: FitArguments, accelerator: Accelerator, signal: Signal, data: Dataset, splits: np.ndarray
+) -> dict[str, float]:
+    """Learns from the data and saves what was learned; the main process gets figures of it."""
+    from mnif.data.batches import array_dataset
+    from mnif.training.methods import AutoDecoderMethod, mean_psnr, validation_rows
+    from mnif.training.results import reconstructions_sheet, save_results
+
+    rows, held_rows = (array_dataset(data.rows(splits == part).arrays()) for part in (Split.TRAIN, Split.HELD_OUT))
     decoder = make_decoder(arguments, signal)
-    method = make_method(arguments, decoder, signal, len(train_data), accelerator).to(accelerator.device)
-    rows = array_dataset(train_data.arrays())
-    held_rows = array_dataset(data.rows(splits == Split.HELD_OUT).arrays())
+    method = make_method(arguments, decoder, signal, len(rows), accelerator).to(accelerator.device)
     accelerator.print(
         f"{data.name}: {len(rows)} {signal.noun}s to train, {len(held_rows)} held out, "
         f"{(splits == Split.TEST).sum()} kept for a test; decoder {decoder.num_parameters():,} parameters"
@@ -372,12 +369,11 @@ def fit(arguments: FitArguments) -> None:
         return reconstructions_sheet(method, held_rows if "psnr_heldout" in probes else rows)
 
     train_loop(arguments, accelerator, method, rows, validate, show).run()
-    if accelerator.is_main_process:
-        method.to("cpu").eval()
-        refinement_steps = arguments.refinement_steps
-        metrics = save_results(run, method, arguments.method, data, splits, rows, held_rows, refinement_steps)
-        merge_json(run / "metrics.json", metrics | {"seconds": round(time.perf_counter() - started, 1)})
-        finish_stage(run, "fit")
+    if not accelerator.is_main_process:
+        return {}
+    method.to("cpu").eval()
+    steps = arguments.refinement_steps
+    return save_results(arguments.output_dir, method, arguments.method, data, splits, rows, held_rows, steps)
 
 
 def make_decoder(arguments: FitArguments, signal: Signal) -> MNIFModel:

@@ -362,6 +362,13 @@ def steps_of_epochs(epochs: int, train_batch_size: int, accumulation: int, insta
     return math.ceil(epochs * (instances // min(train_batch_size, instances)) / accumulation)
 
 
+def fill_in_steps(arguments: TrainingArguments, instances: int) -> None:
+    """Turns passes over the data, where they are asked for, into a number of optimizer steps."""
+    if arguments.num_train_epochs is not None:
+        batch_size, accumulation = arguments.train_batch_size, arguments.gradient_accumulation_steps
+        arguments.max_train_steps = steps_of_epochs(arguments.num_train_epochs, batch_size, accumulation, instances)
+
+
 def _loader(arguments: TrainingArguments, rows: ArrayDataset, step: int, processes: int) -> DataLoader:
     """Batches from ``step`` to the end; a batch is made by one indexing, so there is nothing to collate."""
     batch_size = batch_size_of(arguments, len(rows), processes)
