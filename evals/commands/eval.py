@@ -57,7 +57,8 @@ def compare(paths: Sequence[Path], output: Path) -> None:
     Raises:
         UserError: a path holds no evaluation, or two were measured under different protocols.
     """
-    from evals.presentation import comparison_plot, markdown_table, protocol_line, read_evaluation, table_rows
+    from evals.charts import as_png, comparison_chart
+    from evals.presentation import markdown_table, protocol_line, read_evaluation, table_rows
 
     evaluations = [
         Evaluation(name, folder, read_evaluation(folder / "metrics.json"))
@@ -77,11 +78,11 @@ def compare(paths: Sequence[Path], output: Path) -> None:
     write_json(output / "comparison.json", content)
     with written_atomically(output / "comparison.md") as temporary:
         temporary.write_text(f"{table}\n{protocol_line(protocol)}\n\n{markdown_code(command_line())}\n")
-    plot = comparison_plot({evaluation.name: evaluation.metrics for evaluation in evaluations})
-    if plot is not None:
+    chart = comparison_chart({evaluation.name: evaluation.metrics for evaluation in evaluations})
+    if chart is not None:
         with written_atomically(output / "comparison.png") as temporary:
-            temporary.write_bytes(plot)
-    print(f"{table}\n{output}: comparison.json, comparison.md{' and comparison.png' if plot else ''} written")
+            temporary.write_bytes(as_png(chart))
+    print(f"{table}\n{output}: comparison.json, comparison.md{' and comparison.png' if chart else ''} written")
 
 
 def _subject(path: Path) -> dict[str, Any]:

@@ -53,7 +53,7 @@ class MachineFlags:
     """How a run uses the machine."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Precision of autocast; default: what `accelerate launch` says, by its flag or by `accelerate config`; else no."""
+    """Precision of autocast; default: what `accelerate launch` says, by its flag or `accelerate config`; else no."""
     dataloader_num_workers: int = 0
     """Worker processes that load data; 0 loads in the training process."""
     compile: Literal["auto", "on", "off"] = "auto"
