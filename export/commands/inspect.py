@@ -8,7 +8,6 @@ from typing import Any
 from export.device.bundle import ENGINES, BundleFolder, check_form, entry
 from export.device.cli import Parser, columns, printable, run_command
 from export.device.plans import PlanRefused, read_sidecar
-from export.readme import pixel_steps
 
 _KERNEL = {
     "name": str,
@@ -70,6 +69,8 @@ def _print(lines: Iterable[str]) -> None:
 
 def bundle_lines(folder: BundleFolder) -> list[str]:
     """Lists what the manifest says: the model, the grid, and a line for every graph."""
+    from export.readme import pixel_steps
+
     manifest = folder.manifest
     files = entry(manifest, "files", kind=dict)
     grid = manifest["grid"]
