@@ -49,7 +49,17 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 0 done, 1 a check that failed, 2 a mistake the user can mend (one line on stderr), 130 stopped
         by Ctrl-C, 141 nobody reads what is printed, 143 by SIGTERM.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        try:
+            return _answer(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # such as `mnif fit --help | head`: nobody reads on, which is no mistake
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _answer(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0
@@ -58,10 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(f"mnif {__version__}")
         return 0
-    if arguments[0] == "--completion":
-        return _print_completion(arguments[1:])
     name, rest = arguments[0], arguments[1:]
-    if name not in COMMANDS:
+    if name != "--completion" and name not in COMMANDS:
         print(f'mnif: no command "{name}"; choose one of {", ".join(COMMANDS)}', file=sys.stderr)
         return 2
     if (foreign := _foreign_file()) is not None:
@@ -69,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"mnif: {found}; rename it, or take its folder out of PYTHONPATH", file=sys.stderr)
         return 2
     atexit.register(_leave_process_group)
-    return _run(name, rest)
+    return _print_completion(rest) if name == "--completion" else _run(name, rest)
 
 
 def _run(name: str, arguments: list[str]) -> int:
@@ -86,9 +94,8 @@ def _run(name: str, arguments: list[str]) -> int:
     except UserError as error:
         print(f"mnif {name}: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # such as `mnif fit --help | head`: nobody reads on, which is no mistake
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    except BrokenPipeError:
+        raise
     except OSError as error:
         where, what = error.filename or "file system", error.strerror or error
         print(f"mnif {name}: {printable(where)}: {printable(what)}", file=sys.stderr)

@@ -198,7 +198,9 @@ def _complaint(command: type, arguments: list[str]) -> str | None:
     """Says in one line what is wrong with arguments that were refused."""
     kinds = get_type_hints(command) | {"config": Path}
     words, flags = _words_of_flags(arguments)
-    if words:
+    annotated = get_type_hints(command, include_extras=True)
+    takes_words = any(tyro.conf.Positional in getattr(kind, "__metadata__", ()) for kind in annotated.values())
+    if words and not takes_words:
         return f"{words[0]!r} belongs to no flag"
     for name, values in flags.items():
         kind = bool if name.startswith("no_") and kinds.get(name[3:]) is bool else kinds.get(name)

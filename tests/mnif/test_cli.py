@@ -150,12 +150,11 @@ def test_unknown_flag_is_one_line_and_exit_2(command: str, capsys: pytest.Captur
     assert message.startswith(f"mnif {command}: ")
 
 
-def test_a_reader_that_leaves_is_no_mistake() -> None:
+@pytest.mark.parametrize("words", [("--help",), ("report", "--help"), ("fit", "--help"), ("--completion", "fish")])
+def test_a_reader_that_leaves_is_no_mistake(words: tuple[str, ...]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run(
-        [sys.executable, "-m", "mnif", "fit", "--help"], stdout=writer, stderr=subprocess.PIPE, text=True
-    )
+    done = subprocess.run([*PYTHON, *words], stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, "")
 
