@@ -126,8 +126,9 @@ def test_the_notebook_runs_from_end_to_end(demo: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("IPYTHONDIR", str(demo / "ipython"))
     nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(demo)}}).execute()
-    shown = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert [set(output["data"]) >= {"image/png"} for output in shown] == [True] * 4
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 4, outputs
 
 
 def test_python_of_a_signal_is_that_of_the_example() -> None:
