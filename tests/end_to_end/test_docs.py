@@ -106,7 +106,7 @@ def demo(pipeline: MNIFPipeline, exported: Path, tmp_path: Path, monkeypatch: py
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/sampling.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/overview.md", "docs/sampling.md"])
 def test_python_runs_as_it_stands(name: str, demo: Path) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), flags=re.DOTALL | re.MULTILINE)
     assert blocks
