@@ -70,7 +70,8 @@ def anchors_of(page: Path) -> set[str]:
 @pages
 def test_links_and_paths_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    for link in re.findall(r"\]\((?!https?:)([^)\s]+)", text) + re.findall(r"(?:src|href)=\"(?!https?:)([^\"]+)", text):
+    links = re.findall(r"\]\((?!https?:)([^)\s]+)", text)
+    for link in links + re.findall(r"(?:src|href)=\"(?!https?:)([^\"]+)", text):
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
         assert target.exists(), f"{page.name}: {link} is not there"

@@ -11,9 +11,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytest.importorskip("mkdocs", reason="mkdocs (extra `docs`) is not installed")
-
-from scripts.docs_site import site_links
+docs_site = pytest.importorskip("scripts.docs_site", reason="mkdocs (extra `docs`) is not installed")
 
 pytestmark = pytest.mark.slow
 
@@ -118,4 +116,4 @@ def test_a_dead_link_ends_the_build(tmp_path: Path) -> None:
     ],
 )
 def test_links_of_the_forge_lead_on_from_the_site(source: str, link: str, expected: str) -> None:
-    assert site_links(f"see [this]({link}).", source) == f"see [this]({expected})."
+    assert docs_site.site_links(f"see [this]({link}).", source) == f"see [this]({expected})."
