@@ -22,6 +22,8 @@ from mnif.models.io import OwnMemory, load_component
 from mnif.utils.errors import UserError
 from mnif.utils.json_files import Depth, Size, read_json
 
+PredictionType = Literal["sample", "v_prediction", "flow_prediction"]
+
 
 class ResidualBlock(nn.Module):
     """x + W₂ silu(W₁ (norm(x) · (1 + scale) + shift)), with scale and shift from the time embedding."""
@@ -98,6 +100,8 @@ class ResMLPDenoiser(Denoiser):
         decoder_fingerprint: of the decoder whose latents these are
             (:meth:`mnif.models.mnif_model.MNIFModel.fingerprint`).
         distilled_steps: the numbers of steps that a student was distilled for; none: it is a teacher.
+        rounded_fingerprints: of that decoder in half precision; a pipeline fills them in.
+        prediction_type: what is predicted, by its name in diffusers' schedulers; likewise.
     """
 
     @register_to_config
@@ -110,6 +114,8 @@ class ResMLPDenoiser(Denoiser):
         dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0,
         decoder_fingerprint: str = "",
         distilled_steps: Sequence[Size] = (),
+        rounded_fingerprints: Sequence[str] = (),
+        prediction_type: PredictionType | None = None,
     ):
         super().__init__(latent_dim)
         self.time_in = nn.Linear(time_width, time_width)
@@ -175,6 +181,8 @@ class PaperDenoiser(Denoiser):
         time_width: numbers in the sinusoidal time embedding.
         decoder_fingerprint: of the decoder whose latents these are
             (:meth:`mnif.models.mnif_model.MNIFModel.fingerprint`).
+        rounded_fingerprints: of that decoder in half precision; a pipeline fills them in.
+        prediction_type: what is predicted, by its name in diffusers' schedulers; likewise.
     """
 
     @register_to_config
@@ -185,6 +193,8 @@ class PaperDenoiser(Denoiser):
         depth: Depth = 8,
         time_width: Size = 64,
         decoder_fingerprint: str = "",
+        rounded_fingerprints: Sequence[str] = (),
+        prediction_type: PredictionType | None = None,
     ):
         super().__init__(latent_dim)
         self.read = nn.Linear(latent_dim, width)
@@ -218,12 +228,13 @@ DENOISERS: dict[DenoiserName, type[Denoiser]] = {"modulated": ResMLPDenoiser, "p
 """What `mnif prior --denoiser` names; a new one is added to both, with its flags to `mnif prior`."""
 
 
-def load_denoiser(folder: Path, name: str = "denoiser") -> Denoiser:
+def load_denoiser(folder: Path, name: str = "denoiser", variant: str | None = None) -> Denoiser:
     """Reads the denoiser ``folder/name`` of whatever kind, in evaluation mode.
 
     Args:
         folder: the model folder.
         name: ``"denoiser"``, or ``"student"`` for the one that `mnif distill` makes.
+        variant: of the weights (:func:`mnif.models.io.weights_file`).
 
     Raises:
         UserError: the folder or the component is missing or damaged, or of a kind that is not known here.
@@ -233,4 +244,4 @@ def load_denoiser(folder: Path, name: str = "denoiser") -> Denoiser:
     kinds = {kind.__name__: kind for kind in DENOISERS.values()}
     if not isinstance(named, str) or named not in kinds:
         raise UserError(f"{config}: a {named!s:.40} is no denoiser; {' or '.join(kinds)} is needed")
-    return load_component(kinds[named], folder, name)
+    return load_component(kinds[named], folder, name, variant)

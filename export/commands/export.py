@@ -19,7 +19,7 @@ from export.triton import write_model_repository
 from latent_prior.diffusion import INFERENCE_STEPS
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from mnif import __version__
-from mnif.models.io import load_component
+from mnif.models.io import load_component, sha256_of_model
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError
@@ -27,7 +27,6 @@ from mnif.utils.files import (
     remove_leftovers,
     save_tensors,
     sha256_of_file,
-    sha256_of_folder,
     temporary_folder,
     write_json,
 )
@@ -136,7 +135,7 @@ def _export(options: ExportArguments) -> None:
         beside = options.model.parent / "latents.safetensors"
         options.latents = beside if beside.is_file() else None
     inputs = {key: str(value) for key, value in asdict(options).items() if key != "output_dir"}
-    inputs |= {"version": __version__, "model_sha256": sha256_of_folder(options.model)}
+    inputs |= {"version": __version__, "model_sha256": sha256_of_model(options.model)}
     if options.latents is not None and options.latents.is_file():
         inputs["latents_sha256"] = sha256_of_file(options.latents)
     if _holds(options.output_dir, inputs):

@@ -13,12 +13,14 @@ from torch import Tensor
 from latent_prior.denoisers import Denoiser, ResMLPDenoiser
 from latent_prior.diffusion import TRAIN_TIMESTEPS, LossType, objective_of, sampling_scheduler, student_scheduler
 from latent_prior.distillation import DistillationLoss, energy_distance, student_timesteps, teacher_pairs
-from latent_prior.hub import write_model_card
+from latent_prior.hub import HubArguments, push, repository_for
+from latent_prior.model_card import write_model_card
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
+from latent_prior.pipeline_folder import save_index
 from latent_prior.sampling import sample_latents
 from mnif.data.batches import array_dataset
 from mnif.latents.table import LatentTable
-from mnif.models.io import save_component, save_index
+from mnif.models.io import save_component
 from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_arguments
@@ -33,7 +35,7 @@ _COMPARED = 2000  # samples and latents that distances are taken over
 
 
 @dataclass(kw_only=True)
-class DistillArguments(TrainingArguments):
+class DistillArguments(HubArguments, TrainingArguments):
     """Teach a small denoiser to draw in few steps what the prior draws in many; adds student and student_scheduler to
     RUN/model."""
 
@@ -77,7 +79,7 @@ def distill(arguments: DistillArguments) -> None:
     """Trains a student of the prior in ``arguments.run``.
 
     Raises:
-        UserError: the run has no finished prior, a flag is out of range, or training diverges.
+        UserError: the run has no finished prior, a flag is out of range, training diverges, or the hub refuses.
     """
     started = time.perf_counter()
     _check(arguments)
@@ -88,9 +90,11 @@ def distill(arguments: DistillArguments) -> None:
     table = LatentTable.load(
         run / "latents.safetensors", pipeline.decoder.fingerprint(), pipeline.decoder.config.latent_dim
     )
+    repository = repository_for(arguments, model)
     accelerator = make_accelerator(arguments, run)
     if begin_stage(run, "distill", arguments, {"teacher_sha256": sha256_of_folder(model / "denoiser")}):
         print(f"{run}: `mnif distill` has finished here before with these arguments; nothing to do")
+        push(model, repository)
         return
     timesteps = student_timesteps(arguments.student_steps)
     pairs = teacher_pairs(
@@ -127,6 +131,7 @@ def distill(arguments: DistillArguments) -> None:
     if accelerator.is_main_process:
         seconds = {"seconds_of_pairs": round(drawn, 1), "seconds": round(time.perf_counter() - started, 1)}
         _finish(arguments, pipeline, student.cpu().eval(), table, seconds)
+        push(model, repository)
     accelerator.wait_for_everyone()
 
 
@@ -196,11 +201,12 @@ def _finish(
 
 def add_student(folder: Path, pipeline: MNIFPipeline, student: ResMLPDenoiser) -> None:
     """Adds student and scheduler to a model folder that holds the teacher; the index is written last."""
-    save_component(folder, "student", student)
     scheduler = student_scheduler()
+    both = MNIFPipeline(pipeline.decoder, pipeline.denoiser, pipeline.scheduler, student, scheduler)
+    save_component(folder, "student", student)
     with folder_written_atomically(folder / "student_scheduler") as temporary:
         scheduler.save_pretrained(temporary)
-    save_index(folder, MNIFPipeline(pipeline.decoder, pipeline.denoiser, pipeline.scheduler, student, scheduler))
+    save_index(folder, both)
 
 
 def energy_distances(

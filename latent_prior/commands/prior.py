@@ -16,12 +16,14 @@ from torch import Tensor
 
 from latent_prior.denoisers import DENOISERS, GROUPS, Denoiser, DenoiserName
 from latent_prior.diffusion import DenoisingLoss, LossType, Objective, Weighting, sampling_scheduler, validation_loss
-from latent_prior.hub import write_model_card
+from latent_prior.hub import HubArguments, push, repository_for
+from latent_prior.model_card import write_model_card
 from latent_prior.pipeline import MNIFPipeline
+from latent_prior.pipeline_folder import save_index
 from latent_prior.sampling import sample_latents
 from mnif.data.batches import array_dataset
 from mnif.latents.table import LatentTable
-from mnif.models.io import load_component, save_component, save_index
+from mnif.models.io import load_component, save_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.outputs import postprocess
 from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator, steps_of_epochs
@@ -35,11 +37,11 @@ from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import peak_memory_megabytes
 
 PRESETS = Path(__file__).parents[1] / "presets"
-_NOT_OF_A_PRESET = {"run", "preset", "extra_latents"}
+_NOT_OF_A_PRESET = {"run", "preset", "extra_latents", "push_to_hub", "hub_model_id"}
 
 
 @dataclass(kw_only=True)
-class PriorArguments(TrainingArguments):
+class PriorArguments(HubArguments, TrainingArguments):
     """Learn the distribution of a run's latents; adds denoiser and scheduler to RUN/model."""
 
     run: Path
@@ -142,7 +144,8 @@ def fit_prior(arguments: PriorArguments) -> None:
     """Trains stage two on the latent table of ``arguments.run``.
 
     Raises:
-        UserError: the run has no finished stage one, the latents belong to another decoder, or training diverges.
+        UserError: the run has no finished stage one, the latents belong to another decoder, training diverges, or the
+            hub refuses.
     """
     started = time.perf_counter()
     run = arguments.run
@@ -155,10 +158,12 @@ def fit_prior(arguments: PriorArguments) -> None:
         epochs, batch_size = arguments.num_train_epochs, arguments.train_batch_size
         accumulation = arguments.gradient_accumulation_steps
         arguments.max_train_steps = steps_of_epochs(epochs, batch_size, accumulation, len(latents))
+    repository = repository_for(arguments, run / "model")
     accelerator = make_accelerator(arguments, run)
     extra = {f"extra_latents_{i}": sha256_of_file(path) for i, path in enumerate(arguments.extra_latents or [])}
     if begin_stage(run, "prior", arguments, {"decoder_fingerprint": table.fingerprint} | extra):
         print(f"{run}: `mnif prior` has finished here before with these arguments; nothing to do")
+        push(run / "model", repository)
         return
     set_seed(arguments.seed)
     denoiser = make_denoiser(arguments, table)
@@ -185,6 +190,7 @@ def fit_prior(arguments: PriorArguments) -> None:
     TrainLoop(accelerator, arguments, loss, [optimizer], rows, run, "prior", validate, ema, keep_best).run()
     if accelerator.is_main_process:
         _finish(arguments, decoder, denoiser.cpu().eval(), time.perf_counter() - started)
+        push(run / "model", repository)
     accelerator.wait_for_everyone()
 
 

@@ -10,11 +10,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
-from latent_prior.diffusion import INFERENCE_STEPS, adds_noise, scheduler_by_name
+from latent_prior.diffusion import INFERENCE_STEPS
 from latent_prior.hub import model_folder
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from latent_prior.sample_writers import FORMATS, Samples, save_interpolation, save_preview
 from latent_prior.sampling import CHUNK
+from latent_prior.schedulers import adds_noise, scheduler_by_name
 from mnif.signals.outputs import Animation, MeshFormat, writer_from_flags
 from mnif.signals.registry import signal_of_model
 from mnif.utils.args import parse_arguments

@@ -92,6 +92,8 @@ _CONVENIENCES = {
     "compile",
     "batch_size",
     "max_image_pixels",
+    "push_to_hub",
+    "hub_model_id",
 }
 
 
