@@ -4,6 +4,7 @@ import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -80,6 +81,19 @@ def check_noise(latents: Tensor, latent_dim: int) -> int:
     if not latents.isfinite().all():
         raise ValueError("latents: the noise holds NaN or infinity")
     return len(latents)
+
+
+def check_own_steps(**given: Any) -> None:
+    """Raises a ValueError unless timesteps or sigmas, where they are given, are some finite numbers that fall."""
+    for name, steps in given.items():
+        if steps is None:
+            continue
+        try:
+            numbers = np.asarray(steps, dtype=np.float64)
+        except (TypeError, ValueError):
+            numbers = np.array(np.nan)
+        if numbers.ndim != 1 or not numbers.size or not np.isfinite(numbers).all() or (np.diff(numbers) >= 0).any():
+            raise ValueError(f"{name} {steps!s:.60}: a list of numbers is needed, from the largest down")
 
 
 def check_generators(generator: Any, count: int) -> None:

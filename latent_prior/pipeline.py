@@ -23,6 +23,7 @@ from latent_prior.call_arguments import (
     callback_inputs,
     check_generators,
     check_noise,
+    check_own_steps,
     check_truncation,
     check_whole,
     grid_size,
@@ -187,6 +188,7 @@ class MNIFPipeline(DiffusionPipeline):
         check_output_type(signal, output_type)
         check_truncation(truncation)
         check_whole(1, batch_size=batch_size, num_images_per_prompt=num_images_per_prompt, views=views)
+        check_own_steps(timesteps=timesteps, sigmas=sigmas)
         size = grid_size(signal, self.decoder, resolution, height, width)
         inputs = callback_inputs(callback_on_step_end, callback_on_step_end_tensor_inputs)
         count = batch_size * num_images_per_prompt

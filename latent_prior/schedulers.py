@@ -8,6 +8,7 @@ import copy
 import inspect
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -260,7 +261,8 @@ def _misfit(scheduler: SchedulerMixin, objective: Objective, distilled: bool) ->
     settings = {key: value for key, value in scheduler.config.items() if not key.startswith("_")}
     key = (type(scheduler), json.dumps(settings, sort_keys=True, default=str), objective, distilled)
     if key not in _TRIED:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is old in a scheduler's own code is nobody's business here
             _TRIED[key] = _tried(scheduler, objective, distilled)
     return _TRIED[key]
 

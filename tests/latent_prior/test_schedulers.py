@@ -129,7 +129,7 @@ def test_scheduler_by_name_keeps_what_the_denoiser_needs() -> None:
         ("x0", "PNDMScheduler", "takes no denoiser that predicts the clean latent"),
         ("x0", "IPNDMScheduler", "does not fit"),
         ("v", "DDIMInverseScheduler", "no such scheduler"),
-        ("x0", "CogVideoXDPMScheduler", "takes no denoiser that predicts the clean latent"),
+        ("x0", "CogVideoXDPMScheduler", "its betas are others"),
         ("v", "RePaintScheduler", "the denoiser predicts the velocity of a diffusion"),
     ],
 )
