@@ -128,7 +128,7 @@ class ResMLPDenoiser(Denoiser):
 
     def time_embedding(self, timestep: Tensor | float) -> Float[Tensor, "batch_or_1 time_width"]:
         """The scheduler's timesteps, [B] or one number, 0 to 1000 → [B or 1, time_width]."""
-        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=self.latent_mean.device).reshape(-1)
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=self.device).reshape(-1)
         return F.silu(self.time_in(get_timestep_embedding(timestep, self.config.time_width).to(self.dtype)))
 
     def forward(
@@ -209,7 +209,7 @@ class PaperDenoiser(Denoiser):
         generator: InstanceGenerator | None = None,
     ) -> Float[Tensor, "batch latent_dim"]:
         """Noisy standardised latents [B, D] at the scheduler's timestep, [B] or one number → the prediction [B, D]."""
-        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=self.latent_mean.device).reshape(-1)
+        timestep = torch.as_tensor(timestep, dtype=torch.float32, device=self.device).reshape(-1)
         time = get_timestep_embedding(timestep, self.config.time_width).to(self.dtype)
         hidden = self.read(sample)
         inputs: list[Tensor] = []

@@ -126,16 +126,15 @@ def downloaded(repo_id: str, **options: Any) -> Path:
         ) from None
 
 
-def cached_folder(name: str) -> Path:
-    """The folder that a pipeline came from: a path, or where what the hub has under this name was put."""
-    folder = Path(name)
-    if folder.is_dir() or not name:
-        return folder
+def cached_folder(name: str) -> Path | None:
+    """The folder that a pipeline came from, by its path or its name on the hub; None if it is not there any more."""
+    if name and Path(name).is_dir():
+        return Path(name)
     try:
         found = try_to_load_from_cache(name, "model_index.json")
     except HFValidationError:
-        return folder
-    return Path(found).parent if isinstance(found, str) else folder
+        return None
+    return Path(found).parent if isinstance(found, str) else None
 
 
 def upload(folder: Path, repo_id: str, private: bool | None = None, token: str | None = None, **options: Any) -> str:

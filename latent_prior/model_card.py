@@ -4,6 +4,7 @@ Commands write it when they change the model, and it says then that samples were
 finds (:func:`add_evaluation`).
 """
 
+import contextlib
 import re
 import shlex
 import shutil
@@ -104,6 +105,14 @@ def write_model_card(run: Path) -> None:
     _write(run / "model", model_card(run))
 
 
+def _read(path: Path) -> ModelCard:
+    """Reads a card, which may be somebody's own."""
+    try:
+        return ModelCard.load(path, ignore_metadata_errors=True)
+    except Exception as error:  # of YAML, of the hub's library or of the file
+        raise UserError(f"{path}: no model card ({str(error).splitlines()[0]}); mend or remove it") from None
+
+
 def _write(model: Path, card: ModelCard) -> None:
     with written_atomically(model / _CARD) as temporary:
         temporary.write_text(str(card).rstrip() + "\n", errors="backslashreplace")
@@ -165,10 +174,7 @@ def add_evaluation(model: Path, figures: Sequence[Figure], reference: str, words
     if not path.is_file():
         return False
     check_writable(model)
-    try:
-        card = ModelCard.load(path, ignore_metadata_errors=True)
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: no model card ({str(error).splitlines()[0]})") from None
+    card = _read(path)
     name = public_name(reference)
     card.data.model_name = card.data.model_name or _title(card.text)
     card.data.eval_results = [
@@ -205,10 +211,9 @@ def _licence(data: str, model: Path) -> tuple[str, str | None]:
     """
     if (known := builtin_licence(data)) is not None:
         return known
-    try:
-        said = ModelCard.load(model / _CARD, ignore_metadata_errors=True).data.license
-    except (ValueError, OSError):
-        said = None
+    said = None
+    with contextlib.suppress(UserError):  # what cannot be read is written anew
+        said = _read(model / _CARD).data.license
     if isinstance(said, str) and said != _UNKNOWN:
         return said, None
     named = markdown_code(public_name(data))

@@ -74,7 +74,6 @@ class MNIFPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "denoiser->student->decoder"
     _optional_components: ClassVar[list[str]] = ["student", "student_scheduler"]
-    _exclude_from_cpu_offload: ClassVar[list[str]] = ["decoder"]  # layer by layer, for it is no chain of layers
     _callback_tensor_inputs: ClassVar[list[str]] = CALLBACK_TENSORS
 
     def __init__(
@@ -330,7 +329,8 @@ class MNIFPipeline(DiffusionPipeline):
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
         to_push = {name: options.pop(name) for name in names if name in options}
         write_remote_code(folder)
-        copy_beside(cached_folder(str(self.config.get("_name_or_path", ""))), folder)
+        if (source := cached_folder(self.config.get("_name_or_path") or "")) is not None:
+            copy_beside(source, folder)
         super().save_pretrained(folder, variant=variant, **options)
         if push_to_hub:
             upload(folder, to_push.pop("repo_id", folder.resolve().name), **to_push)
