@@ -117,7 +117,8 @@ def objective_of(scheduler: SchedulerMixin) -> Objective:
     for objective, prediction in OBJECTIVES.items():
         if wanted == prediction.prediction_type:
             return objective
-    raise UserError(f"{type(scheduler).__name__} with prediction_type {wanted!r}: denoisers here do not predict that")
+    name = type(scheduler).__name__
+    raise UserError(f"{name} does not fit: denoisers here do not predict what its prediction_type, {wanted!r}, says")
 
 
 def noise_levels(
