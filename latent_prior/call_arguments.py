@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from mnif.utils.pixels import as_axes
 CALLBACK_TENSORS = ["latents"]
 """What a callback may be given, by name."""
 
-StepCallback = (
+StepCallback: TypeAlias = (
     Callable[[DiffusionPipeline, int, Tensor, dict[str, Tensor]], dict[str, Tensor] | None]
     | PipelineCallback
     | MultiPipelineCallbacks

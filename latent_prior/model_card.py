@@ -175,11 +175,11 @@ def add_evaluation(model: Path, figures: Sequence[Figure], reference: str, words
         return False
     check_writable(model)
     card = _read(path)
-    name = public_name(reference)
-    card.data.model_name = card.data.model_name or _title(card.text)
-    card.data.eval_results = [
+    name, data = public_name(reference), _data_of(card)
+    data.model_name = data.model_name or _title(card.text)
+    data.eval_results = [
         EvalResult(
-            task_type=card.data.pipeline_tag or "other",
+            task_type=data.pipeline_tag or "other",
             dataset_type=_public_data_set(reference) or re.sub(r"[^\w.-]+", "-", name) or "data",
             dataset_name=name,
             metric_type=figure.key,
@@ -198,6 +198,11 @@ def add_evaluation(model: Path, figures: Sequence[Figure], reference: str, words
     return True
 
 
+def _data_of(card: ModelCard) -> ModelCardData:
+    assert isinstance(card.data, ModelCardData)
+    return card.data
+
+
 def _title(text: str) -> str:
     found = re.search(r"^# (.+)$", text, re.MULTILINE)
     return found[1] if found else "mnif"
@@ -213,7 +218,7 @@ def _licence(data: str, model: Path) -> tuple[str, str | None]:
         return known
     said = None
     with contextlib.suppress(UserError):  # what cannot be read is written anew
-        said = _read(model / _CARD).data.license
+        said = _data_of(_read(model / _CARD)).license
     if isinstance(said, str) and said != _UNKNOWN:
         return said, None
     named = markdown_code(public_name(data))

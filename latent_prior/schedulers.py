@@ -187,7 +187,10 @@ def set_timesteps(
     if not given:
         check_steps(scheduler, num_inference_steps)
     try:
-        scheduler.set_timesteps(**given or {"num_inference_steps": num_inference_steps}, device=device)
+        if given:
+            scheduler.set_timesteps(**given, device=device)
+        else:
+            scheduler.set_timesteps(num_inference_steps, device=device)
     except Exception as error:  # each class checks them in its own way, if at all
         what = f"{next(iter(given))} {next(iter(given.values()))!s:.60}" if given else f"{num_inference_steps} steps"
         raise UserError(f"{name} cannot take {what}: {_first_line(error)}") from None
@@ -311,7 +314,7 @@ def _exact_prediction(
     surprise = (sample - alpha * _MEAN) / deviation
     clean = _MEAN + surprise * (_STD if distilled else alpha * _STD**2 / deviation)
     noise = (sample - alpha * clean) / max(sigma, 1e-12)
-    return OBJECTIVES[objective].target(clean, noise, alpha, sigma)
+    return OBJECTIVES[objective].target(clean, noise, torch.tensor(alpha), torch.tensor(sigma))
 
 
 def _is_for(scheduler: SchedulerMixin, objective: Objective) -> bool:
