@@ -7,13 +7,13 @@ from typing import Literal
 import tyro
 
 from latent_prior.diffusion import INFERENCE_STEPS
-from latent_prior.hub import HubArguments
+from latent_prior.hub_flags import HubFlags
 from mnif.utils.errors import UserError
 from mnif.utils.pixels import MAX_IMAGE_PIXELS
 
 
 @dataclass(kw_only=True)
-class EvalArguments(HubArguments):
+class EvalArguments(HubFlags):
     """Measure samples against a reference set, and reconstructions, each beside its controls."""
 
     compared: tyro.conf.Positional[list[Path]] = field(default_factory=list)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mnif.data.batches import InstanceGenerator
 from mnif.models.io import OwnMemory, load_component
+from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 from mnif.utils.json_files import Depth, Size, read_json
 
@@ -245,3 +246,27 @@ def load_denoiser(folder: Path, name: str = "denoiser", variant: str | None = No
     if not isinstance(named, str) or named not in kinds:
         raise UserError(f"{config}: a {named!s:.40} is no denoiser; {' or '.join(kinds)} is needed")
     return load_component(kinds[named], folder, name, variant)
+
+
+def check_decoder(decoder: MNIFModel, denoiser: Denoiser) -> None:
+    """Makes sure that a denoiser's latents are the decoder's; others would decode to nonsense.
+
+    What is compared is what the weights are, in whatever precision they are kept: a denoiser knows what its decoder's
+    are in float32 and what they are rounded to. One that was written before it did learns it here.
+
+    Raises:
+        UserError: they belong to another decoder.
+    """
+    fingerprint, own, rounded = decoder.fingerprint(), *_fingerprints(denoiser)
+    if fingerprint not in (own, *rounded):
+        raise UserError(
+            f"the denoiser was trained for decoder {own[:12] or 'unknown'}, "
+            f"but the decoder here is {fingerprint[:12]}; run `mnif prior` again"
+        )
+    if not rounded:
+        denoiser.register_to_config(rounded_fingerprints=decoder.rounded_fingerprints())
+
+
+def _fingerprints(denoiser: Denoiser) -> tuple[str, Sequence[str]]:
+    """Those of the decoder that a denoiser was trained for: as it was, and rounded if that is known."""
+    return denoiser.config.get("decoder_fingerprint", ""), denoiser.config.get("rounded_fingerprints", ())

@@ -118,7 +118,7 @@ def objective_of(scheduler: SchedulerMixin) -> Objective:
         if wanted == prediction.prediction_type:
             return objective
     name = type(scheduler).__name__
-    raise UserError(f"{name} does not fit: denoisers here do not predict what its prediction_type, {wanted!r}, says")
+    raise UserError(f"{name} does not fit: denoisers here do not predict what prediction_type {wanted!r} is for")
 
 
 def noise_levels(

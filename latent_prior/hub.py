@@ -1,7 +1,6 @@
 """Models on the Hugging Face hub: fetched as model folders, and pushed as such."""
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
+from latent_prior.hub_flags import HubFlags
 from mnif.models.io import model_folder_in
 from mnif.utils.errors import UserError
 from mnif.utils.process import is_main_process
@@ -28,17 +28,7 @@ _OPTIONS = ("revision", "cache_dir", "token", "force_download", "local_files_onl
 _TROUBLES = (HTTPError, OSError, ValueError)  # every error of huggingface-hub is one of these
 
 
-@dataclass(kw_only=True)
-class HubArguments:
-    """What every command takes that changes a model folder; names as in the training examples of diffusers."""
-
-    push_to_hub: bool = False
-    """Upload the model folder with its card at the end; `hf auth login` or HF_TOKEN says who you are."""
-    hub_model_id: str | None = None
-    """The repository on the hub, name or user/name; default: the name of the run folder."""
-
-
-def repository_for(arguments: HubArguments, model: Path) -> str | None:
+def repository_for(arguments: HubFlags, model: Path) -> str | None:
     """Finds the repository to push to and makes it if it is missing, before any work is done.
 
     Args:

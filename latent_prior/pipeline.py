@@ -28,7 +28,7 @@ from latent_prior.call_arguments import (
     check_whole,
     grid_size,
 )
-from latent_prior.denoisers import DENOISERS, Denoiser
+from latent_prior.denoisers import DENOISERS, Denoiser, check_decoder
 from latent_prior.diffusion import INFERENCE_STEPS, OBJECTIVES, Objective, objective_of
 from latent_prior.hub import cached_folder, downloaded, upload
 from latent_prior.pipeline_folder import REMOTE_MODULE, copy_beside, read_components, write_remote_code
@@ -85,8 +85,7 @@ class MNIFPipeline(DiffusionPipeline):
         student_scheduler: SchedulerMixin | None = None,
     ):
         super().__init__()
-        if denoiser.config.get("prediction_type") is None:
-            denoiser.register_to_config(prediction_type=OBJECTIVES[objective_of(scheduler)].prediction_type)
+        _learn_prediction_type(denoiser, scheduler)
         self.register_modules(
             decoder=decoder,
             denoiser=denoiser,
@@ -101,7 +100,9 @@ class MNIFPipeline(DiffusionPipeline):
         if name in ("decoder", "denoiser", "student") and parts.get("decoder") is not None:
             for part in ("denoiser", "student"):
                 if parts.get(part) is not None and name in ("decoder", part):
-                    _check_belongs(parts["decoder"], parts[part])
+                    check_decoder(parts["decoder"], parts[part])
+            if name == "denoiser" and parts.get("scheduler") is not None:
+                _learn_prediction_type(value, self.scheduler)
         elif name == "scheduler" and value is not None:
             value = fitted(value, _objective(self.denoiser))
         elif name == "student_scheduler" and value is not None:
@@ -390,6 +391,12 @@ def load_pipeline(folder: Path | str, variant: str | None = None, **components: 
     return pipeline
 
 
+def _learn_prediction_type(denoiser: Denoiser, scheduler: SchedulerMixin) -> None:
+    """Notes what a denoiser predicts that was written before denoisers said so: what its scheduler is for."""
+    if denoiser.config.get("prediction_type") is None:
+        denoiser.register_to_config(prediction_type=OBJECTIVES[objective_of(scheduler)].prediction_type)
+
+
 def _objective(denoiser: Denoiser) -> Objective:
     """What a denoiser predicts, as its configuration says."""
     said = denoiser.config.prediction_type
@@ -409,27 +416,3 @@ def _stepped(
     except IndexError as error:
         name, steps = type(scheduler).__name__, len(scheduler.timesteps)
         raise UserError(f"{name} cannot take these {steps} steps ({error}); take fewer") from None
-
-
-def _check_belongs(decoder: MNIFModel, denoiser: Denoiser) -> None:
-    """Makes sure that a denoiser's latents are the decoder's; others would decode to nonsense.
-
-    What is compared is what the weights are, in whatever precision they are kept: a denoiser knows what its decoder's
-    are in float32 and what they are rounded to. One that was written before it did learns it here.
-
-    Raises:
-        UserError: they belong to another decoder.
-    """
-    fingerprint, own, rounded = decoder.fingerprint(), *_fingerprints(denoiser)
-    if fingerprint not in (own, *rounded):
-        raise UserError(
-            f"the denoiser was trained for decoder {own[:12] or 'unknown'}, "
-            f"but the decoder here is {fingerprint[:12]}; run `mnif prior` again"
-        )
-    if not rounded:
-        denoiser.register_to_config(rounded_fingerprints=decoder.rounded_fingerprints())
-
-
-def _fingerprints(denoiser: Denoiser) -> tuple[str, Sequence[str]]:
-    """Those of the decoder that a denoiser was trained for: as it was, and rounded if that is known."""
-    return denoiser.config.get("decoder_fingerprint", ""), denoiser.config.get("rounded_fingerprints", ())

@@ -13,7 +13,8 @@ from torch import Tensor
 from latent_prior.denoisers import Denoiser, ResMLPDenoiser
 from latent_prior.diffusion import TRAIN_TIMESTEPS, LossType, objective_of, sampling_scheduler, student_scheduler
 from latent_prior.distillation import DistillationLoss, energy_distance, student_timesteps, teacher_pairs
-from latent_prior.hub import HubArguments, push, repository_for
+from latent_prior.hub import push, repository_for
+from latent_prior.hub_flags import HubFlags
 from latent_prior.model_card import write_model_card
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from latent_prior.pipeline_folder import save_index
@@ -35,7 +36,7 @@ _COMPARED = 2000  # samples and latents that distances are taken over
 
 
 @dataclass(kw_only=True)
-class DistillArguments(HubArguments, TrainingArguments):
+class DistillArguments(HubFlags, TrainingArguments):
     """Teach a small denoiser to draw in few steps what the prior draws in many; adds student and student_scheduler to
     RUN/model."""
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from latent_prior.denoisers import DENOISERS, GROUPS, Denoiser, DenoiserName
 from latent_prior.diffusion import DenoisingLoss, LossType, Objective, Weighting, sampling_scheduler, validation_loss
-from latent_prior.hub import HubArguments, push, repository_for
+from latent_prior.hub import push, repository_for
+from latent_prior.hub_flags import HubFlags
 from latent_prior.model_card import write_model_card
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.pipeline_folder import save_index
@@ -41,7 +42,7 @@ _NOT_OF_A_PRESET = {"run", "preset", "extra_latents", "push_to_hub", "hub_model_
 
 
 @dataclass(kw_only=True)
-class PriorArguments(HubArguments, TrainingArguments):
+class PriorArguments(HubFlags, TrainingArguments):
     """Learn the distribution of a run's latents; adds denoiser and scheduler to RUN/model."""
 
     run: Path

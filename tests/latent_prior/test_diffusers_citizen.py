@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, 
 from diffusers.callbacks import PipelineCallback
 from diffusers.utils import dynamic_modules_utils
 
+from export.graphs.sampler import linear_scheduler_table
 from latent_prior import load_pipeline
 from latent_prior.commands.distill import add_student
 from latent_prior.commands.prior import add_prior
@@ -495,3 +496,47 @@ def test_a_run_stands_for_its_model(run: Path, model: Path) -> None:
     assert torch.equal(drawn_by_mnif(run), expected)
     assert torch.equal(latents_of(load_pipeline(run)), expected)
     assert load_model(run).fingerprint() == load_model(model).fingerprint()
+
+
+# A name on the hub in place of a folder
+
+
+def test_a_hub_id_loads_in_diffusers_and_keeps_all(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline, from the cache that an earlier download left."""
+    repository, commit = tmp_path / "hub/models--me--emoji", "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(model, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    pipeline = DiffusionPipeline.from_pretrained("me/emoji", cache_dir=tmp_path / "hub", trust_remote_code=True)
+    assert torch.equal(latents_of(pipeline), drawn_by_mnif(model))
+    pipeline.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved/README.md").read_bytes() == (model / "README.md").read_bytes()
+    assert (tmp_path / "saved/encoder/config.json").is_file()
+
+
+def test_schedulers_of_consistency_models_are_for_students(model: Path) -> None:
+    pipeline = MNIFPipeline.from_pretrained(model)
+    for kind in (diffusers.LCMScheduler, diffusers.TCDScheduler):
+        with pytest.raises(UserError, match=f"{kind.__name__} does not fit: .* draws samples with"):
+            pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+        pipeline.student_scheduler = kind.from_config(pipeline.student_scheduler.config)
+        assert latents_of(pipeline, use_student=True, num_inference_steps=2).isfinite().all()
+
+
+def test_a_scheduler_that_scales_its_samples_is_not_exported(model: Path) -> None:
+    scheduler = EulerDiscreteScheduler.from_config(load_pipeline(model).scheduler.config)
+    with pytest.raises(UserError, match="EulerDiscreteScheduler cannot be exported: it scales"):
+        linear_scheduler_table(scheduler, 4)
+
+
+def test_pipelines_from_memory_have_nothing_beside_them(
+    pipeline: MNIFPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("of something else")
+    pipeline.save_pretrained("saved")
+    parts = ["decoder", "denoiser", "model_index.json", "pipeline.py", "scheduler"]
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == parts

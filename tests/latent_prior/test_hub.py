@@ -12,7 +12,8 @@ from huggingface_hub.errors import LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from latent_prior import hub
-from latent_prior.hub import HubArguments, repository_for
+from latent_prior.hub import repository_for
+from latent_prior.hub_flags import HubFlags
 from latent_prior.model_card import Figure, add_evaluation, write_model_card
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from mnif.cli import main
@@ -233,8 +234,8 @@ def test_push_takes_all_along(run: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert "decoder/diffusion_pytorch_model.fp16.safetensors" in fake.uploaded["me/emoji-half"]
 
 
-def arguments(*flags: str) -> HubArguments:
-    return parse_arguments(HubArguments, [*flags], "mnif prior")
+def arguments(*flags: str) -> HubFlags:
+    return parse_arguments(HubFlags, [*flags], "mnif prior")
 
 
 def test_repository_is_found_before_the_work(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
