@@ -56,6 +56,17 @@ class GraphKind:
     precision: Literal["graph", "sampler", "fp32"] = "graph"
     served: bool = False
 
+    def described(self, manifest: Mapping[str, Any], steps: str) -> str:
+        """Fills in the description from a manifest, and how many steps samplers take."""
+        sampling, grid = manifest["sampling"], manifest["grid"]
+        return self.description.format(
+            steps=steps,
+            scheduler=sampling["scheduler"] if sampling else "",
+            end="coefficients" if manifest["radiance"] else "values on the grid",
+            grid=" × ".join(map(str, grid["resolution"])),
+            cells=grid["cells"] ** grid["dimensions"],
+        )
+
 
 KINDS = {
     "sampler": GraphKind(
