@@ -5,6 +5,7 @@ finds (:func:`add_evaluation`).
 """
 
 import contextlib
+import os
 import re
 import shlex
 import shutil
@@ -24,7 +25,7 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.signals.registry import signal_class
 from mnif.training.run_record import read_run_record
 from mnif.utils.errors import UserError, markdown_code, printable
-from mnif.utils.files import check_writable, written_atomically
+from mnif.utils.files import written_atomically
 from mnif.utils.json_files import read_json
 
 _CARD = "README.md"
@@ -165,15 +166,14 @@ def add_evaluation(model: Path, figures: Sequence[Figure], reference: str, words
         words: all of it in Markdown, with protocol and command, without headings.
 
     Returns:
-        Whether there is a card to write into.
+        Whether there is a card, and it can be written to.
 
     Raises:
-        UserError: the card cannot be read or written.
+        UserError: the card cannot be read.
     """
     path = model / _CARD
-    if not path.is_file():
+    if not path.is_file() or not os.access(model, os.W_OK):
         return False
-    check_writable(model)
     card = _read(path)
     name, data = public_name(reference), _data_of(card)
     data.model_name = data.model_name or _title(card.text)
