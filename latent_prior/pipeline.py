@@ -354,6 +354,14 @@ class MNIFPipeline(DiffusionPipeline):
             self.save_pretrained(folder, options.pop("safe_serialization", True), variant)
             return upload(Path(folder), repo_id, **options)
 
+    def enable_sequential_cpu_offload(self, *arguments: Any, **options: Any) -> None:
+        """Refuses to fetch layer by layer: fields are mixed from all bases at once.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("enable_sequential_cpu_offload: fields need all bases at once; use enable_model_cpu_offload")
+
     def to_json_string(self) -> str:
         """Gives the index as JSON: the class by the module that lies beside it, and no path of this machine."""
         index = json.loads(super().to_json_string())

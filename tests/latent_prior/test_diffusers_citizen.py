@@ -429,6 +429,8 @@ def test_model_offloading(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.accelerator.is_available():
         with pytest.raises(RuntimeError, match="requires accelerator"):
             pipeline.enable_model_cpu_offload()
+    with pytest.raises(UserError, match="use enable_model_cpu_offload"):
+        pipeline.enable_sequential_cpu_offload(device="cpu")
     pipeline.enable_model_cpu_offload(device="cpu")
     fetched = []
     for name in ("denoiser", "student", "decoder"):
