@@ -216,7 +216,7 @@ def _tell(arguments: EvalArguments, metrics: dict[str, Any], repository: str | N
     public = metrics | {"protocol": protocol, "command": public_command(metrics["command"])}
     words = evaluation_markdown(public, "this model")
     if add_evaluation(arguments.model, figures, arguments.reference, words):
-        print(f"{arguments.model / 'README.md'}: says so")
+        print(f"{arguments.model / 'README.md'}: the model's card has these figures")
     push(arguments.model, repository)
 
 
