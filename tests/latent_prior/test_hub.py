@@ -261,7 +261,7 @@ def test_prior_and_distill_push(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = json.loads((run / "run.json").read_text())
-    (run / "run.json").write_text(json.dumps({"fit": record["fit"]}))
+    (run / "run.json").write_text(json.dumps({"fit": record["fit"] | {"finished": True}}))
     prior = ["prior", "--run", str(run), "--max_train_steps", "2", "--width", "32", "--depth", "2", "--push_to_hub"]
     FakeHub(monkeypatch, user=None)
     assert main(prior) == 2
