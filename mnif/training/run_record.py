@@ -104,7 +104,7 @@ _CONVENIENCES = {
 }
 
 # Flags of one call, which a file for further runs does not have.
-_OF_ONE_CALL = {"resume_from_checkpoint", "dry_run"}
+_OF_ONE_CALL = {"resume_from_checkpoint", "dry_run", "push_to_hub", "hub_model_id"}
 
 _LENGTHS = {"max_train_steps", "num_train_epochs"}
 
