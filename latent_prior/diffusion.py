@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import torch
 from diffusers import (
@@ -17,19 +16,9 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 
 from latent_prior.denoisers import Denoiser
+from latent_prior.settings import TRAIN_TIMESTEPS, LossType, Objective, Weighting
 from mnif.data.batches import InstanceGenerator
 from mnif.utils.errors import UserError
-
-Objective = Literal["x0", "v", "flow"]
-
-Weighting = Literal["plain", "snr-plus-one", "min-snr"]
-
-LossType = Literal["mse", "pseudo-huber"]
-
-TRAIN_TIMESTEPS = 1000
-
-INFERENCE_STEPS = 8
-"""The default of sampling: samples of emoji are as near to the data with 8 steps as with 20 (docs/performance.md)."""
 
 _SQUARED_COSINE = {"num_train_timesteps": TRAIN_TIMESTEPS, "beta_schedule": "squaredcos_cap_v2"}
 

@@ -29,10 +29,11 @@ from latent_prior.call_arguments import (
     grid_size,
 )
 from latent_prior.denoisers import DENOISERS, Denoiser, check_decoder
-from latent_prior.diffusion import INFERENCE_STEPS, OBJECTIVES, Objective, objective_of
+from latent_prior.diffusion import OBJECTIVES, objective_of
 from latent_prior.hub import cached_folder, downloaded, upload
 from latent_prior.pipeline_folder import REMOTE_MODULE, copy_beside, read_components, write_remote_code
 from latent_prior.schedulers import check_steps, fitted, model_input, set_timesteps, starting_sigma, takes_generator
+from latent_prior.settings import INFERENCE_STEPS, Objective
 from mnif.models.io import model_folder_in
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.outputs import check_output_type, postprocess

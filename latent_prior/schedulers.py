@@ -22,7 +22,8 @@ from jaxtyping import Float
 from msgspec import Meta
 from torch import Tensor
 
-from latent_prior.diffusion import OBJECTIVES, TRAIN_TIMESTEPS, Objective, objective_of, squared_cosine
+from latent_prior.diffusion import OBJECTIVES, objective_of, squared_cosine
+from latent_prior.settings import TRAIN_TIMESTEPS, Objective
 from mnif.utils.errors import UserError
 from mnif.utils.json_files import read_json
 

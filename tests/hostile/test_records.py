@@ -19,8 +19,8 @@ from mnif.cli import main
 from mnif.commands.fit import FitArguments
 from mnif.latents.table import LatentTable
 from mnif.training.run_record import MetricsLog, begin_stage, read_metrics_log, read_run_record
-from mnif.utils.args import preset_values, read_preset
 from mnif.utils.errors import UserError
+from mnif.utils.flag_files import preset_values, read_preset
 from mnif.utils.json_files import read_json, read_object
 from tests.hostile.conftest import refusal_of
 from tests.hostile.mutators import damaged_bytes, damaged_json

@@ -19,9 +19,10 @@ from latent_prior import load_pipeline
 from latent_prior.commands.distill import add_student
 from latent_prior.commands.prior import add_prior
 from latent_prior.denoisers import ResMLPDenoiser
-from latent_prior.diffusion import Objective, sampling_scheduler
+from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.schedulers import scheduler_by_name
+from latent_prior.settings import Objective
 from mnif import load_model
 from mnif.models.encoders import PatchEncoder
 from mnif.models.io import save_component, sha256_of_model

@@ -11,8 +11,8 @@ from PIL import Image
 from mnif.cli import main
 from mnif.commands.fit import PRESETS, parse_fit_arguments
 from mnif.models.mnif_model import MNIFModel
-from mnif.utils.args import preset_names
 from mnif.utils.errors import UserError
+from mnif.utils.flag_files import preset_names
 
 PAPER = {
     "celeba-hq-s": {"num_bases": 256, "depth": 4, "width": 64, "latent_dim": 1024, "omega": 30, "field": 17_027},
@@ -125,7 +125,7 @@ def test_the_papers_models_start_on_their_benchmarks(
     assert {"psnr_train", "psnr_heldout"} <= metrics.keys()
     assert all(np.isfinite(value) for value in metrics.values() if isinstance(value, int | float))
     arguments = json.loads((tmp_path / "run/run.json").read_text())["fit"]["arguments"]
-    assert (arguments["max_train_steps"], arguments["num_train_epochs"]) == ("2", "None")
+    assert (arguments["max_train_steps"], arguments["num_train_epochs"]) == (2, None)
 
 
 @pytest.mark.parametrize("preset", PAPER)
@@ -211,9 +211,7 @@ def test_a_preset_of_ones_own(celeba_hq: Path, tmp_path: Path) -> None:
     config = MNIFModel.load_config(tmp_path / "run/model/decoder")
     assert [config[name] for name in ("resolution", "num_bases", "width", "latent_dim")] == [16, 4, 4, 6]
     arguments = json.loads((tmp_path / "run/run.json").read_text())["fit"]["arguments"]
-    assert (
-        arguments["max_train_steps"] == "6"
-    )  # two passes over six pictures, two at a time; none falls to another side
+    assert arguments["max_train_steps"] == 6  # two passes over six pictures, two at a time; none falls to another side
 
 
 def refusal(preset: str) -> str:
