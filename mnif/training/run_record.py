@@ -176,15 +176,16 @@ def check_finished(folder: Path, stage: str) -> None:
 
 
 def flags_as_json(arguments: Any) -> Flags:
-    """The flags of a command's dataclass as JSON has them."""
-    flags: Flags = {}
-    for name, value in asdict(arguments).items():
-        if isinstance(value, list | tuple):
-            flags[name] = [str(item) if isinstance(item, Path) else item for item in value]
-        else:
-            unsaid = isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value))
-            flags[name] = str(value) if unsaid else value
-    return flags
+    """The flags of a command's dataclass as JSON has them; of names that are no UTF-8 the bytes are written out."""
+    return {name: _as_json(value) for name, value in asdict(arguments).items()}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    if isinstance(value, str | Path):
+        return str(value).encode("utf-8", "backslashreplace").decode()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def for_further_runs(flags: Flags) -> Flags:
@@ -224,7 +225,8 @@ def _can_be_longer(before: Flags, now: Flags) -> bool:
 
 
 def _count(flags: Flags, name: str) -> int:
-    return int(str(flags.get(name) or 0))
+    text = str(flags.get(name))  # a damaged record may hold anything
+    return int(text) if text.isdecimal() and len(text) < 16 else 0
 
 
 def _refusal(folder: Path, stage: str, differing: dict[str, tuple[Any, Any]], requested: Flags) -> str:

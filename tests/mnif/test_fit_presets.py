@@ -1,7 +1,10 @@
 """The presets: the paper's five start on miniatures in their benchmarks' own layouts, and what a preset may say."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,8 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 from mnif.utils.flag_files import preset_names
 
+ROOT = Path(__file__).parents[2]
+
 PAPER = {
     "celeba-hq-s": {"num_bases": 256, "depth": 4, "width": 64, "latent_dim": 1024, "omega": 30, "field": 17_027},
     "celeba-hq-l": {"num_bases": 384, "depth": 5, "width": 128, "latent_dim": 512, "omega": 30, "field": 83_331},
@@ -25,6 +30,9 @@ PAPER = {
 
 LEARNABLE = {"celeba-hq-s": 5.93, "celeba-hq-l": 33.4, "shapenet-s": 5.13, "shapenet-l": 46.3, "srn-cars-s": 4.59}
 """Learnable parameters in millions, of the same table."""
+
+GFLOP = {"celeba-hq-s": 4.13, "celeba-hq-l": 20.5, "shapenet-s": 4.12, "shapenet-l": 20.5, "srn-cars-s": 53.0}
+"""For one instance of a step, as `mnif fit --dry_run` counts them."""
 
 COMMON = {"learning_rate": 1e-4, "basis_learning_rate": 1e-4, "matrix_optimizer": "adamw"}
 COMMON |= {"lr_scheduler": "cosine", "lr_warmup_steps": 0}
@@ -168,9 +176,40 @@ def test_a_dry_run_names_the_cost_and_writes_nothing(
     assert printed["field"] == PAPER[preset]["field"]
     assert printed["parameters"] / 1e6 == pytest.approx(LEARNABLE[preset], rel=2e-3)
     assert printed["hours"] > 0
+    assert printed["gflop"] == pytest.approx(GFLOP[preset], rel=0.01)
     # Adam keeps weights, gradients and two moments, four bytes each; activations come on top.
     assert printed["megabytes"] > 16 * LEARNABLE[preset]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "size"), [("celeba_hq", "l"), ("shapenet", "s"), ("srn_cars", "s")])
+def test_the_script_of_a_benchmark_begins_with_its_preset(
+    script: str, size: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    preset = f"{script.replace('_', '-')}-{size}"
+    line = [ROOT / f"examples/paper/{script}.sh", source_of(preset, request), tmp_path / "run", size, "--dry_run"]
+    python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": python, "PYTHONPATH": str(ROOT), "MNIF_CACHE": f"{tmp_path}/cache"}
+    done = subprocess.run(["bash", *map(str, line)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"of {PAPER[preset]['field']:,} parameters" in done.stdout
+    assert "GPU hours" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_page_of_the_paper_has_the_numbers_of_the_presets() -> None:
+    """Its table of models, and hours that follow from a dry run's operations for the whole of each set."""
+    page = (ROOT / "docs/paper.md").read_text()
+    passes = {"celeba-hq": 27_000 * 800, "shapenet": 35_019 * 800, "srn-cars": 2_458 * 2000}
+    for name, model in PAPER.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` ")]
+        _, _, sizes, latent, parameters, field, hours, *_ = [cell.strip() for cell in row.split("|")]
+        assert sizes == f"{model['num_bases']}, {model['depth']}, {model['width']}"
+        assert (latent, field) == (f"{model['latent_dim']:,}", f"{model['field']:,}")
+        assert parameters == f"{LEARNABLE[name]} M"
+        seen = passes[name.rpartition("-")[0]] // (2 if name == "shapenet-l" else 1)
+        assert float(hours) == pytest.approx(GFLOP[name] * 1e9 * seen / 5e12 / 3600, abs=0.55)
 
 
 def test_the_estimate_equals_a_calculation_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,3 +86,11 @@ def test_only_a_constant_learning_rate_lets_a_run_be_made_longer(tmp_path: Path)
             with pytest.raises(UserError, match=message):
                 begin_stage(folder, "fit", again, {})
             check_finished(folder, "fit")
+
+
+def test_names_that_are_no_utf8_can_be_recorded(tmp_path: Path) -> None:
+    arguments = Arguments(data=Path("a\udcff\nb"), mixed_precision="no")
+    for finished in (False, True):
+        assert begin_stage(tmp_path, "fit", arguments, {}) is finished
+        finish_stage(tmp_path, "fit")
+    assert parse_arguments(Arguments, ["--config", f"{tmp_path}/config.yaml"], "mnif fit").data == Path("a\\udcff\nb")
