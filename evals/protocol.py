@@ -6,6 +6,7 @@ from typing import Literal
 
 import tyro
 
+from latent_prior.hub_flags import HubFlags
 from latent_prior.settings import INFERENCE_STEPS
 from mnif.utils.errors import UserError
 from mnif.utils.pixels import MAX_IMAGE_PIXELS
@@ -56,7 +57,7 @@ class DataFlags:
 
 
 @dataclass(kw_only=True)
-class EvalArguments(ProtocolFlags, SamplingFlags, DataFlags):
+class EvalArguments(ProtocolFlags, SamplingFlags, DataFlags, HubFlags):
     """Measure samples against a reference set, and reconstructions, each beside its controls."""
 
     compared: tyro.conf.Positional[list[Path]] = field(default_factory=list)
