@@ -22,7 +22,6 @@ from evals.timing import measured_latencies
 from export.device.bundle import BundleError, BundleFolder
 from latent_prior.diffusion import INFERENCE_STEPS
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
-from latent_prior.sampling import sample_latents
 from mnif.signals.registry import signal_of_model
 from mnif.training.run_record import read_metrics_log
 from mnif.utils.args import parse_arguments
@@ -162,9 +161,10 @@ def _shown(pipeline: MNIFPipeline, arguments: ReportArguments) -> dict[str, Any]
     run, seed, steps = arguments.run, arguments.seed, arguments.num_inference_steps
     easel = easel_of(pipeline.decoder)
     table = latent_table_of(run / "model", pipeline.decoder)
-    first = sample_latents(pipeline, seed, range(_COMPARED), steps)
+    exhibits = drawn_exhibits(pipeline, easel, table, seed, steps)
+    compared = sorted(exhibits, key=lambda exhibit: exhibit.is_empty)[:_COMPARED]
     with torch.no_grad():
-        resolutions = easel.resolutions(first)
+        resolutions = easel.resolutions(torch.cat([exhibit.latent for exhibit in compared]))
     evaluation = arguments.eval_dir or run / "eval"
     stored = ("reconstructions_train", "reconstructions_heldout", "nearest")
     files = {name: evaluation / f"{name}.png" for name in stored}
@@ -172,7 +172,8 @@ def _shown(pipeline: MNIFPipeline, arguments: ReportArguments) -> dict[str, Any]
         "signal": easel.signal,
         "data": table.data if table is not None else "",
         "instances": len(table.ids) if table is not None else 0,
-        "gallery": gallery(drawn_exhibits(pipeline, easel, table, seed, steps)),
+        "gallery": gallery(exhibits),
+        "compared_samples": [exhibit.number for exhibit in compared],
         "resolutions": {
             name: {"uris": [*map(lossless_uri, some)], "width": some.shape[2], "height": some.shape[1]}
             for name, some in resolutions.items()

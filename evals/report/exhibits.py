@@ -153,10 +153,10 @@ class ViewEasel(Easel):
         return min(self._radiance.size[0], 64)
 
     def _views(self, latents: Tensor, height: int | None) -> np.ndarray:
-        each = latents.split(1)
-        height = height or self._height
         # The second of eight cameras on the circle, the same that pictures of objects are taken from elsewhere.
-        return np.stack([self._radiance.turntable(self.decoder, one, 8, resolution=height)[0, 1] for one in each])
+        camera = {"frames": 8, "resolution": height or self._height, "chosen": slice(1, 2)}
+        each = latents.split(1)
+        return np.concatenate([self._radiance.turntable(self.decoder, latent, **camera)[:, 0] for latent in each])
 
 
 class PreviewEasel(Easel):
@@ -187,6 +187,7 @@ class Exhibit:
 
     Attributes:
         number: of the sample, as `mnif sample` counts.
+        latent: [1, D].
         picture: [H, W, 3].
         nearest: what the nearest training latent draws, if the run's table is there.
         nearest_id: of the instance it stands for.
@@ -196,12 +197,18 @@ class Exhibit:
     """
 
     number: int
+    latent: Tensor
     picture: np.ndarray
     nearest: np.ndarray | None
     nearest_id: str
     walk: np.ndarray
     turntable: np.ndarray | None
     volume: np.ndarray | None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is a shape without a surface: nothing or everything is inside."""
+        return self.volume is not None and not self.volume.min() <= 0 < self.volume.max()
 
 
 @torch.no_grad()
@@ -218,6 +225,7 @@ def drawn_exhibits(
     return [
         Exhibit(
             number=number,
+            latent=latents[number : number + 1],
             picture=pictures[number],
             nearest=None if neighbours is None else neighbours[number],
             nearest_id=ids[number],
