@@ -221,8 +221,8 @@ def test_shapes_turn_and_are_called_shapes(tmp_path: Path, monkeypatch: pytest.M
     front, side = (np.array(found[name]).reshape(128, 128).astype(bool) for name in ("front", "side"))
     expected = silhouette_of(found["picture"])
     assert 0.02 < expected.mean() < 0.9
-    assert overlap(front, expected) > 0.9  # as marching cubes and our own rasteriser have it
-    assert overlap(side, expected) < overlap(front, expected) - 0.05
+    assert overlap(front, expected) > 0.8  # as marching cubes and our own rasteriser have it, of few voxels
+    assert overlap(side, expected) < 0.5
 
 
 def silhouette_of(uri: str) -> np.ndarray:
