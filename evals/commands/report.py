@@ -89,7 +89,7 @@ def report(arguments: ReportArguments) -> None:
             steps=arguments.num_inference_steps,
             **_shown(pipeline, arguments),
             **_measured(pipeline, arguments, manifest),
-            commands=commands_of(run, *(folder / "metrics.json" for folder in (samples, evaluation))),
+            commands=commands_of(run, samples / "metrics.json", bundle / "manifest.json", evaluation / "metrics.json"),
             sizes=_sizes(run / "model", bundle),
             provenance=provenance(),
             threads=torch.get_num_threads(),

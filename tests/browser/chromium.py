@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,21 @@ needs_browser = pytest.mark.skipif(
 )
 
 
-def asked_of_page(address: str, script: str, **options: Any) -> Any:
+def asked_of_page(address: str, script: str, expected_complaints: Sequence[str] = (), **options: Any) -> Any:
     """What ``script``, the body of a function of Playwright's `page`, returns; the page must not complain.
 
     Args:
         address: of the page.
         script: JavaScript.
+        expected_complaints: words of those that the page must make.
         options: of the page, such as ``viewport`` and ``colorScheme``.
     """
     command = [NODE, FOLDER / "drive.mjs", address, CHROMIUM, json.dumps(options)]
     done = subprocess.run(map(str, command), input=script, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
-    assert answer["complaints"] == []
+    complaints = answer["complaints"]
+    assert len(complaints) == len(expected_complaints), complaints
+    for words, complaint in zip(expected_complaints, complaints, strict=True):
+        assert words in complaint
     return answer.get("found")

@@ -11,8 +11,7 @@ from mnif.cli import COMMANDS as MNIF_COMMANDS
 from mnif.cli import main
 
 ROOT = Path(__file__).parents[2]
-GUIDES = [ROOT / "docs" / name for name in ("edge.md", "edge_checklist.md", "serving.md")]
-GUIDES += [ROOT / "examples/browser/README.md"]
+GUIDES = [ROOT / "docs" / name for name in ("edge.md", "edge_checklist.md", "serving.md", "browser.md")]
 
 
 def commands_in(text: str, pattern: str) -> dict[str, set[str]]:
