@@ -19,6 +19,7 @@ COMMANDS = {
     "prior": ("latent_prior.commands.prior:main", "learn the distribution of the latents (stage two)"),
     "distill": ("latent_prior.commands.distill:main", "teach a student to draw in one to four steps"),
     "sample": ("latent_prior.commands.sample:main", "draw new pictures"),
+    "demo-app": ("latent_prior.commands.demo_app:main", "serve a local page to try a model on"),
     "export": ("export.commands.export:main", "write ONNX graphs and weights for an edge device"),
     "build": ("export.commands.build:main", "build TensorRT plans for a bundle's graphs"),
     "verify": ("export.commands.verify:main", "check a bundle's graphs in every backend against the exact reference"),

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from evals.metrics.neighbours import nearest_neighbour_distances
@@ -13,7 +12,7 @@ from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import denoised, initial_noise, sample_latents, slerp
 from mnif.latents.table import LatentTable
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.outputs import decode_images, decode_volumes
+from mnif.signals.outputs import decode_volumes, pictures_of_size
 from mnif.signals.radiance import RadianceField
 from mnif.signals.registry import signal_of_model
 from mnif.utils.meshes import mesh_from_values, mesh_preview
@@ -83,11 +82,7 @@ class ImageEasel(Easel):
         return {f"{pictures.shape[2]} × {pictures.shape[1]}": pictures for pictures in each}
 
     def _drawn(self, latents: Tensor, longer: int) -> np.ndarray:
-        height, width = as_axes(self.signal.grid_resolution, 2)
-        size = [max(round(side * longer / max(height, width)), 1) for side in (height, width)]
-        values = torch.cat([*decode_images(self.decoder, latents, size)])
-        images = DiffusionPipeline.numpy_to_pil((values / 2 + 0.5).clamp(0, 1).float().cpu().numpy())
-        return np.stack([np.asarray(to_mode(image, 3)) for image in images])
+        return np.stack([np.asarray(to_mode(image, 3)) for image in pictures_of_size(self.decoder, latents, longer)])
 
 
 class ShapeEasel(Easel):

@@ -22,7 +22,7 @@ async function start() {
   const query = new URLSearchParams(location.search);
   bundle = await openBundle(query.get("bundle") ?? DEFAULT_BUNDLE);
   resolution.value = Math.max(...bundle.manifest.grid.resolution);
-  fill(steps, bundle.steps.map((count) => [count, `${count}`]), bundle.steps.at(-1));
+  fill(steps, bundle.steps.map((count) => [count, `${count}`]), bundle.manifest.graphs.prior.steps);
   const asked = query.get("backend");
   const available = (await backends()).filter((name) => !asked || name === asked);
   if (!available.length) throw new Error(`this browser has no ${asked}`);

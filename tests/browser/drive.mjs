@@ -10,7 +10,8 @@ import { chromium } from "playwright-core";
 
 const [url, executablePath, options = "{}"] = process.argv.slice(2);
 const args = ["--no-sandbox", "--disable-background-networking", "--disable-component-update", "--disable-sync"];
-args.push("--use-angle=swiftshader", "--enable-unsafe-swiftshader");
+args.push("--use-angle=swiftshader", "--enable-unsafe-swiftshader"); // WebGL and WebGPU without a graphics processor
+args.push("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan");
 const browser = await chromium.launch({ executablePath, args });
 try {
   const page = await browser.newPage({ viewport: { width: 1200, height: 1000 }, ...JSON.parse(options) });

@@ -157,6 +157,29 @@ def test_page_draws_what_python_draws(site: tuple[str, Path], pipeline: MNIFPipe
 
 @pytest.mark.slow
 @needs_browser
+def test_page_draws_the_same_on_webgpu(site: tuple[str, Path], pipeline: MNIFPipeline) -> None:
+    answer = asked_of_page(
+        site[0],
+        f"""{WAIT}
+        if (!(await page.locator("#backend option[value=webgpu]").count())) return null;
+        await page.fill("#seed", "{SEED}");
+        await page.fill("#sample", "{SAMPLE}");
+        await page.click("#generate");
+        await page.waitForSelector("#earlier canvas");
+        return {{ pixels: await pixels(), status: await text("#status") }};
+        """,
+    )
+    if answer is None:
+        pytest.skip("this Chromium has no WebGPU")
+    assert answer["status"].endswith("WebGPU.")
+    noise = torch.from_numpy(initial_noise(SEED, [SAMPLE], pipeline.decoder.config.latent_dim))
+    (expected,) = pipeline(latents=noise, num_inference_steps=STEPS, output_type="np").images
+    found = np.array(answer["pixels"]).reshape(16, 16, 4)[..., :3]
+    np.testing.assert_allclose(found, expected * 255, rtol=0, atol=1.5)  # its sines are less exact
+
+
+@pytest.mark.slow
+@needs_browser
 def test_page_refuses_a_changed_graph_in_one_line(site: tuple[str, Path]) -> None:
     address, bundle = site
     with (bundle / "onnx/field.onnx").open("ab") as file:
