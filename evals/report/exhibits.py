@@ -149,9 +149,12 @@ class ViewEasel(Easel):
 
     def _views(self, latents: Tensor, height: int | None) -> np.ndarray:
         # The second of eight cameras on the circle, the same that pictures of objects are taken from elsewhere.
-        camera = {"frames": 8, "resolution": height or self._height, "chosen": slice(1, 2)}
-        each = latents.split(1)
-        return np.concatenate([self._radiance.turntable(self.decoder, latent, **camera)[:, 0] for latent in each])
+        height, second = height or self._height, slice(1, 2)
+        views = (
+            self._radiance.turntable(self.decoder, latent, 8, resolution=height, chosen=second)
+            for latent in latents.split(1)
+        )
+        return np.concatenate([view[:, 0] for view in views])
 
 
 class PreviewEasel(Easel):

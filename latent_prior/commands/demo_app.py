@@ -89,7 +89,7 @@ class DemoApp:
             raise UserError(f"truncation {truncation:g}: must lie between 0 and 1")
         numbers = range(first, first + count)
         latents = sample_latents(self.pipeline, seed, numbers, steps, truncation=truncation)
-        labels = [f"seed {seed}, sample {number}" for number in numbers]
+        labels = [f"sample {number}" for number in numbers]
         return list(zip(self._drawn(latents, resolution), labels, strict=True))
 
     @torch.no_grad()
@@ -104,8 +104,8 @@ class DemoApp:
         _check(seed=seed, start=start, end=end)
         check_at_least(2, frames=frames)
         check_at_least(1, steps=steps, resolution=resolution)
-        noise = initial_noise(seed, [start, end], self.decoder.config.latent_dim)
-        way = torch.from_numpy(slerp(*noise, np.linspace(0, 1, frames)))
+        one, other = initial_noise(seed, [start, end], self.decoder.config.latent_dim)
+        way = torch.from_numpy(slerp(one, other, np.linspace(0, 1, frames)))
         return self._drawn(denoised(self.pipeline, way, steps), resolution)
 
     def encode(self, picture: Image.Image | None, refinement_steps: int) -> tuple[list[tuple[Image.Image, str]], str]:
@@ -223,7 +223,7 @@ def _interpolation_tab(app: DemoApp, folder: Path) -> None:
     button = gradio.Button("Go", variant="primary")
     with gradio.Row():
         film = gradio.Image(label="There and back", type="filepath", height=300)
-        gallery = gradio.Gallery(label="Every step", columns=8, object_fit="contain", format="png")
+        gallery = gradio.Gallery(label="Every step", columns=4, object_fit="contain", format="png")
     inputs = [seed, start, end, frames, steps, resolution]
     button.click(_told(animate), inputs, [film, gallery], api_name="interpolate")
 
@@ -241,12 +241,12 @@ def _encode_tab(app: DemoApp) -> None:
 
 
 def _drawing(app: DemoApp) -> tuple[Any, Any]:
-    """Makes the sliders of denoising steps and of the resolution, which pictures alone have."""
+    """Makes the sliders of denoising steps and of the resolution, which pictures alone have: above the data's."""
     import gradio
 
     longest = max(as_axes(app.signal.grid_resolution, app.signal.dimensions))
     steps = gradio.Slider(1, 100, INFERENCE_STEPS, step=1, label="Denoising steps")
-    resolution = gradio.Slider(8, 512, longest, step=8, label="Pixels", visible=app.takes_pictures)
+    resolution = gradio.Slider(8, 512, min(4 * longest, 256), step=8, label="Pixels", visible=app.takes_pictures)
     return steps, resolution
 
 

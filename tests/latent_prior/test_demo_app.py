@@ -31,7 +31,7 @@ def test_samples_are_those_of_mnif_sample(app: DemoApp, model: Path, tmp_path: P
     command = ["sample", "--model", str(model), "--output_dir", str(tmp_path / "samples"), "--num_samples", "5"]
     assert main([*command, "--seed", "3", "--num_inference_steps", "2", "--resolution", "24", "--grid", "0"]) == 0
     drawn = app.sample(3, 2, 3, 2, 24, 1.0)
-    assert [label for _, label in drawn] == [f"seed 3, sample {number}" for number in (2, 3, 4)]
+    assert [label for _, label in drawn] == [f"sample {number}" for number in (2, 3, 4)]
     for number, (picture, _) in enumerate(drawn, 2):
         with Image.open(tmp_path / f"samples/{number:06d}.png") as file:
             np.testing.assert_array_equal(np.asarray(picture), np.asarray(file))
