@@ -24,7 +24,7 @@ from mnif.data.batches import evenly_spaced
 from mnif.data.dataset import Split
 from mnif.data.views import ViewData, load_views
 from mnif.signals.radiance import RadianceField
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, require
 from mnif.utils.files import sha256_of_folder
 from mnif.utils.pixels import image_grid, save_image, to_uint8
 from mnif.utils.process import Processes, progress_bar
@@ -159,6 +159,7 @@ class RadianceEvaluator(Evaluator):
         self.subject: LoadedRun | IndexedImages
         if arguments.model is not None:
             self.subject = load_run(arguments.model)
+            require("torchmetrics", "eval", "SSIM")
             data = self.subject.signal.load_like(arguments.reference)
             assert isinstance(data, ViewData)
             self.data, self.measured = data, sha256_of_folder(arguments.model)

@@ -6,7 +6,7 @@ Han, Generative Neural Fields by Mixtures of Neural Implicit Functions, NeurIPS 
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from jaxtyping import Float
 from msgspec import Meta
 from torch import Tensor, nn
 
+from latent_prior.settings import PAPER_GROUPS, DenoiserName
 from mnif.data.batches import InstanceGenerator
 from mnif.models.io import OwnMemory, load_component
 from mnif.utils.errors import UserError
@@ -139,18 +140,15 @@ class ResMLPDenoiser(Denoiser):
         return self.write(self.norm(hidden))
 
 
-GROUPS = 16
-
-
 class PaperBlock(nn.Module):
     """x + W₂ silu(norm(W₁ silu(norm(x)) + V silu(time)))."""
 
     def __init__(self, width: int, time_width: int):
         super().__init__()
-        self.norm_in = nn.GroupNorm(GROUPS, width)
+        self.norm_in = nn.GroupNorm(PAPER_GROUPS, width)
         self.up = nn.Linear(width, width)
         self.time = nn.Linear(time_width, width)
-        self.norm_out = nn.GroupNorm(GROUPS, width)
+        self.norm_out = nn.GroupNorm(PAPER_GROUPS, width)
         self.down = nn.Linear(width, width)
         nn.init.zeros_(self.down.weight)
         nn.init.zeros_(self.down.bias)
@@ -189,7 +187,7 @@ class PaperDenoiser(Denoiser):
         super().__init__(latent_dim)
         self.read = nn.Linear(latent_dim, width)
         self.blocks = nn.ModuleList(PaperBlock(width, time_width) for _ in range(depth))
-        self.norm = nn.GroupNorm(GROUPS, width)
+        self.norm = nn.GroupNorm(PAPER_GROUPS, width)
         self.write = nn.Linear(width, latent_dim)
 
     def forward(
@@ -211,8 +209,6 @@ class PaperDenoiser(Denoiser):
             hidden = block(hidden, time)
         return self.write(F.silu(self.norm(hidden)))
 
-
-DenoiserName = Literal["modulated", "paper"]
 
 DENOISERS: dict[DenoiserName, type[Denoiser]] = {"modulated": ResMLPDenoiser, "paper": PaperDenoiser}
 """What `mnif prior --denoiser` names; a new one is added to both, with its flags to `mnif prior`."""

@@ -23,20 +23,10 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from latent_prior.denoisers import Denoiser
+from latent_prior.settings import TRAIN_TIMESTEPS, LossType, Objective, Weighting
 from mnif.data.batches import InstanceGenerator
 from mnif.utils.errors import UserError
 from mnif.utils.json_files import read_json
-
-Objective = Literal["x0", "v", "flow"]
-
-Weighting = Literal["plain", "snr-plus-one", "min-snr"]
-
-LossType = Literal["mse", "pseudo-huber"]
-
-TRAIN_TIMESTEPS = 1000
-
-INFERENCE_STEPS = 8
-"""The default of sampling: samples of emoji are as near to the data with 8 steps as with 20 (docs/performance.md)."""
 
 _SQUARED_COSINE = {"num_train_timesteps": TRAIN_TIMESTEPS, "beta_schedule": "squaredcos_cap_v2"}
 

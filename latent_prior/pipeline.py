@@ -17,8 +17,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from latent_prior.denoisers import Denoiser, load_denoiser
-from latent_prior.diffusion import INFERENCE_STEPS, load_scheduler, objective_of, takes_generator
+from latent_prior.diffusion import load_scheduler, objective_of, takes_generator
 from latent_prior.hub import downloaded, upload
+from latent_prior.settings import INFERENCE_STEPS
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.outputs import check_output_type, postprocess

@@ -9,22 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evals.charts import as_png, comparison_chart
-from evals.evaluator import SUBJECTS, evaluator_of
-from evals.metrics.neighbours import copying_verdict
-from evals.presentation import (
-    evaluation_markdown,
-    markdown_table,
-    metrics_of,
-    protocol_line,
-    read_evaluation,
-    table_rows,
-)
 from evals.protocol import EvalArguments, protocol_of
 from mnif.utils import __version__
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least, markdown_code, printable
-from mnif.utils.files import write_json, written_atomically
+from mnif.utils.files import check_writable, write_json, written_atomically
 from mnif.utils.json_files import read_json
 from mnif.utils.output_folders import BEGUN, check_output_folder, output_folder_of
 from mnif.utils.pixels import limit_image_pixels
@@ -68,6 +57,9 @@ def compare(paths: Sequence[Path], output: Path) -> None:
     Raises:
         UserError: a path holds no evaluation, or two were measured under different protocols.
     """
+    from evals.charts import as_png, comparison_chart
+    from evals.presentation import markdown_table, protocol_line, read_evaluation, table_rows
+
     evaluations = [
         Evaluation(name, folder, read_evaluation(folder / "metrics.json"))
         for name, folder in zip(_names(paths), map(_folder_of, paths), strict=True)
@@ -144,6 +136,8 @@ def main(arguments: list[str]) -> None:
     if not flags.compared:
         evaluate(flags)
         return
+    from evals.evaluator import SUBJECTS
+
     if any(getattr(flags, flag) is not None for flag in SUBJECTS):
         raise UserError("give either folders to compare, or one of --model, --samples and --bundle")
     several = to_evaluate(flags) if flags.reference else []
@@ -165,10 +159,15 @@ def evaluate(arguments: EvalArguments) -> None:
         UserError: model, samples or reference cannot be read or do not fit each other, or the folder is another
             command's.
     """
+    from evals.evaluator import evaluator_of
+    from evals.presentation import evaluation_markdown
+
     started = time.perf_counter()
     check_output_folder(arguments.output_dir, "eval")
     check_at_least(1, max_image_pixels=arguments.max_image_pixels)
     limit_image_pixels(arguments.max_image_pixels)
+    if arguments.save_statistics is not None:
+        check_writable(arguments.save_statistics.parent)
     arguments = replace(arguments, num_samples=protocol_of(arguments).num_samples)
     processes = Processes()
     evaluator = evaluator_of(arguments)
@@ -199,6 +198,9 @@ def evaluate(arguments: EvalArguments) -> None:
 
 
 def _print(metrics: dict[str, Any]) -> None:
+    from evals.metrics.neighbours import copying_verdict
+    from evals.presentation import metrics_of
+
     for metric in metrics_of(metrics):
         print(f"  {metric.key:32} {metric.value:10.4g}" + (f" ± {metric.std:.2g}" if metric.std is not None else ""))
     for warning in metrics.get("warnings", []):

@@ -1,27 +1,19 @@
 """`mnif export`: one folder with everything an edge device needs."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import onnx
 
 from export.browser import check_onnxruntime_web, write_page
-from export.bundle import MANIFEST, Selection, WrittenManifest, is_as_written, put_in_place, write_device_files
 from export.device.bundle import manifest_digest
-from export.graphs.precision import PARTS, Precision, Storage
-from export.graphs.rtx_check import CompileReport, compile_with_rtx, rtx_is_installed
-from export.graphs.specs import KINDS, GraphVariant, make_variants
-from export.manifest import graph_entry, manifest_of
-from export.readme import bundle_readme
-from export.triton import write_model_repository
-from latent_prior.diffusion import INFERENCE_STEPS
-from latent_prior.pipeline import MNIFPipeline, load_pipeline
+from export.graphs import Precision, Storage
+from latent_prior.settings import INFERENCE_STEPS
 from mnif import __version__
-from mnif.models.io import load_component
-from mnif.models.mnif_model import MNIFModel
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError
 from mnif.utils.files import (
@@ -35,22 +27,18 @@ from mnif.utils.files import (
 from mnif.utils.json_files import read_object
 from mnif.utils.output_folders import LOCK, check_output_folder, held_folder
 
+if TYPE_CHECKING:
+    from export.bundle import Selection
+    from export.graphs.rtx_check import CompileReport
+    from export.graphs.specs import GraphVariant
+    from latent_prior.pipeline import MNIFPipeline
+    from mnif.models.mnif_model import MNIFModel
+
 
 @dataclass(kw_only=True)
-class ExportArguments:
-    """Write ONNX graphs, weights and the device's own tools; every graph is measured against float64 first."""
+class GraphsFlags:
+    """What is exported, and how exactly."""
 
-    model: Path
-    """The model folder, RUN/model. Without a prior there is no sampler, and rows of RUN/latents.safetensors are
-    baked."""
-    output_dir: Path
-    """The bundle folder; the files of an older bundle there are replaced, all others stay."""
-    num_baked: int = 4
-    """How many instances are baked into graphs of their own."""
-    latents: Path | None = None
-    """A latent table whose rows are baked; default: samples of the prior."""
-    ids: list[str] | None = None
-    """Which rows of the latent table are baked; default: the first --num_baked."""
     num_inference_steps: list[int] = field(default_factory=lambda: [INFERENCE_STEPS])
     """Denoising steps, one sampler for each number; what is baked is sampled with the last."""
     resolution: list[int] | None = None
@@ -63,20 +51,51 @@ class ExportArguments:
     """How samplers store their large matrices; they compute as --sampler_precision says."""
     pad_channels: bool = False
     """Values get four channels, the further ones zero: one kernel less in TensorRT."""
+
+
+@dataclass(kw_only=True)
+class BakedFlags:
+    """Instances with graphs of their own."""
+
+    num_baked: int = 4
+    """How many instances are baked into graphs of their own."""
+    latents: Path | None = None
+    """A latent table whose rows are baked; default: samples of the prior."""
+    ids: list[str] | None = None
+    """Which rows of the latent table are baked; default: the first --num_baked."""
+
+
+@dataclass(kw_only=True)
+class ExtrasFlags:
+    """What else a bundle gets."""
+
     browser: bool = False
     """Add browser/, a page to be hosted, and its graphs: noise → coefficients, and values of those anywhere."""
     onnxruntime_web: Path | None = None
     """The npm package's folder, to be copied beside the page; default: the page asks a CDN, and checks hashes."""
     triton: bool = False
     """Add a model repository for Triton Inference Server: triton/, with every decoder and sampler."""
-    seed: int = 0
-    """Of the baked samples and of the reference inputs."""
     compile_rtx: Literal["auto", "on", "off"] = "auto"
     """Compile every graph with TensorRT-RTX, which needs no GPU: a compile gate, not a Jetson build. auto: where it is
     installed. Of the baked graphs the first alone is compiled."""
 
+
+@dataclass(kw_only=True)
+class ExportArguments(GraphsFlags, BakedFlags, ExtrasFlags):
+    """Write ONNX graphs, weights and the device's own tools; every graph is measured against float64 first."""
+
+    model: Path
+    """The model folder, RUN/model. Without a prior there is no sampler, and rows of RUN/latents.safetensors are
+    baked."""
+    output_dir: Path
+    """The bundle folder; the files of an older bundle there are replaced, all others stay."""
+    seed: int = 0
+    """Of the baked samples and of the reference inputs."""
+
     def precisions_for(self, kind: str) -> tuple[Sequence[Precision], Storage | None]:
         """Precisions and storage of a kind of graphs, None for what is multiplied."""
+        from export.graphs.specs import KINDS
+
         chosen = KINDS[kind].precision
         if chosen == "sampler":
             return self.sampler_precision, self.sampler_storage
@@ -89,6 +108,10 @@ def selection_of(model: MNIFPipeline | MNIFModel, options: ExportArguments) -> S
     Raises:
         UserError: a flag is out of range.
     """
+    from export.bundle import Selection
+    from latent_prior.pipeline import MNIFPipeline
+    from mnif.models.mnif_model import MNIFModel
+
     decoder = model if isinstance(model, MNIFModel) else model.decoder
     counts = [("num_baked", 0, options.num_baked), ("seed", 0, options.seed)]
     counts += [("num_inference_steps", 1, number) for number in options.num_inference_steps]
@@ -136,6 +159,9 @@ def main(arguments: list[str]) -> None:
 
 def _export(options: ExportArguments) -> None:
     """Exports, unless that was done before."""
+    from mnif.latents.table import data_of_table
+    from mnif.models.mnif_model import MNIFModel
+
     _check_output(options.output_dir)
     model = load_model(options.model)
     if isinstance(model, MNIFModel) and options.latents is None:
@@ -148,7 +174,9 @@ def _export(options: ExportArguments) -> None:
     if _holds(options.output_dir, inputs):
         print(f"{options.output_dir}: exported here before from this model with these flags; nothing to do")
         return
-    export_bundle(model, options, inputs)
+    decoder = model if isinstance(model, MNIFModel) else model.decoder
+    trained_on = data_of_table(options.model.parent / "latents.safetensors", decoder.fingerprint())
+    export_bundle(model, options, inputs, trained_on)
 
 
 def load_model(folder: Path) -> MNIFPipeline | MNIFModel:
@@ -157,6 +185,10 @@ def load_model(folder: Path) -> MNIFPipeline | MNIFModel:
     Raises:
         UserError: a stage is damaged, there is no decoder, or the denoiser belongs to another one.
     """
+    from latent_prior.pipeline import load_pipeline
+    from mnif.models.io import load_component
+    from mnif.models.mnif_model import MNIFModel
+
     if (folder / "denoiser").is_dir():
         return load_pipeline(folder)
     return load_component(MNIFModel, folder, "decoder")
@@ -164,6 +196,8 @@ def load_model(folder: Path) -> MNIFPipeline | MNIFModel:
 
 def _holds(output: Path, inputs: dict[str, str]) -> bool:
     """Whether a bundle of the same inputs lies there, each file as it was written; others may lie there too."""
+    from export.bundle import MANIFEST, WrittenManifest, is_as_written
+
     if not (output / MANIFEST).is_file():
         return False
     manifest = read_object(output / MANIFEST, WrittenManifest)
@@ -173,7 +207,10 @@ def _holds(output: Path, inputs: dict[str, str]) -> bool:
 
 
 def export_bundle(
-    model: MNIFPipeline | MNIFModel, options: ExportArguments, inputs: dict[str, str] | None = None
+    model: MNIFPipeline | MNIFModel,
+    options: ExportArguments,
+    inputs: dict[str, str] | None = None,
+    trained_on: str | None = None,
 ) -> None:
     """Writes a bundle to ``options.output_dir``, whole or not at all; it takes the place of an older one.
 
@@ -183,13 +220,21 @@ def export_bundle(
         model: what to export, on the CPU in float32.
         options: the command's flags; ``options.model`` is not read.
         inputs: what the bundle depends on, noted in the manifest.
+        trained_on: the data's name, where it is known.
 
     Raises:
         UserError: a flag is out of range, the folder holds something else or a file in the way, the scheduler cannot
             be exported, a graph misses its tolerance, or TensorRT-RTX refuses it.
     """
+    from export.graphs.rtx_check import rtx_is_installed
+    from export.manifest import manifest_of
+    from latent_prior.hub import public_name
+
     selection = selection_of(model, options)
     compiles = options.compile_rtx == "on" or (options.compile_rtx == "auto" and rtx_is_installed())
+    if options.compile_rtx == "on" and not rtx_is_installed():
+        mend = "pip install 'mnif-diffusion[rtx]', or --compile_rtx off"
+        raise UserError(f"the compile gate needs TensorRT-RTX, which is not installed; {mend}")
     if options.compile_rtx == "auto" and not compiles:
         print("TensorRT-RTX compile gate skipped: not installed (pip install 'mnif-diffusion[rtx]')")
 
@@ -199,7 +244,8 @@ def export_bundle(
         selection.pipeline.set_progress_bar_config(disable=True)
     with held_folder(options.output_dir):
         _check_output(options.output_dir)
-        manifest, others = _write_bundle(selection, options, inputs or {}, compiles)
+        manifest = manifest_of(selection, trained_on and public_name(trained_on)) | {"inputs": inputs or {}}
+        others = _write_bundle(selection, options, manifest, compiles)
     megabytes = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
     count = len(manifest["graphs"])
     print(f"{options.output_dir}: {count} graphs, {megabytes:.1f} MB; README.md has the commands for a device")
@@ -210,13 +256,16 @@ def export_bundle(
 
 
 def _write_bundle(
-    selection: Selection, options: ExportArguments, inputs: dict[str, str], compiles: bool
-) -> tuple[dict[str, Any], list[str]]:
-    """Writes the bundle beside its place and moves it there; gives its manifest, and the files of others there."""
+    selection: Selection, options: ExportArguments, manifest: dict[str, Any], compiles: bool
+) -> list[str]:
+    """Writes the bundle beside its place and moves it there, and completes its manifest; gives others' files there."""
+    from export.bundle import MANIFEST, put_in_place, write_device_files
+    from export.readme import bundle_readme
+    from export.triton import write_model_repository
+
     output = options.output_dir.resolve()
     with temporary_folder(output) as folder:
         (folder / "onnx").mkdir()
-        manifest = manifest_of(selection) | {"inputs": inputs}
         reference = _write_graphs(selection, options, folder, manifest, compiles)
         np.savez_compressed(folder / "reference.npz", **reference)
         _write_weights(selection.decoder, folder / "weights.safetensors")
@@ -233,24 +282,34 @@ def _write_bundle(
         }
         manifest["digest"] = manifest_digest(manifest)
         write_json(folder / MANIFEST, manifest)
-        return manifest, put_in_place(folder, output)
+        return put_in_place(folder, output)
 
 
 def _write_graphs(
     selection: Selection, options: ExportArguments, folder: Path, manifest: dict[str, Any], compiles: bool
 ) -> dict[str, Any]:
     """Writes ``onnx/`` and a line for each graph, adds the graphs to the manifest, and returns the references."""
+    import onnx
+
+    from export.graph_notes import write_notes
+    from export.graphs.precision import PARTS
+    from export.graphs.rtx_check import compile_with_rtx
+    from export.graphs.specs import make_variants
+    from export.manifest import graph_entry
+
     reference: dict[str, Any] = {}
     unmeasured = 0
     for spec in selection.specs():
         for variant in make_variants(spec, *options.precisions_for(spec.kind)):
             path = folder / "onnx" / f"{variant.name}.onnx"
+            manifest["precision"][variant.precision] = PARTS[variant.precision]
+            manifest["graphs"][variant.name] = graph_entry(variant)
+            write_notes(variant.model, variant.name, manifest)
             onnx.save_model(variant.model, path)
             gated = compiles and (spec.instance is None or spec.name.startswith("baked_0000"))
             report = compile_with_rtx(path, spec.profile) if gated else None
-            manifest["precision"][variant.precision] = PARTS[variant.precision]
-            manifest["graphs"][variant.name] = graph_entry(variant)
-            manifest["measured"][variant.name] = {"tensorrt_rtx": None if report is None else asdict(report)}
+            gate = {"tensorrt_rtx": None if report is None else asdict(report)}
+            manifest["measured"][variant.name] = gate | {"max_abs": variant.error}
             if spec.reference is None:
                 unmeasured += 1
             else:
@@ -265,6 +324,8 @@ def _write_graphs(
 
 def _check_output(output: Path) -> None:
     """Refuses a path that is neither free, nor an empty folder, nor a bundle; clears what a killed export left."""
+    from export.bundle import MANIFEST
+
     is_bundle = check_output_folder(output, "export")
     remove_leftovers(output.resolve().parent, output.resolve().name)
     remove_leftovers(output, MANIFEST)

@@ -29,14 +29,19 @@ _SHOWN = {  # of a sidecar
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 0, or 2 after one line about what is wrong."""
+def make_parser() -> Parser:
+    """Makes the command's flags."""
     parser = Parser("inspect", "Show a bundle's graphs and plans, or with --plan what one plan is made of.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--bundle", type=Path, help="the bundle's folder")
     what.add_argument("--plan", type=Path, help="a plan, engines/NAME.plan; its sidecar lies beside it")
     parser.add_argument("--kernels", action="store_true", help="list every kernel of every plan")
-    return run_command(parser, arguments, _inspect)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns 0, or 2 after one line about what is wrong."""
+    return run_command(make_parser(), arguments, _inspect)
 
 
 def _inspect(options: Any) -> int:
@@ -64,6 +69,8 @@ def _print(lines: Iterable[str]) -> None:
 
 def bundle_lines(folder: BundleFolder) -> list[str]:
     """Lists what the manifest says: the model, the grid, and a line for every graph."""
+    from export.readme import pixel_steps
+
     manifest = folder.manifest
     files = entry(manifest, "files", kind=dict)
     grid = manifest["grid"]
@@ -75,13 +82,25 @@ def bundle_lines(folder: BundleFolder) -> list[str]:
         f"{manifest['decoder_fingerprint'][:16]}",
         "",
     ]
-    rows = [("graph", "kind", "precision", "storage", "MB", "PSNR dB", "inputs → outputs")]
+    rows = [("graph", "kind", "precision", "storage", "MB", "PSNR dB", "off by", "pixel steps", "inputs → outputs")]
     for name, graph in sorted(entry(manifest, "graphs", kind=dict).items()):
         psnr = "–" if graph["psnr"] is None else f"{graph['psnr']:.1f}"
         size = f"{files[graph['file']]['bytes'] / 1e6:.2f}"
         tensors = " → ".join(", ".join(map(_tensor, graph[side])) for side in ("inputs", "outputs"))
-        rows.append((name, graph["kind"], graph["precision"], graph["storage"], size, psnr, tensors))
+        error = _largest_error(manifest, name)
+        steps = None if error is None else pixel_steps(graph, manifest, error)
+        loss = ("–" if error is None else f"{error:.1e}", "–" if steps is None else f"{steps:.2f}")
+        rows.append((name, graph["kind"], graph["precision"], graph["storage"], size, psnr, *loss, tensors))
     return lines + columns(rows)
+
+
+def _largest_error(manifest: dict[str, Any], name: str) -> float | None:
+    """Looks up how far a graph's worst value was off at the export; None in bundles that do not say so."""
+    try:
+        check_form(manifest.get("measured"), {name: {"max_abs": float}})
+    except ValueError:
+        return None
+    return float(manifest["measured"][name]["max_abs"])
 
 
 def plan_lines(path: Path, kernels: bool) -> list[str]:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from latent_prior.commands import demo_app
-from latent_prior.commands.demo_app import DemoApp
+from latent_prior import demo_app
+from latent_prior.demo_app import DemoApp
 from latent_prior.pipeline import MNIFPipeline
 from mnif.cli import main
 from mnif.utils.errors import UserError
