@@ -22,6 +22,7 @@ COMMANDS = {
     "prior": ("latent_prior.commands.prior", "PriorArguments", "learn the distribution of the latents (stage two)"),
     "distill": ("latent_prior.commands.distill", "DistillArguments", "teach a student to draw in one to four steps"),
     "sample": ("latent_prior.commands.sample", "SampleArguments", "draw new pictures"),
+    "demo-app": ("latent_prior.commands.demo_app", "DemoAppArguments", "serve a local page to try a model on"),
     "export": ("export.commands.export", "ExportArguments", "write ONNX graphs and weights for an edge device"),
     "build": ("export.commands.build", "make_parser", "build TensorRT plans for a bundle's graphs"),
     "verify": (

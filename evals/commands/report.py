@@ -95,7 +95,7 @@ def report(arguments: ReportArguments) -> None:
             steps=arguments.num_inference_steps,
             **_shown(pipeline, arguments),
             **_measured(pipeline, arguments, manifest),
-            commands=commands_of(run, *(folder / "metrics.json" for folder in (samples, evaluation))),
+            commands=commands_of(run, samples / "metrics.json", bundle / "manifest.json", evaluation / "metrics.json"),
             sizes=_sizes(run / "model", bundle),
             provenance=provenance(),
             threads=torch.get_num_threads(),
@@ -183,14 +183,14 @@ def _shown(pipeline: MNIFPipeline, arguments: ReportArguments) -> dict[str, Any]
     from evals.loaded_run import latent_table_of
     from evals.report.embedded import file_uri, gallery, lossless_uri
     from evals.report.exhibits import drawn_exhibits, easel_of
-    from latent_prior.sampling import sample_latents
 
     run, seed, steps = arguments.run, arguments.seed, arguments.num_inference_steps
     easel = easel_of(pipeline.decoder)
     table = latent_table_of(run / "model", pipeline.decoder)
-    first = sample_latents(pipeline, seed, range(_COMPARED), steps)
+    exhibits = drawn_exhibits(pipeline, easel, table, seed, steps)
+    compared = sorted(exhibits, key=lambda exhibit: exhibit.is_empty)[:_COMPARED]
     with torch.no_grad():
-        resolutions = easel.resolutions(first)
+        resolutions = easel.resolutions(torch.cat([exhibit.latent for exhibit in compared]))
     evaluation = arguments.eval_dir or run / "eval"
     stored = ("reconstructions_train", "reconstructions_heldout", "nearest")
     files = {name: evaluation / f"{name}.png" for name in stored}
@@ -198,7 +198,8 @@ def _shown(pipeline: MNIFPipeline, arguments: ReportArguments) -> dict[str, Any]
         "signal": easel.signal,
         "data": table.data if table is not None else "",
         "instances": len(table.ids) if table is not None else 0,
-        "gallery": gallery(drawn_exhibits(pipeline, easel, table, seed, steps)),
+        "gallery": gallery(exhibits),
+        "compared_samples": [exhibit.number for exhibit in compared],
         "resolutions": {
             name: {"uris": [*map(lossless_uri, some)], "width": some.shape[2], "height": some.shape[1]}
             for name, some in resolutions.items()

@@ -149,8 +149,8 @@ def _generalisation(metrics: Mapping[str, Any], noun: str) -> Finding | None:
         f"Are unseen {noun}s kept as well as those learned from?",
         f"{gap:+.1f} dB".replace("-", "−"),
         "good" if gap <= 1 else "fair" if gap <= 3 else "bad",
-        f"{metrics['psnr_train']:.1f} dB on training {noun}s, {metrics['psnr_heldout']:.1f} dB on held-out ones; "
-        "the difference is what was learned by heart.",
+        f"{metrics['psnr_train']:.1f} dB on training {noun}s, {metrics['psnr_heldout']:.1f} dB on held-out ones, "
+        "whose latents were refined. What training ones have on top was learned by heart.",
     )
 
 

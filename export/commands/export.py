@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from export.browser import check_onnxruntime_web, write_page
 from export.device.bundle import manifest_digest
 from export.graphs import Precision, Storage
 from latent_prior.settings import INFERENCE_STEPS
@@ -68,7 +69,9 @@ class ExtrasFlags:
     """What else a bundle gets."""
 
     browser: bool = False
-    """Add the graphs of the page in examples/browser: noise → coefficients, and values of those at any coordinates."""
+    """Add browser/, a page to be hosted, and its graphs: noise → coefficients, and values of those anywhere."""
+    onnxruntime_web: Path | None = None
+    """The npm package's folder, to be copied beside the page; default: the page asks a CDN, and checks hashes."""
     triton: bool = False
     """Add a model repository for Triton Inference Server: triton/, with every decoder and sampler."""
     compile_rtx: Literal["auto", "on", "off"] = "auto"
@@ -128,6 +131,9 @@ def selection_of(model: MNIFPipeline | MNIFModel, options: ExportArguments) -> S
         resolution = resolution[0] if len(resolution) == 1 else tuple(resolution)
     if options.browser and not (isinstance(model, MNIFPipeline) and decoder.config.signal == "image"):
         raise UserError("--browser: the page draws new pictures; this model has no prior, or is not of pictures")
+    if options.onnxruntime_web is not None and not options.browser:
+        raise UserError("--onnxruntime_web: is for the page of --browser; say that too")
+    check_onnxruntime_web(options.onnxruntime_web)
     return Selection(
         decoder=decoder,
         pipeline=model if isinstance(model, MNIFPipeline) else None,
@@ -264,6 +270,8 @@ def _write_bundle(
         np.savez_compressed(folder / "reference.npz", **reference)
         _write_weights(selection.decoder, folder / "weights.safetensors")
         write_device_files(folder)
+        if options.browser:
+            write_page(folder, options.onnxruntime_web)
         if options.triton:
             write_model_repository(folder, manifest["graphs"])
         (folder / "README.md").write_text(bundle_readme(manifest))

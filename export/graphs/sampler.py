@@ -300,6 +300,15 @@ _REFERENCES = 2  # instances
 _REFERENCE_POINTS = 256  # of each cell
 
 
+def prior_spec(pipeline: MNIFPipeline, num_inference_steps: int, seed: int, name: str) -> GraphSpec:
+    """Specifies the sampler that ends with coefficients, for a browser.
+
+    Raises:
+        UserError: the scheduler cannot be exported with so many steps.
+    """
+    return replace(sampler_spec(pipeline, num_inference_steps, None, seed), name=name, kind="prior")
+
+
 @torch.no_grad()
 def browser_specs(
     pipeline: MNIFPipeline, num_inference_steps: int, resolution: Resolution, seed: int
@@ -309,7 +318,7 @@ def browser_specs(
     Raises:
         UserError: the scheduler cannot be exported with so many steps.
     """
-    yield replace(sampler_spec(pipeline, num_inference_steps, None, seed), name="prior", kind="prior")
+    yield prior_spec(pipeline, num_inference_steps, seed, "prior")
     noise = initial_noise(seed, range(_REFERENCES), pipeline.decoder.config.latent_dim)
     coefficients = pipeline.decoder.coefficients(pipeline.denoiser.to_latents(torch.from_numpy(noise)))
     yield _field_spec(pipeline.decoder, coefficients, resolution, seed)

@@ -80,7 +80,7 @@ KINDS = {
     "points": GraphKind("points of the world to colours and densities."),
     # A browser computes in float32.
     "prior": GraphKind(
-        "standard normal noise to the coefficients that *field* takes, for the page in examples/browser.",
+        "standard normal noise to the coefficients that *field* takes, for the page in browser/.",
         precision="fp32",
     ),
     "field": GraphKind(

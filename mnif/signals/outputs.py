@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor
 
 from mnif.models.mnif_model import MNIFModel
@@ -116,6 +117,15 @@ def decode_images(
     for some in params.split(min(at_once, max(_POINTS_AT_ONCE // pixels, 1))):
         values = replace(field, params=some.flatten(0, 1))(grid.coordinates)
         yield grid.blend(values.view(len(some), decoder.num_cells, *values.shape[1:]))
+
+
+@torch.no_grad()
+def pictures_of_size(decoder: MNIFModel, latents: Tensor, longer: int) -> list[Image.Image]:
+    """Decodes pictures with ``longer`` pixels along their longer side, in the aspect and the channels of the data."""
+    height, width = as_axes(signal_of_model(decoder).grid_resolution, 2)
+    size = [max(round(side * longer / max(height, width)), 1) for side in (height, width)]
+    values = torch.cat([*decode_images(decoder, latents, size)])
+    return DiffusionPipeline.numpy_to_pil((values / 2 + 0.5).clamp(0, 1).float().cpu().numpy())
 
 
 def decode_volumes(decoder: MNIFModel, latents: Tensor, resolution: int | None = None) -> Iterator[np.ndarray]:

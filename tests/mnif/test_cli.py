@@ -74,7 +74,7 @@ def test_bash_completes_commands_flags_and_values(tmp_path: Path, capsys: pytest
     assert main(["--completion", "bash"]) == 0
     (tmp_path / "completion").write_text(capsys.readouterr().out)
     offered = partial(completed, tmp_path / "completion", "mnif")
-    assert sorted(offered("de") + offered("di")) == ["decode", "distill"]
+    assert sorted(offered("de") + offered("di")) == ["decode", "demo-app", "distill"]
     assert set(COMMANDS) <= {*offered("")}
     assert offered("fit", "--num_b") == ["--num_bases"]
     assert offered("fit", "--method", "") == ["encoder", "auto-decoding", "meta"]
