@@ -1,7 +1,7 @@
 """What a graph's file says of itself, for whoever opens it in Netron or another viewer: words, facts, and shapes.
 
-None of it is computed with. Nothing in it changes from export to export of one model: plans are kept as long as their
-graph's file is the same to the byte, so the command and the date stand in ``manifest.json`` alone.
+None of it is computed with. Nothing in it changes from export to export of one graph: plans are kept as long as their
+graph's file is the same to the byte, so commands and what was measured stand in ``manifest.json`` alone.
 """
 
 import json
@@ -38,7 +38,8 @@ def write_notes(model: onnx.ModelProto, name: str, manifest: dict[str, Any]) -> 
     model.doc_string = _description(entry, manifest)
     model.graph.name, model.graph.doc_string = name, model.doc_string
     for tensor in (*model.graph.input, *model.graph.output):
-        tensor.doc_string = _TENSORS.get(tensor.name, signal_class(manifest["signal"]).values_note)
+        of_signal = {"values": signal_class(manifest["signal"]).values_note}
+        tensor.doc_string = (_TENSORS | of_signal)[tensor.name]
     del model.metadata_props[:]
     for key, value in _facts(entry, manifest).items():
         model.metadata_props.add(key=key, value=value if isinstance(value, str) else json.dumps(value))
@@ -52,29 +53,19 @@ def write_notes(model: onnx.ModelProto, name: str, manifest: dict[str, Any]) -> 
 
 
 def _description(entry: dict[str, Any], manifest: dict[str, Any]) -> str:
-    kind = KINDS[entry["kind"]].described(manifest, str(entry["steps"]))
-    computed = f"Computed in {entry['precision']}"
+    kind = KINDS[entry["kind"]].described(manifest, [entry])
     stored = "" if entry["storage"] == "fp32" else f", large matrices stored in {entry['storage']}"
-    quality = "" if entry["psnr"] is None else f"; {entry['psnr']:.1f} dB against float64"
-    return f"{entry['kind']}: {kind} {computed}{stored}{quality}."
+    return f"{entry['kind']}: {kind} Computed in {entry['precision']}{stored}."
 
 
 def _facts(entry: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
     """What tells one file from another: all that is known, without what is not."""
-    sampling = manifest["sampling"] if entry["steps"] else None
     facts = {
         "made_by": "{name} {version}".format(**manifest["package"]),
         "trained_on": manifest["trained_on"],
         "decoder_fingerprint": manifest["decoder_fingerprint"],
         "signal": manifest["signal"],
-        "kind": entry["kind"],
-        "precision": entry["precision"],
-        "storage": entry["storage"],
-        "grid": manifest["grid"]["resolution"],
         "cells": manifest["grid"]["cells"],
-        "steps": entry["steps"],
-        "scheduler": sampling and sampling["scheduler"],
-        "instance": entry["instance"],
-        "psnr": entry["psnr"],
+        **{key: entry[key] for key in ("kind", "precision", "storage", "steps", "scheduler", "instance")},
     }
     return {key: value for key, value in facts.items() if value is not None}

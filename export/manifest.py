@@ -80,6 +80,7 @@ def graph_entry(variant: GraphVariant) -> dict[str, Any]:
             source: {size: list(shape) for size, shape in shapes.items()} for source, shapes in spec.profile.items()
         },
         "steps": spec.steps,
+        "scheduler": spec.scheduler,
         "instance": spec.instance,
         "half": variant.half,
         "has_int8": any(node.op_type == "DequantizeLinear" for node in variant.model.graph.node),

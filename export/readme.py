@@ -73,9 +73,8 @@ def _further(count: int) -> str:
 
 
 def _kind(kind: str, manifest: dict[str, Any]) -> str:
-    sampling = manifest["sampling"]
-    steps = " or ".join(map(str, sampling["num_inference_steps"])) if sampling else ""
-    return f"- **{kind}**: {KINDS[kind].described(manifest, steps)}"
+    graphs = [graph for graph in manifest["graphs"].values() if graph["kind"] == kind]
+    return f"- **{kind}**: {KINDS[kind].described(manifest, graphs)}"
 
 
 def _values(manifest: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """What graphs say of themselves: complete, true, the same from export to export, and without a change to a number."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +13,12 @@ from onnx import shape_inference
 from export.commands.export import ExportArguments, export_bundle
 from export.device.bundle import BundleFolder
 from export.graph_notes import write_notes
+from latent_prior.diffusion import student_scheduler
 from latent_prior.pipeline import MNIFPipeline
 from mnif.cli import main
 from mnif.latents.table import LatentTable
 from mnif.utils.json_files import read_json
+from tests.conftest import small_pipeline
 from tests.fakes.onnx_rules import DENOISER, FIELDS, PRECISION, check_output_type, run
 
 
@@ -27,10 +30,11 @@ def test_every_graph_says_what_it_is(exported: Path) -> None:
         facts = {each.key: each.value for each in model.metadata_props}
         assert model.graph.name == name
         assert model.doc_string.startswith(f"{entry['kind']}: ")
-        assert f"{entry['psnr']:.1f} dB" in model.doc_string
+        assert f"Computed in {entry['precision']}" in model.doc_string
         assert facts["decoder_fingerprint"] == folder.manifest["decoder_fingerprint"]
         assert (facts["precision"], facts["storage"]) == (entry["precision"], entry["storage"])
         assert ("steps" in facts) == ("scheduler" in facts) == (entry["kind"] == "sampler")
+        assert ("steps of UniPCMultistepScheduler unrolled" in model.doc_string) == (entry["kind"] == "sampler")
         assert json.loads(facts.get("instance", "null")) == entry["instance"]
         assert all(tensor.doc_string for tensor in (*model.graph.input, *model.graph.output))
         assert all(node.name for node in model.graph.node)
@@ -103,12 +107,24 @@ def test_the_data_is_named_if_its_latents_are_there(
 
 def test_other_flags_leave_a_graph_as_it_was(pipeline: MNIFPipeline, tmp_path: Path) -> None:
     """Plans are kept for graphs that are the same to the byte."""
-    files = []
-    for steps in ([1], [1, 3]):
-        options = ExportArguments(
-            model=Path("model"), output_dir=tmp_path / str(len(steps)), num_baked=0, compile_rtx="off"
-        )
-        options.num_inference_steps = steps
-        export_bundle(pipeline, options)
-        files.append((options.output_dir / "onnx/sampler_1_mixed.onnx").read_bytes())
-    assert files[0] == files[1]
+    options = ExportArguments(model=Path("model"), output_dir=tmp_path / "a", num_baked=1, compile_rtx="off")
+    export_bundle(pipeline, replace(options, num_inference_steps=[1]))
+    others = {"num_inference_steps": [3, 1], "triton": True, "precision": ["fp32"]}
+    export_bundle(pipeline, replace(options, output_dir=tmp_path / "b", **others))
+    for name in ("sampler_1_mixed", "decoder", "baked_0000"):
+        path = f"onnx/{name}.onnx"
+        assert (tmp_path / "a" / path).read_bytes() == (tmp_path / "b" / path).read_bytes(), name
+
+
+def test_a_students_sampler_names_its_own_scheduler(pipeline: MNIFPipeline, tmp_path: Path) -> None:
+    student = small_pipeline(pipeline.decoder).denoiser
+    student.register_to_config(distilled_steps=[1])
+    model = MNIFPipeline(pipeline.decoder, pipeline.denoiser, pipeline.scheduler, student, student_scheduler())
+    options = ExportArguments(model=Path("model"), output_dir=tmp_path / "bundle", num_baked=0, compile_rtx="off")
+    export_bundle(model, replace(options, num_inference_steps=[1, 3]))
+    graphs = read_json(options.output_dir / "manifest.json")["graphs"]
+    names = [type(each).__name__ for each in (student_scheduler(), pipeline.scheduler)]
+    assert [graphs[f"sampler_{steps}_mixed"]["scheduler"] for steps in (1, 3)] == names
+    assert names[0] != names[1]
+    readme = (options.output_dir / "README.md").read_text()
+    assert f"1 steps of {names[0]}, 3 steps of {names[1]} unrolled" in readme

@@ -97,7 +97,7 @@ def test_lines_of_the_docs_run_on_every_version() -> None:
     """They load plans, which all versions do with the same flags."""
     calls = [
         words
-        for page in sorted((ROOT / "docs").glob("*.md"))
+        for page in sorted((ROOT / "docs").rglob("*.md"))
         for words in trtexec_calls("\n".join(re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.DOTALL | re.M)))
     ]
     assert calls
