@@ -17,7 +17,8 @@ from torch import Tensor
 
 from export.device.reference_evaluator import evaluate
 from export.device.verify import peak_of, psnr
-from export.graphs.precision import Precision, Storage, convert, hidden_products
+from export.graphs import Precision, Storage
+from export.graphs.precision import convert, hidden_products
 from mnif.utils.errors import UserError
 
 Profile = Mapping[str, Mapping[str, Sequence[int]]]  # input → {"minimum", "optimum", "maximum"} shapes

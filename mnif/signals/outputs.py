@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,22 +12,21 @@ from torch import Tensor
 
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import OutputWriter, Signal
+from mnif.signals.output_flags import OutputFlags
 from mnif.signals.registry import signal_of_model
 from mnif.utils.errors import UserError, check_at_least, require
 from mnif.utils.pixels import as_axes
 from mnif.utils.process import one_thread
 
-Animation = Literal["gif", "mp4"]
-MeshFormat = Literal["glb", "obj", "ply", "stl"]
 ELEVATION = 20.0
 """Degrees above the horizon at which cameras look at shapes and objects unless told otherwise."""
 
-_WRITER_FLAGS = ("resolution", "mesh", "turntable", "frames", "elevation", "views")
+_WRITER_FLAGS = tuple(field.name for field in fields(OutputFlags))
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")  # of every signal
 _POINTS_AT_ONCE = 1 << 20  # of a grid; bounds the memory of decoding
 
 
-def writer_from_flags(arguments: Any, signal: Signal) -> OutputWriter:
+def writer_from_flags(arguments: OutputFlags, signal: Signal) -> OutputWriter:
     """Makes the writer of a signal, with those flags of ``arguments`` that were given.
 
     Raises:

@@ -22,7 +22,8 @@ from mnif.models.encoders import ViewsEncoder
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Observation, OutputWriter, Signal, psnr
 from mnif.signals.image import height_and_width
-from mnif.signals.outputs import ELEVATION, Animation, check_camera, check_resolution, decode_volumes
+from mnif.signals.output_flags import Animation
+from mnif.signals.outputs import ELEVATION, check_camera, check_resolution, decode_volumes
 from mnif.signals.volume_rendering import box_intersection, camera_rays, composite, stratified_depths, turntable_poses
 from mnif.utils.errors import UserError
 from mnif.utils.files import was_written
