@@ -18,7 +18,7 @@ class ProtocolFlags:
 
     preset: Literal["offline", "paper", "pytorch-fid", "clean", "tf1"] = "offline"
     """The protocol for pictures: extractor, resize filter, rounding, part of the reference, counts, neighbours."""
-    extractor: Literal["lite0", "inception"] | None = None
+    extractor: Literal["lite0", "resnet", "inception"] | None = None
     """Feature extractor for pictures, in place of the preset's."""
     inception_weights: Path | None = None
     """The file of FID's Inception; default: MNIF_INCEPTION_WEIGHTS, the cache, or a download whose hash is checked."""
