@@ -25,10 +25,9 @@ from mnif.signals.base import (
     intersection_over_union,
     mirror_half,
 )
+from mnif.signals.output_flags import Animation, MeshFormat
 from mnif.signals.outputs import (
     ELEVATION,
-    Animation,
-    MeshFormat,
     check_camera,
     check_resolution,
     decode_grid,
