@@ -42,7 +42,7 @@ class DemoApp:
         self.pipeline.set_progress_bar_config(disable=True)
         self.decoder = self.pipeline.decoder
         self.signal = signal_of_model(self.decoder)
-        self.latent_init = load_latent_init(model, self.pipeline.decoder, self.signal)
+        self.latent_init = load_latent_init(model, self.decoder, self.signal)
         self.takes_pictures = self.signal.name == "image"
 
     @torch.no_grad()
