@@ -7,8 +7,13 @@ from export.graphs.specs import KINDS
 from mnif.signals.registry import signal_class
 
 
-def bundle_readme(manifest: dict[str, Any]) -> str:
-    """Writes Markdown for a manifest (without files and digest), for whoever unpacks the bundle on a board."""
+def bundle_readme(manifest: dict[str, Any], with_weights: bool = False) -> str:
+    """Writes Markdown for a manifest (without files and digest), for whoever unpacks the bundle on a board.
+
+    Args:
+        manifest: of the bundle.
+        with_weights: ``weights.safetensors`` lies in it.
+    """
     graphs = manifest["graphs"]
     shown = {name: graph for name, graph in graphs.items() if graph["reference"] is not None}
     kinds = [kind for kind in KINDS if any(graph["kind"] == kind for graph in graphs.values())]
@@ -19,6 +24,7 @@ def bundle_readme(manifest: dict[str, Any]) -> str:
         kinds="\n".join(_kind(kind, manifest) for kind in kinds),
         values=_values(manifest),
         precision=" ".join(_PRECISIONS[name] for name in manifest["precision"]),
+        weights=_WEIGHTS if with_weights else "",
         sample=_SAMPLE if manifest["sampling"] else "",
         commands="\n".join(trtexec_command(name, graph) for name, graph in shown.items()),
         gate=_gate(manifest),
@@ -91,6 +97,8 @@ _PRECISIONS = {
     "`device/build.py` sets them layer by layer.",
 }
 
+_WEIGHTS = "`weights.safetensors` has the decoder's weights by name.\n"
+
 _SAMPLE = """
     python3 device/sample.py --num 16 --seed 0 --output_dir out
 """
@@ -110,9 +118,9 @@ Written by mnif {version}. `manifest.json` has every shape, hash and measured fi
 
 {precision}
 Decibels are peak signal-to-noise ratios on the inputs in `reference.npz`, in the graph's own precision, with the
-model's own weights in float64 as the truth. All graphs are opset 17, one file each. `weights.safetensors` has the
-decoder's weights by name; `reference.npz` has inputs (float32) and exact outputs (float64).
-
+model's own weights in float64 as the truth. All graphs are opset 17, one file each. `reference.npz` has inputs
+(float32) and exact outputs (float64).
+{weights}
 ## On the device
 
 Copy this folder to the board. Its tools need Python 3.8, NumPy, and TensorRT or ONNX Runtime:

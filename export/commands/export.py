@@ -66,6 +66,9 @@ class ExportArguments:
     """Add the graphs of the page in examples/browser: noise → coefficients, and values of those at any coordinates."""
     triton: bool = False
     """Add a model repository for Triton Inference Server: triton/, with every decoder and sampler."""
+    weights: bool = False
+    """Add weights.safetensors, the decoder's weights by name, for programs of your own: no graph and no command of the
+    device reads it."""
     seed: int = 0
     """Of the baked samples and of the reference inputs."""
     compile_rtx: Literal["auto", "on", "off"] = "auto"
@@ -213,11 +216,12 @@ def _write_bundle(
         manifest = manifest_of(selection) | {"inputs": inputs}
         reference = _write_graphs(selection, options, folder, manifest, compiles)
         np.savez_compressed(folder / "reference.npz", **reference)
-        _write_weights(selection.decoder, folder / "weights.safetensors")
+        if options.weights:
+            _write_weights(selection.decoder, folder / "weights.safetensors")
         write_device_files(folder)
         if options.triton:
             write_model_repository(folder, manifest["graphs"])
-        (folder / "README.md").write_text(bundle_readme(manifest))
+        (folder / "README.md").write_text(bundle_readme(manifest, options.weights))
         manifest["files"] = {
             path.relative_to(folder).as_posix(): {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
             for path in sorted(folder.rglob("*"))
