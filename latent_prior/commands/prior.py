@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from latent_prior.changes import changed_instances
 from latent_prior.denoisers import DENOISERS, GROUPS, Denoiser, DenoiserName
 from latent_prior.diffusion import DenoisingLoss, LossType, Objective, Weighting, sampling_scheduler, validation_loss
 from latent_prior.hub import write_model_card
@@ -71,6 +72,9 @@ class PriorArguments(TrainingArguments):
     """Noise added to the latents while training, in their standard deviations: makes copies of them worth less."""
     extra_latents: list[Path] | None = None
     """More latents to learn from: tables that `mnif encode` wrote, such as of mirrored instances (--mirror)."""
+    augment: bool = False
+    """Learn from instances mirrored and recoloured too, in all ways of the fit's --random_flip and --random_colours;
+    told in which, the denoiser draws them as they are."""
 
     train_batch_size: int = 256
     """Latents per step, over all processes together."""
@@ -122,6 +126,8 @@ def _check(arguments: PriorArguments) -> None:
         raise UserError(f"--snr_limit {arguments.snr_limit}: must be above 0")
     if not 0 <= arguments.dropout < 1:
         raise UserError(f"--dropout {arguments.dropout}: must be at least 0 and below 1")
+    if arguments.augment and arguments.extra_latents:
+        raise UserError("--augment: of --extra_latents nobody knows how they were changed; give one of the two")
     if arguments.objective == "flow" and arguments.sampler == "ancestral":
         raise UserError("--sampler ancestral: a flow is sampled without noise; take --objective x0 or v")
     fits = arguments.width % GROUPS == 0 and arguments.width > GROUPS and arguments.depth % 2 == 0
@@ -151,6 +157,7 @@ def fit_prior(arguments: PriorArguments) -> None:
     decoder = load_component(MNIFModel, run / "model", "decoder")
     table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint(), decoder.config.latent_dim)
     latents = torch.cat([table.train, *_extra_latents(arguments, table)])
+    augmented = changed_instances(run, decoder, table) if arguments.augment else None
     if arguments.num_train_epochs is not None:
         epochs, batch_size = arguments.num_train_epochs, arguments.train_batch_size
         accumulation = arguments.gradient_accumulation_steps
@@ -160,29 +167,26 @@ def fit_prior(arguments: PriorArguments) -> None:
     if begin_stage(run, "prior", arguments, {"decoder_fingerprint": table.fingerprint} | extra):
         print(f"{run}: `mnif prior` has finished here before with these arguments; nothing to do")
         return
+    rows = {"latents": latents}
+    if augmented is not None:
+        rows["changed"] = augmented.latents()
+    rows = {"latents": latents} | ({} if augmented is None else {"changed": augmented.latents()})
     set_seed(arguments.seed)
     denoiser = make_denoiser(arguments, table)
-    loss = DenoisingLoss(
-        denoiser,
-        arguments.objective,
-        arguments.weighting,
-        arguments.snr_limit,
-        arguments.loss,
-        arguments.latent_noise,
-    ).to(accelerator.device)
+    ways = 0 if augmented is None else len(augmented.ways)
+    loss = _loss(arguments, denoiser, ways).to(accelerator.device)
     accelerator.print(
-        f"{len(latents)} latents to train, {int(table.held_out.sum())} held out; "
-        f"denoiser {denoiser.num_parameters():,} parameters"
+        f"{len(latents)} latents to train{f', also changed in {ways} ways' if ways else ''}, "
+        f"{int(table.held_out.sum())} held out; denoiser {denoiser.num_parameters():,} parameters"
     )
     validate = partial(_validation_losses, loss, table, accelerator.device)
     optimizer = torch.optim.AdamW(
-        denoiser.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay, fused=True
+        loss.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay, fused=True
     )
     ema = EMAModel(loss.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
-    keep_best = "validation_loss" if arguments.keep == "best" else None
-    rows = array_dataset({"latents": latents})
-    TrainLoop(accelerator, arguments, loss, [optimizer], rows, run, "prior", validate, ema, keep_best).run()
+    keep_best, data = "validation_loss" if arguments.keep == "best" else None, array_dataset(rows)
+    TrainLoop(accelerator, arguments, loss, [optimizer], data, run, "prior", validate, ema, keep_best).run()
     if accelerator.is_main_process:
         _finish(arguments, decoder, denoiser.cpu().eval(), time.perf_counter() - started)
     accelerator.wait_for_everyone()
@@ -199,6 +203,19 @@ def make_denoiser(arguments: PriorArguments, table: LatentTable) -> Denoiser:
     denoiser.latent_mean.copy_(mean)
     denoiser.latent_std.copy_(std)
     return denoiser
+
+
+def _loss(arguments: PriorArguments, denoiser: Denoiser, ways: int) -> DenoisingLoss:
+    """What the flags ask for, of instances that may be changed in so many ways."""
+    return DenoisingLoss(
+        denoiser,
+        arguments.objective,
+        arguments.weighting,
+        arguments.snr_limit,
+        arguments.loss,
+        arguments.latent_noise,
+        ways,
+    )
 
 
 def _validation_losses(loss: DenoisingLoss, table: LatentTable, device: torch.device) -> dict[str, float]:
