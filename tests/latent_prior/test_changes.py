@@ -1,8 +1,7 @@
-"""Priors that learn mirrored and recoloured instances too, and are told which: the changes, their latents, the loss."""
+"""Priors that learn mirrored and recoloured instances too: the changes, their latents, and what is told of them."""
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,11 +79,11 @@ def test_told_zeros_is_untold(denoiser: Denoiser) -> None:
 
 
 @pytest.fixture(scope="module")
-def fitted(picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def fitted(picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("changes") / "run"
     flags = [*SMALL, *QUICK, "--random_flip", "--random_colours"]
     assert main(["fit", "--data", str(picture_folder), "--output_dir", str(run), *flags]) == 0
-    yield run
+    return run
 
 
 @pytest.fixture
