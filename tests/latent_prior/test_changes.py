@@ -75,7 +75,7 @@ def test_told_zeros_is_untold(denoiser: Denoiser) -> None:
         torch.nn.init.normal_(parameter, std=0.3)
     sample, zeros = torch.randn(3, 5), torch.zeros(3, denoiser.config.time_width)
     torch.testing.assert_close(denoiser(sample, 500.0, None, zeros), denoiser(sample, 500.0))
-    assert (denoiser(sample, 500.0, None, zeros + 1) - denoiser(sample, 500.0)).abs().min() > 1e-4
+    assert (denoiser(sample, 500.0, None, zeros + 1) - denoiser(sample, 500.0)).abs().max() > 1e-2
 
 
 @pytest.fixture(scope="module")
