@@ -35,7 +35,7 @@ from mnif.data.dataset import Split
 from mnif.data.images import ImageData, load_images
 from mnif.latents.inference import infer_latents
 from mnif.latents.inner_loop import InnerLoop
-from mnif.latents.pca import fit_pca
+from mnif.latents.pca import fit_pca, pca_warnings
 from mnif.utils.errors import UserError, require
 from mnif.utils.files import sha256_of_file, sha256_of_folder
 from mnif.utils.pixels import image_grid, save_image
@@ -131,7 +131,7 @@ class ImageEvaluator(Evaluator):
             images = latent_images(run.decoder, drawn, f"{self.measured} {seed} Gaussian", quantise)
             features["_gaussian"] = cache.features(images, "Gaussian latents")
         metrics: dict[str, Any] = {"model": _cost(run, steps)}
-        splits = None
+        splits, warnings = None, []
         if self.data is not None:
             splits = run.splits(self.data, arguments.held_out_fraction, arguments.test_fraction)
             fingerprint = f"{self.measured} {self.reference_fingerprint}"
@@ -145,9 +145,11 @@ class ImageEvaluator(Evaluator):
                 arguments.output_dir,
                 fingerprint,
             ).metrics(self._real_features())
+            warnings = pca_warnings(metrics["pca_components"], int((splits == Split.TRAIN).sum()))
         if processes.is_main and run.table is not None and run.table.held_out.any():
             metrics |= memorisation_metrics(latents, run.table)
-        return metrics | self._compare(features, samples, splits)
+        compared = self._compare(features, samples, splits)
+        return metrics | compared | {"warnings": warnings + compared.get("warnings", [])}
 
     def _splits_by_flags(self) -> np.ndarray | None:
         """Splits the reference as the flags say, [N]; None if it is statistics."""

@@ -1,6 +1,5 @@
-"""The metrics of one or several evaluations as people read them: tables, each above its controls, and plots."""
+"""The metrics of one or several evaluations as people read them: tables, each above its controls."""
 
-import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from mnif.utils.errors import UserError, markdown_code, printable
 from mnif.utils.json_files import read_object
@@ -164,11 +161,16 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         UserError: the file is missing or damaged, or a metric is no number.
     """
     evaluation = read_object(path, EvaluationFile)
+    check_metrics(evaluation, str(path))
+    return evaluation
+
+
+def check_metrics(evaluation: Mapping[str, Any], where: str) -> None:
+    """Raises a UserError that begins with ``where`` unless all metrics of an evaluation are numbers, or missing."""
     for key, value in evaluation.items():
         is_metric = key.endswith("_std") or key.split("_")[0] in {name.split("_")[0] for name in FAMILIES}
         if is_metric and not isinstance(value, int | float | None):
-            raise UserError(f"{path}: {key} is no number")
-    return evaluation
+            raise UserError(f"{where}: {key} is no number")
 
 
 def metrics_of(evaluation: Mapping[str, Any]) -> Iterator[Metric]:
@@ -241,82 +243,3 @@ def evaluation_markdown(metrics: Mapping[str, Any], name: str) -> str:
         parts.append(protocol_line(metrics["protocol"]) + "\n")
     parts.append(f"{markdown_code(metrics['command'])}\n")
     return "\n".join(parts)
-
-
-LABELS = {
-    "loss": "training loss",
-    "psnr_train": "training pictures",
-    "psnr_heldout": "held-out pictures",
-    "validation_loss": "held-out latents",
-    "validation_loss_train": "training latents",
-}
-
-COSTS = {
-    "num_inference_steps": "denoising steps",
-    "multiply_adds_per_value": "multiply-adds of the fields per value",
-    "num_bases": "bases M",
-}
-"""What quality is paid with, as in ``model`` of a ``metrics.json``."""
-
-_QUALITIES = ("fid", "fd_lite0", "mmd_chamfer", "psnr_heldout", "iou_heldout")
-
-
-def comparison_plot(evaluations: Mapping[str, Mapping[str, Any]]) -> bytes | None:
-    """Plots quality against what it costs, a panel for each kind of cost; None if no evaluation is of a model.
-
-    Args:
-        evaluations: name → content of ``metrics.json``.
-    """
-    qualities = [name for name in _QUALITIES if any(name in metrics for metrics in evaluations.values())]
-    of_models = {name: metrics for name, metrics in evaluations.items() if "model" in metrics}
-    if not of_models or not qualities:
-        return None
-    figure = Figure(figsize=(4.2 * len(COSTS), 3.4 * len(qualities)), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(len(qualities), len(COSTS), squeeze=False)
-    for quality, panels in zip(qualities, grid, strict=True):
-        for (cost, label), axes in zip(COSTS.items(), panels, strict=True):
-            for name, metrics in of_models.items():
-                if quality in metrics and cost in metrics["model"]:
-                    spread = metrics.get(f"{quality}_std", 0.0)
-                    axes.errorbar(metrics["model"][cost], metrics[quality], spread, fmt="o", capsize=3, label=name)
-            floors = [metrics[f"{quality}_floor"] for metrics in of_models.values() if f"{quality}_floor" in metrics]
-            if floors:
-                axes.axhline(min(floors), color="grey", linestyle=":", linewidth=1, label="real against real")
-            axes.set(xlabel=label, ylabel=quality)
-            axes.grid(alpha=0.3)
-    grid[0][0].legend(frameon=False, fontsize="small")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-def curve_plot(
-    rows: list[dict[str, Any]], stage: str, names: list[str], vertical: str, logarithmic: bool = False
-) -> bytes | None:
-    """Plots metrics ``names`` of one command over its steps; None if it has none of them.
-
-    Args:
-        rows: of ``metrics.jsonl``.
-        stage: the command's name.
-        names: the metrics, as in the rows.
-        vertical: label of the vertical axis, with its unit.
-        logarithmic: vertical axis.
-    """
-    figure = Figure(figsize=(5.2, 3.2), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for name in names:
-        points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=LABELS.get(name, name), linewidth=1.6)
-    if not axes.lines:
-        return None
-    if logarithmic:
-        axes.set_yscale("log")
-    axes.set(xlabel=f"step of mnif {stage}", ylabel=vertical)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

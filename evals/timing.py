@@ -1,4 +1,4 @@
-"""How long a picture takes: the same work in PyTorch and in ONNX Runtime, side by side."""
+"""How long an instance takes: the same work in PyTorch and in ONNX Runtime, side by side."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +12,7 @@ import torch
 from export.device.runtime import Sampler, load_bundle
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
+from mnif.signals.registry import signal_of_model
 
 ROUNDS = 5
 
@@ -19,7 +20,7 @@ K = TypeVar("K")
 
 
 def measured_latencies(pipeline: MNIFPipeline, bundle: Path | None, steps: int) -> list[dict[str, str | float]]:
-    """Measures median milliseconds of drawing 1 and 32 pictures, from noise and from coefficients, per runtime.
+    """Measures median milliseconds of drawing 1 and 32 instances, from noise and from coefficients, per runtime.
 
     The runtimes take turns, round by round, so that a machine whose speed drifts drifts for all.
 
@@ -29,10 +30,11 @@ def measured_latencies(pipeline: MNIFPipeline, bundle: Path | None, steps: int) 
         steps: denoising steps; those of the bundle's sampler.
 
     Returns:
-        Rows with ``work``, ``runtime``, ``batch``, ``milliseconds`` and ``images_per_second``.
+        Rows with ``work``, ``runtime``, ``batch``, ``milliseconds`` and ``per_second``.
     """
     pipeline.set_progress_bar_config(disable=True)
     decoder = pipeline.decoder
+    noun = signal_of_model(decoder).noun
     exported = load_bundle(bundle) if bundle is not None else None
     rows: list[dict[str, str | float]] = []
     for batch in (1, 32):
@@ -43,12 +45,12 @@ def measured_latencies(pipeline: MNIFPipeline, bundle: Path | None, steps: int) 
             grid = decoder.grid()
         draw = partial(pipeline, latents=noise_tensor, num_inference_steps=steps, output_type="np")
         work: dict[tuple[str, str], Callable[[], object]] = {
-            ("noise to picture", "PyTorch"): draw,
-            ("coefficients to picture", "PyTorch"): partial(decoder.decode_coefficients, coefficients, grid),
+            (f"noise to {noun}", "PyTorch"): draw,
+            (f"coefficients to {noun}", "PyTorch"): partial(decoder.decode_coefficients, coefficients, grid),
         }
         if exported is not None:
-            work["noise to picture", "ONNX Runtime"] = partial(exported.run, Sampler(exported).name, noise)
-            work["coefficients to picture", "ONNX Runtime"] = partial(exported.run, "decoder", coefficients.numpy())
+            work[f"noise to {noun}", "ONNX Runtime"] = partial(exported.run, Sampler(exported).name, noise)
+            work[f"coefficients to {noun}", "ONNX Runtime"] = partial(exported.run, "decoder", coefficients.numpy())
         for (name, runtime), seconds in median_seconds(work).items():
             rows.append(
                 {
@@ -56,7 +58,7 @@ def measured_latencies(pipeline: MNIFPipeline, bundle: Path | None, steps: int) 
                     "runtime": runtime,
                     "batch": batch,
                     "milliseconds": seconds * 1e3,
-                    "images_per_second": batch / seconds,
+                    "per_second": batch / seconds,
                 }
             )
     return rows

@@ -31,7 +31,7 @@ from evals.voxel_sets import (
 from mnif.data.batches import ArrayDataset, evenly_spaced
 from mnif.data.dataset import Split
 from mnif.data.voxels import VoxelData, load_voxels
-from mnif.latents.pca import PCA, fit_pca
+from mnif.latents.pca import PCA, fit_pca, pca_warnings
 from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_folder
 from mnif.utils.meshes import mesh_preview, occupancy_preview
@@ -201,7 +201,7 @@ class VoxelEvaluator(Evaluator):
             f"{metrics[name]} reconstructions of {split} shapes have no surface; chamfer_{split} leaves them out"
             for split in SPLITS
             if metrics.get(name := f"no_surface_{split}")
-        ]
+        ] + pca_warnings(metrics["pca_components"], len(train))
         if run.pipeline is None:
             return metrics | {"protocol": self._protocol(splits)}
         real, seed = real_shapes(data, splits), arguments.seed

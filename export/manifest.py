@@ -19,8 +19,13 @@ from mnif.utils.pixels import as_axes
 from mnif.utils.process import command_line
 
 
-def manifest_of(selection: Selection) -> dict[str, Any]:
-    """Describes a model: all but the graphs, which are to be added, the inputs, the files and the digest."""
+def manifest_of(selection: Selection, trained_on: str | None = None) -> dict[str, Any]:
+    """Describes a model: all but the graphs, which are to be added, the inputs, the files and the digest.
+
+    Args:
+        selection: what is exported.
+        trained_on: the data's name, where it is known.
+    """
     config, pipeline = selection.decoder.config, selection.pipeline
     return {
         "schema": SCHEMA,
@@ -28,6 +33,7 @@ def manifest_of(selection: Selection) -> dict[str, Any]:
         "source_revision": source_revision(),
         "command": command_line(),
         "decoder_fingerprint": selection.decoder.fingerprint(),
+        "trained_on": trained_on,
         "signal": config.signal,
         "grid": {
             "dimensions": config.dimensions,
@@ -74,8 +80,10 @@ def graph_entry(variant: GraphVariant) -> dict[str, Any]:
             source: {size: list(shape) for size, shape in shapes.items()} for source, shapes in spec.profile.items()
         },
         "steps": spec.steps,
+        "scheduler": spec.scheduler,
         "instance": spec.instance,
         "half": variant.half,
+        "has_int8": any(node.op_type == "DequantizeLinear" for node in variant.model.graph.node),
         "reference": None if spec.reference is None else spec.reference.prefix,
         "psnr": None if variant.psnr is None else round(variant.psnr, 2),
         "tolerance": variant.tolerance,

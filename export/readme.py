@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from export.graphs.specs import KINDS
+from export.tensorrt_tools import GENERATIONS, polygraphy_commands, trtexec_command
 from mnif.signals.registry import signal_class
 
 
@@ -16,42 +17,59 @@ def bundle_readme(manifest: dict[str, Any], with_weights: bool = False) -> str:
     """
     graphs = manifest["graphs"]
     shown = {name: graph for name, graph in graphs.items() if graph["reference"] is not None}
+    compared = {name: graph for name, graph in shown.items() if KINDS[graph["kind"]].served}
+    oldest, opting, newest = GENERATIONS
     kinds = [kind for kind in KINDS if any(graph["kind"] == kind for graph in graphs.values())]
     return _TEXT.format(
         version=manifest["package"]["version"],
-        rows="\n".join(_row(graph) for graph in shown.values()),
+        rows="\n".join(_row(graph, manifest["measured"][name]) for name, graph in shown.items()),
         further=_further(len(graphs) - len(shown)),
         kinds="\n".join(_kind(kind, manifest) for kind in kinds),
         values=_values(manifest),
         precision=" ".join(_PRECISIONS[name] for name in manifest["precision"]),
         weights=_WEIGHTS if with_weights else "",
         sample=_SAMPLE if manifest["sampling"] else "",
-        commands="\n".join(trtexec_command(name, graph) for name, graph in shown.items()),
+        loss=_loss(shown, manifest),
+        opting=opting.title,
+        oldest=oldest.title,
+        newest=newest.title,
+        commands="\n".join(trtexec_command(name, graph, opting) for name, graph in shown.items()),
+        old_commands="\n".join(trtexec_command(name, graph, oldest) for name, graph in shown.items()),
+        polygraphy="\n".join(line for graph in compared.values() for line in polygraphy_commands(graph, opting)),
         gate=_gate(manifest),
     )
 
 
-def trtexec_command(name: str, graph: Mapping[str, Any]) -> str:
-    """Writes the line that builds and times one graph's engine with TensorRT, to be run in the bundle folder."""
-    shapes = [
-        f"--{flag}Shapes={','.join(f'{source}:{_by(sizes[key])}' for source, sizes in graph['profile'].items())}"
-        for flag, key in (("min", "minimum"), ("opt", "optimum"), ("max", "maximum"))
-    ]
-    typed = ["--stronglyTyped"] if graph["half"] else []
-    return " ".join(["trtexec", f"--onnx={graph['file']}", f"--saveEngine={name}.engine", *shapes, "--noTF32", *typed])
-
-
-def _by(shape: list[int]) -> str:
-    return "x".join(map(str, shape))
-
-
-def _row(graph: Mapping[str, Any]) -> str:
+def _row(graph: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
     sources, results = (
         ", ".join(f"`{tensor['name']} [{', '.join(map(str, tensor['shape']))}]`" for tensor in graph[side])
         for side in ("inputs", "outputs")
     )
     stored = "" if graph["storage"] == "fp32" else f", stored in {graph['storage']}"
-    return f"| `{graph['file']}` | {graph['precision']}{stored} | {sources} | {results} | {graph['psnr']:.1f} |"
+    quality = f"{graph['psnr']:.1f} | {measured['max_abs']:.1e}"
+    return f"| `{graph['file']}` | {graph['precision']}{stored} | {sources} | {results} | {quality} |"
+
+
+def _loss(graphs: Mapping[str, Any], manifest: dict[str, Any]) -> str:
+    """Says what each graph in fewer bits than float32 costs, in decibels and in steps of a pixel."""
+    lines = []
+    for name, graph in graphs.items():
+        if graph["precision"] == graph["storage"] == "fp32":
+            continue
+        error = manifest["measured"][name]["max_abs"]
+        single = graphs.get(name.removesuffix("_mixed"), graph)
+        beside = f" (float32: {single['psnr']:.1f} dB)" if single is not graph else ""
+        steps = pixel_steps(graph, manifest, error)
+        pixels = "" if steps is None else f", {steps:.2f} of a pixel's 255 steps"
+        lines.append(f"- `{name}`: {graph['psnr']:.1f} dB{beside}, no value off by more than {error:.1e}{pixels}")
+    return "\n".join(lines) or "- no graph of this bundle: all are float32."
+
+
+def pixel_steps(graph: Mapping[str, Any], manifest: Mapping[str, Any], error: float) -> float | None:
+    """Counts an error of a value in steps of an 8-bit pixel; None for values that do not become pixels."""
+    output = graph["outputs"][0]["name"]
+    is_pixel = output == "colours" or (output == "values" and manifest["grid"]["dimensions"] == 2)
+    return error * 127.5 if is_pixel else None
 
 
 def _further(count: int) -> str:
@@ -61,14 +79,8 @@ def _further(count: int) -> str:
 
 
 def _kind(kind: str, manifest: dict[str, Any]) -> str:
-    sampling, grid = manifest["sampling"], manifest["grid"]
-    return f"- **{kind}**: " + KINDS[kind].description.format(
-        steps=" or ".join(map(str, sampling["num_inference_steps"])) if sampling else "",
-        scheduler=sampling["scheduler"] if sampling else "",
-        end="coefficients" if manifest["radiance"] else "values on the grid",
-        grid=" × ".join(map(str, grid["resolution"])),
-        cells=grid["cells"] ** grid["dimensions"],
-    )
+    graphs = [graph for graph in manifest["graphs"].values() if graph["kind"] == kind]
+    return f"- **{kind}**: {KINDS[kind].described(manifest, graphs)}"
 
 
 def _values(manifest: dict[str, Any]) -> str:
@@ -93,7 +105,7 @@ def _gate(manifest: dict[str, Any]) -> str:
 _PRECISIONS = {
     "fp32": "**fp32** computes in float32; keep TF32 off.",
     "mixed": "**mixed** multiplies hidden layers in float16 between Cast nodes, and keeps the first layer, biases and "
-    "sines in float32; TensorRT 10 and later is to take types as they are (`--stronglyTyped`), for TensorRT 8 "
+    "sines in float32; TensorRT 10 is told to take types as they are, 11 knows nothing else, and for TensorRT 8 "
     "`device/build.py` sets them layer by layer.",
 }
 
@@ -108,8 +120,8 @@ _TEXT = """\
 
 Written by mnif {version}. `manifest.json` has every shape, hash and measured figure.
 
-| graph | precision | inputs | outputs | dB against float64 |
-|---|---|---|---|---|
+| graph | precision | inputs | outputs | dB against float64 | largest error |
+|---|---|---|---|---|---|
 {rows}
 {further}
 {kinds}
@@ -118,9 +130,18 @@ Written by mnif {version}. `manifest.json` has every shape, hash and measured fi
 
 {precision}
 Decibels are peak signal-to-noise ratios on the inputs in `reference.npz`, in the graph's own precision, with the
-model's own weights in float64 as the truth. All graphs are opset 17, one file each. `reference.npz` has inputs
-(float32) and exact outputs (float64).
+model's own weights in float64 as the truth; so is the largest error. All graphs are opset 17, one file each, and say
+what they are (open one in Netron). `reference.npz` has inputs (float32) and exact outputs (float64).
 {weights}
+## What fewer bits cost
+
+Half precision and narrow storage are a choice, and this is its price, measured on the inputs in `reference.npz`.
+Rounding a picture to 8 bits is an error of 58.9 dB and half a step by itself.
+
+{loss}
+
+`device/sample.py`, `device/bench.py` and `load_bundle` take `fp32` or `mixed` by name.
+
 ## On the device
 
 Copy this folder to the board. Its tools need Python 3.8, NumPy, and TensorRT or ONNX Runtime:
@@ -132,10 +153,27 @@ Copy this folder to the board. Its tools need Python 3.8, NumPy, and TensorRT or
 ## By hand, with trtexec
 
 Build engines on the board they run on, in this folder; an engine is tied to its GPU and TensorRT version. On JetPack
-`trtexec` lies in `/usr/src/tensorrt/bin`.
+`trtexec` lies in `/usr/src/tensorrt/bin`. A flag that a version does not know ends it, so take your version's lines.
+
+**{opting}**; also {newest}, where `--stronglyTyped` is always on and may be left out:
 
 ```sh
 {commands}
+```
+
+**{oldest}**, where `--stronglyTyped` is unknown and mixed graphs are built by our own tool:
+
+```sh
+{old_commands}
+```
+
+## By hand, with Polygraphy
+
+`pip install polygraphy` on the board: what a graph is made of, and TensorRT beside ONNX Runtime on random inputs. With
+TensorRT 8 leave out `--strongly-typed` (of mixed graphs it then chooses the types itself: use `device/verify.py`).
+
+```sh
+{polygraphy}
 ```
 
 {gate}

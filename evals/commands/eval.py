@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from evals.charts import as_png, comparison_chart
 from evals.evaluator import SUBJECTS, evaluator_of
 from evals.metrics.neighbours import copying_verdict
 from evals.presentation import (
-    comparison_plot,
     evaluation_markdown,
     markdown_table,
     metrics_of,
@@ -86,11 +86,11 @@ def compare(paths: Sequence[Path], output: Path) -> None:
     write_json(output / "comparison.json", content)
     with written_atomically(output / "comparison.md") as temporary:
         temporary.write_text(f"{table}\n{protocol_line(protocol)}\n\n{markdown_code(command_line())}\n")
-    plot = comparison_plot({evaluation.name: evaluation.metrics for evaluation in evaluations})
-    if plot is not None:
+    chart = comparison_chart({evaluation.name: evaluation.metrics for evaluation in evaluations})
+    if chart is not None:
         with written_atomically(output / "comparison.png") as temporary:
-            temporary.write_bytes(plot)
-    print(f"{table}\n{output}: comparison.json, comparison.md{' and comparison.png' if plot else ''} written")
+            temporary.write_bytes(as_png(chart))
+    print(f"{table}\n{output}: comparison.json, comparison.md{' and comparison.png' if chart else ''} written")
 
 
 def _subject(path: Path) -> dict[str, Any]:

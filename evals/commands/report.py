@@ -1,45 +1,41 @@
 """`mnif report`: one self-contained HTML page that shows a run."""
 
-import base64
-import io
-import platform
+from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from PIL import Image
-from torch import Tensor
+from markupsafe import Markup
+from matplotlib.figure import Figure
 
-from evals.metrics.neighbours import copying_verdict
-from evals.presentation import curve_plot, protocol_line, read_evaluation, table_rows
+from evals.charts import as_svg, comparison_chart, curve_chart, steps_chart
+from evals.loaded_run import latent_table_of
+from evals.presentation import EvaluationFile, check_metrics, protocol_line, read_evaluation, table_rows
+from evals.report.embedded import file_uri, gallery, lossless_uri
+from evals.report.exhibits import drawn_exhibits, easel_of
+from evals.report.findings import findings_of
+from evals.report.provenance import commands_of, provenance
 from evals.timing import measured_latencies
 from export.device.bundle import BundleError, BundleFolder
 from latent_prior.diffusion import INFERENCE_STEPS
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
-from latent_prior.sampling import denoised, initial_noise, sample_latents, slerp
-from mnif.signals.outputs import postprocess
-from mnif.training.run_record import read_metrics_log, read_run_record
+from latent_prior.sampling import sample_latents
+from mnif.signals.registry import signal_of_model
+from mnif.training.run_record import read_metrics_log
 from mnif.utils.args import parse_arguments
-from mnif.utils.errors import UserError
+from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import check_writable, written_atomically
-from mnif.utils.json_files import read_json, read_object
-from mnif.utils.pixels import image_grid
-from mnif.utils.process import command_line
+from mnif.utils.json_files import check_type, read_object
 
-RESOLUTIONS = (32, 64, 256)
-
-PACKAGES = ("mnif-diffusion", "torch", "diffusers", "accelerate", "onnx", "onnxruntime", "tensorrt-rtx", "numpy")
+_COMPARED = 2  # samples that are shown at several resolutions
 
 
 @dataclass(kw_only=True)
 class ReportArguments:
-    """Write one self-contained HTML page that shows a run: pictures, curves, figures with their controls, commands."""
+    """Write one self-contained HTML page that shows a run: samples, what is good and bad, charts, commands."""
 
     run: Path
     """The run folder."""
@@ -50,13 +46,13 @@ class ReportArguments:
     bundle: Path | None = None
     """The output of `mnif export`; default: RUN/bundle."""
     samples: Path | None = None
-    """The output of `mnif sample`; default: RUN/pictures."""
+    """The output of `mnif sample`, whose command is named; default: RUN/pictures."""
     output: Path | None = None
     """The page; default: RUN/report.html."""
     seed: int = 0
-    """Of the pictures drawn for the page."""
+    """Of the samples drawn for the page."""
     num_inference_steps: int = INFERENCE_STEPS
-    """Denoising steps of the pictures drawn for the page."""
+    """Denoising steps of the samples drawn for the page."""
 
 
 def main(arguments: list[str]) -> None:
@@ -68,57 +64,56 @@ def report(arguments: ReportArguments) -> None:
     """Writes the page.
 
     Raises:
-        UserError: the run folder lacks a stage, or the bundle is unfinished or was changed.
+        UserError: the run folder lacks a stage, the bundle is unfinished or was changed, or a flag is out of range.
     """
     run = arguments.run
     if not (run / "run.json").is_file():
         raise UserError(f"--run {run}: no run folder; `mnif fit --output_dir {run}` makes it")
+    check_at_least(0, seed=arguments.seed)
+    check_at_least(1, num_inference_steps=arguments.num_inference_steps)
     output = arguments.output or run / "report.html"
     if output.is_dir():
         raise UserError(f"--output {output}: is a folder; name a file")
     check_writable(output.parent)
     pipeline = load_pipeline(run / "model")
+    pipeline.set_progress_bar_config(disable=True)
     bundle = arguments.bundle or run / "bundle"
     manifest = _manifest_of(bundle) if (bundle / "manifest.json").exists() else None
     evaluation = arguments.eval_dir or run / "eval"
-    metrics = read_evaluation(evaluation / "metrics.json") if (evaluation / "metrics.json").exists() else {}
-    compared = arguments.comparison_dir or run / "comparison"
-    compare = compared / "comparison.json"
-    comparison = read_object(compare, Comparison) if compare.exists() else {}
     samples = arguments.samples or run / "pictures"
-    steps = arguments.num_inference_steps
-    environment = Environment(loader=PackageLoader("evals", "."), autoescape=True, undefined=StrictUndefined)
-    page = environment.get_template("report.html.jinja").render(
-        title=run.resolve().name,
-        fit=read_object(run / "metrics.json", RunFigures),
-        metrics=metrics,
-        rows=table_rows([metrics]),
-        protocol=protocol_line(metrics.get("protocol", {})),
-        verdict=copying_verdict(metrics),
-        comparison=comparison,
-        compared_rows=table_rows([one["figures"] for one in comparison.get("evaluations", [])]),
-        pictures=_drawn_images(pipeline, arguments.seed, steps)
-        | _stored_images(evaluation, ("reconstructions_train", "reconstructions_heldout", "nearest"))
-        | _stored_images(compared, ("comparison",)),
-        plots=_plots(run / "metrics.jsonl"),
-        latencies=measured_latencies(pipeline, bundle if manifest else None, _steps_of(manifest, steps)),
-        sizes=_sizes(run / "model", bundle),
-        manifest=manifest,
-        versions=_versions(),
-        threads=torch.get_num_threads(),
-        commands=_commands(run, samples, bundle, evaluation),
-        seed=arguments.seed,
-        resolutions=RESOLUTIONS,
+    page = (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            title=run.resolve().name,
+            seed=arguments.seed,
+            steps=arguments.num_inference_steps,
+            **_shown(pipeline, arguments),
+            **_measured(pipeline, arguments, manifest),
+            commands=commands_of(run, *(folder / "metrics.json" for folder in (samples, evaluation))),
+            sizes=_sizes(run / "model", bundle),
+            provenance=provenance(),
+            threads=torch.get_num_threads(),
+        )
     )
     with written_atomically(output) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-    print(output)
+    print(f"{output}: {len(page) / 1e6:.1f} MB")
 
 
 class PriorFigures(msgspec.Struct):
     """What `mnif prior` adds to a run's ``metrics.json``."""
 
     denoiser_parameters: int
+    seconds: float
+    peak_rss_mb: float | None = None
+
+
+class DistillFigures(msgspec.Struct):
+    """What `mnif distill` adds to a run's ``metrics.json``."""
+
+    student_parameters: int
+    energy_distance: dict[str, float]
     seconds: float
     peak_rss_mb: float | None = None
 
@@ -131,20 +126,113 @@ class RunFigures(msgspec.Struct):
     field_parameters: int
     seconds: float
     prior: PriorFigures
+    distill: DistillFigures | None = None
     peak_rss_mb: float | None = None
+    psnr_train: float | None = None
+    psnr_heldout: float | None = None
+    psnr_pca_heldout: float | None = None
+    iou_heldout: float | None = None
+    iou_pca_heldout: float | None = None
 
 
 class ComparedEvaluation(msgspec.Struct):
     """A column of a ``comparison.json``."""
 
     name: str
-    figures: dict[str, bool | int | float | str | list | dict | None]
+    figures: dict[str, Any]
 
 
 class Comparison(msgspec.Struct):
     """A ``comparison.json``."""
 
     evaluations: list[ComparedEvaluation] = []
+
+
+def _environment() -> Environment:
+    """Makes the templates' environment; ``source`` puts a style sheet or script into the page as it stands."""
+    environment = Environment(loader=PackageLoader("evals.report", "page"), autoescape=True, undefined=StrictUndefined)
+    loader = environment.loader
+    assert loader is not None
+    environment.globals["source"] = lambda name: Markup(loader.get_source(environment, name)[0])
+    return environment
+
+
+def _shown(pipeline: MNIFPipeline, arguments: ReportArguments) -> dict[str, Any]:
+    """Draws the page's pictures, and takes in those that other commands left."""
+    run, seed, steps = arguments.run, arguments.seed, arguments.num_inference_steps
+    easel = easel_of(pipeline.decoder)
+    table = latent_table_of(run / "model", pipeline.decoder)
+    first = sample_latents(pipeline, seed, range(_COMPARED), steps)
+    with torch.no_grad():
+        resolutions = easel.resolutions(first)
+    evaluation = arguments.eval_dir or run / "eval"
+    stored = ("reconstructions_train", "reconstructions_heldout", "nearest")
+    files = {name: evaluation / f"{name}.png" for name in stored}
+    return {
+        "signal": easel.signal,
+        "data": table.data if table is not None else "",
+        "instances": len(table.ids) if table is not None else 0,
+        "gallery": gallery(drawn_exhibits(pipeline, easel, table, seed, steps)),
+        "resolutions": {
+            name: {"uris": [*map(lossless_uri, some)], "width": some.shape[2], "height": some.shape[1]}
+            for name, some in resolutions.items()
+        },
+        "pictures": {name: file_uri(path) for name, path in files.items() if path.exists()},
+    }
+
+
+def _measured(pipeline: MNIFPipeline, arguments: ReportArguments, manifest: dict[str, Any] | None) -> dict[str, Any]:
+    """Reads what commands measured, measures latencies, and says what it means."""
+    run, bundle = arguments.run, arguments.bundle or arguments.run / "bundle"
+    evaluation = (arguments.eval_dir or run / "eval") / "metrics.json"
+    compared = (arguments.comparison_dir or run / "comparison") / "comparison.json"
+    figures = read_object(run / "metrics.json", RunFigures)
+    metrics = read_evaluation(evaluation) if evaluation.exists() else {}
+    comparison = read_object(compared, Comparison) if compared.exists() else {}
+    columns = {one["name"]: one["figures"] for one in comparison.get("evaluations", [])}
+    for name, column in columns.items():
+        check_type(column, EvaluationFile, f"{compared}: {name}")
+        check_metrics(column, f"{compared}: {name}")
+    distances = (figures.get("distill") or {}).get("energy_distance", {})
+    steps = _steps_of(manifest, arguments.num_inference_steps)
+    latencies = measured_latencies(pipeline, bundle if manifest else None, steps)
+    log = run / "metrics.jsonl"
+    noun = signal_of_model(pipeline.decoder).noun
+    return {
+        "fit": figures,
+        "metrics": metrics,
+        "rows": table_rows([metrics]),
+        "protocol": protocol_line(metrics.get("protocol", {})),
+        "compared": list(columns),
+        "compared_rows": table_rows(list(columns.values())),
+        "findings": findings_of(_present({**figures, **metrics}), distances, latencies, noun),
+        "latencies": latencies,
+        "charts": _as_svgs(
+            {
+                **_curves(read_metrics_log(log) if log.exists() else []),
+                "steps": steps_chart(distances),
+                "costs": comparison_chart(columns),
+            }
+        ),
+    }
+
+
+def _present(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if value is not None}
+
+
+def _curves(rows: list[dict[str, Any]]) -> dict[str, Figure | None]:
+    return {
+        "fit_loss": curve_chart(rows, "fit", ["loss"], "mean squared error", logarithmic=True),
+        "fit_psnr": curve_chart(rows, "fit", ["psnr_train", "psnr_heldout"], "PSNR of the encoder, dB"),
+        "prior_loss": curve_chart(
+            rows, "prior", ["validation_loss_train", "validation_loss"], "denoising loss", logarithmic=True
+        ),
+    }
+
+
+def _as_svgs(charts: Mapping[str, Figure | None]) -> dict[str, Markup]:
+    return {name: Markup(as_svg(chart, name)) for name, chart in charts.items() if chart is not None}
 
 
 def _manifest_of(bundle: Path) -> dict[str, Any]:
@@ -159,78 +247,7 @@ def _steps_of(manifest: dict[str, Any] | None, steps: int) -> int:
     return max(manifest["sampling"]["num_inference_steps"]) if manifest else steps
 
 
-@torch.no_grad()
-def _drawn_images(pipeline: MNIFPipeline, seed: int, steps: int) -> dict[str, str]:
-    """Samples, the same sample at several resolutions, and a walk between samples, as data URIs."""
-    pipeline.set_progress_bar_config(disable=True)
-
-    def sheet(latents: Tensor, columns: int, resolution: int | None = None) -> str:
-        images = postprocess(pipeline.decoder, latents, "pil", resolution)
-        return _data_uri(image_grid([np.asarray(image) for image in images], columns=columns))
-
-    latents = sample_latents(pipeline, seed, range(96), steps)
-    noise = initial_noise(seed, range(5), pipeline.decoder.config.latent_dim)
-    walk = np.concatenate([slerp(start, end, np.linspace(0, 1, 8)) for start, end in pairwise(noise)])
-    return {
-        "samples": sheet(latents, columns=16),
-        **{f"at_{resolution}": sheet(latents[:4], 4, resolution) for resolution in RESOLUTIONS},
-        "interpolation": sheet(denoised(pipeline, torch.from_numpy(walk), steps), columns=8),
-    }
-
-
-def _stored_images(folder: Path, names: tuple[str, ...]) -> dict[str, str]:
-    found = {name: folder / f"{name}.png" for name in names if (folder / f"{name}.png").exists()}
-    return {name: _png_uri(path.read_bytes()) for name, path in found.items()}
-
-
-def _plots(path: Path) -> dict[str, str]:
-    rows = read_metrics_log(path) if path.exists() else []
-    plots = {
-        "fit_loss": curve_plot(rows, "fit", ["loss"], "mean squared error", logarithmic=True),
-        "fit_psnr": curve_plot(rows, "fit", ["psnr_train", "psnr_heldout"], "PSNR of the encoder, dB"),
-        "prior_loss": curve_plot(
-            rows, "prior", ["validation_loss_train", "validation_loss"], "denoising loss", logarithmic=True
-        ),
-    }
-    return {name: _png_uri(plot) for name, plot in plots.items() if plot is not None}
-
-
 def _sizes(model: Path, bundle: Path) -> list[tuple[str, float]]:
     """Files of weights and graphs with their sizes in kB (10³ bytes)."""
     files = [*model.rglob("*.safetensors"), *bundle.rglob("*.onnx")]
     return [(str(path.relative_to(model.parent)), path.stat().st_size / 1e3) for path in sorted(files)]
-
-
-def _versions() -> dict[str, str]:
-    versions = {"Python": platform.python_version(), "machine": f"{platform.machine()}, {platform.system()}"}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
-
-
-class Commanded(msgspec.Struct):
-    """A file that says by which command it was made."""
-
-    command: str = ""
-
-
-def _commands(run: Path, samples: Path, bundle: Path, evaluation: Path) -> list[str]:
-    record = read_run_record(run)
-    commands = [record[stage].command for stage in ("fit", "prior") if stage in record]
-    for path in (samples / "metrics.json", bundle / "manifest.json", evaluation / "metrics.json"):
-        if path.exists():
-            commands.append(read_json(path, Commanded).command)
-    return [*filter(None, commands), command_line()]
-
-
-def _data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return _png_uri(buffer.getvalue())
-
-
-def _png_uri(content: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(content).decode()

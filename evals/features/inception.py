@@ -6,8 +6,6 @@ et al., NeurIPS 2017).
 """
 
 import os
-import shutil
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,32 +20,24 @@ from torch.nn.functional import avg_pool2d, max_pool2d
 from evals.features.extractor import Extractor
 from evals.features.resize import Resize
 from mnif.utils.errors import UserError
-from mnif.utils.files import cache_folder, sha256_of_file, written_atomically
+from mnif.utils.files import cache_folder
+from mnif.utils.published import PublishedFile, downloaded
 
 Size = int | tuple[int, int]
 
 _BATCH_SIZE = 32
-_SECONDS = 30  # without an answer
 
 
 @dataclass(frozen=True)
-class PublishedWeights:
-    """A file as its makers published it.
+class PublishedWeights(PublishedFile):
+    """Weights as their makers published them.
 
     Attributes:
-        name: of the file.
-        size: in bytes.
-        sha256: of its content, hexadecimal.
-        url: where it can be had.
         flag: of the command line that names a copy.
         variable: of the environment, likewise.
         instead: what works without it.
     """
 
-    name: str
-    size: int
-    sha256: str
-    url: str
     flag: str
     variable: str
     instead: str
@@ -56,7 +46,7 @@ class PublishedWeights:
 INCEPTION = PublishedWeights(
     name="pt_inception-2015-12-05-6726825d.pth",
     size=95_628_359,
-    sha256="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    digest="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
     flag="--inception_weights",
     variable="MNIF_INCEPTION_WEIGHTS",
@@ -96,7 +86,7 @@ class Inception(Extractor):
         """States the network, its weights and its normalisation."""
         return {
             "extractor": "inception: FID's Inception-v3 of 2015-12-05, 2048 features after global average pooling",
-            "weights_sha256": INCEPTION.sha256,
+            "weights_sha256": INCEPTION.digest,
             "normalisation": f"(x - {self.grey:g}) / {self.grey:g}, x in 0..255, RGB",
         }
 
@@ -274,33 +264,13 @@ def found_weights(weights: PublishedWeights, given: Path | None = None) -> Path:
     named = given or (Path(named) if (named := os.environ.get(weights.variable)) else None)
     cached = cache_folder() / "weights" / weights.name
     path = named or cached
+    consequence = f"with other weights the distance would not be the published one; {weights.instead}"
     if path.is_file():
-        _check(path, weights)
+        weights.check(path, consequence)
         return path
     if named is not None:
         raise UserError(f"{path}: no such file; {weights.name} ({weights.size:,} bytes) is needed")
-    return _downloaded(weights, cached)
-
-
-def _downloaded(weights: PublishedWeights, path: Path) -> Path:
-    try:
-        with written_atomically(path) as temporary:
-            with urllib.request.urlopen(weights.url, timeout=_SECONDS) as answer, temporary.open("wb") as file:
-                shutil.copyfileobj(answer, file)
-            _check(temporary, weights)
-    except OSError as error:
-        raise UserError(
-            f"{weights.name} ({weights.size:,} bytes, sha256 {weights.sha256}) is not at {path} and cannot be "
-            f"downloaded ({getattr(error, 'reason', None) or error}); put it there or name it with {weights.flag} or "
-            f"{weights.variable}; {weights.url} has it; {weights.instead}"
-        ) from None
-    return path
-
-
-def _check(path: Path, weights: PublishedWeights) -> None:
-    found = sha256_of_file(path)
-    if found != weights.sha256:
-        raise UserError(
-            f"{path}: sha256 {found}; {weights.name} has {weights.sha256}: with other weights the distance would not "
-            f"be the published one; {weights.instead}"
-        )
+    instead = (
+        f"put it there or name it with {weights.flag} or {weights.variable}; {weights.url} has it; {weights.instead}"
+    )
+    return downloaded(weights, cached.parent, consequence, instead)

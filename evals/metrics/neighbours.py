@@ -1,6 +1,7 @@
 """Distances from instances to their nearest neighbours: are samples new, or copies of what was trained on?"""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import numpy as np
 
@@ -122,20 +123,51 @@ def memorisation_metrics(samples: np.ndarray, table: LatentTable) -> dict[str, f
     }
 
 
-def copying_verdict(metrics: dict[str, Any]) -> str | None:
-    """Says in words what the metrics of memorisation mean; None if they are missing.
+FEWEST_HELD_OUT = 20
+"""Of fewer held-out instances no twentieth can be told apart, and their median is anything."""
+
+Copying = Literal["none", "at times", "copies", "unknown"]
+
+
+def held_out_count(metrics: Mapping[str, Any]) -> int | None:
+    """Reads from an evaluation's protocol how many instances were held out; None if it does not say."""
+    protocol = metrics.get("protocol", {})
+    counts = (protocol.get(f"held_out_{noun}") for noun in ("images", "shapes", "objects"))
+    return next((count for count in counts if isinstance(count, int)), None)
+
+
+def copying_of(metrics: Mapping[str, Any]) -> Copying | None:
+    """Tells what the metrics of memorisation mean; None if they are missing.
 
     In pictures the decoder's blur keeps even a copy away from its original, so the smaller of the two ratios counts.
     """
     ratios = [metrics[name] for name in ("nn_ratio", "nn_ratio_latents") if name in metrics]
     if not ratios:
         return None
+    held_out = held_out_count(metrics)
+    if held_out is not None and held_out < FEWEST_HELD_OUT:
+        return "unknown"
     if min(ratios) < COPYING_BELOW:
-        return "copies: its samples lie nearer to training pictures than unseen pictures do"
-    share = metrics.get("copied_share_latents", 0.0)
-    if share > 2 * EXPECTED_SHARE:
-        return f"copies at times: {share:.0%} of its samples are nearer to a training picture than 95 % of unseen ones"
+        return "copies"
+    return "at times" if metrics.get("copied_share_latents", 0.0) > 2 * EXPECTED_SHARE else "none"
+
+
+def copying_verdict(metrics: Mapping[str, Any], noun: str = "instance") -> str | None:
+    """Says :func:`copying_of` in words, in which an instance is called ``noun``."""
+    copying = copying_of(metrics)
+    if copying is None:
+        return None
+    if copying == "unknown":
+        return (
+            f"cannot be judged: {held_out_count(metrics)} {noun}s were held out, and at least {FEWEST_HELD_OUT} are "
+            "needed to know how near unseen ones lie"
+        )
+    if copying == "copies":
+        return f"copies: its samples lie nearer to training {noun}s than unseen {noun}s do"
+    if copying == "at times":
+        share = metrics["copied_share_latents"]
+        return f"copies at times: {share:.0%} of its samples are nearer to a training {noun} than 95 % of unseen ones"
     return (
-        "does not copy more than unseen pictures do: its samples lie as far from training pictures as those, which "
+        f"does not copy more than unseen {noun}s do: its samples lie as far from training {noun}s as those, which "
         "may themselves be variants of training designs"
     )

@@ -327,8 +327,10 @@ def set_metrics(to_real: np.ndarray, among_drawn: np.ndarray, among_real: np.nda
     """Computes ``mmd``, ``cov`` and ``nna`` with their standard errors ``mmd_std`` … from matrices of distances.
 
     Args:
-        to_real, among_drawn, among_real: as in :func:`one_nn_accuracy`; entries that are not the least of their row or
-            column may be any lower bound that exceeds these.
+        to_real: [drawn, real], as in :func:`one_nn_accuracy`; here and below, entries that are not the least of their
+            row or column may be any lower bound that exceeds these.
+        among_drawn: [drawn, drawn], likewise.
+        among_real: [real, real], likewise.
     """
     scores = {
         "mmd": minimum_matching_distances(to_real),

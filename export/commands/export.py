@@ -10,6 +10,7 @@ import onnx
 
 from export.bundle import MANIFEST, Selection, WrittenManifest, is_as_written, put_in_place, write_device_files
 from export.device.bundle import manifest_digest
+from export.graph_notes import write_notes
 from export.graphs.precision import PARTS, Precision, Storage
 from export.graphs.rtx_check import CompileReport, compile_with_rtx, rtx_is_installed
 from export.graphs.specs import KINDS, GraphVariant, make_variants
@@ -17,8 +18,10 @@ from export.manifest import graph_entry, manifest_of
 from export.readme import bundle_readme
 from export.triton import write_model_repository
 from latent_prior.diffusion import INFERENCE_STEPS
+from latent_prior.hub import public_name
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from mnif import __version__
+from mnif.latents.table import data_of_table
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.args import parse_arguments
@@ -145,7 +148,9 @@ def _export(options: ExportArguments) -> None:
     if _holds(options.output_dir, inputs):
         print(f"{options.output_dir}: exported here before from this model with these flags; nothing to do")
         return
-    export_bundle(model, options, inputs)
+    decoder = model if isinstance(model, MNIFModel) else model.decoder
+    trained_on = data_of_table(options.model.parent / "latents.safetensors", decoder.fingerprint())
+    export_bundle(model, options, inputs, trained_on)
 
 
 def load_model(folder: Path) -> MNIFPipeline | MNIFModel:
@@ -170,7 +175,10 @@ def _holds(output: Path, inputs: dict[str, str]) -> bool:
 
 
 def export_bundle(
-    model: MNIFPipeline | MNIFModel, options: ExportArguments, inputs: dict[str, str] | None = None
+    model: MNIFPipeline | MNIFModel,
+    options: ExportArguments,
+    inputs: dict[str, str] | None = None,
+    trained_on: str | None = None,
 ) -> None:
     """Writes a bundle to ``options.output_dir``, whole or not at all; it takes the place of an older one.
 
@@ -180,6 +188,7 @@ def export_bundle(
         model: what to export, on the CPU in float32.
         options: the command's flags; ``options.model`` is not read.
         inputs: what the bundle depends on, noted in the manifest.
+        trained_on: the data's name, where it is known.
 
     Raises:
         UserError: a flag is out of range, the folder holds something else or a file in the way, the scheduler cannot
@@ -196,7 +205,8 @@ def export_bundle(
         selection.pipeline.set_progress_bar_config(disable=True)
     with held_folder(options.output_dir):
         _check_output(options.output_dir)
-        manifest, others = _write_bundle(selection, options, inputs or {}, compiles)
+        manifest = manifest_of(selection, trained_on and public_name(trained_on)) | {"inputs": inputs or {}}
+        others = _write_bundle(selection, options, manifest, compiles)
     megabytes = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
     count = len(manifest["graphs"])
     print(f"{options.output_dir}: {count} graphs, {megabytes:.1f} MB; README.md has the commands for a device")
@@ -207,13 +217,12 @@ def export_bundle(
 
 
 def _write_bundle(
-    selection: Selection, options: ExportArguments, inputs: dict[str, str], compiles: bool
-) -> tuple[dict[str, Any], list[str]]:
-    """Writes the bundle beside its place and moves it there; gives its manifest, and the files of others there."""
+    selection: Selection, options: ExportArguments, manifest: dict[str, Any], compiles: bool
+) -> list[str]:
+    """Writes the bundle beside its place and moves it there, and completes its manifest; gives others' files there."""
     output = options.output_dir.resolve()
     with temporary_folder(output) as folder:
         (folder / "onnx").mkdir()
-        manifest = manifest_of(selection) | {"inputs": inputs}
         reference = _write_graphs(selection, options, folder, manifest, compiles)
         np.savez_compressed(folder / "reference.npz", **reference)
         if options.weights:
@@ -229,7 +238,7 @@ def _write_bundle(
         }
         manifest["digest"] = manifest_digest(manifest)
         write_json(folder / MANIFEST, manifest)
-        return manifest, put_in_place(folder, output)
+        return put_in_place(folder, output)
 
 
 def _write_graphs(
@@ -241,12 +250,14 @@ def _write_graphs(
     for spec in selection.specs():
         for variant in make_variants(spec, *options.precisions_for(spec.kind)):
             path = folder / "onnx" / f"{variant.name}.onnx"
+            manifest["precision"][variant.precision] = PARTS[variant.precision]
+            manifest["graphs"][variant.name] = graph_entry(variant)
+            write_notes(variant.model, variant.name, manifest)
             onnx.save_model(variant.model, path)
             gated = compiles and (spec.instance is None or spec.name.startswith("baked_0000"))
             report = compile_with_rtx(path, spec.profile) if gated else None
-            manifest["precision"][variant.precision] = PARTS[variant.precision]
-            manifest["graphs"][variant.name] = graph_entry(variant)
-            manifest["measured"][variant.name] = {"tensorrt_rtx": None if report is None else asdict(report)}
+            gate = {"tensorrt_rtx": None if report is None else asdict(report)}
+            manifest["measured"][variant.name] = gate | {"max_abs": variant.error}
             if spec.reference is None:
                 unmeasured += 1
             else:

@@ -8,6 +8,7 @@ from typing import Any
 from export.device.bundle import ENGINES, BundleFolder, check_form, entry
 from export.device.cli import Parser, columns, printable, run_command
 from export.device.plans import PlanRefused, read_sidecar
+from export.readme import pixel_steps
 
 _KERNEL = {
     "name": str,
@@ -75,13 +76,25 @@ def bundle_lines(folder: BundleFolder) -> list[str]:
         f"{manifest['decoder_fingerprint'][:16]}",
         "",
     ]
-    rows = [("graph", "kind", "precision", "storage", "MB", "PSNR dB", "inputs → outputs")]
+    rows = [("graph", "kind", "precision", "storage", "MB", "PSNR dB", "off by", "pixel steps", "inputs → outputs")]
     for name, graph in sorted(entry(manifest, "graphs", kind=dict).items()):
         psnr = "–" if graph["psnr"] is None else f"{graph['psnr']:.1f}"
         size = f"{files[graph['file']]['bytes'] / 1e6:.2f}"
         tensors = " → ".join(", ".join(map(_tensor, graph[side])) for side in ("inputs", "outputs"))
-        rows.append((name, graph["kind"], graph["precision"], graph["storage"], size, psnr, tensors))
+        error = _largest_error(manifest, name)
+        steps = None if error is None else pixel_steps(graph, manifest, error)
+        loss = ("–" if error is None else f"{error:.1e}", "–" if steps is None else f"{steps:.2f}")
+        rows.append((name, graph["kind"], graph["precision"], graph["storage"], size, psnr, *loss, tensors))
     return lines + columns(rows)
+
+
+def _largest_error(manifest: dict[str, Any], name: str) -> float | None:
+    """Looks up how far a graph's worst value was off at the export; None in bundles that do not say so."""
+    try:
+        check_form(manifest.get("measured"), {name: {"max_abs": float}})
+    except ValueError:
+        return None
+    return float(manifest["measured"][name]["max_abs"])
 
 
 def plan_lines(path: Path, kernels: bool) -> list[str]:

@@ -1,6 +1,7 @@
 """`mnif bench`, on a device `python3 device/bench.py`: times a bundle's graphs in every backend.
 
-Beside the times stands what they were measured on: device, JetPack, power mode, processor, versions, memory.
+Beside the times stands what they were measured on: device, JetPack, power mode, processor, versions, memory. Where the
+machine tells what it takes, so does the energy of each instance.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from .bundle import BundleError, BundleFolder, check_output, entry, import_backe
 from .cli import MOST_THREADS, Parser, columns, number, run_command
 from .cuda import Cuda, CudaError, find_gpu
 from .plans import PlanRefused
+from .power import NotMeasured, find_meter
 
 
 def describe_machine() -> dict[str, Any]:
@@ -106,6 +109,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--threads", type=number(0, MOST_THREADS), default=0, help="of a backend on the CPU; 0 lets it choose"
     )
+    parser.add_argument(
+        "--energy_seconds",
+        type=number(0, 600),
+        default=2,
+        metavar="N",
+        help="how long each is repeated to measure its energy (2; 0 leaves it out)",
+    )
     parser.add_argument("--output", type=Path, help="write machine and table as JSON here")
     return run_command(parser, arguments, _bench)
 
@@ -128,11 +138,13 @@ def _bench(options: Any) -> int:
         raise BundleError("nothing here can run a graph; install onnxruntime")
     host, device = _times(subjects, options.rounds)
     rows = [_row(subject, *times) for subject, *times in zip(subjects, host, device)]
+    energy = _measure_energy(subjects, rows, options.energy_seconds)
     print(_table(rows))
+    print(f"energy: {energy}")
     memory = {"process_peak_megabytes": peak_memory_megabytes(), "gpu_used_megabytes": _gpu_megabytes()}
     print(f"memory: {memory['process_peak_megabytes']:.0f} MB at most in this process, all backends together")
     if options.output is not None:
-        write_json(options.output, {"machine": machine, "memory": memory, "rows": rows})
+        write_json(options.output, {"machine": machine, "memory": memory, "energy": energy, "rows": rows})
     return 0
 
 
@@ -202,18 +214,50 @@ def _row(subject: Subject, host: np.ndarray, device: np.ndarray) -> dict[str, An
         "host_ms_p99": p99,
         "device_ms_p50": float(np.median(device)) if on_gpu else None,
         "per_second": subject.size / p50 * 1e3,
+        "millijoules": None,
     }
 
 
+def _measure_energy(subjects: list[Subject], rows: list[dict[str, Any]], seconds: int) -> str:
+    """Adds to each row the millijoules of one instance, those of an idle machine included; tells by what they are."""
+    if seconds == 0:
+        return "not measured, --energy_seconds 0"
+    try:
+        meter = find_meter()
+        told = [(each, row) for each, row in zip(subjects, rows) if meter.whole_board or each.backend == "tensorrt"]
+        if not told:
+            raise NotMeasured(f"{meter.name} tells the GPU's alone, and nothing ran there")
+        idle = meter.joules_of(lambda: time.sleep(0.05), 1.0)
+        for subject, row in told:
+            taken = meter.joules_of(partial(subject.run, subject.arrays), seconds)
+            row["millijoules"] = taken.joules / taken.calls / subject.size * 1e3
+    except NotMeasured as reason:
+        return f"not measured, {reason}"
+    what = "the whole module" if meter.whole_board else "the GPU alone"
+    return f"of {what}, by {meter.name}; {idle.joules / idle.seconds:.1f} W of it when idle"
+
+
 def _table(rows: list[dict[str, Any]]) -> str:
-    head = ("graph", "backend", "CUDA graph", "batch", "p50 ms", "p95 ms", "p99 ms", "device ms", "per second")
+    head = (
+        "graph",
+        "backend",
+        "CUDA graph",
+        "batch",
+        "p50 ms",
+        "p95 ms",
+        "p99 ms",
+        "device ms",
+        "per second",
+        "mJ each",
+    )
     lines = [head]
     for row in rows:
         times = [f"{row[key]:.3f}" for key in ("host_ms_p50", "host_ms_p95", "host_ms_p99")]
         device = "–" if row["device_ms_p50"] is None else f"{row['device_ms_p50']:.3f}"
         graph = {None: "–", True: "on", False: "off"}[row["cuda_graph"]]
         rate = f"{row['per_second']:.0f}"
-        lines.append((row["graph"], row["backend"], graph, str(row["batch"]), *times, device, rate))
+        energy = "–" if row["millijoules"] is None else f"{row['millijoules']:.2f}"
+        lines.append((row["graph"], row["backend"], graph, str(row["batch"]), *times, device, rate, energy))
     return "\n".join(columns(lines))
 
 

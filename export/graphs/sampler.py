@@ -273,7 +273,8 @@ def sampler_spec(
     # Each of the unrolled steps hands its rounding on to the next.
     name, limits = f"sampler_{num_inference_steps}", (1e-4, 2e-3)
     reference = reference_of(name, {"noise": noise}, {output: exact}, {output: single}, limits)
-    return GraphSpec(name, "sampler", model, batch_profile(model), reference, steps=len(steps.timesteps))
+    scheduler = type(pipeline.scheduler).__name__
+    return GraphSpec(name, "sampler", model, batch_profile(model), reference, len(steps.timesteps), scheduler)
 
 
 def _denoise_exactly(pipeline: MNIFPipeline, steps: LinearSchedulerTable, noise: Tensor) -> Tensor:

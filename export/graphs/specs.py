@@ -5,7 +5,7 @@ measured along with it, and the tolerance of a graph grows with that. An engine 
 ``maximum``, ``optimum`` fastest.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -46,7 +46,7 @@ class GraphKind:
     """What a bundle must know of a kind of graphs.
 
     Attributes:
-        description: for the bundle's README, which fills in {end}, {steps}, {scheduler}, {grid} and {cells}.
+        description: for the bundle's README, which fills in {end}, {steps}, {grid} and {cells}.
         precision: which flags choose it: ``"graph"`` (--precision), ``"sampler"`` (--sampler_precision and
             --sampler_storage), or ``"fp32"`` for what is float32 alone.
         served: it has a dynamic batch and becomes a model in Triton's repository.
@@ -56,11 +56,22 @@ class GraphKind:
     precision: Literal["graph", "sampler", "fp32"] = "graph"
     served: bool = False
 
+    def described(self, manifest: Mapping[str, Any], graphs: Iterable[Mapping[str, Any]]) -> str:
+        """Fills in the description from a manifest, and from its entries of the graphs that it is about."""
+        grid, steps = manifest["grid"], dict[str, list[str]]()
+        for graph in graphs:
+            if graph["steps"] is not None and str(graph["steps"]) not in steps.setdefault(graph["scheduler"], []):
+                steps[graph["scheduler"]].append(str(graph["steps"]))
+        return self.description.format(
+            steps=", ".join(f"{' or '.join(counts)} steps of {scheduler}" for scheduler, counts in steps.items()),
+            end="coefficients" if manifest["radiance"] else "values on the grid",
+            grid=" × ".join(map(str, grid["resolution"])),
+            cells=grid["cells"] ** grid["dimensions"],
+        )
+
 
 KINDS = {
-    "sampler": GraphKind(
-        "standard normal noise to {end}, {steps} steps of {scheduler} unrolled.", precision="sampler", served=True
-    ),
+    "sampler": GraphKind("standard normal noise to {end}, {steps} unrolled.", precision="sampler", served=True),
     "decoder": GraphKind("mixture coefficients to values on the grid, {grid} points.", served=True),
     "rays": GraphKind(
         "origins and directions (of length one) to colours, in world coordinates, the volume rendering inside."
@@ -119,6 +130,7 @@ class GraphSpec:
         profile: the shapes to build an engine for.
         reference: what it must answer; None for baked graphs after the first few.
         steps: of a sampler.
+        scheduler: of a sampler, the class of diffusers.
         instance: what is baked, as the manifest has it.
     """
 
@@ -128,6 +140,7 @@ class GraphSpec:
     profile: Profile
     reference: Reference | None
     steps: int | None = None
+    scheduler: str | None = None
     instance: dict[str, Any] | None = None
 
 

@@ -80,7 +80,7 @@ class FitArguments(TrainingArguments):
     """Learn basis networks and latents from data; the same command again continues or reuses the run."""
 
     data: str
-    """A built-in set (avatars, twemoji, furniture, furniture-views), a folder, a file or hf:NAME; see docs/data.md."""
+    """Built-in (avatars, emoji, twemoji, furniture, furniture-views), or a folder, file or hf:NAME (docs/data.md)."""
     output_dir: Path
     """The run folder: gets model/, latents.safetensors, metrics.jsonl, metrics.json and samples/."""
     signal: str = "auto"

@@ -1,4 +1,4 @@
-"""The data sets that need no download: two from packages, two in ``mnif/data/files``."""
+"""The built-in data sets by name: from packages of the index, from ``mnif/data/files``, and :mod:`mnif.data.emoji`."""
 
 import json
 import re
@@ -14,12 +14,19 @@ import numpy as np
 from PIL import Image
 
 from mnif.data.arrays import memmap_cached
+from mnif.data.emoji import VENDORS, emoji_vendors, is_emoji
 from mnif.utils.errors import UserError, require
 from mnif.utils.process import progress_bar
 
-BUILTIN = {"avatars": "image", "twemoji": "image", "furniture": "voxels", "furniture-views": "radiance"}
+BUILTIN = {
+    "avatars": "image",
+    "emoji": "image",
+    "twemoji": "image",
+    "furniture": "voxels",
+    "furniture-views": "radiance",
+}
 """Name → signal. The views of ``furniture-views`` can be read as pictures too; ``avatars`` takes a style and a number
-after it (:func:`avatar_drawings`)."""
+after it (:func:`avatar_drawings`), ``emoji`` a vendor."""
 
 AVATAR_PIXELS = 64  # per axis of a drawing
 
@@ -46,15 +53,18 @@ def builtin_names(*signals: str) -> str:
 
 def builtin_signal(source: str) -> str | None:
     """Names the signal of a built-in set, or returns None if it is no such set."""
-    return BUILTIN["avatars"] if is_avatars(source) else BUILTIN.get(source)
+    return "image" if is_avatars(source) or is_emoji(source) else BUILTIN.get(source)
 
 
 def builtin_licence(source: str) -> tuple[str, str] | None:
     """Finds the licence of a built-in set: its name on the Hugging Face hub, and whom to credit, in words.
 
     Returns:
-        None for any other set, and for avatars whose packages are not installed.
+        None for any other set, and for avatars whose packages are not installed. Several licences are "other".
     """
+    if is_emoji(source):
+        vendors = [VENDORS[vendor] for vendor in emoji_vendors(source)]
+        return vendors[0].licence if len(vendors) == 1 else "other", "; ".join(vendor.credit for vendor in vendors)
     if not is_avatars(source):
         return _LICENCES.get(source)
     try:

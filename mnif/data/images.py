@@ -18,6 +18,7 @@ from PIL import Image
 from mnif.data.arrays import file_stamps, ids_and_groups, memmap_cached, npy_array, npz_arrays, npz_names, row_names
 from mnif.data.builtin import avatar_drawings, builtin_names, data_file, is_avatars, twemoji_files, twemoji_group
 from mnif.data.dataset import Dataset
+from mnif.data.emoji import emoji_drawings, emoji_vendors, is_emoji
 from mnif.data.source import DataSource, files_by_name, readable, shared_groups
 from mnif.utils.errors import UserError, require
 from mnif.utils.pixels import as_axes, crop_and_resize, open_image
@@ -82,11 +83,11 @@ def load_images(source: str, resolution: int | tuple[int, int], channels: int = 
     cache folder and memory-mapped (:func:`mnif.data.arrays.memmap_cached`).
 
     Args:
-        source: a built-in name (``avatars``, ``twemoji``, ``furniture-views``); a folder of PNG, JPEG or WebP files;
-            an ``.npz`` file with ``images``, uint8 [N, H, W] or [N, H, W, 1|3|4] or float [N, H, W, 1|3|4] in
-            [0, 1], and optionally ``ids`` and ``groups``, N strings; such an array as ``.npy``, memory-mapped; a
-            folder made by ``save_to_disk`` of Hugging Face ``datasets``, or ``hf:NAME[:SPLIT]``, of which the first
-            column of pictures is taken.
+        source: a built-in name (``avatars``, ``emoji``, ``twemoji``, ``furniture-views``); a folder of PNG, JPEG or
+            WebP files; an ``.npz`` file with ``images``, uint8 [N, H, W] or [N, H, W, 1|3|4] or float
+            [N, H, W, 1|3|4] in [0, 1], and optionally ``ids`` and ``groups``, N strings; such an array as ``.npy``,
+            memory-mapped; a folder made by ``save_to_disk`` of Hugging Face ``datasets``, or ``hf:NAME[:SPLIT]``, of
+            which the first column of pictures is taken.
         resolution: pixels per axis, or height and width, at least 1.
         channels: 1 (luminance), 3 (RGB) or 4 (RGBA).
 
@@ -137,7 +138,11 @@ def _source(source: str) -> ImageSource:
         files = twemoji_files()
         return file_source(files, [twemoji_group(id) for id in files])
     if is_avatars(source):
-        return avatar_source(source)
+        ids, drawings = avatar_drawings(source)
+        return drawn_source(ids, ids, drawings)
+    if is_emoji(source):
+        beginnings = tuple(f"{vendor}-" for vendor in emoji_vendors(source))
+        return drawn_source(*emoji_drawings(source), beginnings)
     if source == "furniture-views":
         return view_source()
     if source.startswith("hf:"):
@@ -311,19 +316,36 @@ def view_source() -> ImageSource:
     return ImageSource(ids, groups, lambda row: Image.open(BytesIO(files[row])), file_stamps([path]))
 
 
-def avatar_source(source: str) -> ImageSource:
-    """Makes a source of the built-in ``avatars``; of seeds that draw the same picture the first one stays.
+def drawn_source(
+    ids: list[str], groups: list[str], drawings: np.ndarray, beginnings: tuple[str, ...] = ("",)
+) -> ImageSource:
+    """Makes a source of drawings; of those that are the same the first one stays, and their groups become one.
 
-    Raises:
-        UserError: they cannot be drawn (:func:`mnif.data.builtin.avatar_drawings`).
+    Args:
+        ids: N names.
+        groups: N names.
+        drawings: [N, height, width, 4] uint8, RGBA.
+        beginnings: drawings whose name begins otherwise count for the groups alone.
     """
-    ids, drawings = avatar_drawings(source)
     first: dict[bytes, int] = {}
+    leaders = {group: group for group in groups}
     for row, drawing in enumerate(drawings):
-        first.setdefault(sha256(drawing.tobytes()).digest(), row)
-    ids, rows = [ids[row] for row in first.values()], list(first.values())
-    key = sha256(b"".join(first)).hexdigest()
-    return ImageSource(ids, ids, lambda row: nullcontext(Image.fromarray(drawings[rows[row]])), [key])
+        twin = first.setdefault(sha256(drawing.tobytes()).digest(), row)
+        leaders[_leader(leaders, groups[row])] = _leader(leaders, groups[twin])
+    kept = {digest: row for digest, row in first.items() if ids[row].startswith(beginnings)}
+    rows, key = list(kept.values()), sha256(b"".join(kept)).hexdigest()
+    return ImageSource(
+        [ids[row] for row in rows],
+        [_leader(leaders, groups[row]) for row in rows],
+        lambda row: nullcontext(Image.fromarray(drawings[rows[row]])),
+        [key],
+    )
+
+
+def _leader(leaders: dict[str, str], group: str) -> str:
+    while leaders[group] != group:
+        group = leaders[group]
+    return group
 
 
 def packed_images(arrays: dict[str, np.ndarray]) -> list[bytes]:

@@ -62,6 +62,19 @@ def fit_pca(train: np.ndarray, components: int) -> PCA:
     return PCA(mean, np.ascontiguousarray(vectors.T))
 
 
+def pca_warnings(components: int, instances: int) -> list[str]:
+    """Says so in a line where PCA has a component for every instance it was fitted to, and so draws each exactly.
+
+    The mean takes one dimension, so n instances span n - 1.
+    """
+    if components < instances - 1:
+        return []
+    return [
+        f"PCA with {components} components holds all of the {instances} training instances: its figures on them mean "
+        "nothing"
+    ]
+
+
 def pca_metrics(signal: Signal, train: ArrayDataset, held_out: ArrayDataset, components: int) -> dict[str, float]:
     """Measures both splits as drawn from as many principal components as a latent has numbers.
 

@@ -132,6 +132,25 @@ class LatentTable:
         )
 
 
+def data_of_table(path: Path, fingerprint: str) -> str | None:
+    """Reads from a table's header what data its decoder learned from, and no latent.
+
+    Args:
+        path: the safetensors file.
+        fingerprint: of the decoder at hand.
+
+    Returns:
+        The data's name; None if there is no such table, or it is that of another decoder.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError):
+        return None
+    belongs = metadata.get("format") == _FORMAT and metadata.get("fingerprint") == fingerprint
+    return metadata.get("data") if belongs else None
+
+
 def _check_header(file: Any) -> None:
     """Looks at what a file says it holds, before anything is read.
 

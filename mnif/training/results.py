@@ -12,7 +12,7 @@ from mnif.data.batches import ArrayDataset
 from mnif.data.dataset import Dataset, Split
 from mnif.latents.inference import LatentInit, evaluate_latents, infer_latents
 from mnif.latents.inner_loop import InnerLoop
-from mnif.latents.pca import pca_metrics
+from mnif.latents.pca import pca_metrics, pca_warnings
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component, save_component
 from mnif.models.mnif_model import MNIFModel
@@ -73,6 +73,9 @@ def save_results(
     shown = (held_rows, first, refined) if len(held_rows) else (train_rows, train_latents, train_latents)
     _save_reconstructions(run, decoder, signal, *shown)
     print(f"{run / 'model'}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+    if any("_pca_" in name for name in metrics):
+        for warning in pca_warnings(decoder.config.latent_dim, len(train_rows)):
+            print(f"warning: {warning}")
     return metrics | _costs(decoder)
 
 

@@ -12,7 +12,7 @@ from mnif.cli import main
 
 ROOT = Path(__file__).parents[2]
 GUIDES = [ROOT / "docs" / name for name in ("edge.md", "edge_checklist.md", "serving.md")]
-GUIDES += [ROOT / "examples/browser/README.md"]
+GUIDES += sorted((ROOT / "examples").glob("*/README.md"))
 
 
 def commands_in(text: str, pattern: str) -> dict[str, set[str]]:
@@ -42,6 +42,12 @@ def test_commands_of_the_guides_have_the_flags_they_are_given(
         shown = capsys.readouterr().out
         for flag in flags:
             assert re.search(rf"{flag}\b", shown), f"{guide.name}: {name} has no {flag}"
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_links_of_the_guides_lead_somewhere(guide: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", guide.read_text()):
+        assert (guide.parent / link).exists(), f"{guide}: {link} is not there"
 
 
 def test_checklist_names_every_gpu_test() -> None:

@@ -50,7 +50,7 @@ def published(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pu
     """Seeded weights in the place of the standard ones, published under a file:// address; nothing is cached."""
     monkeypatch.setenv("MNIF_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(INCEPTION.variable, raising=False)
-    weights = replace(INCEPTION, sha256=sha256_of_file(path), size=path.stat().st_size, url=path.as_uri())
+    weights = replace(INCEPTION, digest=sha256_of_file(path), size=path.stat().st_size, url=path.as_uri())
     monkeypatch.setattr(evals.features.inception, "INCEPTION", weights)
     return weights
 
@@ -97,7 +97,7 @@ def test_weights_are_looked_for_in_the_order_flag_environment_cache_download(
 ) -> None:
     cached = tmp_path / "cache/weights" / published.name
     assert found_weights(published) == cached  # downloaded
-    assert sha256_of_file(cached) == published.sha256
+    assert sha256_of_file(cached) == published.digest
     gone = replace(published, url=(tmp_path / "gone").as_uri())
     assert found_weights(gone) == cached
     named = tmp_path / "named.pth"
@@ -116,7 +116,7 @@ def test_offline_the_message_says_all_that_is_needed(published: PublishedWeights
         found_weights(offline)
     message = str(caught.value)
     assert "\n" not in message
-    for part in (INCEPTION.name, "95,628,359 bytes", INCEPTION.sha256, str(tmp_path / "cache/weights"), "fd_lite0"):
+    for part in (INCEPTION.name, "95,628,359 bytes", INCEPTION.digest, str(tmp_path / "cache/weights"), "fd_lite0"):
         assert part in message
     assert not list((tmp_path / "cache").rglob("*.pth*"))
 
@@ -124,7 +124,7 @@ def test_offline_the_message_says_all_that_is_needed(published: PublishedWeights
 def test_other_weights_are_refused_and_not_kept(published: PublishedWeights, tmp_path: Path) -> None:
     other = tmp_path / "other.pth"
     other.write_bytes(b"something else")
-    with pytest.raises(UserError, match=rf"other\.pth: sha256 [0-9a-f]+; .* has {published.sha256}"):
+    with pytest.raises(UserError, match=rf"other\.pth: sha256 [0-9a-f]+; .* has {published.digest}"):
         Inception(other)
     with pytest.raises(UserError, match="sha256"):
         found_weights(replace(published, url=other.as_uri()))

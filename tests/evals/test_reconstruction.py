@@ -6,7 +6,7 @@ from scipy.ndimage import gaussian_filter
 from torchmetrics.image import PeakSignalNoiseRatio
 
 from evals.metrics.reconstruction import border_step_ratio, psnr_per_image, ssim_per_image
-from mnif.latents.pca import fit_pca
+from mnif.latents.pca import fit_pca, pca_warnings
 from mnif.utils.errors import UserError
 
 
@@ -95,6 +95,15 @@ def test_more_components_than_the_data_have_do_no_harm(generator: np.random.Gene
 def test_impossible_numbers_of_components_are_refused(components: int) -> None:
     with pytest.raises(UserError, match="components"):
         fit_pca(np.zeros((4, 12)), components)
+
+
+@pytest.mark.parametrize("components", [4, 5, 6, 7])
+def test_pca_that_holds_its_training_set_by_heart_is_said_to_mean_nothing(
+    generator: np.random.Generator, components: int
+) -> None:
+    train = generator.random((7, 4, 4, 3))
+    holds_all = np.abs(fit_pca(train, components).reconstruct(train) - train).max() < 1e-5
+    assert bool(pca_warnings(components, len(train))) == holds_all == (components >= 6)
 
 
 def test_the_mean_image_is_the_floor(generator: np.random.Generator) -> None:

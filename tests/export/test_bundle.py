@@ -1,5 +1,4 @@
 import json
-import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -225,29 +224,6 @@ def test_a_student_stands_in_the_samplers_of_its_steps(pipeline: MNIFPipeline, o
         np.testing.assert_allclose(values, pipeline.decoder(latents).detach().numpy(), atol=1e-4)
         drawn[steps] = values
     assert np.abs(drawn[1] - drawn[3]).max() > 1e-2
-
-
-def test_readme_has_a_complete_trtexec_line_for_every_graph(pipeline: MNIFPipeline, options: ExportArguments) -> None:
-    export_bundle(pipeline, options)
-    commands = [
-        dict(flag.lstrip("-").partition("=")[::2] for flag in shlex.split(line)[1:])
-        for line in (options.output_dir / "README.md").read_text().splitlines()
-        if line.startswith("trtexec ")
-    ]
-    graphs = {graph["file"]: graph for graph in read_json(options.output_dir / "manifest.json")["graphs"].values()}
-    assert sorted(command["onnx"] for command in commands) == sorted(graphs)
-    for command in commands:
-        graph = graphs[command["onnx"]]
-        assert "noTF32" in command
-        assert ("stronglyTyped" in command) == (graph["precision"] == "mixed")
-        least, best, most = (command[f"{kind}Shapes"] for kind in ("min", "opt", "max"))
-        assert least != best != most
-        for shapes in (least, best, most):
-            given = dict(part.split(":") for part in shapes.split(","))
-            assert list(given) == [source["name"] for source in graph["inputs"]]
-            for source in graph["inputs"]:
-                sizes = zip(source["shape"], given[source["name"]].split("x"), strict=True)
-                assert all(size == int(length) for size, length in sizes if isinstance(size, int))
 
 
 def test_exporting_again_gives_the_same_files(pipeline: MNIFPipeline, options: ExportArguments) -> None:

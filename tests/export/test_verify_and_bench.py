@@ -57,6 +57,34 @@ def test_half_precision_shows_in_the_reference_evaluator_alone(exported: Path) -
     assert removed < single - 20
 
 
+def test_the_price_of_fewer_bits_is_that_of_the_evaluator(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the README and in `mnif inspect`: decibels, the largest error, and that in steps of a pixel's 255."""
+    folder = BundleFolder(exported)
+    reference, readme = folder.reference(), (exported / "README.md").read_text()
+    assert main(["inspect", "--bundle", str(exported)]) == 0
+    shown = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines() if "→" in line}
+    for name, graph in folder.manifest["graphs"].items():
+        check = check_graph(folder, reference, name, "onnx-reference")
+        stated = folder.manifest["measured"][name]["max_abs"]
+        assert stated == pytest.approx(check.max_abs, rel=0.01, abs=1e-6)  # float32 graphs: by ONNX Runtime
+        figures = [f"{graph['psnr']:.1f}", f"{stated:.1e}", f"{stated / (2 / 255):.2f}"]
+        assert shown[name][5:8] == figures
+        if graph["precision"] == "mixed":
+            single = folder.graph(name.replace("_mixed", ""))["psnr"]
+            line = f"- `{name}`: {figures[0]} dB (float32: {single:.1f} dB), no value off by more than {figures[1]}, "
+            assert f"{line}{figures[2]} of a pixel's 255 steps" in readme
+
+
+def test_a_bundle_that_tells_no_errors_is_still_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = read_json(folder / "manifest.json")
+    manifest["measured"] = {name: {"tensorrt_rtx": None} for name in manifest["graphs"]}
+    manifest["digest"] = manifest_digest(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["inspect", "--bundle", str(folder)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("decoder ")]
+    assert line.split()[6:8] == ["–", "–"]
+
+
 def test_a_graph_in_half_precision_throughout_is_worse_than_mixed(exported: Path) -> None:
     """Why the first layer, biases and sines stay in float32."""
     folder = BundleFolder(exported)

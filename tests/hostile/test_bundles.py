@@ -18,7 +18,8 @@ from onnx import TensorProto, helper, numpy_helper
 from export.commands.inspect import main as inspect
 from export.device import plans
 from export.device.backends import load_graph
-from export.device.bundle import _OPERATORS, BundleFolder, manifest_digest
+from export.device.bundle import BundleFolder, manifest_digest
+from export.device.graph_file import _OPERATORS
 from export.device.runtime import Sampler, load_bundle
 from export.device.verify import check_graph
 from export.graphs import builder

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from evals.charts import curve_chart
 from evals.commands.eval import compare
 from evals.commands.report import RunFigures
 from evals.metrics.frechet import load_moments, moments_of, save_moments
-from evals.presentation import curve_plot
 from latent_prior.hub import write_model_card
 from mnif.cli import main
 from mnif.commands.fit import FitArguments
@@ -80,7 +80,7 @@ def test_curves(seed: int, copied: Callable[[str], Path]) -> None:
         return
     rows = read_metrics_log(path)
     assert all(row["step"] <= 3 or row["stage"] != "fit" for row in rows)
-    curve_plot(rows, "fit", ["loss"], "loss", logarithmic=True)
+    curve_chart(rows, "fit", ["loss"], "loss", logarithmic=True)
 
 
 @pytest.mark.parametrize("seed", range(40))

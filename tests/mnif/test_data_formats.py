@@ -204,7 +204,8 @@ def test_what_cannot_be_told_says_what_was_found(tmp_path: Path) -> None:
             detect_signal(str(path))
 
     refused(
-        tmp_path / "nowhere", r"no such folder, file or built-in set \(avatars, furniture, furniture-views, twemoji\)"
+        tmp_path / "nowhere",
+        r"no such folder, file or built-in set \(avatars, emoji, furniture, furniture-views, twemoji\)",
     )
     refused(tmp_path, "found nothing")
     for name in ("a.csv", "b.csv", "README"):
