@@ -57,7 +57,7 @@ class ChangedInstances:
                 for latents in infer_latents(self.decoder, self.signal, self.rows, self.encoder, 0, observe=changed):
                     found.append(latents)
                     bar.update(len(latents))
-        return torch.cat(found).unflatten(0, (len(self.ways), len(self.rows))).transpose(0, 1)
+        return torch.cat(found).unflatten(0, (len(self.ways), len(self.rows))).transpose(0, 1).contiguous()
 
 
 def changed_instances(run: Path, decoder: MNIFModel, table: LatentTable) -> ChangedInstances:
@@ -79,10 +79,11 @@ def changed_instances(run: Path, decoder: MNIFModel, table: LatentTable) -> Chan
     flags = [flag for flag in signal.changes() if asked.get(flag) == "True"]
     if record is None or not flags:
         raise UserError(f"--augment: `mnif fit` changed no {signal.noun} of {run}, as by --random_flip; leave it out")
-    data = signal.load_like(asked["data"])
-    if data.fingerprint() != record.inputs.get("data_fingerprint"):
-        raise UserError(f"--augment: {asked['data']} is not what {run} learned from any more; leave it out")
+    source = asked.get("data", "")
+    data = signal.load_like(source)
     place = {id: row for row, id in enumerate(data.ids)}
+    if data.fingerprint() != record.inputs.get("data_fingerprint") or not place.keys() >= set(table.ids):
+        raise UserError(f"--augment: {source} is not what {run} learned from any more; leave it out")
     kept = [place[id] for id, is_held_out in zip(table.ids, table.held_out.tolist(), strict=True) if not is_held_out]
     rows = array_dataset(data.arrays()).subset(np.array(kept))
     choices = product(*([None, *signal.changes()[flag]] for flag in flags))

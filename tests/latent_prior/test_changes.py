@@ -158,7 +158,7 @@ def test_what_cannot_be_augmented_gets_one_line(run: Path, tmp_path: Path, capsy
     assert f"--augment: `mnif fit` changed no picture of {run}, as by --random_flip" in line_of()
     record["fit"]["arguments"]["random_flip"], record["fit"]["inputs"]["data_fingerprint"] = "True", "0" * 64
     (run / "run.json").write_text(json.dumps(record))
-    assert "is not what" in line_of()
+    assert f"--augment: {record['fit']['arguments']['data']} is not what {run} learned from any more" in line_of()
     shutil.rmtree(run / "model/encoder")
     assert "encoder" in line_of()
     assert not (run / "model/denoiser").exists()
