@@ -156,6 +156,8 @@ def penalty(
 UNCHANGED = 0.3
 """The share of a batch that is learned as it is, where instances are also changed."""
 
+_APART = 0.4  # standard deviation of what is told at first
+
 
 class DenoisingLoss(nn.Module):
     """The training loss of a denoiser, called on the decoder's latents.
@@ -200,7 +202,8 @@ class DenoisingLoss(nn.Module):
         super().__init__()
         self.denoiser, self.objective, self.weighting, self.snr_limit = denoiser, objective, weighting, snr_limit
         self.loss_type, self.latent_noise = loss_type, latent_noise
-        told = torch.zeros(num_changes, denoiser.config.time_width) if num_changes else None
+        # Far apart from the beginning: from zero they stay so near that samples are changed ones too.
+        told = _APART * torch.randn(num_changes, denoiser.config.time_width) if num_changes else None
         self.register_parameter("change_embedding", None if told is None else nn.Parameter(told))
 
     def forward(

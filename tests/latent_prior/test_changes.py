@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from latent_prior.changes import changed_instances
 from latent_prior.denoisers import Denoiser, PaperDenoiser, ResMLPDenoiser
-from latent_prior.diffusion import UNCHANGED, DenoisingLoss
-from latent_prior.pipeline import load_pipeline
+from latent_prior.diffusion import UNCHANGED, DenoisingLoss, sampling_scheduler
+from latent_prior.pipeline import MNIFPipeline, load_pipeline
+from latent_prior.sampling import sample_latents
 from mnif.cli import main
 from mnif.data.batches import InstanceGenerator, instance_keys
 from mnif.latents.table import LatentTable
@@ -162,3 +163,19 @@ def test_what_cannot_be_augmented_gets_one_line(run: Path, tmp_path: Path, capsy
     shutil.rmtree(run / "model/encoder")
     assert "encoder" in line_of()
     assert not (run / "model/denoiser").exists()
+
+
+def test_changes_do_not_leak_into_samples(decoder: MNIFModel) -> None:
+    """Instances lie near (1, 1, …), changed ones near (−1, −1, …), and most of what is learned is changed."""
+    torch.manual_seed(0)
+    denoiser = ResMLPDenoiser(12, 32, 1, decoder_fingerprint=decoder.fingerprint())
+    loss = DenoisingLoss(denoiser, "x0", num_changes=1)
+    optimizer = torch.optim.Adam(loss.parameters(), lr=5e-3)
+    for step in range(300):
+        instances = 1 + 0.1 * torch.randn(128, 12)
+        loss(instances, instance_keys(0, step, torch.arange(128)), changed=-instances[:, None]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    pipeline = MNIFPipeline(decoder, denoiser.eval(), sampling_scheduler("x0"))
+    pipeline.set_progress_bar_config(disable=True)
+    assert (sample_latents(pipeline, 0, range(256)).mean(dim=1) > 0.5).float().mean() > 0.98
