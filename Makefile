@@ -15,7 +15,7 @@ PRIOR_FLAGS ?= --preset edge --dropout 0 --learning_rate 2e-3
 PRIOR_STEPS ?= 4000
 SAMPLES ?= 1000
 
-.PHONY: demo test lint package install clean
+.PHONY: demo test lint docs package install clean
 
 install: .venv/installed
 
@@ -41,6 +41,10 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# The site of docs/, in site/; a dead link or a warning ends it. Look at it: .venv/bin/mkdocs serve
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 # What users install: source distribution and wheel, and the wheel alone in an environment of its own, elsewhere.
 package: install
 	rm -rf dist
@@ -48,4 +52,4 @@ package: install
 	PYTHON=$(PYTHON) bash scripts/try_wheel.sh dist/*.whl
 
 clean:
-	rm -rf .venv runs build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	rm -rf .venv runs site build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

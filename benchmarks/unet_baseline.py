@@ -93,7 +93,7 @@ def train(arguments: Arguments, budget: float, parameters: int) -> None:
     torch.manual_seed(arguments.seed)
     judge = judge_of(arguments.run)
     assert isinstance(judge, PictureJudge)
-    flip = read_json(arguments.run / "run.json")["fit"]["arguments"].get("random_flip") == "True"
+    flip = read_json(arguments.run / "run.json")["fit"]["arguments"].get("random_flip")
     images = torch.from_numpy(judge.data.images[judge.splits == Split.TRAIN]).permute(0, 3, 1, 2)
     unet = unet_of(images.shape[2], parameters)
     noising = DDPMScheduler(**SCHEDULE)

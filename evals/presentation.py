@@ -243,3 +243,34 @@ def evaluation_markdown(metrics: Mapping[str, Any], name: str) -> str:
         parts.append(protocol_line(metrics["protocol"]) + "\n")
     parts.append(f"{markdown_code(metrics['command'])}\n")
     return "\n".join(parts)
+
+
+HEADLINES = (
+    "fid",
+    "fd_lite0",
+    "precision_lite0",
+    "recall_lite0",
+    "mmd_chamfer",
+    "nn_ratio_latents",
+    "psnr_heldout",
+    "ssim_heldout",
+    "iou_heldout",
+)
+"""The few metrics that say most of a model, by their keys."""
+
+_HEADLINE_CONTROLS = ("gaussian", "pca", "floor")
+
+
+def headlines_markdown(metrics: Mapping[str, Any], name: str) -> str:
+    """Writes the few figures of an evaluation that say most, each in a row with its controls."""
+    known = {metric.identity: metric for metric in metrics_of(metrics)}
+    chosen = [metric for key in HEADLINES for metric in known.values() if metric.key == key]
+    lines = [f"| figure | {printable(name)} | beside it |", "|---|---:|---|"]
+    for metric in chosen:
+        beside = [
+            f"{label} {known[metric.name, metric.split, subject]}"
+            for subject, label in metric.controls().items()
+            if subject in _HEADLINE_CONTROLS and (metric.name, metric.split, subject) in known
+        ]
+        lines.append(f"| {metric.label} | {metric} | {', '.join(beside)} |")
+    return "\n".join(lines) + "\n"

@@ -6,13 +6,58 @@ from typing import Literal
 
 import tyro
 
-from latent_prior.diffusion import INFERENCE_STEPS
+from latent_prior.hub_flags import HubFlags
+from latent_prior.settings import INFERENCE_STEPS
 from mnif.utils.errors import UserError
 from mnif.utils.pixels import MAX_IMAGE_PIXELS
 
 
 @dataclass(kw_only=True)
-class EvalArguments:
+class ProtocolFlags:
+    """How pictures and shapes are compared."""
+
+    preset: Literal["offline", "paper", "pytorch-fid", "clean", "tf1"] = "offline"
+    """The protocol for pictures: extractor, resize filter, rounding, part of the reference, counts, neighbours."""
+    extractor: Literal["lite0", "resnet", "inception"] | None = None
+    """Feature extractor for pictures, in place of the preset's."""
+    inception_weights: Path | None = None
+    """The file of FID's Inception; default: MNIF_INCEPTION_WEIGHTS, the cache, or a download whose hash is checked."""
+    neighbours: int | None = None
+    """k of precision, recall, density and coverage, in place of the preset's."""
+    num_samples: int | None = None
+    """How many samples are drawn, or taken from the folder; default: the preset's (offline: 1000)."""
+    save_statistics: Path | None = None
+    """Also write the reference's mu and sigma to this .npz; it may stand for --reference later."""
+    emd_points: int = 0
+    """Compare shapes by earth mover's distances too, of so many points on each (256 takes minutes, 2048 hours)."""
+
+
+@dataclass(kw_only=True)
+class SamplingFlags:
+    """How a model draws."""
+
+    num_inference_steps: int = INFERENCE_STEPS
+    """Denoising steps."""
+    seed: int = 0
+    """Of the noise."""
+
+
+@dataclass(kw_only=True)
+class DataFlags:
+    """Which part of the reference, and how its latents are found."""
+
+    held_out_fraction: float = 0.1
+    """Share of the reference's designs kept out of training, where no latent table beside the model tells."""
+    test_fraction: float = 0.05
+    """Share of the designs kept for a test, likewise."""
+    refinement_steps: int = 60
+    """Adam steps on held-out latents; as given to `mnif fit`."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Pixels that a picture file of samples or reference may have."""
+
+
+@dataclass(kw_only=True)
+class EvalArguments(ProtocolFlags, SamplingFlags, DataFlags, HubFlags):
     """Measure samples against a reference set, and reconstructions, each beside its controls."""
 
     compared: tyro.conf.Positional[list[Path]] = field(default_factory=list)
@@ -27,32 +72,6 @@ class EvalArguments:
     """A folder or file of samples; or give --model."""
     bundle: Path | None = None
     """An exported bundle, the output of `mnif export`; it draws its samples by ONNX Runtime."""
-    preset: Literal["offline", "paper", "pytorch-fid", "clean", "tf1"] = "offline"
-    """The protocol for pictures: extractor, resize filter, rounding, part of the reference, counts, neighbours."""
-    extractor: Literal["lite0", "inception"] | None = None
-    """Feature extractor for pictures, in place of the preset's."""
-    inception_weights: Path | None = None
-    """The file of FID's Inception; default: MNIF_INCEPTION_WEIGHTS, the cache, or a download whose hash is checked."""
-    neighbours: int | None = None
-    """k of precision, recall, density and coverage, in place of the preset's."""
-    save_statistics: Path | None = None
-    """Also write the reference's mu and sigma to this .npz; it may stand for --reference later."""
-    num_samples: int | None = None
-    """How many samples are drawn, or taken from the folder; default: the preset's (offline: 1000)."""
-    num_inference_steps: int = INFERENCE_STEPS
-    """Denoising steps."""
-    seed: int = 0
-    """Of the noise."""
-    held_out_fraction: float = 0.1
-    """Share of the reference's designs kept out of training, where no latent table beside the model tells."""
-    test_fraction: float = 0.05
-    """Share of the designs kept for a test, likewise."""
-    refinement_steps: int = 60
-    """Adam steps on held-out latents; as given to `mnif fit`."""
-    max_image_pixels: int = MAX_IMAGE_PIXELS
-    """Pixels that a picture file of samples or reference may have."""
-    emd_points: int = 0
-    """Compare shapes by earth mover's distances too, of so many points on each (256 takes minutes, 2048 hours)."""
 
 
 Part = Literal["half", "train", "all"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from export.device.bundle import ENGINES, UNFINISHED
 from export.graphs.fields import Resolution, baked_specs, decoder_spec, widen_channels
 from export.graphs.radiance import baked_radiance_specs, radiance_specs
-from export.graphs.sampler import browser_specs, for_decoder, sampler_spec
+from export.graphs.sampler import browser_specs, for_decoder, prior_spec, sampler_spec
 from export.graphs.specs import GraphSpec
 from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.pipeline import MNIFPipeline
@@ -119,8 +119,10 @@ class Selection:
             for count in self.steps:
                 yield sampler_spec(self._pipeline_for(decoder, count), count, resolution, self.seed)
             if self.browser:
-                count = self.steps[-1]
-                yield from browser_specs(self._pipeline_for(decoder, count), count, self.resolution, self.seed)
+                *others, last = self.steps
+                for count in others:
+                    yield prior_spec(self._pipeline_for(decoder, count), count, self.seed, f"prior_{count}")
+                yield from browser_specs(self._pipeline_for(decoder, last), last, self.resolution, self.seed)
         if isinstance(signal, RadianceField):
             yield from radiance_specs(decoder, signal, shown, self.seed)
         latents, labels = instances.latents[: len(instances.labels)], instances.labels

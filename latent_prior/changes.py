@@ -76,10 +76,10 @@ def changed_instances(run: Path, decoder: MNIFModel, table: LatentTable) -> Chan
     assert encoder is not None
     record = read_run_record(run).get("fit")
     asked = {} if record is None else record.arguments
-    flags = [flag for flag in signal.changes() if asked.get(flag) == "True"]
+    flags = [flag for flag in signal.changes() if asked.get(flag) in (True, "True")]
     if record is None or not flags:
         raise UserError(f"--augment: `mnif fit` changed no {signal.noun} of {run}, as by --random_flip; leave it out")
-    source = asked.get("data", "")
+    source = str(asked.get("data", ""))
     data = signal.load_like(source)
     place = {id: row for row, id in enumerate(data.ids)}
     if data.fingerprint() != record.inputs.get("data_fingerprint") or not place.keys() >= set(table.ids):

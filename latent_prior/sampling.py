@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from latent_prior.diffusion import INFERENCE_STEPS
 from latent_prior.pipeline import MNIFPipeline
+from latent_prior.settings import INFERENCE_STEPS
 from mnif.utils.process import one_thread
 
 

@@ -54,7 +54,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Rewrites the links of the pages that lie in docs/."""
+    """Rewrites the links of the pages that lie in docs/; a page without others beside it needs no list of them."""
+    if page.parent is None:
+        page.meta["hide"] = ["navigation"]
     is_generated = page.file.src_uri in PAGES.values()
     return markdown if is_generated else site_links(markdown, f"docs/{page.file.src_uri}")
 

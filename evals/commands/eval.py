@@ -9,29 +9,18 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evals.charts import as_png, comparison_chart
-from evals.evaluator import SUBJECTS, evaluator_of
-from evals.metrics.neighbours import copying_verdict
-from evals.presentation import (
-    evaluation_markdown,
-    markdown_table,
-    metrics_of,
-    protocol_line,
-    read_evaluation,
-    table_rows,
-)
 from evals.protocol import EvalArguments, protocol_of
 from mnif.utils import __version__
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least, markdown_code, printable
-from mnif.utils.files import write_json, written_atomically
+from mnif.utils.files import check_writable, write_json, written_atomically
 from mnif.utils.json_files import read_json
 from mnif.utils.output_folders import BEGUN, check_output_folder, output_folder_of
 from mnif.utils.pixels import limit_image_pixels
 from mnif.utils.process import Processes, command_line, peak_memory_megabytes
 
 _MAY_DIFFER = {"seed", "num_inference_steps", "held_out_images"}
-_NO_INPUTS = ("output_dir", "max_image_pixels")
+_NO_INPUTS = ("output_dir", "max_image_pixels", "push_to_hub", "hub_model_id")
 
 
 @dataclass(frozen=True)
@@ -68,6 +57,9 @@ def compare(paths: Sequence[Path], output: Path) -> None:
     Raises:
         UserError: a path holds no evaluation, or two were measured under different protocols.
     """
+    from evals.charts import as_png, comparison_chart
+    from evals.presentation import markdown_table, protocol_line, read_evaluation, table_rows
+
     evaluations = [
         Evaluation(name, folder, read_evaluation(folder / "metrics.json"))
         for name, folder in zip(_names(paths), map(_folder_of, paths), strict=True)
@@ -144,6 +136,8 @@ def main(arguments: list[str]) -> None:
     if not flags.compared:
         evaluate(flags)
         return
+    from evals.evaluator import SUBJECTS
+
     if any(getattr(flags, flag) is not None for flag in SUBJECTS):
         raise UserError("give either folders to compare, or one of --model, --samples and --bundle")
     several = to_evaluate(flags) if flags.reference else []
@@ -165,13 +159,19 @@ def evaluate(arguments: EvalArguments) -> None:
         UserError: model, samples or reference cannot be read or do not fit each other, or the folder is another
             command's.
     """
+    from evals.evaluator import evaluator_of
+    from evals.presentation import evaluation_markdown, read_evaluation
+
     started = time.perf_counter()
     check_output_folder(arguments.output_dir, "eval")
     check_at_least(1, max_image_pixels=arguments.max_image_pixels)
     limit_image_pixels(arguments.max_image_pixels)
+    if arguments.save_statistics is not None:
+        check_writable(arguments.save_statistics.parent)
     arguments = replace(arguments, num_samples=protocol_of(arguments).num_samples)
     processes = Processes()
     evaluator = evaluator_of(arguments)
+    repository = _repository(arguments)
     inputs = _flags(arguments) | {"version": __version__} | evaluator.inputs()
     path = arguments.output_dir / "metrics.json"
     if path.exists() and read_json(path).get("inputs") == inputs:
@@ -179,6 +179,7 @@ def evaluate(arguments: EvalArguments) -> None:
             shutil.rmtree(arguments.output_dir / ".parts", ignore_errors=True)  # of one that was killed at its end
             (arguments.output_dir / BEGUN).unlink(missing_ok=True)
             print(f"{path}: measured here before with these inputs; nothing to do")
+            _tell(arguments, read_evaluation(path), repository)
         return
     if not processes.is_main:
         evaluator.evaluate(processes)
@@ -196,15 +197,48 @@ def evaluate(arguments: EvalArguments) -> None:
         shutil.rmtree(arguments.output_dir / ".parts", ignore_errors=True)
     _print(metrics)
     print(path)
+    _tell(arguments, metrics, repository)
+
+
+def _tell(arguments: EvalArguments, metrics: dict[str, Any], repository: str | None) -> None:
+    """Writes into the model's card what was measured, and uploads it if that is asked for."""
+    if arguments.model is None:
+        return
+    from evals.presentation import evaluation_markdown, metrics_of
+    from latent_prior.hub import push
+    from latent_prior.model_card import Figure, add_evaluation, public_command, public_name
+
+    figures = [
+        Figure(metric.key, metric.label, metric.value, metric.std)
+        for metric in metrics_of(metrics)
+        if not metric.subject and not metric.is_detail
+    ]
+    protocol = {name: public_name(str(value)) for name, value in metrics.get("protocol", {}).items()}
+    public = metrics | {"protocol": protocol, "command": public_command(metrics["command"])}
+    words = evaluation_markdown(public, "this model")
+    if add_evaluation(arguments.model, figures, arguments.reference, words):
+        print(f"{arguments.model / 'README.md'}: the model's card has these figures")
+    push(arguments.model, repository)
 
 
 def _print(metrics: dict[str, Any]) -> None:
+    from evals.metrics.neighbours import copying_verdict
+    from evals.presentation import metrics_of
+
     for metric in metrics_of(metrics):
         print(f"  {metric.key:32} {metric.value:10.4g}" + (f" ± {metric.std:.2g}" if metric.std is not None else ""))
     for warning in metrics.get("warnings", []):
         print(f"warning: {printable(warning)}")
     if verdict := copying_verdict(metrics):
         print(f"  this prior {verdict}")
+
+
+def _repository(arguments: EvalArguments) -> str | None:
+    if arguments.model is None and arguments.push_to_hub:
+        raise UserError("--push_to_hub: for --model alone, whose card it uploads")
+    from latent_prior.hub import repository_for
+
+    return repository_for(arguments, arguments.model or arguments.output_dir)
 
 
 def _flags(arguments: EvalArguments) -> dict[str, str]:

@@ -1,44 +1,36 @@
 """`mnif report`: one self-contained HTML page that shows a run."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from matplotlib.figure import Figure
 
-from evals.charts import as_svg, comparison_chart, curve_chart, steps_chart
-from evals.loaded_run import latent_table_of
-from evals.presentation import EvaluationFile, check_metrics, protocol_line, read_evaluation, table_rows
-from evals.report.embedded import file_uri, gallery, lossless_uri
-from evals.report.exhibits import drawn_exhibits, easel_of
-from evals.report.findings import findings_of
-from evals.report.provenance import commands_of, provenance
-from evals.timing import measured_latencies
 from export.device.bundle import BundleError, BundleFolder
-from latent_prior.diffusion import INFERENCE_STEPS
-from latent_prior.pipeline import MNIFPipeline, load_pipeline
-from latent_prior.sampling import sample_latents
-from mnif.signals.registry import signal_of_model
+from latent_prior.settings import INFERENCE_STEPS
 from mnif.training.run_record import read_metrics_log
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import check_writable, written_atomically
 from mnif.utils.json_files import check_type, read_object
 
+if TYPE_CHECKING:
+    from jinja2 import Environment
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
+
+    from latent_prior.pipeline import MNIFPipeline
+
 _COMPARED = 2  # samples that are shown at several resolutions
 
 
 @dataclass(kw_only=True)
-class ReportArguments:
-    """Write one self-contained HTML page that shows a run: samples, what is good and bad, charts, commands."""
+class InputsFlags:
+    """What is shown beside the run itself."""
 
-    run: Path
-    """The run folder."""
     eval_dir: Path | None = None
     """The output of `mnif eval`; default: RUN/eval."""
     comparison_dir: Path | None = None
@@ -47,12 +39,26 @@ class ReportArguments:
     """The output of `mnif export`; default: RUN/bundle."""
     samples: Path | None = None
     """The output of `mnif sample`, whose command is named; default: RUN/pictures."""
-    output: Path | None = None
-    """The page; default: RUN/report.html."""
+
+
+@dataclass(kw_only=True)
+class SamplesFlags:
+    """What is drawn for the page."""
+
     seed: int = 0
     """Of the samples drawn for the page."""
     num_inference_steps: int = INFERENCE_STEPS
     """Denoising steps of the samples drawn for the page."""
+
+
+@dataclass(kw_only=True)
+class ReportArguments(InputsFlags, SamplesFlags):
+    """Write one self-contained HTML page that shows a run: samples, what is good and bad, charts, commands."""
+
+    run: Path
+    """The run folder."""
+    output: Path | None = None
+    """The page; default: RUN/report.html."""
 
 
 def main(arguments: list[str]) -> None:
@@ -66,15 +72,14 @@ def report(arguments: ReportArguments) -> None:
     Raises:
         UserError: the run folder lacks a stage, the bundle is unfinished or was changed, or a flag is out of range.
     """
-    run = arguments.run
-    if not (run / "run.json").is_file():
-        raise UserError(f"--run {run}: no run folder; `mnif fit --output_dir {run}` makes it")
+    import torch
+
+    from evals.report.provenance import commands_of, provenance
+    from latent_prior.pipeline import load_pipeline
+
+    run, output = arguments.run, _output_of(arguments)
     check_at_least(0, seed=arguments.seed)
     check_at_least(1, num_inference_steps=arguments.num_inference_steps)
-    output = arguments.output or run / "report.html"
-    if output.is_dir():
-        raise UserError(f"--output {output}: is a folder; name a file")
-    check_writable(output.parent)
     pipeline = load_pipeline(run / "model")
     pipeline.set_progress_bar_config(disable=True)
     bundle = arguments.bundle or run / "bundle"
@@ -90,7 +95,7 @@ def report(arguments: ReportArguments) -> None:
             steps=arguments.num_inference_steps,
             **_shown(pipeline, arguments),
             **_measured(pipeline, arguments, manifest),
-            commands=commands_of(run, *(folder / "metrics.json" for folder in (samples, evaluation))),
+            commands=commands_of(run, samples / "metrics.json", bundle / "manifest.json", evaluation / "metrics.json"),
             sizes=_sizes(run / "model", bundle),
             provenance=provenance(),
             threads=torch.get_num_threads(),
@@ -99,6 +104,17 @@ def report(arguments: ReportArguments) -> None:
     with written_atomically(output) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     print(f"{output}: {len(page) / 1e6:.1f} MB")
+
+
+def _output_of(arguments: ReportArguments) -> Path:
+    """The page, if there is a run and the page can be written."""
+    run, output = arguments.run, arguments.output or arguments.run / "report.html"
+    if not (run / "run.json").is_file():
+        raise UserError(f"--run {run}: no run folder; `mnif fit --output_dir {run}` makes it")
+    if output.is_dir():
+        raise UserError(f"--output {output}: is a folder; name a file")
+    check_writable(output.parent)
+    return output
 
 
 class PriorFigures(msgspec.Struct):
@@ -150,6 +166,9 @@ class Comparison(msgspec.Struct):
 
 def _environment() -> Environment:
     """Makes the templates' environment; ``source`` puts a style sheet or script into the page as it stands."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
     environment = Environment(loader=PackageLoader("evals.report", "page"), autoescape=True, undefined=StrictUndefined)
     loader = environment.loader
     assert loader is not None
@@ -159,12 +178,19 @@ def _environment() -> Environment:
 
 def _shown(pipeline: MNIFPipeline, arguments: ReportArguments) -> dict[str, Any]:
     """Draws the page's pictures, and takes in those that other commands left."""
+    import torch
+
+    from evals.loaded_run import latent_table_of
+    from evals.report.embedded import file_uri, gallery, lossless_uri
+    from evals.report.exhibits import drawn_exhibits, easel_of
+
     run, seed, steps = arguments.run, arguments.seed, arguments.num_inference_steps
     easel = easel_of(pipeline.decoder)
     table = latent_table_of(run / "model", pipeline.decoder)
-    first = sample_latents(pipeline, seed, range(_COMPARED), steps)
+    exhibits = drawn_exhibits(pipeline, easel, table, seed, steps)
+    compared = sorted(exhibits, key=lambda exhibit: exhibit.is_empty)[:_COMPARED]
     with torch.no_grad():
-        resolutions = easel.resolutions(first)
+        resolutions = easel.resolutions(torch.cat([exhibit.latent for exhibit in compared]))
     evaluation = arguments.eval_dir or run / "eval"
     stored = ("reconstructions_train", "reconstructions_heldout", "nearest")
     files = {name: evaluation / f"{name}.png" for name in stored}
@@ -172,7 +198,8 @@ def _shown(pipeline: MNIFPipeline, arguments: ReportArguments) -> dict[str, Any]
         "signal": easel.signal,
         "data": table.data if table is not None else "",
         "instances": len(table.ids) if table is not None else 0,
-        "gallery": gallery(drawn_exhibits(pipeline, easel, table, seed, steps)),
+        "gallery": gallery(exhibits),
+        "compared_samples": [exhibit.number for exhibit in compared],
         "resolutions": {
             name: {"uris": [*map(lossless_uri, some)], "width": some.shape[2], "height": some.shape[1]}
             for name, some in resolutions.items()
@@ -183,6 +210,12 @@ def _shown(pipeline: MNIFPipeline, arguments: ReportArguments) -> dict[str, Any]
 
 def _measured(pipeline: MNIFPipeline, arguments: ReportArguments, manifest: dict[str, Any] | None) -> dict[str, Any]:
     """Reads what commands measured, measures latencies, and says what it means."""
+    from evals.charts import comparison_chart, steps_chart
+    from evals.presentation import EvaluationFile, check_metrics, protocol_line, read_evaluation, table_rows
+    from evals.report.findings import findings_of
+    from evals.timing import measured_latencies
+    from mnif.signals.registry import signal_of_model
+
     run, bundle = arguments.run, arguments.bundle or arguments.run / "bundle"
     evaluation = (arguments.eval_dir or run / "eval") / "metrics.json"
     compared = (arguments.comparison_dir or run / "comparison") / "comparison.json"
@@ -222,6 +255,8 @@ def _present(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _curves(rows: list[dict[str, Any]]) -> dict[str, Figure | None]:
+    from evals.charts import curve_chart
+
     return {
         "fit_loss": curve_chart(rows, "fit", ["loss"], "mean squared error", logarithmic=True),
         "fit_psnr": curve_chart(rows, "fit", ["psnr_train", "psnr_heldout"], "PSNR of the encoder, dB"),
@@ -232,6 +267,10 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, Figure | None]:
 
 
 def _as_svgs(charts: Mapping[str, Figure | None]) -> dict[str, Markup]:
+    from markupsafe import Markup
+
+    from evals.charts import as_svg
+
     return {name: Markup(as_svg(chart, name)) for name, chart in charts.items() if chart is not None}
 
 

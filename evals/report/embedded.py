@@ -57,6 +57,7 @@ def _entry(exhibit: Exhibit, quality: int) -> dict[str, Any]:
     height, width = exhibit.picture.shape[:2]
     return {
         "number": exhibit.number,
+        "empty": exhibit.is_empty,
         "width": width,
         "height": height,
         "picture": _webp_uri(Image.fromarray(exhibit.picture), quality=quality),

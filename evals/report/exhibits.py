@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from evals.metrics.neighbours import nearest_neighbour_distances
@@ -13,7 +12,7 @@ from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import denoised, initial_noise, sample_latents, slerp
 from mnif.latents.table import LatentTable
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.outputs import decode_images, decode_volumes
+from mnif.signals.outputs import decode_volumes, pictures_of_size
 from mnif.signals.radiance import RadianceField
 from mnif.signals.registry import signal_of_model
 from mnif.utils.meshes import mesh_from_values, mesh_preview
@@ -83,11 +82,7 @@ class ImageEasel(Easel):
         return {f"{pictures.shape[2]} × {pictures.shape[1]}": pictures for pictures in each}
 
     def _drawn(self, latents: Tensor, longer: int) -> np.ndarray:
-        height, width = as_axes(self.signal.grid_resolution, 2)
-        size = [max(round(side * longer / max(height, width)), 1) for side in (height, width)]
-        values = torch.cat([*decode_images(self.decoder, latents, size)])
-        images = DiffusionPipeline.numpy_to_pil((values / 2 + 0.5).clamp(0, 1).float().cpu().numpy())
-        return np.stack([np.asarray(to_mode(image, 3)) for image in images])
+        return np.stack([np.asarray(to_mode(image, 3)) for image in pictures_of_size(self.decoder, latents, longer)])
 
 
 class ShapeEasel(Easel):
@@ -153,10 +148,13 @@ class ViewEasel(Easel):
         return min(self._radiance.size[0], 64)
 
     def _views(self, latents: Tensor, height: int | None) -> np.ndarray:
-        each = latents.split(1)
-        height = height or self._height
         # The second of eight cameras on the circle, the same that pictures of objects are taken from elsewhere.
-        return np.stack([self._radiance.turntable(self.decoder, one, 8, resolution=height)[0, 1] for one in each])
+        height, second = height or self._height, slice(1, 2)
+        views = (
+            self._radiance.turntable(self.decoder, latent, 8, resolution=height, chosen=second)
+            for latent in latents.split(1)
+        )
+        return np.concatenate([view[:, 0] for view in views])
 
 
 class PreviewEasel(Easel):
@@ -187,6 +185,7 @@ class Exhibit:
 
     Attributes:
         number: of the sample, as `mnif sample` counts.
+        latent: [1, D].
         picture: [H, W, 3].
         nearest: what the nearest training latent draws, if the run's table is there.
         nearest_id: of the instance it stands for.
@@ -196,12 +195,18 @@ class Exhibit:
     """
 
     number: int
+    latent: Tensor
     picture: np.ndarray
     nearest: np.ndarray | None
     nearest_id: str
     walk: np.ndarray
     turntable: np.ndarray | None
     volume: np.ndarray | None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is a shape without a surface: nothing or everything is inside."""
+        return self.volume is not None and not self.volume.min() <= 0 < self.volume.max()
 
 
 @torch.no_grad()
@@ -218,6 +223,7 @@ def drawn_exhibits(
     return [
         Exhibit(
             number=number,
+            latent=latents[number : number + 1],
             picture=pictures[number],
             nearest=None if neighbours is None else neighbours[number],
             nearest_id=ids[number],

@@ -1,58 +1,43 @@
 """`mnif export`: one folder with everything an edge device needs."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import onnx
 
-from export.bundle import MANIFEST, Selection, WrittenManifest, is_as_written, put_in_place, write_device_files
+from export.browser import check_onnxruntime_web, write_page
 from export.device.bundle import manifest_digest
-from export.graph_notes import write_notes
-from export.graphs.precision import PARTS, Precision, Storage
-from export.graphs.rtx_check import CompileReport, compile_with_rtx, rtx_is_installed
-from export.graphs.specs import KINDS, GraphVariant, make_variants
-from export.manifest import graph_entry, manifest_of
-from export.readme import bundle_readme
-from export.triton import write_model_repository
-from latent_prior.diffusion import INFERENCE_STEPS
-from latent_prior.hub import public_name
-from latent_prior.pipeline import MNIFPipeline, load_pipeline
+from export.graphs import Precision, Storage
+from latent_prior.settings import INFERENCE_STEPS
 from mnif import __version__
-from mnif.latents.table import data_of_table
-from mnif.models.io import load_component
-from mnif.models.mnif_model import MNIFModel
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError
 from mnif.utils.files import (
     remove_leftovers,
     save_tensors,
     sha256_of_file,
-    sha256_of_folder,
     temporary_folder,
     write_json,
 )
 from mnif.utils.json_files import read_object
 from mnif.utils.output_folders import LOCK, check_output_folder, held_folder
 
+if TYPE_CHECKING:
+    from export.bundle import Selection
+    from export.graphs.rtx_check import CompileReport
+    from export.graphs.specs import GraphVariant
+    from latent_prior.pipeline import MNIFPipeline
+    from mnif.models.mnif_model import MNIFModel
+
 
 @dataclass(kw_only=True)
-class ExportArguments:
-    """Write ONNX graphs, weights and the device's own tools; every graph is measured against float64 first."""
+class GraphsFlags:
+    """What is exported, and how exactly."""
 
-    model: Path
-    """The model folder, RUN/model. Without a prior there is no sampler, and rows of RUN/latents.safetensors are
-    baked."""
-    output_dir: Path
-    """The bundle folder; the files of an older bundle there are replaced, all others stay."""
-    num_baked: int = 4
-    """How many instances are baked into graphs of their own."""
-    latents: Path | None = None
-    """A latent table whose rows are baked; default: samples of the prior."""
-    ids: list[str] | None = None
-    """Which rows of the latent table are baked; default: the first --num_baked."""
     num_inference_steps: list[int] = field(default_factory=lambda: [INFERENCE_STEPS])
     """Denoising steps, one sampler for each number; what is baked is sampled with the last."""
     resolution: list[int] | None = None
@@ -65,21 +50,54 @@ class ExportArguments:
     """How samplers store their large matrices; they compute as --sampler_precision says."""
     pad_channels: bool = False
     """Values get four channels, the further ones zero: one kernel less in TensorRT."""
+
+
+@dataclass(kw_only=True)
+class BakedFlags:
+    """Instances with graphs of their own."""
+
+    num_baked: int = 4
+    """How many instances are baked into graphs of their own."""
+    latents: Path | None = None
+    """A latent table whose rows are baked; default: samples of the prior."""
+    ids: list[str] | None = None
+    """Which rows of the latent table are baked; default: the first --num_baked."""
+
+
+@dataclass(kw_only=True)
+class ExtrasFlags:
+    """What else a bundle gets."""
+
     browser: bool = False
-    """Add the graphs of the page in examples/browser: noise → coefficients, and values of those at any coordinates."""
+    """Add browser/, a page to be hosted, and its graphs: noise → coefficients, and values of those anywhere."""
+    onnxruntime_web: Path | None = None
+    """The npm package's folder, to be copied beside the page; default: the page asks a CDN, and checks hashes."""
     triton: bool = False
     """Add a model repository for Triton Inference Server: triton/, with every decoder and sampler."""
     weights: bool = False
     """Add weights.safetensors, the decoder's weights by name, for programs of your own: no graph and no command of the
     device reads it."""
-    seed: int = 0
-    """Of the baked samples and of the reference inputs."""
     compile_rtx: Literal["auto", "on", "off"] = "auto"
     """Compile every graph with TensorRT-RTX, which needs no GPU: a compile gate, not a Jetson build. auto: where it is
     installed. Of the baked graphs the first alone is compiled."""
 
+
+@dataclass(kw_only=True)
+class ExportArguments(GraphsFlags, BakedFlags, ExtrasFlags):
+    """Write ONNX graphs, weights and the device's own tools; every graph is measured against float64 first."""
+
+    model: Path
+    """The model folder, RUN/model. Without a prior there is no sampler, and rows of RUN/latents.safetensors are
+    baked."""
+    output_dir: Path
+    """The bundle folder; the files of an older bundle there are replaced, all others stay."""
+    seed: int = 0
+    """Of the baked samples and of the reference inputs."""
+
     def precisions_for(self, kind: str) -> tuple[Sequence[Precision], Storage | None]:
         """Precisions and storage of a kind of graphs, None for what is multiplied."""
+        from export.graphs.specs import KINDS
+
         chosen = KINDS[kind].precision
         if chosen == "sampler":
             return self.sampler_precision, self.sampler_storage
@@ -92,6 +110,10 @@ def selection_of(model: MNIFPipeline | MNIFModel, options: ExportArguments) -> S
     Raises:
         UserError: a flag is out of range.
     """
+    from export.bundle import Selection
+    from latent_prior.pipeline import MNIFPipeline
+    from mnif.models.mnif_model import MNIFModel
+
     decoder = model if isinstance(model, MNIFModel) else model.decoder
     counts = [("num_baked", 0, options.num_baked), ("seed", 0, options.seed)]
     counts += [("num_inference_steps", 1, number) for number in options.num_inference_steps]
@@ -112,6 +134,9 @@ def selection_of(model: MNIFPipeline | MNIFModel, options: ExportArguments) -> S
         resolution = resolution[0] if len(resolution) == 1 else tuple(resolution)
     if options.browser and not (isinstance(model, MNIFPipeline) and decoder.config.signal == "image"):
         raise UserError("--browser: the page draws new pictures; this model has no prior, or is not of pictures")
+    if options.onnxruntime_web is not None and not options.browser:
+        raise UserError("--onnxruntime_web: is for the page of --browser; say that too")
+    check_onnxruntime_web(options.onnxruntime_web)
     return Selection(
         decoder=decoder,
         pipeline=model if isinstance(model, MNIFPipeline) else None,
@@ -136,13 +161,17 @@ def main(arguments: list[str]) -> None:
 
 def _export(options: ExportArguments) -> None:
     """Exports, unless that was done before."""
+    from mnif.latents.table import data_of_table
+    from mnif.models.io import sha256_of_model
+    from mnif.models.mnif_model import MNIFModel
+
     _check_output(options.output_dir)
     model = load_model(options.model)
     if isinstance(model, MNIFModel) and options.latents is None:
         beside = options.model.parent / "latents.safetensors"
         options.latents = beside if beside.is_file() else None
     inputs = {key: str(value) for key, value in asdict(options).items() if key != "output_dir"}
-    inputs |= {"version": __version__, "model_sha256": sha256_of_folder(options.model)}
+    inputs |= {"version": __version__, "model_sha256": sha256_of_model(options.model)}
     if options.latents is not None and options.latents.is_file():
         inputs["latents_sha256"] = sha256_of_file(options.latents)
     if _holds(options.output_dir, inputs):
@@ -159,6 +188,10 @@ def load_model(folder: Path) -> MNIFPipeline | MNIFModel:
     Raises:
         UserError: a stage is damaged, there is no decoder, or the denoiser belongs to another one.
     """
+    from latent_prior.pipeline import load_pipeline
+    from mnif.models.io import load_component
+    from mnif.models.mnif_model import MNIFModel
+
     if (folder / "denoiser").is_dir():
         return load_pipeline(folder)
     return load_component(MNIFModel, folder, "decoder")
@@ -166,6 +199,8 @@ def load_model(folder: Path) -> MNIFPipeline | MNIFModel:
 
 def _holds(output: Path, inputs: dict[str, str]) -> bool:
     """Whether a bundle of the same inputs lies there, each file as it was written; others may lie there too."""
+    from export.bundle import MANIFEST, WrittenManifest, is_as_written
+
     if not (output / MANIFEST).is_file():
         return False
     manifest = read_object(output / MANIFEST, WrittenManifest)
@@ -194,8 +229,15 @@ def export_bundle(
         UserError: a flag is out of range, the folder holds something else or a file in the way, the scheduler cannot
             be exported, a graph misses its tolerance, or TensorRT-RTX refuses it.
     """
+    from export.graphs.rtx_check import rtx_is_installed
+    from export.manifest import manifest_of
+    from latent_prior.model_card import public_name
+
     selection = selection_of(model, options)
     compiles = options.compile_rtx == "on" or (options.compile_rtx == "auto" and rtx_is_installed())
+    if options.compile_rtx == "on" and not rtx_is_installed():
+        mend = "pip install 'mnif-diffusion[rtx]', or --compile_rtx off"
+        raise UserError(f"the compile gate needs TensorRT-RTX, which is not installed; {mend}")
     if options.compile_rtx == "auto" and not compiles:
         print("TensorRT-RTX compile gate skipped: not installed (pip install 'mnif-diffusion[rtx]')")
 
@@ -220,6 +262,10 @@ def _write_bundle(
     selection: Selection, options: ExportArguments, manifest: dict[str, Any], compiles: bool
 ) -> list[str]:
     """Writes the bundle beside its place and moves it there, and completes its manifest; gives others' files there."""
+    from export.bundle import MANIFEST, put_in_place, write_device_files
+    from export.readme import bundle_readme
+    from export.triton import write_model_repository
+
     output = options.output_dir.resolve()
     with temporary_folder(output) as folder:
         (folder / "onnx").mkdir()
@@ -228,6 +274,8 @@ def _write_bundle(
         if options.weights:
             _write_weights(selection.decoder, folder / "weights.safetensors")
         write_device_files(folder)
+        if options.browser:
+            write_page(folder, options.onnxruntime_web)
         if options.triton:
             write_model_repository(folder, manifest["graphs"])
         (folder / "README.md").write_text(bundle_readme(manifest, options.weights))
@@ -245,6 +293,14 @@ def _write_graphs(
     selection: Selection, options: ExportArguments, folder: Path, manifest: dict[str, Any], compiles: bool
 ) -> dict[str, Any]:
     """Writes ``onnx/`` and a line for each graph, adds the graphs to the manifest, and returns the references."""
+    import onnx
+
+    from export.graph_notes import write_notes
+    from export.graphs.precision import PARTS
+    from export.graphs.rtx_check import compile_with_rtx
+    from export.graphs.specs import make_variants
+    from export.manifest import graph_entry
+
     reference: dict[str, Any] = {}
     unmeasured = 0
     for spec in selection.specs():
@@ -272,6 +328,8 @@ def _write_graphs(
 
 def _check_output(output: Path) -> None:
     """Refuses a path that is neither free, nor an empty folder, nor a bundle; clears what a killed export left."""
+    from export.bundle import MANIFEST
+
     is_bundle = check_output_folder(output, "export")
     remove_leftovers(output.resolve().parent, output.resolve().name)
     remove_leftovers(output, MANIFEST)

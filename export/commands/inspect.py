@@ -8,7 +8,6 @@ from typing import Any
 from export.device.bundle import ENGINES, BundleFolder, check_form, entry
 from export.device.cli import Parser, columns, printable, run_command
 from export.device.plans import PlanRefused, read_sidecar
-from export.readme import pixel_steps
 
 _KERNEL = {
     "name": str,
@@ -30,14 +29,19 @@ _SHOWN = {  # of a sidecar
 }
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 0, or 2 after one line about what is wrong."""
+def make_parser() -> Parser:
+    """Makes the command's flags."""
     parser = Parser("inspect", "Show a bundle's graphs and plans, or with --plan what one plan is made of.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--bundle", type=Path, help="the bundle's folder")
     what.add_argument("--plan", type=Path, help="a plan, engines/NAME.plan; its sidecar lies beside it")
     parser.add_argument("--kernels", action="store_true", help="list every kernel of every plan")
-    return run_command(parser, arguments, _inspect)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns 0, or 2 after one line about what is wrong."""
+    return run_command(make_parser(), arguments, _inspect)
 
 
 def _inspect(options: Any) -> int:
@@ -65,6 +69,8 @@ def _print(lines: Iterable[str]) -> None:
 
 def bundle_lines(folder: BundleFolder) -> list[str]:
     """Lists what the manifest says: the model, the grid, and a line for every graph."""
+    from export.readme import pixel_steps
+
     manifest = folder.manifest
     files = entry(manifest, "files", kind=dict)
     grid = manifest["grid"]

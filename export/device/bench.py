@@ -98,14 +98,16 @@ class Subject(NamedTuple):
     arrays: dict[str, np.ndarray]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 0, or 2 after one line about what is wrong."""
+def make_parser() -> Parser:
+    """Makes the command's flags."""
     parser = Parser("bench", "Time graphs in every backend that is here; prints a table, --output writes JSON.")
     parser.add_bundle()
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, metavar="NAME", help=f"of {', '.join(BACKENDS)}")
     parser.add_argument("--graphs", nargs="+", metavar="NAME", help="default: the first of each kind and precision")
-    parser.add_argument("--batch_sizes", nargs="+", type=number(1), default=[1, 8, 32], metavar="N")
-    parser.add_argument("--rounds", type=number(1), default=100, help="calls of each that are timed (100)")
+    parser.add_argument(
+        "--batch_sizes", nargs="+", type=number(1), default=[1, 8, 32], metavar="N", help="default: 1 8 32"
+    )
+    parser.add_argument("--rounds", type=number(1), default=100, help="calls of each that are timed (default: 100)")
     parser.add_argument(
         "--threads", type=number(0, MOST_THREADS), default=0, help="of a backend on the CPU; 0 lets it choose"
     )
@@ -114,10 +116,15 @@ def main(arguments: list[str] | None = None) -> int:
         type=number(0, 600),
         default=2,
         metavar="N",
-        help="how long each is repeated to measure its energy (2; 0 leaves it out)",
+        help="seconds that each is repeated to measure its energy; 0 leaves it out (default: 2)",
     )
     parser.add_argument("--output", type=Path, help="write machine and table as JSON here")
-    return run_command(parser, arguments, _bench)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns 0, or 2 after one line about what is wrong."""
+    return run_command(make_parser(), arguments, _bench)
 
 
 def _bench(options: Any) -> int:

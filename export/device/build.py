@@ -18,11 +18,11 @@ from .plans import PlanRefused, environment, plan_key, read_plan, state_folder, 
 from .tensorrt import MODULES, build_plan, compute_capabilities, find_builder, is_rtx, kernels_of_log
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 0, or 2 after one line about what is wrong."""
+def make_parser() -> Parser:
+    """Makes the command's flags."""
     parser = Parser("build", "Build a plan for every graph of a bundle; what is up to date is kept.")
     parser.add_bundle()
-    parser.add_argument("--builder", choices=("auto", *MODULES), default="auto")
+    parser.add_argument("--builder", choices=("auto", *MODULES), default="auto", help="what makes the plans")
     parser.add_argument("--graphs", nargs="+", metavar="NAME", help="build only these (default: all)")
     parser.add_argument(
         "--batch_sizes",
@@ -41,7 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
         help="GPUs to build for with TensorRT-RTX (default: this one, or without a GPU all)",
     )
     parser.add_argument("--force", action="store_true", help="build even what is up to date")
-    return run_command(parser, arguments, _build)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns 0, or 2 after one line about what is wrong."""
+    return run_command(make_parser(), arguments, _build)
 
 
 def _compute_capability(text: str) -> str:

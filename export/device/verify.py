@@ -62,8 +62,8 @@ class Check(NamedTuple):
         return max(self.max_abs / self.limit_abs, 10 ** ((self.limit_psnr - self.psnr) / 20))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns 0, 1 if a graph is outside its tolerance, 2 after one line about what is wrong."""
+def make_parser() -> Parser:
+    """Makes the command's flags."""
     parser = Parser("verify", "Run every graph in every backend that is here, against the float64 reference.")
     parser.add_bundle()
     parser.add_argument(
@@ -75,7 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--graphs", nargs="+", metavar="NAME", help="check only these (default: all)")
     parser.add_argument("--output", type=Path, help="write the table as JSON here")
-    return run_command(parser, arguments, _verify)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns 0, 1 if a graph is outside its tolerance, 2 after one line about what is wrong."""
+    return run_command(make_parser(), arguments, _verify)
 
 
 def _verify(options: Any) -> int:

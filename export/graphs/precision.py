@@ -17,16 +17,12 @@ ONNX Runtime on a CPU takes float16 casts out and would show no loss at all.
 """
 
 import re
-from typing import Literal
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-Precision = Literal["fp32", "mixed"]
-
-Storage = Literal["fp32", "fp16", "int8"]
-
+from export.graphs import Precision, Storage
 
 # For the manifest: the type of each part of a graph.
 PARTS: dict[Precision, dict[str, str]] = {

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from export.device.reference_evaluator import evaluate
 from export.device.verify import peak_of, psnr
-from export.graphs.precision import Precision, Storage, convert, hidden_products
+from export.graphs import Precision, Storage
+from export.graphs.precision import convert, hidden_products
 from mnif.utils.errors import UserError
 
 Profile = Mapping[str, Mapping[str, Sequence[int]]]  # input → {"minimum", "optimum", "maximum"} shapes
@@ -79,7 +80,7 @@ KINDS = {
     "points": GraphKind("points of the world to colours and densities."),
     # A browser computes in float32.
     "prior": GraphKind(
-        "standard normal noise to the coefficients that *field* takes, for the page in examples/browser.",
+        "standard normal noise to the coefficients that *field* takes, for the page in browser/.",
         precision="fp32",
     ),
     "field": GraphKind(

@@ -1,26 +1,18 @@
 """`mnif distill`: a student that draws in one to four steps what the prior needs many for."""
 
+from __future__ import annotations
+
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
-from torch import Tensor
 
-from latent_prior.denoisers import Denoiser, ResMLPDenoiser
-from latent_prior.diffusion import TRAIN_TIMESTEPS, LossType, objective_of, sampling_scheduler, student_scheduler
-from latent_prior.distillation import DistillationLoss, energy_distance, student_timesteps, teacher_pairs
-from latent_prior.hub import write_model_card
-from latent_prior.pipeline import MNIFPipeline, load_pipeline
-from latent_prior.sampling import sample_latents
-from mnif.data.batches import array_dataset
-from mnif.latents.table import LatentTable
-from mnif.models.io import save_component, save_index
-from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator
-from mnif.training.run_record import begin_stage, finish_stage
+from latent_prior.hub_flags import HubFlags
+from latent_prior.settings import TRAIN_TIMESTEPS, LossType
+from mnif.training.arguments import TrainingArguments
+from mnif.training.run_record import begin_stage, check_finished, finish_stage
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import folder_written_atomically, sha256_of_folder
@@ -28,41 +20,69 @@ from mnif.utils.json_files import merge_json
 from mnif.utils.output_folders import holds_folder
 from mnif.utils.process import peak_memory_megabytes
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from torch import Tensor
+
+    from latent_prior.denoisers import Denoiser, ResMLPDenoiser
+    from latent_prior.distillation import Pairs
+    from latent_prior.pipeline import MNIFPipeline
+    from mnif.latents.table import LatentTable
+
 _HELD_OUT_SHARE = 0.05  # of the pairs
 _COMPARED = 2000  # samples and latents that distances are taken over
 
 
 @dataclass(kw_only=True)
-class DistillArguments(TrainingArguments):
-    """Teach a small denoiser to draw in few steps what the prior draws in many; adds student and student_scheduler to
-    RUN/model."""
+class StudentFlags:
+    """The network that learns."""
 
-    run: Path
-    """The run folder of `mnif prior`."""
     student_steps: tuple[int, ...] = (1, 2, 4)
     """The numbers of steps that the student is to sample with; one student serves all."""
-    num_pairs: int = 65536
-    """Noises that the teacher draws samples from; what it draws stays in RUN/pairs."""
-    teacher_steps: int = 8
-    """Denoising steps of the teacher, a multiple of each of --student_steps."""
     width: int = 256
     """Hidden units of the student."""
     depth: int = 4
     """Residual blocks of the student."""
     dropout: float = 0.0
     """Dropout in the blocks, if there are too few pairs."""
+
+
+@dataclass(kw_only=True)
+class TeacherFlags:
+    """What it learns from."""
+
+    num_pairs: int = 65536
+    """Noises that the teacher draws samples from; what it draws stays in RUN/pairs."""
+    teacher_steps: int = 8
+    """Denoising steps of the teacher, a multiple of each of --student_steps."""
+
+
+@dataclass(kw_only=True)
+class OptimizerFlags:
+    """How the network moves."""
+
     loss: LossType = "mse"
     """Mean square, or pseudo-Huber, in which outliers weigh less."""
+    weight_decay: float = 0.0
+    """Of AdamW."""
+    ema_decay: float = 0.999
+    """Largest decay of the weights' moving average, which is what is validated and kept."""
+
+
+@dataclass(kw_only=True)
+class DistillArguments(StudentFlags, TeacherFlags, OptimizerFlags, TrainingArguments, HubFlags):
+    """Teach a small denoiser to draw in few steps what the prior draws in many; adds student and student_scheduler to
+    RUN/model."""
+
+    run: Path
+    """The run folder of `mnif prior`."""
+
     train_batch_size: int = 256
     """Pairs per step, over all processes together."""
     max_train_steps: int = 4000
     """Optimizer steps."""
     learning_rate: float = 2e-3
     """Peak learning rate."""
-    weight_decay: float = 0.0
-    """Of AdamW."""
-    ema_decay: float = 0.999
-    """Largest decay of the weights' moving average, which is what is validated and kept."""
     validation_steps: int = 500
     """Steps between validations; the weights with the smallest error on pairs held out are kept."""
 
@@ -79,20 +99,32 @@ def distill(arguments: DistillArguments) -> None:
     Raises:
         UserError: the run has no finished prior, a flag is out of range, or training diverges.
     """
+    from accelerate.utils import set_seed
+
+    from latent_prior.distillation import student_timesteps, teacher_pairs
+    from latent_prior.hub import push, repository_for
+    from latent_prior.pipeline import load_pipeline
+    from mnif.latents.table import LatentTable
+    from mnif.training.loop import check_machine, fill_in_steps, make_accelerator
+
     started = time.perf_counter()
     _check(arguments)
     run, model = arguments.run, arguments.run / "model"
     if not run.is_dir():
         raise UserError(f"--run {run}: no such run folder; `mnif fit --output_dir {run}` makes it")
+    check_machine(arguments)
+    check_finished(run, "prior")
     pipeline = load_pipeline(model)
     table = LatentTable.load(
         run / "latents.safetensors", pipeline.decoder.fingerprint(), pipeline.decoder.config.latent_dim
     )
+    fill_in_steps(arguments, arguments.num_pairs - _held_out(arguments))
+    repository = repository_for(arguments, model)
     accelerator = make_accelerator(arguments, run)
     if begin_stage(run, "distill", arguments, {"teacher_sha256": sha256_of_folder(model / "denoiser")}):
         print(f"{run}: `mnif distill` has finished here before with these arguments; nothing to do")
+        push(model, repository)
         return
-    timesteps = student_timesteps(arguments.student_steps)
     pairs = teacher_pairs(
         run / "pairs",
         model,
@@ -100,14 +132,36 @@ def distill(arguments: DistillArguments) -> None:
         arguments.num_pairs,
         arguments.seed,
         arguments.teacher_steps,
-        timesteps,
+        student_timesteps(arguments.student_steps),
         accelerator,
     )
     drawn = time.perf_counter() - started
     set_seed(arguments.seed)
     student = make_student(arguments, pipeline.denoiser)
+    _train(arguments, accelerator, student, pairs)
+    if accelerator.is_main_process:
+        seconds = {"seconds_of_pairs": round(drawn, 1), "seconds": round(time.perf_counter() - started, 1)}
+        _finish(arguments, pipeline, student.cpu().eval(), table, seconds)
+        push(model, repository)
+    accelerator.wait_for_everyone()
+
+
+def _held_out(arguments: DistillArguments) -> int:
+    """The number of pairs that are not learned from."""
+    return max(int(_HELD_OUT_SHARE * arguments.num_pairs), 1)
+
+
+def _train(arguments: DistillArguments, accelerator: Accelerator, student: ResMLPDenoiser, pairs: Pairs) -> None:
+    """Leaves in ``student`` what was learned of the pairs."""
+    import torch
+    from diffusers.training_utils import EMAModel
+
+    from latent_prior.distillation import DistillationLoss
+    from mnif.data.batches import array_dataset
+    from mnif.training.loop import TrainLoop
+
     loss = DistillationLoss(student, pairs.timesteps, arguments.loss).to(accelerator.device)
-    held_out = max(int(_HELD_OUT_SHARE * arguments.num_pairs), 1)
+    held_out, run = _held_out(arguments), arguments.run
     accelerator.print(
         f"pairs of {arguments.num_pairs - held_out} noises to learn from, {held_out} held out; "
         f"student {student.num_parameters():,} parameters"
@@ -124,14 +178,12 @@ def distill(arguments: DistillArguments) -> None:
     rows = array_dataset({"states": pairs.states[held_out:], "samples": pairs.samples[held_out:]})
     keep_best = "validation_loss"
     TrainLoop(accelerator, arguments, loss, [optimizer], rows, run, "distill", validate, ema, keep_best).run()
-    if accelerator.is_main_process:
-        seconds = {"seconds_of_pairs": round(drawn, 1), "seconds": round(time.perf_counter() - started, 1)}
-        _finish(arguments, pipeline, student.cpu().eval(), table, seconds)
-    accelerator.wait_for_everyone()
 
 
 def make_student(arguments: DistillArguments, teacher: Denoiser) -> ResMLPDenoiser:
     """The student, freshly drawn, with the statistics of the latents that the teacher learned from."""
+    from latent_prior.denoisers import ResMLPDenoiser
+
     student = ResMLPDenoiser(
         latent_dim=teacher.config.latent_dim,
         width=arguments.width,
@@ -159,6 +211,7 @@ def _check(arguments: DistillArguments) -> None:
         width=arguments.width,
         depth=arguments.depth,
         max_train_steps=arguments.max_train_steps,
+        num_train_epochs=arguments.num_train_epochs,
         train_batch_size=arguments.train_batch_size,
         validation_steps=arguments.validation_steps,
     )
@@ -176,6 +229,9 @@ def _finish(
     seconds: dict[str, float],
 ) -> None:
     """Adds the student to the model folder and reports its distance from the data beside the teacher's."""
+    from latent_prior.model_card import write_model_card
+    from latent_prior.pipeline import MNIFPipeline
+
     run = arguments.run
     add_student(run / "model", pipeline, student)
     teacher = MNIFPipeline(pipeline.decoder, pipeline.denoiser.cpu(), pipeline.scheduler)
@@ -196,11 +252,17 @@ def _finish(
 
 def add_student(folder: Path, pipeline: MNIFPipeline, student: ResMLPDenoiser) -> None:
     """Adds student and scheduler to a model folder that holds the teacher; the index is written last."""
-    save_component(folder, "student", student)
+    from latent_prior.diffusion import student_scheduler
+    from latent_prior.pipeline import MNIFPipeline
+    from latent_prior.pipeline_folder import save_index
+    from mnif.models.io import save_component
+
     scheduler = student_scheduler()
+    both = MNIFPipeline(pipeline.decoder, pipeline.denoiser, pipeline.scheduler, student, scheduler)
+    save_component(folder, "student", student)
     with folder_written_atomically(folder / "student_scheduler") as temporary:
         scheduler.save_pretrained(temporary)
-    save_index(folder, MNIFPipeline(pipeline.decoder, pipeline.denoiser, pipeline.scheduler, student, scheduler))
+    save_index(folder, both)
 
 
 def energy_distances(
@@ -210,6 +272,13 @@ def energy_distances(
 
     The controls are a full-covariance Gaussian in the place of a model, and the held-out latents if there are any.
     """
+    import torch
+
+    from latent_prior.diffusion import objective_of, sampling_scheduler, student_scheduler
+    from latent_prior.distillation import energy_distance
+    from latent_prior.pipeline import MNIFPipeline
+    from latent_prior.sampling import sample_latents
+
     solver = sampling_scheduler(objective_of(teacher.scheduler))
     pipelines = {
         "student": MNIFPipeline(teacher.decoder, student, student_scheduler()),
@@ -234,4 +303,6 @@ def energy_distances(
 
 def _some(latents: Tensor) -> Tensor:
     """At most as many rows as distances are taken over, evenly spread."""
+    import torch
+
     return latents[torch.linspace(0, len(latents) - 1, min(len(latents), _COMPARED)).long()]

@@ -1,53 +1,64 @@
 """`mnif prior`: learns the distribution of the latents of a run (stage two)."""
 
+from __future__ import annotations
+
 import shutil
 import time
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 import numpy as np
-import torch
-from accelerate.utils import set_seed
-from diffusers.training_utils import EMAModel
-from torch import Tensor
 
-from latent_prior.changes import changed_instances
-from latent_prior.denoisers import DENOISERS, GROUPS, Denoiser, DenoiserName
-from latent_prior.diffusion import DenoisingLoss, LossType, Objective, Weighting, sampling_scheduler, validation_loss
-from latent_prior.hub import write_model_card
-from latent_prior.pipeline import MNIFPipeline
-from latent_prior.sampling import sample_latents
-from mnif.data.batches import array_dataset
-from mnif.latents.table import LatentTable
-from mnif.models.io import load_component, save_component, save_index
-from mnif.models.mnif_model import MNIFModel
-from mnif.signals.outputs import postprocess
-from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator, steps_of_epochs
-from mnif.training.run_record import begin_stage, finish_stage
-from mnif.utils.args import parse_given, preset_values, read_preset
+from latent_prior.hub_flags import HubFlags
+from latent_prior.settings import PAPER_GROUPS, DenoiserName, LossType, Objective, Weighting
+from mnif.training.arguments import TrainingArguments
+from mnif.training.run_record import begin_stage, check_finished, finish_stage
+from mnif.utils.args import parse_given
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import folder_written_atomically, sha256_of_file
+from mnif.utils.flag_files import laid_over, preset_values, read_preset
 from mnif.utils.json_files import merge_json, read_object
 from mnif.utils.output_folders import holds_folder
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import peak_memory_megabytes
 
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from latent_prior.denoisers import Denoiser
+    from latent_prior.diffusion import DenoisingLoss
+    from latent_prior.pipeline import MNIFPipeline
+    from mnif.latents.table import LatentTable
+    from mnif.models.mnif_model import MNIFModel
+
 PRESETS = Path(__file__).parents[1] / "presets"
-_NOT_OF_A_PRESET = {"run", "preset", "extra_latents"}
+_NOT_OF_A_PRESET = {"run", "preset", "extra_latents", "push_to_hub", "hub_model_id"}
 
 
 @dataclass(kw_only=True)
-class PriorArguments(TrainingArguments):
-    """Learn the distribution of a run's latents; adds denoiser and scheduler to RUN/model."""
+class DenoiserFlags:
+    """The network."""
 
-    run: Path
-    """The run folder of `mnif fit`."""
-    preset: str | None = None
-    """Other defaults: paper (the paper's prior, exactly), edge (small enough for a board), or the path of a JSON file.
-    Flags given win over it."""
+    denoiser: DenoiserName = "modulated"
+    """Blocks scaled and shifted by the time, or the paper's network."""
+    width: int = 512
+    """Hidden units of the denoiser."""
+    depth: int = 4
+    """Residual blocks of the denoiser."""
+    dropout: float = 0.1
+    """Dropout in the blocks (modulated)."""
+
+
+@dataclass(kw_only=True)
+class DiffusionFlags:
+    """What the network learns to predict, and how it is sampled."""
 
     objective: Objective = "x0"
     """Predict the clean latent, the velocity of a diffusion, or the velocity of a straight flow."""
@@ -60,16 +71,30 @@ class PriorArguments(TrainingArguments):
     sampler: Literal["solver", "ancestral"] = "solver"
     """The scheduler that is stored: a deterministic one of few steps, or the paper's DDPM of 1000."""
 
-    denoiser: DenoiserName = "modulated"
-    """Blocks scaled and shifted by the time, or the paper's network."""
-    width: int = 512
-    """Hidden units of the denoiser."""
-    depth: int = 4
-    """Residual blocks of the denoiser."""
-    dropout: float = 0.1
-    """Dropout in the blocks (modulated)."""
+
+@dataclass(kw_only=True)
+class OptimizerFlags:
+    """How the network moves."""
+
+    weight_decay: float = 0.05
+    """Of AdamW."""
+    ema_decay: float = 0.999
+    """Largest decay of the weights' moving average, which is what is validated, kept and sampled from."""
+    keep: Literal["best", "last"] = "best"
+    """The weights with the smallest loss on held-out latents, or those of the last step."""
     latent_noise: float = 0.0
     """Noise added to the latents while training, in their standard deviations: makes copies of them worth less."""
+
+
+@dataclass(kw_only=True)
+class PriorArguments(DenoiserFlags, DiffusionFlags, OptimizerFlags, TrainingArguments, HubFlags):
+    """Learn the distribution of a run's latents; adds denoiser and scheduler to RUN/model."""
+
+    run: Path
+    """The run folder of `mnif fit`."""
+    preset: str | None = None
+    """Other defaults: paper (the paper's prior, exactly), edge (small enough for a board), or the path of a JSON file.
+    Flags given win over it."""
     extra_latents: list[Path] | None = None
     """More latents to learn from: tables that `mnif encode` wrote, such as of mirrored instances (--mirror)."""
     augment: bool = False
@@ -80,18 +105,10 @@ class PriorArguments(TrainingArguments):
     """Latents per step, over all processes together."""
     max_train_steps: int = 1000
     """Optimizer steps; given here, they win over the epochs of a preset."""
-    num_train_epochs: int | None = None
-    """Passes over the latents; takes the place of --max_train_steps."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
-    weight_decay: float = 0.05
-    """Of AdamW."""
-    ema_decay: float = 0.999
-    """Largest decay of the weights' moving average, which is what is validated, kept and sampled from."""
     validation_steps: int = 100
     """Steps between validations."""
-    keep: Literal["best", "last"] = "best"
-    """The weights with the smallest loss on held-out latents, or those of the last step."""
 
 
 def parse_prior_arguments(arguments: list[str]) -> PriorArguments:
@@ -104,9 +121,7 @@ def parse_prior_arguments(arguments: list[str]) -> PriorArguments:
     if (named := given.get("preset")) is not None:
         preset = read_preset(named, PRESETS)["arguments"]
         settings = preset_values(PriorArguments, preset, named, "mnif prior", _NOT_OF_A_PRESET)
-    if "max_train_steps" in given:
-        settings.pop("num_train_epochs", None)
-    parsed = PriorArguments(**settings | given)
+    parsed = PriorArguments(**laid_over(settings, given))
     _check(parsed)
     return parsed
 
@@ -130,11 +145,11 @@ def _check(arguments: PriorArguments) -> None:
         raise UserError("--augment: of --extra_latents nobody knows how they were changed; give one of the two")
     if arguments.objective == "flow" and arguments.sampler == "ancestral":
         raise UserError("--sampler ancestral: a flow is sampled without noise; take --objective x0 or v")
-    fits = arguments.width % GROUPS == 0 and arguments.width > GROUPS and arguments.depth % 2 == 0
+    fits = arguments.width % PAPER_GROUPS == 0 and arguments.width > PAPER_GROUPS and arguments.depth % 2 == 0
     if arguments.denoiser == "paper" and not fits:
         raise UserError(
             f"--width {arguments.width} --depth {arguments.depth}: the paper's denoiser needs a width that is a "
-            f"multiple of {GROUPS} and above it, and an even depth"
+            f"multiple of {PAPER_GROUPS} and above it, and an even depth"
         )
 
 
@@ -150,33 +165,72 @@ def fit_prior(arguments: PriorArguments) -> None:
     Raises:
         UserError: the run has no finished stage one, the latents belong to another decoder, or training diverges.
     """
+    import torch
+    from accelerate.utils import set_seed
+
+    from latent_prior.changes import changed_instances
+    from latent_prior.hub import push, repository_for
+    from mnif.latents.table import LatentTable
+    from mnif.models.io import load_component
+    from mnif.models.mnif_model import MNIFModel
+    from mnif.training.loop import check_machine, fill_in_steps, make_accelerator
+
     started = time.perf_counter()
     run = arguments.run
     if not run.is_dir():
         raise UserError(f"--run {run}: no such run folder; `mnif fit --output_dir {run}` makes it")
+    check_machine(arguments)
+    check_finished(run, "fit")
     decoder = load_component(MNIFModel, run / "model", "decoder")
     table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint(), decoder.config.latent_dim)
     latents = torch.cat([table.train, *_extra_latents(arguments, table)])
     augmented = changed_instances(run, decoder, table) if arguments.augment else None
-    if arguments.num_train_epochs is not None:
-        epochs, batch_size = arguments.num_train_epochs, arguments.train_batch_size
-        accumulation = arguments.gradient_accumulation_steps
-        arguments.max_train_steps = steps_of_epochs(epochs, batch_size, accumulation, len(latents))
+    fill_in_steps(arguments, len(latents))
+    repository = repository_for(arguments, run / "model")
     accelerator = make_accelerator(arguments, run)
     extra = {f"extra_latents_{i}": sha256_of_file(path) for i, path in enumerate(arguments.extra_latents or [])}
     if begin_stage(run, "prior", arguments, {"decoder_fingerprint": table.fingerprint} | extra):
         print(f"{run}: `mnif prior` has finished here before with these arguments; nothing to do")
+        push(run / "model", repository)
         return
-    rows = {"latents": latents}
-    if augmented is not None:
-        rows["changed"] = augmented.latents()
     rows = {"latents": latents} | ({} if augmented is None else {"changed": augmented.latents()})
     set_seed(arguments.seed)
     denoiser = make_denoiser(arguments, table)
-    ways = 0 if augmented is None else len(augmented.ways)
-    loss = _loss(arguments, denoiser, ways).to(accelerator.device)
+    _train(arguments, accelerator, decoder, denoiser, table, rows)
+    if accelerator.is_main_process:
+        _finish(arguments, decoder, denoiser.cpu().eval(), time.perf_counter() - started)
+        push(run / "model", repository)
+    accelerator.wait_for_everyone()
+
+
+def _train(
+    arguments: PriorArguments,
+    accelerator: Accelerator,
+    decoder: MNIFModel,
+    denoiser: Denoiser,
+    table: LatentTable,
+    rows: dict[str, Tensor],
+) -> None:
+    """Leaves in ``denoiser`` what was learned of ``latents`` [N, D] and, if there are any, ``changed`` [N, ways, D]."""
+    import torch
+    from diffusers.training_utils import EMAModel
+
+    from latent_prior.diffusion import DenoisingLoss
+    from mnif.data.batches import array_dataset
+    from mnif.training.loop import TrainLoop
+
+    ways = rows["changed"].shape[1] if "changed" in rows else 0
+    loss = DenoisingLoss(
+        denoiser,
+        arguments.objective,
+        arguments.weighting,
+        arguments.snr_limit,
+        arguments.loss,
+        arguments.latent_noise,
+        ways,
+    ).to(accelerator.device)
     accelerator.print(
-        f"{len(latents)} latents to train{f', also changed in {ways} ways' if ways else ''}, "
+        f"{len(rows['latents'])} latents to train{f', also changed in {ways} ways' if ways else ''}, "
         f"{int(table.held_out.sum())} held out; denoiser {denoiser.num_parameters():,} parameters"
     )
     validate = partial(_validation_losses, loss, table, accelerator.device)
@@ -185,15 +239,19 @@ def fit_prior(arguments: PriorArguments) -> None:
     )
     ema = EMAModel(loss.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
-    keep_best, data = "validation_loss" if arguments.keep == "best" else None, array_dataset(rows)
-    TrainLoop(accelerator, arguments, loss, [optimizer], data, run, "prior", validate, ema, keep_best).run()
-    if accelerator.is_main_process:
-        _finish(arguments, decoder, denoiser.cpu().eval(), time.perf_counter() - started)
-    accelerator.wait_for_everyone()
+    keep_best = "validation_loss" if arguments.keep == "best" else None
+    data, run = array_dataset(rows), arguments.run
+
+    def show() -> Image:
+        return samples_sheet(decoder, deepcopy(denoiser).cpu(), arguments)
+
+    TrainLoop(accelerator, arguments, loss, [optimizer], data, run, "prior", validate, ema, keep_best, show=show).run()
 
 
 def make_denoiser(arguments: PriorArguments, table: LatentTable) -> Denoiser:
     """The denoiser, freshly drawn, with the statistics of the table's training latents."""
+    from latent_prior.denoisers import DENOISERS
+
     shape: dict[str, Any] = {"latent_dim": table.latents.shape[1], "width": arguments.width, "depth": arguments.depth}
     shape["decoder_fingerprint"] = table.fingerprint
     if arguments.denoiser == "modulated":
@@ -205,21 +263,10 @@ def make_denoiser(arguments: PriorArguments, table: LatentTable) -> Denoiser:
     return denoiser
 
 
-def _loss(arguments: PriorArguments, denoiser: Denoiser, ways: int) -> DenoisingLoss:
-    """What the flags ask for, of instances that may be changed in so many ways."""
-    return DenoisingLoss(
-        denoiser,
-        arguments.objective,
-        arguments.weighting,
-        arguments.snr_limit,
-        arguments.loss,
-        arguments.latent_noise,
-        ways,
-    )
-
-
 def _validation_losses(loss: DenoisingLoss, table: LatentTable, device: torch.device) -> dict[str, float]:
     """The loss on held-out latents, if there are any, and on as many of those learned from."""
+    from latent_prior.diffusion import validation_loss
+
     held_out = table.latents[table.held_out] if table.held_out.any() else table.train
     probes = {"validation_loss": held_out, "validation_loss_train": table.train[: len(held_out)]}
     return {name: validation_loss(loss, latents.to(device)) for name, latents in probes.items()}
@@ -231,22 +278,24 @@ def _extra_latents(arguments: PriorArguments, table: LatentTable) -> list[Tensor
     Raises:
         UserError: one is missing, or belongs to another decoder.
     """
+    from mnif.latents.table import LatentTable
+
     return [
         LatentTable.load(path, table.fingerprint, table.latents.shape[1]).train
         for path in arguments.extra_latents or []
     ]
 
 
-@torch.no_grad()
 def _finish(arguments: PriorArguments, decoder: MNIFModel, denoiser: Denoiser, seconds: float) -> None:
     """Completes the model folder to a pipeline and shows some samples."""
+    from latent_prior.diffusion import sampling_scheduler
+    from latent_prior.model_card import write_model_card
+    from latent_prior.pipeline import MNIFPipeline
+
     run = arguments.run
     scheduler = sampling_scheduler(arguments.objective, ancestral=arguments.sampler == "ancestral")
     add_prior(run / "model", MNIFPipeline(decoder, denoiser, scheduler))
-    pipeline = MNIFPipeline(decoder, denoiser, sampling_scheduler(arguments.objective))
-    pipeline.set_progress_bar_config(disable=True)
-    images = postprocess(decoder, sample_latents(pipeline, arguments.seed, range(64)), "pil")
-    save_image(run / "samples" / "samples.png", image_grid([np.asarray(i) for i in images], 16, scale=2))
+    save_image(run / "samples" / "samples.png", samples_sheet(decoder, denoiser, arguments))
     metrics = {
         "seconds": round(seconds, 1),
         "peak_rss_mb": peak_memory_megabytes(),
@@ -257,6 +306,22 @@ def _finish(arguments: PriorArguments, decoder: MNIFModel, denoiser: Denoiser, s
     write_model_card(run)
     finish_stage(run, "prior")
     print(f"{run / 'model'}: denoiser and scheduler added; pictures at {run / 'samples' / 'samples.png'}")
+
+
+def samples_sheet(decoder: MNIFModel, denoiser: Denoiser, arguments: PriorArguments) -> Image:
+    """Draws 64 samples of a denoiser on the CPU."""
+    import torch
+
+    from latent_prior.diffusion import sampling_scheduler
+    from latent_prior.pipeline import MNIFPipeline
+    from latent_prior.sampling import sample_latents
+    from mnif.signals.outputs import postprocess
+
+    pipeline = MNIFPipeline(decoder, denoiser, sampling_scheduler(arguments.objective))
+    pipeline.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        images = postprocess(decoder, sample_latents(pipeline, arguments.seed, range(64)), "pil")
+    return image_grid([np.asarray(image) for image in images], 16, scale=2)
 
 
 class RunFigures(msgspec.Struct):
@@ -270,6 +335,9 @@ def add_prior(folder: Path, pipeline: MNIFPipeline) -> None:
 
     A student of an earlier denoiser goes. The index is written last, so a folder with an index is complete.
     """
+    from latent_prior.pipeline_folder import save_index
+    from mnif.models.io import save_component
+
     (folder / "model_index.json").unlink(missing_ok=True)
     for name in ("student", "student_scheduler"):
         shutil.rmtree(folder / name, ignore_errors=True)

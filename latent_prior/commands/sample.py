@@ -1,22 +1,15 @@
 """`mnif sample`: draws new samples from a model folder, on one process or several."""
 
+from __future__ import annotations
+
 import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from accelerate import PartialState
-from accelerate.utils import gather_object
-
-from latent_prior.diffusion import INFERENCE_STEPS, adds_noise, scheduler_by_name
-from latent_prior.hub import model_folder
-from latent_prior.pipeline import MNIFPipeline, load_pipeline
-from latent_prior.sample_writers import FORMATS, Samples, save_interpolation, save_preview
-from latent_prior.sampling import CHUNK
-from mnif.signals.outputs import Animation, MeshFormat, writer_from_flags
-from mnif.signals.registry import signal_of_model
+from latent_prior.settings import INFERENCE_STEPS
+from mnif.signals.output_flags import OutputFlags
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import flush_everything, remove_leftovers, sha256_of_folder, write_json
@@ -24,13 +17,53 @@ from mnif.utils.json_files import read_json
 from mnif.utils.output_folders import holds_folder
 from mnif.utils.process import command_line, peak_memory_megabytes, progress_bar
 
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from latent_prior.pipeline import MNIFPipeline
+    from latent_prior.sample_writers import Samples
+
 _COMPONENTS = ("decoder", "denoiser", "scheduler", "student", "student_scheduler")
 
 _PATIENCE = timedelta(days=7)  # that processes wait for the slowest of them
 
 
 @dataclass(kw_only=True)
-class SampleArguments:
+class SamplingFlags:
+    """How noise becomes latents."""
+
+    num_inference_steps: int = INFERENCE_STEPS
+    """Denoising steps; the student draws, if there is one, in the numbers of steps it was distilled for."""
+    scheduler: str | None = None
+    """A diffusers scheduler by class name, such as DDIMScheduler, for the prior; default: the model's own."""
+    truncation: float = 1.0
+    """Below 1: draws latents towards their mean, for typical samples of less variety; 0 is the mean itself."""
+
+
+@dataclass(kw_only=True)
+class FilesFlags:
+    """How samples are stored."""
+
+    format: Literal["folder", "tar", "npz"] = "folder"
+    """Files in a folder, shards for WebDataset, or one array."""
+    shard_size: int = 1024
+    """Samples in a shard, a multiple of 64 (tar, npz while it is written)."""
+    batch_size: int = 64
+    """Pictures decoded at a time; fewer need less memory, and change no byte."""
+
+
+@dataclass(kw_only=True)
+class PreviewFlags:
+    """What is shown of them."""
+
+    grid: int = 64
+    """Samples in preview/grid.png; 0: no preview."""
+    interpolate: int | None = None
+    """Adds preview/interpolation.png and .gif: the way from each of the first samples to the next in so many steps."""
+
+
+@dataclass(kw_only=True)
+class SampleArguments(SamplingFlags, FilesFlags, PreviewFlags, OutputFlags):
     """Draw new samples; number i depends on seed and i alone, and a stopped command continues where it was."""
 
     model: Path
@@ -41,36 +74,6 @@ class SampleArguments:
     """How many samples."""
     seed: int = 0
     """Of the noise."""
-    num_inference_steps: int = INFERENCE_STEPS
-    """Denoising steps; the student draws, if there is one, in the numbers of steps it was distilled for."""
-    resolution: list[int] | None = None
-    """Of pictures, of voxels, or the height of views; default: the training resolution."""
-    scheduler: str | None = None
-    """A diffusers scheduler by class name, such as DDIMScheduler, for the prior; default: the model's own."""
-    truncation: float = 1.0
-    """Below 1: draws latents towards their mean, for typical samples of less variety; 0 is the mean itself."""
-    format: Literal["folder", "tar", "npz"] = "folder"
-    """Files in a folder, shards for WebDataset, or one array."""
-    shard_size: int = 1024
-    """Samples in a shard, a multiple of 64 (tar, npz while it is written)."""
-    batch_size: int = 64
-    """Pictures decoded at a time; fewer need less memory, and change no byte."""
-
-    mesh: MeshFormat | None = None
-    """The format of meshes (voxels); default: glb."""
-    turntable: Animation | None = None
-    """Adds an animation of a camera that goes round (voxels, radiance)."""
-    frames: int | None = None
-    """Of the animation; default: 48."""
-    elevation: float | None = None
-    """Of the camera, in degrees above the horizon (voxels, radiance); default: 20."""
-    views: int | None = None
-    """Pictures of each object, from cameras evenly spaced on a circle (radiance); default: 8."""
-
-    grid: int = 64
-    """Samples in preview/grid.png; 0: no preview."""
-    interpolate: int | None = None
-    """Adds preview/interpolation.png and .gif: the way from each of the first samples to the next in so many steps."""
 
 
 def main(arguments: list[str]) -> None:
@@ -86,18 +89,23 @@ def sample(arguments: SampleArguments) -> None:
         UserError: the model folder lacks a stage, a flag is out of range, or the output folder is another command's
             or holds other samples.
     """
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+
+    from latent_prior.hub import model_folder
+    from latent_prior.pipeline import load_pipeline
+    from latent_prior.sample_writers import save_interpolation, save_preview
+    from latent_prior.schedulers import scheduler_by_name
+
     _check(arguments)
     model = model_folder(arguments.model)
     pipeline = load_pipeline(model)
     if arguments.scheduler:
         pipeline.scheduler = scheduler_by_name(arguments.scheduler, pipeline.scheduler)
     samples = _samples(arguments, pipeline)
-    _, scheduler = pipeline.select_denoiser(arguments.num_inference_steps, samples.options["use_student"])
-    if arguments.interpolate and adds_noise(scheduler):
-        raise UserError(
-            f"--interpolate: {type(scheduler).__name__} adds noise in every step; name another --scheduler, "
-            "such as DDIMScheduler"
-        )
+    if arguments.interpolate:
+        _check_interpolation(samples)
     requested = _requested(arguments, model, samples)
     _check_same_samples(samples, requested)
 
@@ -126,6 +134,8 @@ def sample(arguments: SampleArguments) -> None:
 
 
 def _check(arguments: SampleArguments) -> None:
+    from latent_prior.sampling import CHUNK
+
     for flag in ("num_samples", "num_inference_steps", "batch_size", "shard_size", "interpolate"):
         check_at_least(1, **{flag: getattr(arguments, flag)})
     check_at_least(0, grid=arguments.grid, seed=arguments.seed)
@@ -141,8 +151,25 @@ def _check(arguments: SampleArguments) -> None:
                 raise UserError(f"--{flag}: an .npz file holds one array and no files; take --format folder or tar")
 
 
+def _check_interpolation(samples: Samples) -> None:
+    from latent_prior.schedulers import adds_noise
+
+    options = samples.options
+    _, scheduler = samples.pipeline.select_denoiser(options["num_inference_steps"], options["use_student"])
+    if adds_noise(scheduler):
+        raise UserError(
+            f"--interpolate: {type(scheduler).__name__} adds noise in every step; name another --scheduler, "
+            "such as DDIMScheduler"
+        )
+
+
 def _samples(arguments: SampleArguments, pipeline: MNIFPipeline) -> Samples:
     """Puts together what is drawn and where it goes."""
+    from latent_prior.sample_writers import FORMATS
+    from latent_prior.sampling import CHUNK
+    from mnif.signals.outputs import writer_from_flags
+    from mnif.signals.registry import signal_of_model
+
     signal = signal_of_model(pipeline.decoder)
     return FORMATS[arguments.format](
         output=arguments.output_dir,
@@ -187,6 +214,8 @@ def _write(samples: Samples, missing: dict[range, int], state: PartialState) -> 
         missing: for each chunk, how many of its samples are not there.
         state: the processes that share the work.
     """
+    import torch
+
     todo = [chunk for chunk, count in missing.items() if count]
     chunks = todo[state.process_index :: state.num_processes]
     unseen, total = 0, sum(missing[chunk] for chunk in chunks)

@@ -1,5 +1,7 @@
 """`mnif compare-fit`: the ways of learning at equal compute on one data set, and the table to choose by."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import os
@@ -9,32 +11,25 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
-import torch
 from msgspec import Meta
 
 from mnif.commands.fit import AUGMENTATIONS, FitArguments, fit, make_decoder, make_method, train_loop, with_preset
-from mnif.comparison.robustness import CONDITIONS, conditions_of, robustness, seconds_per_instance
-from mnif.comparison.summary import comparison_table, curves_image
-from mnif.data.batches import array_dataset, evenly_spaced
 from mnif.data.dataset import Dataset, Split
-from mnif.latents.inference import load_latent_init
-from mnif.latents.pca import baseline_metrics
-from mnif.models.io import load_component
-from mnif.models.mnif_model import MNIFModel
-from mnif.signals.base import Signal
-from mnif.signals.registry import signal_class
-from mnif.training.loop import make_accelerator
-from mnif.training.run_record import read_metrics_log
-from mnif.utils.args import parse_given, typed_values
+from mnif.training.run_record import flags_as_json, for_further_runs, read_metrics_log
+from mnif.utils.args import parse_given
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import write_json, written_atomically
+from mnif.utils.flag_files import Flags, typed_values, write_config
 from mnif.utils.json_files import read_json
 from mnif.utils.output_folders import check_output_folder, output_folder_of
 from mnif.utils.pixels import limit_image_pixels
 from mnif.utils.process import command_line, default_device
+
+if TYPE_CHECKING:
+    from mnif.signals.base import Signal
 
 _TRAIN_SECONDS = 480.0
 _LONGEST_MEASUREMENT = 10.0  # seconds of throw-away steps
@@ -48,7 +43,7 @@ _BUDGETS = ("train_seconds", "max_train_steps", "num_train_epochs")
 # What is compared on, and what the process can have only once: no variant may differ in it.
 _COMMON = {*_BUDGETS, "data", "output_dir", "signal", "preset", "dry_run", "resolution", "channels", "method"}
 _COMMON |= {"held_out_fraction", "test_fraction", "held_out_views", "max_views", "near", "far", "background"}
-_COMMON |= {"mixed_precision", "resume_from_checkpoint", "report_to"}
+_COMMON |= {"mixed_precision", "resume_from_checkpoint", "report_to", "tracker_project_name"}
 
 
 @dataclass(kw_only=True)
@@ -98,8 +93,12 @@ def compare(flags: CompareArguments, runs: list[Run]) -> None:
         UserError: the data cannot be read or nothing of it is held out, a folder is another command's or holds
             another run, or training diverges.
     """
+    from mnif.signals.registry import signal_class
+    from mnif.training.loop import check_machine
+
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("several processes cannot be compared; run it without torchrun")
+    check_machine(flags)
     check_output_folder(flags.output_dir, "compare-fit")
     for run in runs:
         check_output_folder(run.arguments.output_dir, "fit")
@@ -118,6 +117,15 @@ def compare(flags: CompareArguments, runs: list[Run]) -> None:
 
 
 def _compare(flags: CompareArguments, runs: list[Run], data: Dataset, train_data: Dataset, held_data: Dataset) -> None:
+    import torch
+
+    from mnif.comparison.robustness import CONDITIONS, conditions_of
+    from mnif.comparison.summary import comparison_table, curves_image
+    from mnif.data.batches import array_dataset
+    from mnif.latents.pca import baseline_metrics
+    from mnif.signals.registry import signal_class
+
+    write_config(flags.output_dir / "config.yaml", {"compare-fit": _for_further_comparisons(flags)})
     results = [_result(flags, run, data, train_data, held_data) for run in runs]
     signal = signal_class(flags.signal).from_data(data, asdict(flags))
     controls = baseline_metrics(signal, array_dataset(train_data.arrays()), array_dataset(held_data.arrays()), results)
@@ -144,6 +152,14 @@ def _compare(flags: CompareArguments, runs: list[Run], data: Dataset, train_data
     with written_atomically(flags.output_dir / "curves.png") as temporary:
         temporary.write_bytes(curves_image(curves, {result["name"]: result for result in results}))
     print(f"\n{table}\n{flags.output_dir}: compare.json, compare.md and curves.png written")
+
+
+def _for_further_comparisons(flags: CompareArguments) -> Flags:
+    """What ``--config`` reads: of the budgets that which counts."""
+    counts = "train_seconds" if flags.train_seconds is not None else "max_train_steps"
+    counts = "num_train_epochs" if flags.num_train_epochs is not None else counts
+    unused = {*_BUDGETS, "method"} - {counts}
+    return {name: value for name, value in for_further_runs(flags_as_json(flags)).items() if name not in unused}
 
 
 def parse_compare_arguments(arguments: list[str]) -> tuple[CompareArguments, list[Run]]:
@@ -249,6 +265,8 @@ def _planned(flags: CompareArguments, run: Run, data: Dataset, train_data: Datas
     Schedules need the number of steps beforehand. It is kept beside the run, because a second measurement would give
     another number and so another run.
     """
+    from mnif.signals.registry import signal_class
+
     seconds, arguments = flags.train_seconds, run.arguments
     assert seconds is not None
     path, key = arguments.output_dir / "speed.json", f"{seconds:g}"
@@ -284,6 +302,9 @@ def seconds_per_step(arguments: FitArguments, signal: Signal, train_data: Datase
     Raises:
         UserError: training diverges within these steps.
     """
+    from mnif.data.batches import array_dataset
+    from mnif.training.loop import make_accelerator
+
     with tempfile.TemporaryDirectory() as folder:
         short = replace(
             arguments,
@@ -314,6 +335,8 @@ def seconds_per_step(arguments: FitArguments, signal: Signal, train_data: Datase
 
 def _time_after(steps: Iterator[int]) -> float:
     """The clock in seconds after a few more steps, once the accelerator has done their work."""
+    import torch
+
     for _ in islice(steps, _BETWEEN_LOOKS):
         pass
     if torch.accelerator.is_available():
@@ -323,6 +346,15 @@ def _time_after(steps: Iterator[int]) -> float:
 
 def _measured(flags: CompareArguments, run: Run, data: Dataset, held_data: Dataset) -> dict[str, float]:
     """Robustness and seconds for each new instance; taken from ``measured.json`` if they are of the same model."""
+    import torch
+
+    from mnif.comparison.robustness import robustness, seconds_per_instance
+    from mnif.data.batches import array_dataset, evenly_spaced
+    from mnif.latents.inference import load_latent_init
+    from mnif.models.io import load_component
+    from mnif.models.mnif_model import MNIFModel
+    from mnif.signals.registry import signal_class
+
     folder, arguments = run.arguments.output_dir, run.arguments
     decoder = load_component(MNIFModel, folder / "model", "decoder").to(default_device())
     chosen = evenly_spaced(len(held_data), flags.probes)

@@ -1,5 +1,7 @@
 """`mnif decode`: shows what latents stand for."""
 
+from __future__ import annotations
+
 import hashlib
 import re
 import time
@@ -7,17 +9,12 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from mnif.latents.table import LatentTable
-from mnif.models.io import load_component
-from mnif.models.mnif_model import MNIFModel
-from mnif.signals.outputs import Animation, MeshFormat, writer_from_flags
-from mnif.signals.registry import signal_of_model
+from mnif.signals.output_flags import OutputFlags
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least, printable
 from mnif.utils.files import flush_everything, remove_leftovers, sha256_of_file, write_json
@@ -27,13 +24,16 @@ from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import command_line, default_device, peak_memory_megabytes, progress_bar
 from mnif.utils.resumable import SEALS, Seals
 
+if TYPE_CHECKING:
+    from mnif.latents.table import LatentTable
+
 _OWN_FILES = ("grid", "grid.png", "metrics.json", "decode.json")  # names that no latent may have
 _OVERVIEW, _OVERVIEW_PIXELS = 64, 256
 _LONGEST_NAME = 160  # bytes; file systems allow 255, suffixes included
 
 
 @dataclass(kw_only=True)
-class DecodeArguments:
+class DecodeArguments(OutputFlags):
     """Show what latents stand for: pictures, meshes, views; the same command again continues where it was stopped."""
 
     model: Path
@@ -46,18 +46,6 @@ class DecodeArguments:
     """Which latents."""
     num: int | None = None
     """How many latents, from the first on; default: 16."""
-    resolution: list[int] | None = None
-    """Of pictures, of voxels, or the height of views; default: the training resolution."""
-    mesh: MeshFormat | None = None
-    """The format of meshes (voxels); default: glb."""
-    turntable: Animation | None = None
-    """Adds an animation of a camera that goes round (voxels, radiance)."""
-    frames: int | None = None
-    """Of the animation; default: 48."""
-    elevation: float | None = None
-    """Of the camera, in degrees above the horizon (voxels, radiance); default: 20."""
-    views: int | None = None
-    """Pictures of each object, from cameras evenly spaced on a circle (radiance); default: 8."""
 
 
 def main(arguments: list[str]) -> None:
@@ -66,7 +54,6 @@ def main(arguments: list[str]) -> None:
 
 
 @holds_folder("output_dir", "decode")
-@torch.no_grad()
 def decode(arguments: DecodeArguments) -> None:
     """Writes what latents stand for to ``arguments.output_dir``.
 
@@ -74,6 +61,14 @@ def decode(arguments: DecodeArguments) -> None:
         UserError: model or latents cannot be read or do not belong together, a flag is out of range or does not belong
             to the model's signal, the folder is another command's or holds something else, or no shape has a surface.
     """
+    import torch
+
+    from mnif.latents.table import LatentTable
+    from mnif.models.io import load_component
+    from mnif.models.mnif_model import MNIFModel
+    from mnif.signals.outputs import writer_from_flags
+    from mnif.signals.registry import signal_of_model
+
     decoder = load_component(MNIFModel, arguments.model, "decoder")
     signal = signal_of_model(decoder)
     writer = writer_from_flags(arguments, signal)
@@ -94,7 +89,8 @@ def decode(arguments: DecodeArguments) -> None:
     missing = {row: set(files[row]) - seals.sound(f"{row:09d}", files[row]) for row in rows}
     missing = {row: paths for row, paths in missing.items() if paths}
     unseen: dict[str, str] = {}
-    with progress_bar(total=len(rows), initial=len(rows) - len(missing), desc="decoding", unit=signal.noun) as bar:
+    bar = progress_bar(total=len(rows), initial=len(rows) - len(missing), desc="decoding", unit=signal.noun)
+    with torch.no_grad(), bar:
         for row, paths in missing.items():
             for path in paths:
                 path.unlink(missing_ok=True)  # writers keep what they find

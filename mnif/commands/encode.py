@@ -1,46 +1,39 @@
 """`mnif encode`: finds the latents of new data on frozen bases."""
 
+from __future__ import annotations
+
 import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from mnif.data.batches import ArrayDataset, array_dataset
 from mnif.data.dataset import Dataset, Split
-from mnif.latents.inference import evaluate_latents, infer_latents, load_latent_init
-from mnif.latents.masks import Observe, masked, read_masks, some_views
-from mnif.latents.table import LatentTable
-from mnif.models.io import load_component
-from mnif.models.mnif_model import MNIFModel
-from mnif.signals.base import Signal
-from mnif.signals.registry import signal_of_model
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least, printable
-from mnif.utils.files import sha256_of_file, sha256_of_folder, write_json
+from mnif.utils.files import sha256_of_file, write_json
 from mnif.utils.output_folders import check_output_folder, output_folder_of
 from mnif.utils.pixels import MAX_IMAGE_PIXELS, limit_image_pixels
 from mnif.utils.process import command_line, default_device, peak_memory_megabytes, progress_bar
 from mnif.utils.resumable import Chunks
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mnif.data.batches import ArrayDataset
+    from mnif.latents.masks import Observe
+    from mnif.signals.base import Signal
+
 REFINEMENT_STEPS = {"fast": 0, "balanced": 60, "best": 300}
 
 
 @dataclass(kw_only=True)
-class EncodeArguments:
-    """Find the latents of new data on frozen bases; the same command again continues where it was stopped."""
+class SearchFlags:
+    """How latents are found."""
 
-    model: Path
-    """The model folder, RUN/model."""
-    data: str
-    """A built-in set, a folder or a file of what the model was trained on."""
-    output_dir: Path
-    """Gets latents.safetensors and metrics.json."""
     method: Literal["auto", "encoder", "meta", "auto-decoding"] = "auto"
     """Where the search starts: at the encoder's answer, at the inner loop's, or at zero; auto: what the model has."""
     preset: Literal["fast", "balanced", "best"] = "balanced"
@@ -49,22 +42,46 @@ class EncodeArguments:
     """Adam steps on each latent, in place of the preset's; a search from zero takes five times as many."""
     refinement_learning_rate: float = 0.05
     """Of the first of these steps."""
+    batch_size: int = 256
+    """Instances at a time; changes speed and memory, not the result."""
+
+
+@dataclass(kw_only=True)
+class DataFlags:
+    """Which instances."""
+
     split: Literal["all", "train", "held_out", "test"] = "all"
     """Which part of the data, cut as `mnif fit` does it."""
     held_out_fraction: float = 0.1
     """As in `mnif fit`."""
     test_fraction: float = 0.05
     """As in `mnif fit`."""
-    mask: Path | None = None
-    """What was seen: a picture (white is seen), or an .npy or .npz with masks; the rest is filled in by the model."""
     mirror: bool = False
     """Take every instance mirrored, pictures left to right and shapes along x: more latents for `mnif prior`."""
-    views: list[int] | None = None
-    """The views that were seen, by number (radiance)."""
-    batch_size: int = 256
-    """Instances at a time; changes speed and memory, not the result."""
     max_image_pixels: int = MAX_IMAGE_PIXELS
     """Pixels that a picture file may have."""
+
+
+@dataclass(kw_only=True)
+class ObservationFlags:
+    """What was seen of them."""
+
+    mask: Path | None = None
+    """What was seen: a picture (white is seen), or an .npy or .npz with masks; the rest is filled in by the model."""
+    views: list[int] | None = None
+    """The views that were seen, by number (radiance)."""
+
+
+@dataclass(kw_only=True)
+class EncodeArguments(SearchFlags, DataFlags, ObservationFlags):
+    """Find the latents of new data on frozen bases; the same command again continues where it was stopped."""
+
+    model: Path
+    """The model folder, RUN/model."""
+    data: str
+    """A built-in set, a folder or a file of what the model was trained on."""
+    output_dir: Path
+    """Gets latents.safetensors and metrics.json."""
 
 
 def main(arguments: list[str]) -> None:
@@ -78,6 +95,15 @@ def encode(arguments: EncodeArguments) -> None:
     Raises:
         UserError: the model or the data cannot be read, a flag is out of range, or the folder is another command's.
     """
+    import torch
+
+    from mnif.data.batches import array_dataset
+    from mnif.latents.inference import evaluate_latents, infer_latents, load_latent_init
+    from mnif.latents.table import LatentTable
+    from mnif.models.io import load_component
+    from mnif.models.mnif_model import MNIFModel
+    from mnif.signals.registry import signal_of_model
+
     steps = arguments.refinement_steps
     steps = REFINEMENT_STEPS[arguments.preset] if steps is None else steps
     check_at_least(1, batch_size=arguments.batch_size, max_image_pixels=arguments.max_image_pixels)
@@ -135,7 +161,9 @@ def _arrays(arguments: EncodeArguments, signal: Signal, data: Dataset) -> dict[s
 
 def _search(arguments: EncodeArguments, steps: int, data: Dataset) -> dict[str, Any]:
     """Names all that the latents depend on: those of another search are not taken up."""
-    search = {"steps": steps, "model": sha256_of_folder(arguments.model), "data": data.fingerprint()}
+    from mnif.models.io import sha256_of_model
+
+    search = {"steps": steps, "model": sha256_of_model(arguments.model), "data": data.fingerprint()}
     search |= {name: str(value) for name, value in asdict(arguments).items() if name != "output_dir"}
     return search | ({"mask": sha256_of_file(arguments.mask)} if arguments.mask is not None else {})
 
@@ -144,6 +172,8 @@ def _infer_in_chunks(
     infer: Callable[[ArrayDataset], Tensor], rows: ArrayDataset, batch_size: int, chunks: Chunks, noun: str
 ) -> Tensor:
     """Infers the latents of all rows, [N, D], but for batches that ``chunks`` has from a stopped command."""
+    import torch
+
     with progress_bar(total=len(rows), desc="finding latents", unit=noun) as bar:
         for begin in range(0, len(rows), batch_size):
             batch = rows.subset(np.arange(begin, min(begin + batch_size, len(rows))))
@@ -180,6 +210,8 @@ def _report(output: Path, ids: list[str], metrics: dict[str, Tensor], seconds: f
 
 def _observation(arguments: EncodeArguments, signal: Signal, data: Dataset, rows: ArrayDataset) -> Observe | None:
     """Says how a batch is observed: whole (None), through masks, or in some views."""
+    from mnif.latents.masks import masked, read_masks, some_views
+
     if arguments.mask is not None and arguments.views is not None:
         raise UserError("give either --mask or --views")
     (first,) = rows.subset(np.arange(1)).batches(1)

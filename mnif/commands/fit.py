@@ -1,57 +1,39 @@
 """`mnif fit`: learns the bases and one latent per instance (stage one)."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from accelerate import Accelerator
-from accelerate.utils import set_seed
-
-from mnif.data.batches import ArrayDataset, array_dataset
-from mnif.data.dataset import Split
+from mnif.data.dataset import Dataset, Split
 from mnif.data.view_formats import CameraConvention
-from mnif.latents.embedding import LatentEmbedding
-from mnif.latents.inner_loop import InnerLoop
-from mnif.models.mnif_model import MNIFModel
-from mnif.signals.base import Augmentation, Signal
-from mnif.signals.registry import detect_signal, signal_class
-from mnif.training.loop import TrainingArguments, TrainLoop, batch_size_of, make_accelerator, steps_of_epochs
-from mnif.training.methods import (
-    AutoDecoderMethod,
-    EncoderMethod,
-    LearningMethod,
-    MetaMethod,
-    make_optimizers,
-    mean_psnr,
-    validation_rows,
-)
-from mnif.training.results import save_results
+from mnif.training.arguments import TrainingArguments
 from mnif.training.run_record import begin_stage, finish_stage
-from mnif.utils.args import parse_given, preset_names, preset_values, read_preset
+from mnif.utils.args import parse_given
 from mnif.utils.errors import UserError, check_at_least
+from mnif.utils.flag_files import laid_over, preset_names, preset_values, read_preset
 from mnif.utils.json_files import merge_json
 from mnif.utils.output_folders import holds_folder
 from mnif.utils.pixels import MAX_IMAGE_PIXELS, limit_image_pixels
+
+if TYPE_CHECKING:
+    import numpy as np
+    from accelerate import Accelerator
+    from PIL.Image import Image
+
+    from mnif.data.batches import ArrayDataset
+    from mnif.models.mnif_model import MNIFModel
+    from mnif.signals.base import Augmentation, Signal
+    from mnif.training.loop import TrainLoop
+    from mnif.training.methods import LearningMethod
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
 AUGMENTATIONS = ("random_flip", "random_colours")
 """Flags that change instances at random (:meth:`mnif.signals.base.Signal.augmentations`)."""
-
-DECODER_SETTINGS = (
-    "num_bases",
-    "width",
-    "depth",
-    "cells",
-    "overlap",
-    "omega",
-    "mixing",
-    "coefficient_form",
-    "output_sine",
-)
-"""The flags that the decoder is made with."""
 
 SUSTAINED = 5e12  # floating-point operations a second: a quarter of an A100's float32 peak
 
@@ -76,22 +58,8 @@ _COUNTS = (
 
 
 @dataclass(kw_only=True)
-class FitArguments(TrainingArguments):
-    """Learn basis networks and latents from data; the same command again continues or reuses the run."""
-
-    data: str
-    """Built-in (avatars, emoji, twemoji, furniture, furniture-views), or a folder, file or hf:NAME (docs/data.md)."""
-    output_dir: Path
-    """The run folder: gets model/, latents.safetensors, metrics.jsonl, metrics.json and samples/."""
-    signal: str = "auto"
-    """What the data are: image, voxels or radiance; auto tells by the data."""
-    method: Literal["encoder", "auto-decoding", "meta"] = "encoder"
-    """How latents are found: by an encoder trained with the bases, as a learned row per instance, or by a few gradient
-    steps that the bases are trained for (CAVIA)."""
-    preset: str | None = None
-    """Other defaults: a name such as celeba-hq-s, or the path of a JSON file. Flags given win over it."""
-    dry_run: bool = False
-    """Print sizes and an estimate of GPU hours and memory, and stop."""
+class DataFlags:
+    """What is learned from."""
 
     resolution: list[int] | None = None
     """Pixels per axis: one number, or height and width. Pictures: 32 unless given; others: as the data are."""
@@ -105,6 +73,11 @@ class FitArguments(TrainingArguments):
     """Share of the designs kept out of training, to choose settings on."""
     test_fraction: float = 0.05
     """Share of the designs that `mnif fit` never looks at, for final figures (`mnif encode --split test`)."""
+
+
+@dataclass(kw_only=True)
+class ModelFlags:
+    """The shape of the bases and of the fields they make."""
 
     num_bases: int = 96
     """Basis networks per layer."""
@@ -128,18 +101,11 @@ class FitArguments(TrainingArguments):
     output_sine: bool = False
     """A sine after the last layer too, as the paper's image fields have it."""
 
-    max_train_steps: int = 5000
-    """Optimizer steps; given here, they win over the epochs of a preset."""
-    num_train_epochs: int | None = None
-    """Passes over the data; takes the place of --max_train_steps."""
-    learning_rate: float = 4e-3
-    """Peak learning rate of all but bases and latents."""
-    basis_learning_rate: float = 1.2e-2
-    """Peak learning rate of the bases."""
-    matrix_optimizer: Literal["muon", "adamw"] = "muon"
-    """Of the latent → coefficients map and the encoder's narrow matrices; all else is AdamW's."""
-    adam_beta2: float = 0.99
-    """Of Adam, for bases and networks."""
+
+@dataclass(kw_only=True)
+class MethodFlags:
+    """What the ways of finding latents differ in."""
+
     random_flip: bool = False
     """Mirror half of the instances while training (encoder)."""
     random_colours: bool = False
@@ -162,6 +128,11 @@ class FitArguments(TrainingArguments):
     """Adam steps on the held-out latents alone, bases frozen (auto-decoding starts from zero and takes five times
     as many); 0 for none."""
 
+
+@dataclass(kw_only=True)
+class RadianceFlags:
+    """Of posed views."""
+
     samples_per_ray: int = 32
     """Depths per ray (radiance)."""
     rays_per_step: int = 512
@@ -183,6 +154,45 @@ class FitArguments(TrainingArguments):
     center_views: bool = False
     """Move the point that the cameras of an object look at to the origin (radiance)."""
 
+
+@dataclass(kw_only=True)
+class OptimizerFlags:
+    """How bases and networks move."""
+
+    basis_learning_rate: float = 1.2e-2
+    """Peak learning rate of the bases."""
+    matrix_optimizer: Literal["muon", "adamw"] = "muon"
+    """Of the latent → coefficients map and the encoder's narrow matrices; all else is AdamW's."""
+    adam_beta2: float = 0.99
+    """Of Adam, for bases and networks."""
+
+
+@dataclass(kw_only=True)
+class FitArguments(DataFlags, ModelFlags, MethodFlags, RadianceFlags, OptimizerFlags, TrainingArguments):
+    """Learn basis networks and latents from data; the same command again continues or reuses the run."""
+
+    data: str
+    """Built-in (avatars, emoji, twemoji, furniture, furniture-views), or a folder, file or hf:NAME (docs/data.md)."""
+    output_dir: Path
+    """The run folder: gets model/, latents.safetensors, metrics.jsonl, metrics.json and samples/."""
+    signal: str = "auto"
+    """What the data are: image, voxels or radiance; auto tells by the data."""
+    method: Literal["encoder", "auto-decoding", "meta"] = "encoder"
+    """How latents are found: by an encoder trained with the bases, as a learned row per instance, or by a few gradient
+    steps that the bases are trained for (CAVIA)."""
+    preset: str | None = None
+    """Other defaults: a name such as celeba-hq-s, or the path of a JSON file. Flags given win over it."""
+    dry_run: bool = False
+    """Print sizes and an estimate of GPU hours and memory, and stop."""
+
+    max_train_steps: int = 5000
+    """Optimizer steps; given here, they win over the epochs of a preset."""
+    learning_rate: float = 4e-3
+    """Peak learning rate of all but bases and latents."""
+
+
+DECODER_SETTINGS = tuple(field.name for field in fields(ModelFlags) if field.name != "latent_dim")
+"""The flags that the decoder is made with as they are."""
 
 T = TypeVar("T", bound=FitArguments)
 
@@ -208,9 +218,7 @@ def with_preset(kind: type[T], given: dict[str, Any]) -> T:
     """
     preset = _preset_for(given)
     settings = preset_values(kind, preset["arguments"], given.get("preset"), "mnif fit", _NOT_OF_A_PRESET)
-    if "max_train_steps" in given:
-        settings.pop("num_train_epochs", None)
-    arguments = kind(**settings | given)
+    arguments = kind(**laid_over(settings, given))
     if arguments.signal == "auto":
         arguments.signal = preset["signal"]
     _check(arguments)
@@ -222,6 +230,8 @@ def _preset_for(given: dict[str, Any]) -> dict[str, Any]:
         return _preset(given["preset"])
     signal = given.get("signal", "auto")
     if signal == "auto":
+        from mnif.signals.registry import detect_signal
+
         signal = detect_signal(given["data"])
     return _preset(signal) if signal in preset_names(PRESETS) else {"signal": signal, "arguments": {}}
 
@@ -300,24 +310,26 @@ def fit(arguments: FitArguments) -> None:
     Raises:
         UserError: the data cannot be read, the folder is another command's or holds another run, or training diverges.
     """
+    from accelerate.utils import set_seed
+
+    from mnif.signals.registry import signal_class
+    from mnif.training.loop import check_machine, fill_in_steps, make_accelerator
+
     started = time.perf_counter()
+    check_machine(arguments)
     limit_image_pixels(arguments.max_image_pixels)
     kind = signal_class(arguments.signal)
     data = kind.load(arguments.data, asdict(arguments))
     signal = kind.from_data(data, asdict(arguments))
     splits = data.split(arguments.held_out_fraction, arguments.test_fraction)
-    if not (splits == Split.TRAIN).any():
+    instances = int((splits == Split.TRAIN).sum())
+    if not instances:
         raise UserError(f"--data {arguments.data}: no {signal.noun} is left to train on; lower --held_out_fraction")
-    train_data = data.rows(splits == Split.TRAIN)
-    if arguments.num_train_epochs is not None:
-        epochs, batch_size = arguments.num_train_epochs, arguments.train_batch_size
-        accumulation = arguments.gradient_accumulation_steps
-        arguments.max_train_steps = steps_of_epochs(epochs, batch_size, accumulation, len(train_data))
+    fill_in_steps(arguments, instances)
     _augmentations(arguments, signal)
     arguments.cells = arguments.cells or signal.default_cells()
     if arguments.dry_run:
-        decoder = make_decoder(arguments, signal)
-        print("\n".join(dry_run_report(arguments, decoder, signal, len(train_data))))
+        print("\n".join(dry_run_report(arguments, make_decoder(arguments, signal), signal, instances)))
         return
     run = arguments.output_dir
     accelerator = make_accelerator(arguments, run)
@@ -325,10 +337,23 @@ def fit(arguments: FitArguments) -> None:
         print(f"{run}: `mnif fit` has finished here before with these arguments; nothing to do")
         return
     set_seed(arguments.seed)
+    metrics = _train(arguments, accelerator, signal, data, splits)
+    if accelerator.is_main_process:
+        merge_json(run / "metrics.json", metrics | {"seconds": round(time.perf_counter() - started, 1)})
+        finish_stage(run, "fit")
+
+
+def _train(
+    arguments: FitArguments, accelerator: Accelerator, signal: Signal, data: Dataset, splits: np.ndarray
+) -> dict[str, float]:
+    """Learns from the data and saves what was learned; the main process gets figures of it."""
+    from mnif.data.batches import array_dataset
+    from mnif.training.methods import AutoDecoderMethod, mean_psnr, validation_rows
+    from mnif.training.results import reconstructions_sheet, save_results
+
+    rows, held_rows = (array_dataset(data.rows(splits == part).arrays()) for part in (Split.TRAIN, Split.HELD_OUT))
     decoder = make_decoder(arguments, signal)
-    method = make_method(arguments, decoder, signal, len(train_data), accelerator).to(accelerator.device)
-    rows = array_dataset(train_data.arrays())
-    held_rows = array_dataset(data.rows(splits == Split.HELD_OUT).arrays())
+    method = make_method(arguments, decoder, signal, len(rows), accelerator).to(accelerator.device)
     accelerator.print(
         f"{data.name}: {len(rows)} {signal.noun}s to train, {len(held_rows)} held out, "
         f"{(splits == Split.TEST).sum()} kept for a test; decoder {decoder.num_parameters():,} parameters"
@@ -340,17 +365,21 @@ def fit(arguments: FitArguments) -> None:
     def validate() -> dict[str, float]:
         return {name: mean_psnr(method, probe, accelerator) for name, probe in probes.items()}
 
-    train_loop(arguments, accelerator, method, rows, validate).run()
-    if accelerator.is_main_process:
-        method.to("cpu").eval()
-        refinement_steps = arguments.refinement_steps
-        metrics = save_results(run, method, arguments.method, data, splits, rows, held_rows, refinement_steps)
-        merge_json(run / "metrics.json", metrics | {"seconds": round(time.perf_counter() - started, 1)})
-        finish_stage(run, "fit")
+    def show() -> Image:
+        return reconstructions_sheet(method, held_rows if "psnr_heldout" in probes else rows)
+
+    train_loop(arguments, accelerator, method, rows, validate, show).run()
+    if not accelerator.is_main_process:
+        return {}
+    method.to("cpu").eval()
+    steps = arguments.refinement_steps
+    return save_results(arguments.output_dir, method, arguments.method, data, splits, rows, held_rows, steps)
 
 
 def make_decoder(arguments: FitArguments, signal: Signal) -> MNIFModel:
     """The bases, freshly drawn."""
+    from mnif.models.mnif_model import MNIFModel
+
     return MNIFModel(
         channels=signal.channels,
         dimensions=signal.dimensions,
@@ -367,6 +396,11 @@ def make_method(
     arguments: FitArguments, decoder: MNIFModel, signal: Signal, instances: int, accelerator: Accelerator | None = None
 ) -> LearningMethod:
     """The way of learning that ``arguments.method`` names, for ``instances`` rows."""
+    from mnif.latents.embedding import LatentEmbedding
+    from mnif.latents.inner_loop import InnerLoop
+    from mnif.training.loop import batch_size_of
+    from mnif.training.methods import AutoDecoderMethod, EncoderMethod, MetaMethod
+
     latent_dim = decoder.config.latent_dim
     if arguments.method == "encoder":
         encoder = signal.encoder(latent_dim, arguments.encoder_width)
@@ -407,8 +441,12 @@ def train_loop(
     method: LearningMethod,
     rows: ArrayDataset,
     validate: Callable[[], dict[str, float]],
+    show: Callable[[], Image] | None = None,
 ) -> TrainLoop:
     """The loop that trains ``method`` on ``rows``, with the optimizers that the flags ask for."""
+    from mnif.training.loop import TrainLoop
+    from mnif.training.methods import AutoDecoderMethod, make_optimizers
+
     optimizers = make_optimizers(
         method,
         arguments.learning_rate,
@@ -419,5 +457,5 @@ def train_loop(
     latent_embedding = method.rows if isinstance(method, AutoDecoderMethod) else None
     run = arguments.output_dir
     return TrainLoop(
-        accelerator, arguments, method, optimizers, rows, run, "fit", validate, latent_embedding=latent_embedding
+        accelerator, arguments, method, optimizers, rows, run, "fit", validate, None, None, latent_embedding, show
     )

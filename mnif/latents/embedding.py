@@ -57,7 +57,9 @@ class LatentEmbedding:
         # Rows of one lane lie together; which lanes a process owns does not change what they start with.
         self.latents = torch.empty(len(self.own), per_lane, latent_dim, device=device)
         for index, lane in enumerate(self.own):
-            generator = np.random.default_rng([seed, lane])
+            # Not [seed, lane] alone: these are the numbers that sample `lane` of this seed is drawn from, and whoever
+            # samples with the seed of the training would get the training instances back.
+            generator = np.random.default_rng(np.random.SeedSequence([seed, lane], spawn_key=(2,)))
             numbers = generator.standard_normal((per_lane, latent_dim), dtype=np.float32)
             self.latents[index] = torch.from_numpy(numbers)
         self.latents *= 0.1

@@ -3,31 +3,31 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor
 
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import OutputWriter, Signal
+from mnif.signals.output_flags import OutputFlags
 from mnif.signals.registry import signal_of_model
 from mnif.utils.errors import UserError, check_at_least, require
 from mnif.utils.pixels import as_axes
 from mnif.utils.process import one_thread
 
-Animation = Literal["gif", "mp4"]
-MeshFormat = Literal["glb", "obj", "ply", "stl"]
 ELEVATION = 20.0
 """Degrees above the horizon at which cameras look at shapes and objects unless told otherwise."""
 
-_WRITER_FLAGS = ("resolution", "mesh", "turntable", "frames", "elevation", "views")
+_WRITER_FLAGS = tuple(field.name for field in fields(OutputFlags))
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")  # of every signal
 _POINTS_AT_ONCE = 1 << 20  # of a grid; bounds the memory of decoding
 
 
-def writer_from_flags(arguments: Any, signal: Signal) -> OutputWriter:
+def writer_from_flags(arguments: OutputFlags, signal: Signal) -> OutputWriter:
     """Makes the writer of a signal, with those flags of ``arguments`` that were given.
 
     Raises:
@@ -117,6 +117,15 @@ def decode_images(
     for some in params.split(min(at_once, max(_POINTS_AT_ONCE // pixels, 1))):
         values = replace(field, params=some.flatten(0, 1))(grid.coordinates)
         yield grid.blend(values.view(len(some), decoder.num_cells, *values.shape[1:]))
+
+
+@torch.no_grad()
+def pictures_of_size(decoder: MNIFModel, latents: Tensor, longer: int) -> list[Image.Image]:
+    """Decodes pictures with ``longer`` pixels along their longer side, in the aspect and the channels of the data."""
+    height, width = as_axes(signal_of_model(decoder).grid_resolution, 2)
+    size = [max(round(side * longer / max(height, width)), 1) for side in (height, width)]
+    values = torch.cat([*decode_images(decoder, latents, size)])
+    return DiffusionPipeline.numpy_to_pil((values / 2 + 0.5).clamp(0, 1).float().cpu().numpy())
 
 
 def decode_volumes(decoder: MNIFModel, latents: Tensor, resolution: int | None = None) -> Iterator[np.ndarray]:

@@ -22,7 +22,8 @@ from mnif.models.encoders import ViewsEncoder
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Observation, OutputWriter, Signal, psnr
 from mnif.signals.image import height_and_width
-from mnif.signals.outputs import ELEVATION, Animation, check_camera, check_resolution, decode_volumes
+from mnif.signals.output_flags import Animation
+from mnif.signals.outputs import ELEVATION, check_camera, check_resolution, decode_volumes
 from mnif.signals.volume_rendering import box_intersection, camera_rays, composite, stratified_depths, turntable_poses
 from mnif.utils.errors import UserError
 from mnif.utils.files import was_written
@@ -328,6 +329,7 @@ class RadianceField(Signal):
         frames: int,
         elevation: float = ELEVATION,
         resolution: int | None = None,
+        chosen: slice = slice(None),
     ) -> np.ndarray:
         """Renders images, ``resolution`` high, from cameras on a circle around the object: [B, frames, H, W, 3] uint8.
 
@@ -337,11 +339,12 @@ class RadianceField(Signal):
             frames: cameras, evenly spaced.
             elevation: of the cameras, in degrees above the horizon.
             resolution: pixels along the height; default: the training resolution.
+            chosen: which of the frames are rendered; default: all.
         """
         height, width = self.size
         scale = (resolution or height) / height
         height, width = round(height * scale), round(width * scale)
-        poses = turntable_poses(frames, self.camera_distance, elevation).to(latents.device)
+        poses = turntable_poses(frames, self.camera_distance, elevation)[chosen].to(latents.device)
         intrinsics = torch.tensor(self.intrinsics, device=latents.device) * scale
         cameras = Cameras(poses.expand(len(latents), -1, -1, -1), intrinsics.expand(len(latents), -1), height, width)
         return to_uint8(self.render_views(decoder, decoder.coefficients(latents), cameras))

@@ -27,10 +27,9 @@ from mnif.signals.base import (
     mirror,
     mirror_half,
 )
+from mnif.signals.output_flags import Animation, MeshFormat
 from mnif.signals.outputs import (
     ELEVATION,
-    Animation,
-    MeshFormat,
     check_camera,
     check_resolution,
     decode_grid,

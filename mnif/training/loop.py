@@ -4,29 +4,32 @@ Ctrl-C and SIGTERM are noticed between two steps, by all processes at the same o
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import GradientAccumulationPlugin, LoggerType
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import GradientAccumulationPlugin, LoggerType, ProjectConfiguration
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mnif.data.batches import ArrayDataset, ShuffledBatches, instance_keys
 from mnif.latents.embedding import LatentEmbedding
+from mnif.training.arguments import TrainingArguments
 from mnif.training.checkpoints import Checkpoints
-from mnif.training.run_record import MetricsLog
-from mnif.utils.errors import UserError
+from mnif.training.run_record import MetricsLog, flags_as_json
+from mnif.utils.errors import UserError, require
 from mnif.utils.files import remove_leftovers
-from mnif.utils.process import graceful_interrupt, interruption, progress_bar
+from mnif.utils.process import default_device, graceful_interrupt, interruption, progress_bar
 
 
 def all_reduce_any() -> Callable[[bool], bool]:
@@ -49,55 +52,36 @@ def all_reduce_any() -> Callable[[bool], bool]:
 LOG_STEPS = 50
 
 
-@dataclass(kw_only=True)
-class TrainingArguments:
-    """What every training command takes; names as in the training examples of diffusers."""
+def check_machine(arguments: TrainingArguments) -> None:
+    """Refuses what this machine or environment cannot do, before any work; fills in the precision.
 
-    seed: int = 0
-    """Same seed, data and arguments give the same model."""
-    train_batch_size: int = 64
-    """Instances per step, over all processes together."""
-    max_train_steps: int = 1000
-    """Optimizer steps."""
-    gradient_accumulation_steps: int = 1
-    """Batches summed up before an optimizer step."""
-    learning_rate: float = 1e-3
-    """Peak learning rate."""
-    lr_scheduler: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"
-    ] = "cosine"
-    """Learning-rate schedule, by its name in diffusers."""
-    lr_warmup_steps: int = 100
-    """Steps of linear warm-up."""
-    max_grad_norm: float = 1.0
-    """Gradients are clipped to this norm."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Precision of Accelerate's autocast."""
-    checkpointing_steps: int = 1000
-    """Steps between checkpoints."""
-    checkpoints_total_limit: int = 2
-    """Older checkpoints beyond this number are removed."""
-    resume_from_checkpoint: str = "latest"
-    """"latest", the path of a checkpoint folder, or "no" to forget what was done here and begin anew."""
-    validation_steps: int = 500
-    """Steps between validations."""
-    report_to: str | None = None
-    """A tracker of Accelerate, such as tensorboard."""
-    dataloader_num_workers: int = 0
-    """Worker processes that load data; 0 loads in the training process."""
-    compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; "auto" compiles on a GPU. On a CPU the fields are an operator of their own, compiled once."""
+    Raises:
+        UserError: a tracker that is unknown or not installed, or a precision that Accelerate was told to use and that
+            there is not here.
+    """
+    tracker = arguments.report_to
+    if tracker is not None and tracker not in LoggerType.list():
+        raise UserError(f"--report_to {tracker}: Accelerate knows {', '.join(LoggerType.list())}")
+    if tracker not in (None, "all", *map(str, get_available_trackers())):
+        if tracker == "tensorboard":
+            require("tensorboard", "trackers", f"--report_to {tracker}")
+        raise UserError(f"--report_to {tracker}: its package is missing; install it, or leave the flag out")
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision, whose = arguments.mixed_precision or told, "" if arguments.mixed_precision else " (of accelerate)"
+    if precision not in ("no", "fp16", "bf16"):
+        raise UserError(f"--mixed_precision {precision}{whose}: must be one of no, fp16, bf16")
+    if precision == "fp16" and default_device().type == "cpu":
+        raise UserError(f"--mixed_precision fp16{whose}: needs a GPU, and there is none here; take bf16 or no")
+    arguments.mixed_precision = cast(Literal["no", "fp16", "bf16"], precision)
 
 
 def make_accelerator(arguments: TrainingArguments, folder: Path) -> Accelerator:
-    """An Accelerator for ``arguments`` that logs under ``folder``.
+    """An Accelerator for ``arguments`` whose tracker writes to ``folder/logs``.
 
     Raises:
-        UserError: Accelerate knows no such tracker.
+        UserError: as :func:`check_machine`.
     """
-    if arguments.report_to is not None and arguments.report_to not in LoggerType.list():
-        known = ", ".join(LoggerType.list())
-        raise UserError(f"--report_to {arguments.report_to}: Accelerate knows {known}")
+    check_machine(arguments)
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # else processes on CPUs stay apart
         mixed_precision=arguments.mixed_precision,
@@ -107,7 +91,7 @@ def make_accelerator(arguments: TrainingArguments, folder: Path) -> Accelerator:
         ),
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         log_with=arguments.report_to,
-        project_dir=folder,
+        project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
     )
 
 
@@ -133,6 +117,7 @@ class TrainLoop:
         ema: averages the module's parameters; its weights are the ones validated and kept.
         keep_best: the figure whose smallest value picks the weights that are kept; None keeps the last.
         latent_embedding: latents that the module takes and that learn by themselves, each process its own.
+        show: a picture of what the current weights do, for trackers.
 
     Raises:
         UserError: a checkpoint cannot be used.
@@ -151,9 +136,11 @@ class TrainLoop:
         ema: EMAModel | None = None,
         keep_best: str | None = None,
         latent_embedding: LatentEmbedding | None = None,
+        show: Callable[[], Image] | None = None,
     ):
         self.accelerator, self.arguments, self.stage = accelerator, arguments, stage
         self.validate, self.ema, self.keep_best, self.latent_embedding = validate, ema, keep_best, latent_embedding
+        self.show = show
 
         if arguments.compile == "on" or (arguments.compile == "auto" and accelerator.device.type == "cuda"):
             module.compile()
@@ -173,9 +160,20 @@ class TrainLoop:
                 remove_leftovers(place)
             self.metrics_log = MetricsLog(folder / "metrics.jsonl", stage, self.progress.step)
         if arguments.report_to:
-            accelerator.init_trackers(stage)
+            self._start_trackers(folder)
         loader = _loader(arguments, rows, self.progress.step, accelerator.num_processes)
         self.batches = iter(accelerator.prepare(loader))
+
+    def _start_trackers(self, folder: Path) -> None:
+        """Begins a run of this stage in the tracker's project, with the flags as its hyperparameters."""
+        project = self.arguments.tracker_project_name or folder.resolve().name
+        if self.arguments.report_to == "tensorboard":  # a project is a folder there, and a run one in it
+            project = f"{project}/{self.stage}"
+        flags = {name: value for name, value in flags_as_json(self.arguments).items() if value is not None}
+        config = {
+            name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in flags.items()
+        }
+        self.accelerator.init_trackers(project, config, {"wandb": {"name": self.stage}})
 
     def run(self) -> None:
         """Trains to the last step and leaves the final weights in the module.
@@ -303,7 +301,7 @@ class TrainLoop:
         metrics = self._validation_metrics()
         self._record(metrics)
         if self.accelerator.is_main_process:
-            self.bar.write(f"{self.stage} step {self.progress.step}: " + _shown(metrics))
+            print(f"{self.stage} step {self.progress.step}: " + _shown(metrics))
         if self.keep_best and (self.progress.best is None or metrics[self.keep_best] < self.progress.best):
             self.progress.best, self.progress.best_step = metrics[self.keep_best], self.progress.step
             self.checkpoints.save_best(self.parameters)
@@ -316,10 +314,19 @@ class TrainLoop:
         self.module.eval()
         with torch.no_grad():
             metrics = self.validate()
+            if self.show is not None and self.accelerator.is_main_process:
+                self._track_picture(self.show)
         self.module.train()
         if self.ema is not None:
             self.ema.restore(self.parameters)
         return metrics
+
+    def _track_picture(self, show: Callable[[], Image]) -> None:
+        """Adds a picture to those trackers that take any in the way of diffusers' training examples."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name in ("tensorboard", "wandb"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({self.stage: np.asarray(show())[None]}, step=self.progress.step, **layout)
 
     def _save(self) -> None:
         """Writes a checkpoint, after the rows that a stage resumed from it keeps."""
@@ -353,6 +360,13 @@ def steps_of_epochs(epochs: int, train_batch_size: int, accumulation: int, insta
     A pass has whole batches only; a last step that sums up fewer than ``accumulation`` of them is filled up.
     """
     return math.ceil(epochs * (instances // min(train_batch_size, instances)) / accumulation)
+
+
+def fill_in_steps(arguments: TrainingArguments, instances: int) -> None:
+    """Turns passes over the data, where they are asked for, into a number of optimizer steps."""
+    if arguments.num_train_epochs is not None:
+        batch_size, accumulation = arguments.train_batch_size, arguments.gradient_accumulation_steps
+        arguments.max_train_steps = steps_of_epochs(arguments.num_train_epochs, batch_size, accumulation, instances)
 
 
 def _loader(arguments: TrainingArguments, rows: ArrayDataset, step: int, processes: int) -> DataLoader:

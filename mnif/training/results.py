@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import ModelMixin
+from PIL import Image
 from torch import Tensor
 
-from mnif.data.batches import ArrayDataset
+from mnif.data.batches import ArrayDataset, evenly_spaced
 from mnif.data.dataset import Dataset, Split
 from mnif.latents.inference import LatentInit, evaluate_latents, infer_latents
 from mnif.latents.inner_loop import InnerLoop
@@ -135,18 +136,41 @@ def _means(metrics: dict[str, Tensor], part: str) -> dict[str, float]:
     return {name: value for name, value in means.items() if math.isfinite(value)}
 
 
+_SHOWN = 16  # instances in a picture of reconstructions
+
+
+@torch.no_grad()
+def reconstructions_sheet(method: LearningMethod, rows: ArrayDataset) -> Image.Image:
+    """Draws originals above what a method makes of them as it is now, while it trains.
+
+    Of an auto-decoder's rows those are shown that this process has.
+    """
+    shown = np.arange(len(rows))
+    if isinstance(method, AutoDecoderMethod):
+        shown = shown[method.rows.owns(torch.from_numpy(shown)).numpy()]
+    pick = shown[evenly_spaced(len(shown), _SHOWN)]
+    (batch,) = rows.subset(pick).batches(len(pick), method.decoder.device)
+    latents = method.latents(method.signal.observe(batch), batch["row"])
+    drawn = method.signal.reconstruction_images(method.decoder, latents, batch)
+    return _sheet([method.signal.original_images(batch), drawn])
+
+
+def _sheet(rows_of_images: list[np.ndarray]) -> Image.Image:
+    """Lays rows of small images out as one, enlarged."""
+    scale = max(1, 64 // rows_of_images[0].shape[1])
+    return image_grid(np.concatenate(rows_of_images), columns=len(rows_of_images[0]), scale=scale)
+
+
 @torch.no_grad()
 def _save_reconstructions(
     run: Path, decoder: MNIFModel, signal: Signal, rows: ArrayDataset, latents: Tensor, refined: Tensor
 ) -> None:
     """Rows of originals, of what the first latents show, and of what refined ones show."""
-    pick = np.linspace(0, len(rows) - 1, min(16, len(rows))).astype(int)
+    pick = np.linspace(0, len(rows) - 1, min(_SHOWN, len(rows))).astype(int)
     (batch,) = rows.subset(pick).batches(len(pick))
     images = [
         signal.original_images(batch),
         signal.reconstruction_images(decoder, latents[pick], batch),
         signal.reconstruction_images(decoder, refined[pick], batch),
     ]
-    scale = max(1, 64 // images[0].shape[1])
-    sheet = image_grid(np.concatenate(images), columns=len(pick), scale=scale)
-    save_image(run / "samples" / "reconstructions.png", sheet)
+    save_image(run / "samples" / "reconstructions.png", _sheet(images))

@@ -1,10 +1,15 @@
-"""What a run folder remembers: what a command was asked to do there, whether it has finished, and its curves."""
+"""What a run folder remembers: what a command was asked to do there, whether it has finished, and its curves.
+
+``run.json`` is what commands go by; ``config.yaml`` has the same flags for ``--config``.
+"""
 
 import contextlib
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import msgspec
@@ -12,6 +17,7 @@ from msgspec import Meta
 
 from mnif.utils.errors import UserError
 from mnif.utils.files import flush_to_disk, write_errors_of, write_json, written_atomically
+from mnif.utils.flag_files import Flags, write_config
 from mnif.utils.json_files import parse_json, read_json
 from mnif.utils.process import command_line
 
@@ -88,18 +94,29 @@ _CONVENIENCES = {
     "checkpointing_steps",
     "checkpoints_total_limit",
     "report_to",
+    "tracker_project_name",
     "dataloader_num_workers",
     "compile",
     "batch_size",
     "max_image_pixels",
+    "push_to_hub",
+    "hub_model_id",
 }
+
+# Flags of one call, which a file for further runs does not have.
+_OF_ONE_CALL = {"resume_from_checkpoint", "dry_run", "push_to_hub", "hub_model_id"}
+
+_LENGTHS = {"max_train_steps", "num_train_epochs"}
 
 
 class StageRecord(msgspec.Struct):
-    """What ``run.json`` holds of a stage: its flags and the fingerprints of what it read, each as a text."""
+    """What ``run.json`` holds of a stage: its flags, and the fingerprints of what it read.
+
+    Older versions wrote each flag as a text; such a run can be continued as before.
+    """
 
     command: str
-    arguments: dict[str, str] = {}
+    arguments: Flags = {}
     inputs: dict[str, str] = {}
     finished: bool = False
 
@@ -126,23 +143,54 @@ def begin_stage(folder: Path, stage: str, arguments: Any, inputs: dict[str, str]
         True if the same stage with the same arguments and inputs has finished here before.
 
     Raises:
-        UserError: the folder holds this stage with other arguments or inputs.
+        UserError: the folder holds this stage with other arguments or inputs. More steps are no other arguments where
+            the learning rate does not depend on their number: the stage goes on from its last checkpoint.
     """
     path = folder / "run.json"
-    requested = {key: str(value) for key, value in asdict(arguments).items() if key not in _CONVENIENCES}
+    requested = flags_as_json(arguments)
     record = read_run_record(folder) if path.exists() else {}
     before = record.get(stage)
     if before is not None and arguments.resume_from_checkpoint != "no":
-        for name, old, new in _differences(before.arguments | before.inputs, requested | inputs):
-            raise UserError(
-                f"{folder} holds a `{stage}` with {name} {old} where now it is {new}; "
-                "choose another run folder, or begin anew with --resume_from_checkpoint no"
-            )
-        if before.finished:
+        texts = {name: str(value) for name, value in asdict(arguments).items()}  # as older versions wrote them
+        differing = _differences(before.arguments, requested, texts) | _differences(before.inputs, inputs)
+        longer = differing.keys() <= _LENGTHS and _can_be_longer(before.arguments, requested)
+        if differing and not longer:
+            raise UserError(_refusal(folder, stage, differing, requested))
+        if before.finished and not longer:
             return True
     record[stage] = StageRecord(command_line(), requested, inputs)
     write_json(path, msgspec.to_builtins(record))
+    write_config(folder / "config.yaml", {name: for_further_runs(each.arguments) for name, each in record.items()})
     return False
+
+
+def check_finished(folder: Path, stage: str) -> None:
+    """Refuses a run whose ``stage`` was begun and is not done; a folder without a record of it may hold its results.
+
+    Raises:
+        UserError: it is not done.
+    """
+    record = read_run_record(folder) if (folder / "run.json").exists() else {}
+    if stage in record and not record[stage].finished:
+        raise UserError(f"{folder}: its `mnif {stage}` has not finished; continue it with: {record[stage].command}")
+
+
+def flags_as_json(arguments: Any) -> Flags:
+    """The flags of a command's dataclass as JSON has them; of names that are no UTF-8 the bytes are written out."""
+    return {name: _as_json(value) for name, value in asdict(arguments).items()}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    if isinstance(value, str | Path):
+        return str(value).encode("utf-8", "backslashreplace").decode()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def for_further_runs(flags: Flags) -> Flags:
+    """Those of the flags that a ``config.yaml`` has: what was given or filled in, and is not of one call only."""
+    return {name: value for name, value in flags.items() if value is not None and name not in _OF_ONE_CALL}
 
 
 def finish_stage(folder: Path, stage: str) -> None:
@@ -154,11 +202,44 @@ def finish_stage(folder: Path, stage: str) -> None:
     write_json(folder / "run.json", msgspec.to_builtins(record))
 
 
-def _differences(before: dict[str, str], now: dict[str, str]) -> Iterable[tuple[str, str | None, str | None]]:
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            yield name, _short(before.get(name)), _short(now.get(name))
+def _differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], texts: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, tuple[Any, Any]]:
+    """Flags or inputs that are others now, by name; one that was not known before is as if it had not been given."""
+    pairs = {name: (before.get(name), now.get(name)) for name in sorted(before.keys() | now.keys())}
+    return {
+        name: (old, new)
+        for name, (old, new) in pairs.items()
+        if name not in _CONVENIENCES and old != new and old != texts.get(name)
+    }
 
 
-def _short(text: str | None) -> str | None:
-    return text if text is None or len(text) <= 24 else text[:12] + "…"
+def _can_be_longer(before: Flags, now: Flags) -> bool:
+    """Whether more steps leave those that were taken what they were: the learning rate knows nothing of their number.
+
+    A warm-up is no longer than the run, so one that was cut short is not what it would be now.
+    """
+    steps, schedule = _count(before, "max_train_steps"), now.get("lr_scheduler")
+    warmed_up = schedule == "constant_with_warmup" and steps >= _count(now, "lr_warmup_steps")
+    return (schedule == "constant" or warmed_up) and _count(now, "max_train_steps") > steps > 0
+
+
+def _count(flags: Flags, name: str) -> int:
+    text = str(flags.get(name))  # a damaged record may hold anything
+    return int(text) if text.isdecimal() and len(text) < 16 else 0
+
+
+def _refusal(folder: Path, stage: str, differing: dict[str, tuple[Any, Any]], requested: Flags) -> str:
+    name, (old, new) = next(iter(differing.items()))
+    said = f"{folder} holds a `{stage}` with {name} {_short(old)} where now it is {_short(new)}"
+    if differing.keys() <= _LENGTHS:
+        said += (
+            f"; of a run with --lr_scheduler {requested.get('lr_scheduler')} the steps before would have been others"
+        )
+        said += ", only one with a constant learning rate can be made longer"
+    return f"{said}; choose another run folder, or begin anew with --resume_from_checkpoint no"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 24 else text[:12] + "…"

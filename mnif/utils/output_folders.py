@@ -40,8 +40,8 @@ _MARKS = (
 
 # What a command writes whatever it is asked; in a folder without a mark they are somebody else's.
 _WRITES: dict[str, tuple[str, ...]] = {
-    "fit": ("run.json", "metrics.json", "metrics.jsonl", "latents.safetensors", "model", "checkpoints"),
-    "compare-fit": ("compare.json", "compare.md", "curves.png"),
+    "fit": ("run.json", "config.yaml", "metrics.json", "metrics.jsonl", "latents.safetensors", "model", "checkpoints"),
+    "compare-fit": ("compare.json", "config.yaml", "compare.md", "curves.png"),
     "export": (),
     "sample": ("samples.json", "metrics.json", "preview"),
     "decode": ("decode.json", "metrics.json", "grid.png"),

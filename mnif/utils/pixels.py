@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngImageFile
-from scipy.spatial import cKDTree
 
 from mnif.utils.errors import UserError, require
 from mnif.utils.files import written_atomically
@@ -260,6 +259,8 @@ def _indexed(frames: np.ndarray) -> list[Image.Image]:
 
     Pillow would map colours in steps of four, which shows in shades of grey, or dither, which crawls.
     """
+    from scipy.spatial import cKDTree  # takes longer to import than all else here
+
     red, green, blue = (frames[..., channel].astype(np.int32) for channel in range(3))
     packed = red << 16 | green << 8 | blue
     nearest = np.zeros(1 << 24, dtype=np.uint8)  # of every colour there is; first marks those that occur

@@ -27,24 +27,74 @@ if TYPE_CHECKING:
     import torch
 
 
-class _Escaped:
-    """A stream that writes lines as they are and all else that is no visible character as its escape."""
+class _Lines:
+    """A stream that is written in whole lines, each at once; what stands in a line is the subclass's."""
 
     def __init__(self, stream: TextIO):
-        self._stream = stream
+        self._stream, self._begun = stream, ""
 
     def write(self, text: str) -> int:
-        parts = re.split("([\\n\\r\\t]+)", text)  # between them what separates them
-        return self._stream.write("".join(part if part.isspace() else printable(part) for part in parts))
+        *lines, self._begun = (self._begun + text).split("\n")
+        for line in lines:
+            self._write_line(line)
+        return len(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def _write_line(self, line: str) -> None:
+        raise NotImplementedError
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
+class _Escaped(_Lines):
+    """Lines as they are and all else that is no visible character as its escape, above any progress bar."""
+
+    def _write_line(self, line: str) -> None:
+        shown = "".join(part if part.isspace() else printable(part) for part in re.split("([\\r\\t]+)", line)) + "\n"
+        if self._stream.isatty():
+            with tqdm.external_write_mode(file=cast(TextIO, self)):
+                self._stream.write(shown)
+        else:
+            self._stream.write(shown)
+
+    def end(self) -> None:
+        """Writes a last line that has no end."""
+        if self._begun:
+            self._stream.write(printable(self._begun))
+            self._begun = ""
+
+
+class _Log(_Lines):
+    """A progress bar's lines below one another, as a log file or a pipe has them."""
+
+    def write(self, text: str) -> int:
+        shown = text.replace("\r", "\n").replace("\x1b[A", "")  # which goes up a line
+        return super().write(shown if shown.endswith("\n") else shown + "\n")
+
+    def _write_line(self, line: str) -> None:
+        if line.strip():
+            self._stream.write(line.rstrip() + "\n")
+
+
 @contextmanager
 def escaped_output() -> Iterator[None]:
     """Whatever is printed within, no name from data can do more to the terminal than begin a line."""
-    with contextlib.redirect_stdout(cast(TextIO, _Escaped(sys.stdout))):
+    escaped = _Escaped(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(cast(TextIO, escaped)):
+            yield
+    finally:
+        escaped.end()
+
+
+@contextmanager
+def plain_output() -> Iterator[None]:
+    """What is printed within is from us alone, such as the colours of a help, and goes out as it is."""
+    stream = sys.stdout._stream if isinstance(sys.stdout, _Escaped) else sys.stdout
+    with contextlib.redirect_stdout(stream):
         yield
 
 
@@ -148,9 +198,10 @@ def tell(line: str) -> None:
 
 
 def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
-    """A tqdm bar on stderr; in a log file or a pipe it prints a line's worth every 20 seconds only."""
-    quiet = not sys.stderr.isatty()
-    return tqdm(iterable, mininterval=20.0 if quiet else 0.1, delay=1.0, dynamic_ncols=True, **options)
+    """A tqdm bar on stderr; in a log file or a pipe a line every 20 seconds."""
+    if not sys.stderr.isatty():
+        options |= {"file": _Log(sys.stderr), "mininterval": 20.0}
+    return tqdm(iterable, delay=1.0, dynamic_ncols=True, **options)
 
 
 _PATIENCE = timedelta(days=2)  # the slowest part of a large evaluation may be one process's

@@ -77,6 +77,8 @@ def test_run_folder_holds_what_it_promises(run: Path) -> None:
         "denoiser",
         "encoder",
         "model_index.json",
+        "pipeline.py",
+        "samples.png",
         "scheduler",
     }
     metrics = json.loads((run / "metrics.json").read_text())
@@ -293,7 +295,7 @@ def test_two_processes_learn_what_one_does(picture_folder: Path, tmp_path: Path)
 
 def test_report_is_self_contained_and_renders_in_a_browser(run: Path, tmp_path: Path) -> None:
     page = (run / "report.html").read_text()
-    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
     for command in ("fit", "prior", "sample", "export", "eval", "report"):
         assert re.search(rf"\b{command}\b", page[page.index('id="commands"') :])
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

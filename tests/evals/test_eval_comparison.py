@@ -8,6 +8,7 @@ from PIL import Image
 
 from evals.presentation import metrics_of, table_rows
 from mnif.cli import main
+from mnif.utils.errors import UserError
 from scripts.refresh_results import BEGIN, END, refresh
 
 PROTOCOL = {"extractor": "lite0", "resize": "bicubic-antialias", "samples": 1000, "seed": 0}
@@ -87,19 +88,36 @@ def test_one_table_of_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture
         assert plot.width > plot.height > 300  # three costs beside each other, two qualities
 
 
-def test_the_readme_takes_the_table_in(tmp_path: Path) -> None:
+def test_readme_and_page_take_the_figures_in(tmp_path: Path) -> None:
     folder = evaluation(tmp_path / "eval", 4, 10.0)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
-    refresh(readme, folder)
-    once = readme.read_text()
-    assert "| fd_lite0 ↓ | 10 ± 0.2 |" in once
-    assert "old" not in once
-    assert once.startswith("before\n\n")
-    assert once.endswith(f"{END}\n\nafter\n")
-    refresh(readme, folder)
-    assert readme.read_text() == once
-    assert BEGIN in (Path(__file__).parents[2] / "README.md").read_text()
+    (tmp_path / "docs").mkdir()
+    readme, page = tmp_path / "README.md", tmp_path / "docs/results.md"
+    for each in (readme, page):
+        each.write_text(f"before\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    refresh(tmp_path, folder)
+    once = [readme.read_text(), page.read_text()]
+    for text in once:
+        assert "| fd_lite0 ↓ | 10 ± 0.2 |" in text
+        assert "old" not in text
+        assert text.startswith("before\n\n")
+        assert text.endswith(f"{END}\n\nafter\n")
+    assert "Protocol: " in once[1]
+    assert once[0].count("\n|") < once[1].count("\n|")
+    assert "PCA, as many numbers 22.5" in once[0]
+    refresh(tmp_path, folder)
+    assert [readme.read_text(), page.read_text()] == once
+    for each in ("README.md", "docs/results.md"):
+        assert BEGIN in (Path(__file__).parents[2] / each).read_text()
+
+
+def test_no_page_is_changed_where_one_lacks_its_markers(tmp_path: Path) -> None:
+    folder = evaluation(tmp_path / "eval", 4, 10.0)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(f"{BEGIN}\nold\n{END}\n")
+    (tmp_path / "docs/results.md").write_text("nothing\n")
+    with pytest.raises(UserError, match=r"results\.md: needs the lines"):
+        refresh(tmp_path, folder)
+    assert "old" in (tmp_path / "README.md").read_text()
 
 
 def test_what_cannot_be_compared_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

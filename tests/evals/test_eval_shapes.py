@@ -105,6 +105,15 @@ def test_a_model_of_voxels_without_a_prior_is_measured_by_its_reconstructions(
     assert "[0, 1]" in metrics["protocol"]["occupancy"]
 
 
+def test_pca_on_fewer_shapes_than_numbers_is_called_meaningless(box_run: Path, boxes: Path, tmp_path: Path) -> None:
+    with np.load(boxes) as content:
+        np.savez(tmp_path / "few.npz", **{name: values[:9] for name, values in content.items()})
+    flags = ("--model", box_run / "model", "--reference", tmp_path / "few.npz", "--refinement_steps", 1)
+    metrics = evaluated(*flags, "--output_dir", tmp_path / "out")
+    assert metrics["iou_pca_train"] == pytest.approx(1)
+    assert [line for line in metrics["warnings"] if line.startswith("PCA")]
+
+
 def test_samples_of_a_model_of_voxels_stand_beside_their_controls(box_run: Path, boxes: Path, tmp_path: Path) -> None:
     flags = ("--model", with_prior(box_run, tmp_path), "--reference", boxes, "--refinement_steps", 1)
     metrics = evaluated(*flags, "--emd_points", 32, "--output_dir", tmp_path / "out")

@@ -14,13 +14,13 @@ from evals.charts import curve_chart
 from evals.commands.eval import compare
 from evals.commands.report import RunFigures
 from evals.metrics.frechet import load_moments, moments_of, save_moments
-from latent_prior.hub import write_model_card
+from latent_prior.model_card import write_model_card
 from mnif.cli import main
 from mnif.commands.fit import FitArguments
 from mnif.latents.table import LatentTable
 from mnif.training.run_record import MetricsLog, begin_stage, read_metrics_log, read_run_record
-from mnif.utils.args import preset_values, read_preset
 from mnif.utils.errors import UserError
+from mnif.utils.flag_files import preset_values, read_config, read_preset, write_config
 from mnif.utils.json_files import read_json, read_object
 from tests.hostile.conftest import refusal_of
 from tests.hostile.mutators import damaged_bytes, damaged_json
@@ -37,6 +37,18 @@ def test_run_record(seed: int, copied: Callable[[str], Path]) -> None:
     if refusal_of(lambda: read_run_record(path.parent)) is None:
         assert all(isinstance(stage.command, str) for stage in read_run_record(path.parent).values())
         refusal_of(lambda: begin_stage(path.parent, "fit", FitArguments(data="x", output_dir=path.parent), {}))
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_file_of_flags(seed: int, tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    flags = {"data": "x", "output_dir": "y", "resolution": [16, 24], "omega": 30.5, "random_flip": True, "cells": None}
+    write_config(path, {"fit": flags, "prior": {"run": "y"}})
+    path.write_bytes(damaged_bytes(path.read_bytes(), seed))
+    if refusal_of(lambda: read_config(path, FitArguments, "mnif fit")) is None:
+        read = read_config(path, FitArguments, "mnif fit")
+        assert read.keys() <= flags.keys()
+        assert isinstance(read.get("omega", 1.0), float)
 
 
 @pytest.mark.parametrize("name", ["run.json", "metrics.json", "eval/metrics.json"])

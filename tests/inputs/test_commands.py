@@ -50,6 +50,12 @@ def test_an_output_that_cannot_be_written_is_noticed_before_any_work(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_further_outputs_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluate = ["eval", *NOWHERE, "--reference", "nowhere", "--output_dir", f"{tmp_path}/out"]
+    message = error_of([*evaluate, "--save_statistics", "/proc/out/statistics.npz"], capsys)
+    assert message.startswith("mnif eval: /proc/out: nothing can be written there (")
+
+
 def test_a_run_or_page_that_cannot_be_written(
     pipelined: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,8 +94,8 @@ def terminated(*_: object, **__: object) -> None:
     [
         ("sample", "latent_prior.sample_writers.sample_latents"),
         ("sample --format tar", "latent_prior.sample_writers.sample_latents"),
-        ("encode --data DATA", "mnif.commands.encode.evaluate_latents"),
-        ("export --compile_rtx off", "export.commands.export.write_device_files"),
+        ("encode --data DATA", "mnif.latents.inference.evaluate_latents"),
+        ("export --compile_rtx off", "export.bundle.write_device_files"),
         ("eval --reference DATA --num_samples 48", "evals.images.set_metrics"),
         ("decode --latents LATENTS", "mnif.commands.decode._save_overview"),
     ],

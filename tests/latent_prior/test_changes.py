@@ -154,10 +154,10 @@ def test_what_cannot_be_augmented_gets_one_line(run: Path, tmp_path: Path, capsy
     assert "--augment: of --extra_latents nobody knows how they were changed" in line_of("--extra_latents", extra)
     record = json.loads((run / "run.json").read_text())
     for flag in ("random_flip", "random_colours"):
-        record["fit"]["arguments"][flag] = "False"
+        record["fit"]["arguments"][flag] = False
     (run / "run.json").write_text(json.dumps(record))
     assert f"--augment: `mnif fit` changed no picture of {run}, as by --random_flip" in line_of()
-    record["fit"]["arguments"]["random_flip"], record["fit"]["inputs"]["data_fingerprint"] = "True", "0" * 64
+    record["fit"]["arguments"]["random_flip"], record["fit"]["inputs"]["data_fingerprint"] = True, "0" * 64
     (run / "run.json").write_text(json.dumps(record))
     assert f"--augment: {record['fit']['arguments']['data']} is not what {run} learned from any more" in line_of()
     shutil.rmtree(run / "model/encoder")

@@ -1,6 +1,7 @@
 """What `mnif prior` learns and with what: objectives, denoisers, presets, and what bad input gets."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -230,10 +231,48 @@ def test_extra_latents_are_learned_too(
     command = ["prior", "--run", str(run), "--width", "16", "--depth", "1", *QUICK]
     assert main([*command, "--extra_latents", f"{tmp_path}/extra.safetensors", "--num_train_epochs", "2"]) == 0
     assert "72 latents to train, 8 held out" in capsys.readouterr().out
-    assert json.loads((run / "run.json").read_text())["prior"]["arguments"]["max_train_steps"] == "8"
+    assert json.loads((run / "run.json").read_text())["prior"]["arguments"]["max_train_steps"] == 8
     table_of(decoder, "0" * 64).save(tmp_path / "other.safetensors")
     assert main([*command, "--extra_latents", f"{tmp_path}/other.safetensors"]) == 2
     assert "belong to decoder 000000000000" in capsys.readouterr().err
+
+
+def test_a_fit_that_has_not_finished_is_refused(
+    run: Path, decoder: MNIFModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Model and latents of an earlier fit may lie there while a new one is on its way."""
+    record = {"command": "mnif fit --data x", "arguments": {}, "inputs": {}, "finished": False}
+    (run / "run.json").write_text(json.dumps({"fit": record}))
+    (run / "metrics.json").write_text("{}")
+    assert main(["prior", "--run", str(run), "--width", "16", "--depth", "1", *QUICK]) == 2
+    message = f"mnif prior: {run}: its `mnif fit` has not finished; continue it with: mnif fit --data x\n"
+    assert capsys.readouterr().err == message
+    assert main(["distill", "--run", str(run)]) == 2
+    assert "no denoiser" in capsys.readouterr().err
+    (run / "run.json").write_text(json.dumps({"prior": record | {"command": "mnif prior"}}))
+    assert main(["distill", "--run", str(run)]) == 2
+    assert "its `mnif prior` has not finished" in capsys.readouterr().err
+
+
+def test_a_run_stands_for_its_model_and_its_flags_for_another_run(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "metrics.json").write_text("{}")
+    assert (
+        main(["prior", "--run", str(run), "--width", "16", "--depth", "1", "--report_to", "tensorboard", *QUICK]) == 0
+    )
+    assert [*(run / f"logs/{run.name}/prior").glob("events.*")]
+    first = load_pipeline(run / "model").denoiser.state_dict()
+    assert main(["sample", "--model", str(run), "--output_dir", f"{tmp_path}/drawn", "--num_samples", "2"]) == 0
+    assert (tmp_path / "drawn/000001.png").is_file()
+    (tmp_path / "other/model").mkdir(parents=True)
+    for name in ("model/decoder", "latents.safetensors", "metrics.json"):
+        (shutil.copytree if (run / name).is_dir() else shutil.copy)(run / name, tmp_path / "other" / name)
+    again = ["prior", "--config", f"{run}/config.yaml", "--run", f"{tmp_path}/other"]
+    capsys.readouterr()
+    assert main(again) == 0
+    second = load_pipeline(tmp_path / "other/model").denoiser.state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,8 @@ def test_same_command_reuses_runs_and_measurements(
     more = ["--max_train_steps", "6", "--validation_steps", "3", "--random_flip"]
     assert main(command(picture_folder, compared, *more)) == 0
     assert capsys.readouterr().out.count("nothing to do") == 6
+    assert main(["compare-fit", "--config", f"{compared}/config.yaml"]) == 0
+    assert capsys.readouterr().out.count("nothing to do") == 6
     assert json.loads((compared / "compare.json").read_text())["runs"] == before
     assert main(command(picture_folder, compared, *more, "--methods", "meta", "--seed", "1")) == 2
     assert "meta holds a `fit` with seed 0 where now it is 1" in capsys.readouterr().err

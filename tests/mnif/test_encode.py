@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import mnif.commands.encode
+import mnif.latents.inference
 from mnif.cli import main
 from mnif.data.images import load_images
 from mnif.data.views import load_views
@@ -259,7 +259,7 @@ def test_a_stopped_command_continues(
 
     def interrupted(stop: int) -> Interrupted:
         counting = Interrupted(stop)
-        monkeypatch.setattr(mnif.commands.encode, "infer_latents", counting)
+        monkeypatch.setattr(mnif.latents.inference, "infer_latents", counting)
         return counting
 
     interrupted(2)

@@ -1,7 +1,10 @@
 """The presets: the paper's five start on miniatures in their benchmarks' own layouts, and what a preset may say."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +14,10 @@ from PIL import Image
 from mnif.cli import main
 from mnif.commands.fit import PRESETS, parse_fit_arguments
 from mnif.models.mnif_model import MNIFModel
-from mnif.utils.args import preset_names
 from mnif.utils.errors import UserError
+from mnif.utils.flag_files import preset_names
+
+ROOT = Path(__file__).parents[2]
 
 PAPER = {
     "celeba-hq-s": {"num_bases": 256, "depth": 4, "width": 64, "latent_dim": 1024, "omega": 30, "field": 17_027},
@@ -25,6 +30,9 @@ PAPER = {
 
 LEARNABLE = {"celeba-hq-s": 5.93, "celeba-hq-l": 33.4, "shapenet-s": 5.13, "shapenet-l": 46.3, "srn-cars-s": 4.59}
 """Learnable parameters in millions, of the same table."""
+
+GFLOP = {"celeba-hq-s": 4.13, "celeba-hq-l": 20.5, "shapenet-s": 4.12, "shapenet-l": 20.5, "srn-cars-s": 53.0}
+"""For one instance of a step, as `mnif fit --dry_run` counts them."""
 
 COMMON = {"learning_rate": 1e-4, "basis_learning_rate": 1e-4, "matrix_optimizer": "adamw"}
 COMMON |= {"lr_scheduler": "cosine", "lr_warmup_steps": 0}
@@ -125,7 +133,7 @@ def test_the_papers_models_start_on_their_benchmarks(
     assert {"psnr_train", "psnr_heldout"} <= metrics.keys()
     assert all(np.isfinite(value) for value in metrics.values() if isinstance(value, int | float))
     arguments = json.loads((tmp_path / "run/run.json").read_text())["fit"]["arguments"]
-    assert (arguments["max_train_steps"], arguments["num_train_epochs"]) == ("2", "None")
+    assert (arguments["max_train_steps"], arguments["num_train_epochs"]) == (2, None)
 
 
 @pytest.mark.parametrize("preset", PAPER)
@@ -168,9 +176,40 @@ def test_a_dry_run_names_the_cost_and_writes_nothing(
     assert printed["field"] == PAPER[preset]["field"]
     assert printed["parameters"] / 1e6 == pytest.approx(LEARNABLE[preset], rel=2e-3)
     assert printed["hours"] > 0
+    assert printed["gflop"] == pytest.approx(GFLOP[preset], rel=0.01)
     # Adam keeps weights, gradients and two moments, four bytes each; activations come on top.
     assert printed["megabytes"] > 16 * LEARNABLE[preset]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "size"), [("celeba_hq", "l"), ("shapenet", "s"), ("srn_cars", "s")])
+def test_the_script_of_a_benchmark_begins_with_its_preset(
+    script: str, size: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    preset = f"{script.replace('_', '-')}-{size}"
+    line = [ROOT / f"examples/paper/{script}.sh", source_of(preset, request), tmp_path / "run", size, "--dry_run"]
+    python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PATH": python, "PYTHONPATH": str(ROOT), "MNIF_CACHE": f"{tmp_path}/cache"}
+    done = subprocess.run(["bash", *map(str, line)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"of {PAPER[preset]['field']:,} parameters" in done.stdout
+    assert "GPU hours" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_page_of_the_paper_has_the_numbers_of_the_presets() -> None:
+    """Its table of models, and hours that follow from a dry run's operations for the whole of each set."""
+    page = (ROOT / "docs/paper.md").read_text()
+    passes = {"celeba-hq": 27_000 * 800, "shapenet": 35_019 * 800, "srn-cars": 2_458 * 2000}
+    for name, model in PAPER.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{name}` ")]
+        _, _, sizes, latent, parameters, field, hours, *_ = [cell.strip() for cell in row.split("|")]
+        assert sizes == f"{model['num_bases']}, {model['depth']}, {model['width']}"
+        assert (latent, field) == (f"{model['latent_dim']:,}", f"{model['field']:,}")
+        assert parameters == f"{LEARNABLE[name]} M"
+        seen = passes[name.rpartition("-")[0]] // (2 if name == "shapenet-l" else 1)
+        assert float(hours) == pytest.approx(GFLOP[name] * 1e9 * seen / 5e12 / 3600, abs=0.55)
 
 
 def test_the_estimate_equals_a_calculation_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -211,9 +250,7 @@ def test_a_preset_of_ones_own(celeba_hq: Path, tmp_path: Path) -> None:
     config = MNIFModel.load_config(tmp_path / "run/model/decoder")
     assert [config[name] for name in ("resolution", "num_bases", "width", "latent_dim")] == [16, 4, 4, 6]
     arguments = json.loads((tmp_path / "run/run.json").read_text())["fit"]["arguments"]
-    assert (
-        arguments["max_train_steps"] == "6"
-    )  # two passes over six pictures, two at a time; none falls to another side
+    assert arguments["max_train_steps"] == 6  # two passes over six pictures, two at a time; none falls to another side
 
 
 def refusal(preset: str) -> str:

@@ -1,10 +1,11 @@
+import io
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from itertools import count, islice, product
 from pathlib import Path
@@ -15,18 +16,23 @@ from time import sleep
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from diffusers.training_utils import EMAModel
+from PIL import Image
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from mnif.cli import main
 from mnif.data.batches import InstanceGenerator, ShuffledBatches, array_dataset
 from mnif.training import loop
+from mnif.training.arguments import TrainingArguments
 from mnif.training.checkpoints import newest_checkpoint
-from mnif.training.loop import TrainingArguments, TrainLoop, make_accelerator, steps_of_epochs
+from mnif.training.loop import TrainLoop, make_accelerator, steps_of_epochs
 from mnif.training.run_record import read_metrics_log
-from mnif.utils import process
+from mnif.utils import errors, process
 from mnif.utils.errors import UserError
 from mnif.utils.process import Terminated
 
@@ -48,6 +54,7 @@ def run(
     stop_after: int | None = None,
     kill_at: int | None = None,
     signals: Sequence[int] = (signal.SIGINT,),
+    show: Callable[[], Image.Image] | None = None,
     **settings: object,
 ) -> torch.Tensor:
     """Trains and returns all weights in one vector.
@@ -88,7 +95,17 @@ def run(
 
     folder.mkdir(exist_ok=True)
     train = TrainLoop(
-        accelerator, arguments, module, [optimizer], rows, folder, "stage", validate, ema, keep_best="held_out"
+        accelerator,
+        arguments,
+        module,
+        [optimizer],
+        rows,
+        folder,
+        "stage",
+        validate,
+        ema,
+        keep_best="held_out",
+        show=show,
     )
     train.run()
     return torch.cat([p.detach().flatten() for p in module.parameters()])
@@ -370,3 +387,72 @@ def test_batches_are_a_function_of_seed_and_step(rows: int) -> None:
     assert all(row % min(4, rows) == place for batch in whole for place, row in enumerate(batch))
     if rows == 10:  # every row's turn comes, those beyond the last whole batch of an epoch too
         assert {row for batch in whole for row in batch} == set(range(10))
+
+
+def test_a_run_of_a_constant_learning_rate_that_is_made_longer_is_one_that_was_longer_at_once(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", steps=12, lr_scheduler="constant")
+    run(tmp_path / "parts", steps=7, lr_scheduler="constant")
+    assert torch.equal(run(tmp_path / "parts", steps=12, lr_scheduler="constant"), whole)
+
+
+def test_a_tracker_gets_flags_curves_and_pictures_under_the_name_of_the_run(tmp_path: Path) -> None:
+    plain = run(tmp_path / "plain")
+    drawn = []
+
+    def show() -> Image.Image:
+        drawn.append(1)
+        return Image.new("RGB", (6, 4), "red")
+
+    assert torch.equal(run(tmp_path / "avatars", report_to="tensorboard", show=show), plain)
+    (events,) = (tmp_path / "avatars/logs/avatars/stage").glob("events.*")
+    told = EventAccumulator(str(events)).Reload()
+    assert {"loss", "held_out", "learning_rate"} <= {*told.Tags()["scalars"]}
+    assert [event.step for event in told.Scalars("held_out")] == [3, 6, 9, 12]
+    assert [event.step for event in told.Images("stage")] == [3, 6, 9, 12]
+    assert np.asarray(Image.open(io.BytesIO(told.Images("stage")[0].encoded_image_string))).shape == (4, 6, 3)
+    assert len(drawn) == 4
+    (hyperparameters,) = (tmp_path / "avatars/logs/avatars/stage").glob("*/hparams.yml")
+    assert yaml.safe_load(hyperparameters.read_text())["max_train_steps"] == 12
+    run(tmp_path / "other", report_to="tensorboard", tracker_project_name="mine")
+    assert (tmp_path / "other/logs/mine/stage").is_dir()
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loop, "get_available_trackers", list)
+    monkeypatch.setattr(errors, "find_spec", lambda module: None)
+    for command in (["fit", "--data", "nowhere", "--signal", "image", "--output_dir"], ["prior", "--run"]):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        assert main([*command, f"{tmp_path}/run", "--report_to", "tensorboard"]) == 2
+        message = capsys.readouterr().err
+        assert '--report_to tensorboard: the package "tensorboard" is missing; run: pip install' in message
+        assert message.count("\n") == 1
+    with pytest.raises(UserError, match="--report_to wandb: its package is missing"):
+        run(tmp_path / "a", report_to="wandb")
+
+
+@pytest.mark.parametrize(
+    ("given", "told", "taken"),
+    [(None, None, "no"), (None, "bf16", "bf16"), ("no", "bf16", "no"), ("bf16", None, "bf16")],
+)
+def test_the_precision_is_accelerates_unless_a_flag_says_another(
+    given: str | None, told: str | None, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if told is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", told)  # as `accelerate launch --mixed_precision` does
+    arguments = TrainingArguments(mixed_precision=given)
+    assert make_accelerator(arguments, tmp_path).mixed_precision == taken
+    assert arguments.mixed_precision == taken  # which is what the run remembers
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator has it")
+def test_a_precision_that_is_not_to_be_had_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="--mixed_precision fp16: needs a GPU, and there is none here"):
+        run(tmp_path / "a", mixed_precision="fp16")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(UserError, match=r"--mixed_precision fp8 \(of accelerate\): must be one of no, fp16, bf16"):
+        run(tmp_path / "b")

@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from latent_prior.sampling import initial_noise
 from mnif.data.batches import array_dataset, instance_keys
 from mnif.latents.embedding import LatentEmbedding
 from mnif.latents.inference import infer_latents, initial_latents, optimize_latents
@@ -146,6 +148,12 @@ def test_every_way_of_learning_lowers_its_loss(decoder: MNIFModel, signal: Image
                 method.rows.step()
             losses.append(loss.item())
         assert losses[-1] < 0.6 * losses[0], method
+
+
+def test_learned_latents_do_not_start_from_the_noise_of_samples() -> None:
+    rows = LatentEmbedding(8, 256, lanes=8, learning_rate=0.02, seed=5).read(torch.arange(8)).numpy()
+    both = np.corrcoef(np.concatenate([rows, initial_noise(5, range(8), 256)]))
+    assert np.abs(both[:8, 8:]).max() < 0.35  # 5.6 standard errors of what has nothing in common
 
 
 def test_encoder_gives_normalised_latents_that_ignore_the_batch() -> None:

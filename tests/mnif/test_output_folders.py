@@ -167,7 +167,7 @@ def test_every_evaluation_of_a_comparison_is_looked_at(
 
 
 @pytest.mark.parametrize(
-    ("name", "place"), [("encode", "mnif.commands.encode.evaluate_latents"), ("eval", "evals.images.set_metrics")]
+    ("name", "place"), [("encode", "mnif.latents.inference.evaluate_latents"), ("eval", "evals.images.set_metrics")]
 )
 def test_a_killed_command_has_left_whose_the_folder_is(
     filled: Path, name: str, place: str, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

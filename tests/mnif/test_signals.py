@@ -355,6 +355,6 @@ def test_cells_given_win_and_those_of_the_rule_are_recorded(picture_folder: Path
     for given, cells in (([], 6), (["--cells", "1"], 1)):
         run = tmp_path / str(cells)
         fit(["--data", str(picture_folder), "--output_dir", str(run), "--resolution", "48", *given, *small])
-        assert json.loads((run / "run.json").read_text())["fit"]["arguments"]["cells"] == str(cells)
+        assert json.loads((run / "run.json").read_text())["fit"]["arguments"]["cells"] == cells
         assert load_component(MNIFModel, run / "model", "decoder").config.cells == cells
     assert Voxels(64, 1).default_cells() == 4

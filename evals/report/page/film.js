@@ -23,6 +23,7 @@ class Film {
     const controls = document.createElement("div");
     controls.className = "controls";
     controls.append(this.button, this.slider);
+    place.classList.add("film");
     place.replaceChildren(this.canvas, controls);
     this.button.addEventListener("click", () => this.play(!this.playing));
     this.slider.addEventListener("input", () => {

@@ -22,7 +22,7 @@ void main() {
   float begin = max(max(near.x, near.y), near.z), end = min(min(far.x, far.y), far.z);
   colour = vec4(0.0);
   if (begin >= end) return;
-  float size = float(textureSize(grid, 0).x), stride = 1.0 / size;
+  float size = float(textureSize(grid, 0).x), stride = 0.5 / size; // a quarter of a voxel
   float depth = begin + 1e-4;
   bool found = value(origin + direction * depth) > 0.0, wall = found;
   while (!found && (depth += stride) < end) found = value(origin + direction * depth) > 0.0;

@@ -15,6 +15,24 @@ export function initialNoise(seed, index, count) {
   return Float32Array.from({ length: count }, () => standardNormal(nextUint32));
 }
 
+/**
+ * Noise on the way between that of two samples, on the sphere (Shoemake, 1985), as latent_prior/sampling.py has it.
+ *
+ * @param {Float32Array} start noise of one sample.
+ * @param {Float32Array} end noise of another.
+ * @param {number} way 0 to 1.
+ */
+export function slerp(start, end, way) {
+  const dot = (one, other) => one.reduce((sum, value, place) => sum + value * other[place], 0);
+  const cosine = dot(start, end) / Math.sqrt(dot(start, start) * dot(end, end));
+  const angle = Math.acos(Math.min(Math.max(cosine, -1), 1));
+  const [first, last] =
+    Math.sin(angle) < 1e-6
+      ? [1 - way, way] // one and the same direction
+      : [Math.sin((1 - way) * angle) / Math.sin(angle), Math.sin(way * angle) / Math.sin(angle)];
+  return start.map((value, place) => first * value + last * end[place]);
+}
+
 /** A whole number as 32-bit words, the lowest first; zero is one word. */
 function words(number) {
   const found = [];

@@ -1,0 +1,37 @@
+"""`mnif demo-app`: serves a local page to try a model on."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from mnif.utils.args import parse_arguments
+from mnif.utils.errors import UserError, require
+
+
+@dataclass(kw_only=True)
+class DemoAppArguments:
+    """Serve a local page to try a model on: samples, the way between two of them, a picture of your own."""
+
+    model: Path
+    """The model folder, RUN/model, or a model on the hub, user/name."""
+    host: str = "127.0.0.1"
+    """The address to listen at; 0.0.0.0 lets others in."""
+    port: int = 7860
+    """The port to listen at."""
+
+
+def main(arguments: list[str]) -> None:
+    """Runs `mnif demo-app` until it is stopped."""
+    options = parse_arguments(DemoAppArguments, arguments, "mnif demo-app")
+    require("gradio", "app", "a local page")
+    if not 1 <= options.port <= 65535:
+        raise UserError(f"--port {options.port}: must lie between 1 and 65535")
+
+    from latent_prior.demo_app import DemoApp, launch
+    from latent_prior.hub import model_folder
+
+    app = DemoApp(model_folder(options.model))
+    with tempfile.TemporaryDirectory(prefix="mnif-demo-app-") as folder:
+        launch(app, Path(folder), options.host, options.port)
