@@ -27,7 +27,7 @@ COSTS = {
 }
 """What quality is paid with, as in ``model`` of a ``metrics.json``."""
 
-_QUALITIES = ("fid", "fd_lite0", "mmd_chamfer", "psnr_heldout", "iou_heldout")
+_QUALITIES = ("fid", "fd_lite0", "fd_resnet", "mmd_chamfer", "psnr_heldout", "iou_heldout")
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito, 2008
 _INK = "#010101"  # of axes and words; the page puts its own in this place
 _STYLE: Any = {

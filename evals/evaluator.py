@@ -42,7 +42,7 @@ class Evaluator(ABC):
     def inputs(self) -> dict[str, str]:
         """Returns what the metrics depend on besides flags and version: a fingerprint of everything that is read.
 
-        For example ``{"measured": sha256_of_folder(model), "reference_fingerprint": reference.fingerprint()}``.
+        For example ``{"measured": sha256_of_model(model), "reference_fingerprint": reference.fingerprint()}``.
         """
 
     @abstractmethod

@@ -36,8 +36,9 @@ from mnif.data.images import ImageData, load_images
 from mnif.latents.inference import infer_latents
 from mnif.latents.inner_loop import InnerLoop
 from mnif.latents.pca import fit_pca, pca_warnings
+from mnif.models.io import sha256_of_model
 from mnif.utils.errors import UserError, require
-from mnif.utils.files import sha256_of_file, sha256_of_folder
+from mnif.utils.files import sha256_of_file
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import Processes
 
@@ -67,7 +68,7 @@ class ImageEvaluator(Evaluator):
             raise UserError(f"--num_samples {self.protocol.num_samples}: at least {GROUPS} pictures are needed")
         if isinstance(self.subject, LoadedRun):
             assert arguments.model is not None
-            self.measured, size = sha256_of_folder(arguments.model), self.subject.decoder.config.resolution
+            self.measured, size = sha256_of_model(arguments.model), self.subject.decoder.config.resolution
         else:
             self.measured, size = self.subject.fingerprint, self.subject.size
         self.size: tuple[int, int] = (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -6,6 +6,7 @@ from typing import Literal
 
 import tyro
 
+from latent_prior.hub_flags import HubFlags
 from latent_prior.settings import INFERENCE_STEPS
 from mnif.utils.errors import UserError
 from mnif.utils.pixels import MAX_IMAGE_PIXELS
@@ -17,7 +18,7 @@ class ProtocolFlags:
 
     preset: Literal["offline", "paper", "pytorch-fid", "clean", "tf1"] = "offline"
     """The protocol for pictures: extractor, resize filter, rounding, part of the reference, counts, neighbours."""
-    extractor: Literal["lite0", "inception"] | None = None
+    extractor: Literal["lite0", "resnet", "inception"] | None = None
     """Feature extractor for pictures, in place of the preset's."""
     inception_weights: Path | None = None
     """The file of FID's Inception; default: MNIF_INCEPTION_WEIGHTS, the cache, or a download whose hash is checked."""
@@ -56,7 +57,7 @@ class DataFlags:
 
 
 @dataclass(kw_only=True)
-class EvalArguments(ProtocolFlags, SamplingFlags, DataFlags):
+class EvalArguments(ProtocolFlags, SamplingFlags, DataFlags, HubFlags):
     """Measure samples against a reference set, and reconstructions, each beside its controls."""
 
     compared: tyro.conf.Positional[list[Path]] = field(default_factory=list)

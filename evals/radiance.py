@@ -23,9 +23,9 @@ from evals.protocol import EvalArguments, protocol_of
 from mnif.data.batches import evenly_spaced
 from mnif.data.dataset import Split
 from mnif.data.views import ViewData, load_views
+from mnif.models.io import sha256_of_model
 from mnif.signals.radiance import RadianceField
 from mnif.utils.errors import UserError, require
-from mnif.utils.files import sha256_of_folder
 from mnif.utils.pixels import image_grid, save_image, to_uint8
 from mnif.utils.process import Processes, progress_bar
 
@@ -162,7 +162,7 @@ class RadianceEvaluator(Evaluator):
             require("torchmetrics", "eval", "SSIM")
             data = self.subject.signal.load_like(arguments.reference)
             assert isinstance(data, ViewData)
-            self.data, self.measured = data, sha256_of_folder(arguments.model)
+            self.data, self.measured = data, sha256_of_model(arguments.model)
         else:
             assert arguments.samples is not None
             self.subject = sample_images(arguments.samples)

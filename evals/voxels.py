@@ -32,8 +32,8 @@ from mnif.data.batches import ArrayDataset, evenly_spaced
 from mnif.data.dataset import Split
 from mnif.data.voxels import VoxelData, load_voxels
 from mnif.latents.pca import PCA, fit_pca, pca_warnings
+from mnif.models.io import sha256_of_model
 from mnif.utils.errors import UserError
-from mnif.utils.files import sha256_of_folder
 from mnif.utils.meshes import mesh_preview, occupancy_preview
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import Processes
@@ -165,7 +165,7 @@ class VoxelEvaluator(Evaluator):
             self.subject = load_run(arguments.model)
             data = self.subject.signal.load_like(arguments.reference)
             assert isinstance(data, VoxelData)
-            self.data, self.measured = data, sha256_of_folder(arguments.model)
+            self.data, self.measured = data, sha256_of_model(arguments.model)
         else:
             assert arguments.samples is not None
             self.subject = shape_files(arguments.samples)

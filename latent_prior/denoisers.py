@@ -17,9 +17,10 @@ from jaxtyping import Float
 from msgspec import Meta
 from torch import Tensor, nn
 
-from latent_prior.settings import PAPER_GROUPS, DenoiserName
+from latent_prior.settings import PAPER_GROUPS, DenoiserName, PredictionType
 from mnif.data.batches import InstanceGenerator
 from mnif.models.io import OwnMemory, load_component
+from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 from mnif.utils.json_files import Depth, Size, read_json
 
@@ -99,6 +100,8 @@ class ResMLPDenoiser(Denoiser):
         decoder_fingerprint: of the decoder whose latents these are
             (:meth:`mnif.models.mnif_model.MNIFModel.fingerprint`).
         distilled_steps: the numbers of steps that a student was distilled for; none: it is a teacher.
+        rounded_fingerprints: of that decoder in half precision; a pipeline fills them in.
+        prediction_type: what is predicted, by its name in diffusers' schedulers; likewise.
     """
 
     @register_to_config
@@ -111,6 +114,8 @@ class ResMLPDenoiser(Denoiser):
         dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0,
         decoder_fingerprint: str = "",
         distilled_steps: Sequence[Size] = (),
+        rounded_fingerprints: Sequence[str] = (),
+        prediction_type: PredictionType | None = None,
     ):
         super().__init__(latent_dim)
         self.time_in = nn.Linear(time_width, time_width)
@@ -173,6 +178,8 @@ class PaperDenoiser(Denoiser):
         time_width: numbers in the sinusoidal time embedding.
         decoder_fingerprint: of the decoder whose latents these are
             (:meth:`mnif.models.mnif_model.MNIFModel.fingerprint`).
+        rounded_fingerprints: of that decoder in half precision; a pipeline fills them in.
+        prediction_type: what is predicted, by its name in diffusers' schedulers; likewise.
     """
 
     @register_to_config
@@ -183,6 +190,8 @@ class PaperDenoiser(Denoiser):
         depth: Depth = 8,
         time_width: Size = 64,
         decoder_fingerprint: str = "",
+        rounded_fingerprints: Sequence[str] = (),
+        prediction_type: PredictionType | None = None,
     ):
         super().__init__(latent_dim)
         self.read = nn.Linear(latent_dim, width)
@@ -214,12 +223,13 @@ DENOISERS: dict[DenoiserName, type[Denoiser]] = {"modulated": ResMLPDenoiser, "p
 """What `mnif prior --denoiser` names; a new one is added to both, with its flags to `mnif prior`."""
 
 
-def load_denoiser(folder: Path, name: str = "denoiser") -> Denoiser:
+def load_denoiser(folder: Path, name: str = "denoiser", variant: str | None = None) -> Denoiser:
     """Reads the denoiser ``folder/name`` of whatever kind, in evaluation mode.
 
     Args:
         folder: the model folder.
         name: ``"denoiser"``, or ``"student"`` for the one that `mnif distill` makes.
+        variant: of the weights (:func:`mnif.models.io.weights_file`).
 
     Raises:
         UserError: the folder or the component is missing or damaged, or of a kind that is not known here.
@@ -229,4 +239,28 @@ def load_denoiser(folder: Path, name: str = "denoiser") -> Denoiser:
     kinds = {kind.__name__: kind for kind in DENOISERS.values()}
     if not isinstance(named, str) or named not in kinds:
         raise UserError(f"{config}: a {named!s:.40} is no denoiser; {' or '.join(kinds)} is needed")
-    return load_component(kinds[named], folder, name)
+    return load_component(kinds[named], folder, name, variant)
+
+
+def check_decoder(decoder: MNIFModel, denoiser: Denoiser) -> None:
+    """Makes sure that a denoiser's latents are the decoder's; others would decode to nonsense.
+
+    What is compared is what the weights are, in whatever precision they are kept: a denoiser knows what its decoder's
+    are in float32 and what they are rounded to. One that was written before it did learns it here.
+
+    Raises:
+        UserError: they belong to another decoder.
+    """
+    fingerprint, own, rounded = decoder.fingerprint(), *_fingerprints(denoiser)
+    if fingerprint not in (own, *rounded):
+        raise UserError(
+            f"the denoiser was trained for decoder {own[:12] or 'unknown'}, "
+            f"but the decoder here is {fingerprint[:12]}; run `mnif prior` again"
+        )
+    if not rounded:
+        denoiser.register_to_config(rounded_fingerprints=decoder.rounded_fingerprints())
+
+
+def _fingerprints(denoiser: Denoiser) -> tuple[str, Sequence[str]]:
+    """Those of the decoder that a denoiser was trained for: as it was, and rounded if that is known."""
+    return denoiser.config.get("decoder_fingerprint", ""), denoiser.config.get("rounded_fingerprints", ())

@@ -1,15 +1,9 @@
-"""What the denoiser learns to predict, and the schedulers that turn its predictions into samples."""
+"""What the denoiser learns to predict, its loss, and the schedulers that it comes with."""
 
-import copy
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
-from typing import Annotated, Any, Literal
 
-import diffusers
-import msgspec
 import torch
 from diffusers import (
     DDIMScheduler,
@@ -19,14 +13,12 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from jaxtyping import Float, Int64, Shaped
-from msgspec import Meta
 from torch import Tensor, nn
 
 from latent_prior.denoisers import Denoiser
 from latent_prior.settings import TRAIN_TIMESTEPS, LossType, Objective, Weighting
 from mnif.data.batches import InstanceGenerator
 from mnif.utils.errors import UserError
-from mnif.utils.json_files import read_json
 
 _SQUARED_COSINE = {"num_train_timesteps": TRAIN_TIMESTEPS, "beta_schedule": "squaredcos_cap_v2"}
 
@@ -114,7 +106,8 @@ def objective_of(scheduler: SchedulerMixin) -> Objective:
     for objective, prediction in OBJECTIVES.items():
         if wanted == prediction.prediction_type:
             return objective
-    raise UserError(f"{type(scheduler).__name__} with prediction_type {wanted!r}: denoisers here do not predict that")
+    name = type(scheduler).__name__
+    raise UserError(f"{name} does not fit: denoisers here do not predict what prediction_type {wanted!r} is for")
 
 
 def noise_levels(
@@ -124,7 +117,7 @@ def noise_levels(
     if OBJECTIVES[objective].is_flow:
         noise = timestep / TRAIN_TIMESTEPS
         return 1 - noise, noise
-    product = _squared_cosine().to(timestep.device)[timestep.long()]
+    product = squared_cosine().to(timestep.device)[timestep.long()]
     return product.sqrt(), (1 - product).sqrt()
 
 
@@ -234,162 +227,6 @@ def validation_loss(loss: DenoisingLoss, latents: Float[Tensor, "batch latent_di
 
 
 @cache
-def _squared_cosine() -> Tensor:
+def squared_cosine() -> Float[Tensor, " timesteps"]:
+    """The schedule of diffusions, ᾱ = α² at each of the timesteps [1000] (Nichol and Dhariwal, 2021)."""
     return DDPMScheduler(**_SQUARED_COSINE).alphas_cumprod
-
-
-def scheduler_by_name(name: str, current: SchedulerMixin) -> SchedulerMixin:
-    """A diffusers scheduler with the settings of ``current``, for the same denoiser.
-
-    Solvers of diffusions that can solve flows too (``use_flow_sigmas``) are set to do so for a flow.
-
-    Args:
-        name: the class's name, such as ``DDIMScheduler``.
-        current: the scheduler the denoiser came with.
-
-    Raises:
-        UserError: diffusers has no such scheduler, or it does not fit what the denoiser predicts.
-    """
-    kind = _scheduler_class(name)
-    if kind is None:
-        raise UserError(f"--scheduler {name}: diffusers has no such scheduler; try {type(current).__name__}")
-    prediction, taken = OBJECTIVES[objective_of(current)], inspect.signature(kind.__init__).parameters
-    settings = {key: value for key, value in current.config.items() if key in taken and value is not None}
-    if "clip_sample" in taken:
-        settings["clip_sample"] = False
-    if prediction.is_flow and "use_flow_sigmas" in taken:
-        shift = current.config.get("shift", current.config.get("flow_shift", 1.0))
-        settings |= {"prediction_type": prediction.prediction_type, "use_flow_sigmas": True, "flow_shift": shift}
-    elif not _takes(kind, prediction):
-        raise UserError(f"--scheduler {name} does not fit: the denoiser predicts {prediction.words}")
-    try:
-        return _checked_scheduler(kind, settings, prediction)
-    except ValueError as error:
-        raise UserError(f"--scheduler {name} does not fit: {error}") from None
-
-
-class SchedulerConfig(msgspec.Struct):
-    """What is looked at in a ``scheduler_config.json`` before the scheduler is made; whatever else is there is small.
-
-    Denoisers are trained on :data:`TRAIN_TIMESTEPS` timesteps, and their samples are not clipped.
-    """
-
-    class_name: str = msgspec.field(name="_class_name")
-    num_train_timesteps: Literal[1000] = 1000
-    beta_start: Annotated[float, Meta(gt=0, lt=1)] = 0.0001
-    beta_end: Annotated[float, Meta(gt=0, lt=1)] = 0.02
-    trained_betas: Annotated[list[float], Meta(max_length=TRAIN_TIMESTEPS)] | None = None
-    solver_order: Annotated[int, Meta(ge=1, le=3)] = 2
-    order: Annotated[int, Meta(ge=1, le=3)] = 1
-    clip_sample: Literal[False] = False
-    thresholding: Literal[False] = False
-
-
-# Of any entry of a scheduler's configuration.
-_Setting = bool | Annotated[int, Meta(ge=-(10**6), le=10**6)] | float | str | list[float | str] | None
-
-
-def load_scheduler(folder: Path) -> SchedulerMixin:
-    """Reads the scheduler of a model folder: one that `mnif sample --scheduler` would take, with its settings.
-
-    Args:
-        folder: of the scheduler.
-
-    Raises:
-        UserError: it is missing or damaged, or is none that a denoiser here was trained for.
-    """
-    path = folder / "scheduler_config.json"
-    named = read_json(path, SchedulerConfig).class_name
-    settings = read_json(path, dict[str, _Setting])
-    kind = _scheduler_class(named)
-    if kind is None:
-        raise UserError(f"{path}: {named} is no scheduler of diffusers that draws samples")
-    try:
-        scheduler = _checked_scheduler(kind, _taken(kind, settings, path))
-        prediction = OBJECTIVES[objective_of(scheduler)]
-        if not _takes(kind, prediction) and not (prediction.is_flow and scheduler.config.get("use_flow_sigmas")):
-            raise ValueError(f"a denoiser of {prediction.words} is not for it")
-        if scheduler.config.get("clip_sample"):  # the default of some, if the file does not say
-            raise ValueError("it clips samples, and latents are not bounded")
-        levels = getattr(scheduler, "alphas_cumprod", None)
-        if not prediction.is_flow and (levels is None or not torch.allclose(levels, _squared_cosine(), atol=1e-4)):
-            raise ValueError("denoisers are trained on the squared-cosine schedule, and its betas are others")
-    except (ValueError, UserError) as error:
-        raise UserError(f"{path}: {named} does not fit: {error}") from None
-    return scheduler
-
-
-def _taken(kind: Any, settings: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The settings without diffusers' own, which begin with an underscore."""
-    settings = {name: value for name, value in settings.items() if not name.startswith("_")}
-    unknown = sorted(settings.keys() - inspect.signature(kind.__init__).parameters.keys())
-    if unknown:
-        raise UserError(f"{path}: {kind.__name__} takes no {unknown[0]!r}")
-    return settings
-
-
-def _scheduler_class(name: str) -> Any:
-    """The class of diffusers that steps from noise to samples, or None if it has none of this name."""
-    kind: Any = getattr(diffusers, name, None)
-    is_one = (
-        SchedulerMixin in getattr(kind, "__mro__", ()) and "Inverse" not in name
-    )  # those run from samples to noise
-    return kind if is_one else None
-
-
-def _takes(kind: Any, prediction: Prediction) -> bool:
-    """Whether a class is for flows or for diffusions, as the prediction is."""
-    if prediction.is_flow:
-        return kind.__name__.startswith("FlowMatch")
-    return {"beta_schedule", "prediction_type"} <= inspect.signature(kind.__init__).parameters.keys()
-
-
-def _checked_scheduler(kind: Any, settings: dict[str, Any], prediction: Prediction | None = None) -> SchedulerMixin:
-    """Makes a scheduler whose steps keep samples finite and do not scale them.
-
-    Raises:
-        ValueError: they do not.
-    """
-    try:
-        scheduler = kind(**settings)
-        _dry_run(scheduler)
-    except Exception as error:  # that a class knows no such setting shows in its steps, each time by another error
-        reason = f"it takes no denoiser that predicts {prediction.words}" if prediction else _first_line(error)
-        raise ValueError(reason) from None
-    if float(getattr(scheduler, "init_noise_sigma", 1.0)) != 1.0:
-        raise ValueError("it scales its samples, which the denoiser was not trained on")
-    return scheduler
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
-def adds_noise(scheduler: SchedulerMixin) -> bool:
-    """Whether the steps of ``scheduler`` draw noise, so that a sample needs a generator."""
-    generator = torch.Generator().manual_seed(0)
-    before = generator.get_state()
-    _dry_run(scheduler, generator)
-    return not torch.equal(before, generator.get_state())
-
-
-def takes_generator(scheduler: SchedulerMixin) -> bool:
-    """Whether a step can be given a generator."""
-    return "generator" in inspect.signature(scheduler.step).parameters
-
-
-def _dry_run(scheduler: SchedulerMixin, generator: torch.Generator | None = None) -> None:
-    """Takes three steps with a copy, from one number.
-
-    Raises:
-        ValueError: the steps change the shape or end in NaN or infinity.
-        Exception: whatever the scheduler raises.
-    """
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(3)
-    options = {"generator": generator} if takes_generator(scheduler) else {}
-    sample = torch.ones(1, 1)
-    for timestep in scheduler.timesteps:
-        sample = scheduler.step(torch.zeros(1, 1), timestep, sample, **options).prev_sample
-    if sample.shape != (1, 1) or not sample.isfinite().all():
-        raise ValueError("what is stepped must keep its shape and stay finite")

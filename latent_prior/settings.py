@@ -4,6 +4,9 @@ from typing import Literal
 
 Objective = Literal["x0", "v", "flow"]
 
+PredictionType = Literal["sample", "v_prediction", "flow_prediction"]
+"""Objectives by their names in diffusers' schedulers."""
+
 Weighting = Literal["plain", "snr-plus-one", "min-snr"]
 
 LossType = Literal["mse", "pseudo-huber"]

@@ -33,7 +33,7 @@ _HOMES = {
 
 
 def load_model(folder: "str | Path") -> "MNIFModel":
-    """Loads the decoder of a model folder, RUN/model, in evaluation mode.
+    """Loads the decoder of a model folder, RUN/model or RUN, in evaluation mode.
 
     Raises:
         UserError: the folder or its decoder is missing or damaged.

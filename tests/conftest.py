@@ -19,6 +19,7 @@ install_import_hook(
         "latent_prior.diffusion",
         "latent_prior.distillation",
         "latent_prior.sampling",
+        "latent_prior.schedulers",
     ],
     "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))",
 )

@@ -20,7 +20,7 @@ from mnif.utils.pixels import limit_image_pixels
 from mnif.utils.process import Processes, command_line, peak_memory_megabytes
 
 _MAY_DIFFER = {"seed", "num_inference_steps", "held_out_images"}
-_NO_INPUTS = ("output_dir", "max_image_pixels")
+_NO_INPUTS = ("output_dir", "max_image_pixels", "push_to_hub", "hub_model_id")
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def evaluate(arguments: EvalArguments) -> None:
             command's.
     """
     from evals.evaluator import evaluator_of
-    from evals.presentation import evaluation_markdown
+    from evals.presentation import evaluation_markdown, read_evaluation
 
     started = time.perf_counter()
     check_output_folder(arguments.output_dir, "eval")
@@ -171,6 +171,7 @@ def evaluate(arguments: EvalArguments) -> None:
     arguments = replace(arguments, num_samples=protocol_of(arguments).num_samples)
     processes = Processes()
     evaluator = evaluator_of(arguments)
+    repository = _repository(arguments)
     inputs = _flags(arguments) | {"version": __version__} | evaluator.inputs()
     path = arguments.output_dir / "metrics.json"
     if path.exists() and read_json(path).get("inputs") == inputs:
@@ -178,6 +179,7 @@ def evaluate(arguments: EvalArguments) -> None:
             shutil.rmtree(arguments.output_dir / ".parts", ignore_errors=True)  # of one that was killed at its end
             (arguments.output_dir / BEGUN).unlink(missing_ok=True)
             print(f"{path}: measured here before with these inputs; nothing to do")
+            _tell(arguments, read_evaluation(path), repository)
         return
     if not processes.is_main:
         evaluator.evaluate(processes)
@@ -195,6 +197,28 @@ def evaluate(arguments: EvalArguments) -> None:
         shutil.rmtree(arguments.output_dir / ".parts", ignore_errors=True)
     _print(metrics)
     print(path)
+    _tell(arguments, metrics, repository)
+
+
+def _tell(arguments: EvalArguments, metrics: dict[str, Any], repository: str | None) -> None:
+    """Writes into the model's card what was measured, and uploads it if that is asked for."""
+    if arguments.model is None:
+        return
+    from evals.presentation import evaluation_markdown, metrics_of
+    from latent_prior.hub import push
+    from latent_prior.model_card import Figure, add_evaluation, public_command, public_name
+
+    figures = [
+        Figure(metric.key, metric.label, metric.value, metric.std)
+        for metric in metrics_of(metrics)
+        if not metric.subject and not metric.is_detail
+    ]
+    protocol = {name: public_name(str(value)) for name, value in metrics.get("protocol", {}).items()}
+    public = metrics | {"protocol": protocol, "command": public_command(metrics["command"])}
+    words = evaluation_markdown(public, "this model")
+    if add_evaluation(arguments.model, figures, arguments.reference, words):
+        print(f"{arguments.model / 'README.md'}: the model's card has these figures")
+    push(arguments.model, repository)
 
 
 def _print(metrics: dict[str, Any]) -> None:
@@ -207,6 +231,14 @@ def _print(metrics: dict[str, Any]) -> None:
         print(f"warning: {printable(warning)}")
     if verdict := copying_verdict(metrics):
         print(f"  this prior {verdict}")
+
+
+def _repository(arguments: EvalArguments) -> str | None:
+    if arguments.model is None and arguments.push_to_hub:
+        raise UserError("--push_to_hub: for --model alone, whose card it uploads")
+    from latent_prior.hub import repository_for
+
+    return repository_for(arguments, arguments.model or arguments.output_dir)
 
 
 def _flags(arguments: EvalArguments) -> dict[str, str]:

@@ -17,9 +17,9 @@ def extractor_by_name(
     """Makes an extractor, with its weights found and checked.
 
     Args:
-        name: "lite0" or "inception".
-        inception_weights: a file of Inception's weights; default: looked for (:mod:`evals.features.inception`).
-        device: of Inception; lite0 runs in ONNX Runtime on the CPU.
+        name: "lite0", "resnet" or "inception".
+        inception_weights: a file of Inception's weights; default: looked for (:mod:`evals.features.weights`).
+        device: of Inception; the others run in ONNX Runtime on the CPU.
         grey: of Inception, the value in 0..255 that becomes 0.
 
     Raises:
@@ -29,8 +29,12 @@ def extractor_by_name(
         from evals.features.lite0 import Lite0
 
         return Lite0()
+    if name == "resnet":
+        from evals.features.resnet import ResNet
+
+        return ResNet()
     if name == "inception":
         from evals.features.inception import Inception
 
         return Inception(inception_weights, device, grey)
-    raise UserError(f"--extractor {name}: must be one of lite0, inception")
+    raise UserError(f"--extractor {name}: must be one of lite0, resnet, inception")

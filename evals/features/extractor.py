@@ -1,19 +1,23 @@
 """Feature extractors by name: pictures → vectors that distances are taken in.
 
 Each is a class of its own: :mod:`evals.features.lite0` comes with its weights and works offline,
-:mod:`evals.features.inception` is the network of FID. Another one is a subclass of :class:`Extractor` that
-:func:`evals.features.extractor_by_name` knows.
+:mod:`evals.features.resnet` is of another family, :mod:`evals.features.inception` is the network of FID. Another one
+is a subclass of :class:`Extractor` that :func:`evals.features.extractor_by_name` knows.
 """
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
 import numpy as np
+import onnx
+import onnxruntime
+import torch
 
 from evals.features.resize import RESIZES, Resize
 from latent_prior.sampling import CHUNK
@@ -23,6 +27,8 @@ from mnif.utils.process import Processes, progress_bar
 from mnif.utils.resumable import compute_in_chunks
 
 _PICTURES_AT_ONCE = 256
+
+_BATCH_SIZE = 2  # pictures a thread takes at a time; small batches stay in the cache and are the fastest
 
 
 class Extractor(ABC):
@@ -54,6 +60,36 @@ class Extractor(ABC):
 
         Resizing goes on while the network is at work.
         """
+
+
+class OnnxExtractor(Extractor):
+    """A network in ONNX Runtime, on as many threads as torch is set to (``torch.set_num_threads``).
+
+    Args:
+        session: ``pixels`` [N, size, size, 3] float32, RGB in 0..255 → features [N, dimension].
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+
+    def features(self, images: np.ndarray, resize: Resize) -> Iterator[np.ndarray]:
+        """Yields features of pictures, each at least 0."""
+
+        def features_of(start: int) -> np.ndarray:
+            pixels = resize(images[start : start + _BATCH_SIZE], self.size)
+            return self._session.run(None, {"pixels": pixels})[0]
+
+        # A convolution of one picture is too small to share: two threads that have pictures of their own were
+        # measured to be 1.6 times as fast as two threads that work on each picture together.
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            yield from threads.map(features_of, range(0, len(images), _BATCH_SIZE))
+
+
+def one_thread_session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """Loads a model for the CPU; a call of it takes one thread."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def extract_features(

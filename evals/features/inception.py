@@ -5,10 +5,8 @@ padding out, and in a last block that pools by the maximum; distances in the fea
 et al., NeurIPS 2017).
 """
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,28 +17,12 @@ from torch.nn.functional import avg_pool2d, max_pool2d
 
 from evals.features.extractor import Extractor
 from evals.features.resize import Resize
+from evals.features.weights import PublishedWeights, found_weights
 from mnif.utils.errors import UserError
-from mnif.utils.files import cache_folder
-from mnif.utils.published import PublishedFile, downloaded
 
 Size = int | tuple[int, int]
 
 _BATCH_SIZE = 32
-
-
-@dataclass(frozen=True)
-class PublishedWeights(PublishedFile):
-    """Weights as their makers published them.
-
-    Attributes:
-        flag: of the command line that names a copy.
-        variable: of the environment, likewise.
-        instead: what works without it.
-    """
-
-    flag: str
-    variable: str
-    instead: str
 
 
 INCEPTION = PublishedWeights(
@@ -48,8 +30,8 @@ INCEPTION = PublishedWeights(
     size=95_628_359,
     digest="6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     url="https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth",
-    flag="--inception_weights",
     variable="MNIF_INCEPTION_WEIGHTS",
+    flag="--inception_weights",
     instead="--extractor lite0 works offline; its distance is fd_lite0, not FID",
 )
 
@@ -253,24 +235,3 @@ class InceptionE(nn.Module):
 def average_pool(x: Tensor) -> Tensor:
     """Averages 3×3 pixels [N, C, H, W] around each, without the padding."""
     return avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-
-
-def found_weights(weights: PublishedWeights, given: Path | None = None) -> Path:
-    """Finds the file: ``given``, else what the environment names, else the cached one, else it is downloaded.
-
-    Raises:
-        UserError: the file named does not exist or has another hash, or it cannot be downloaded.
-    """
-    named = given or (Path(named) if (named := os.environ.get(weights.variable)) else None)
-    cached = cache_folder() / "weights" / weights.name
-    path = named or cached
-    consequence = f"with other weights the distance would not be the published one; {weights.instead}"
-    if path.is_file():
-        weights.check(path, consequence)
-        return path
-    if named is not None:
-        raise UserError(f"{path}: no such file; {weights.name} ({weights.size:,} bytes) is needed")
-    instead = (
-        f"put it there or name it with {weights.flag} or {weights.variable}; {weights.url} has it; {weights.instead}"
-    )
-    return downloaded(weights, cached.parent, consequence, instead)

@@ -7,8 +7,7 @@ The network is written down as one ONNX graph. ONNX Runtime folds its batch norm
 and so runs it several times faster than eager PyTorch, with features equal to about 1e-6.
 """
 
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,16 +19,13 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from evals.features.extractor import Extractor
-from evals.features.resize import Resize
+from evals.features.extractor import OnnxExtractor, one_thread_session
 from mnif.utils.errors import UserError, require
 from mnif.utils.files import sha256_of_file
 
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 _WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
-
-_BATCH_SIZE = 2  # pictures a thread takes at a time; small batches stay in the cache and are the fastest
 
 _BLOCKS = 16
 
@@ -38,8 +34,8 @@ _HALVING_BLOCKS = (1, 3, 5, 11)
 _BATCH_NORM_EPSILON = 1e-3
 
 
-class Lite0(Extractor):
-    """EfficientNet-Lite0 in ONNX Runtime, on as many threads as torch is set to (``torch.set_num_threads``).
+class Lite0(OnnxExtractor):
+    """EfficientNet-Lite0 in ONNX Runtime.
 
     Raises:
         UserError: the weights are missing or not the ones of :data:`WEIGHTS_SHA256`.
@@ -51,7 +47,7 @@ class Lite0(Extractor):
     size = 224
 
     def __init__(self) -> None:
-        self._session = _session()
+        super().__init__(_session())
 
     def protocol(self) -> dict[str, str]:
         """States the network, its weights and its normalisation."""
@@ -61,25 +57,10 @@ class Lite0(Extractor):
             "normalisation": "(x - 127) / 128, x in 0..255, RGB",
         }
 
-    def features(self, images: np.ndarray, resize: Resize) -> Iterator[np.ndarray]:
-        """Yields features of pictures, each at least 0 and at most 6."""
-
-        def features_of(start: int) -> np.ndarray:
-            pixels = resize(images[start : start + _BATCH_SIZE], self.size)
-            return self._session.run(None, {"pixels": pixels})[0]
-
-        # A convolution of one picture is too small to share: two threads that have pictures of their own were
-        # measured to be 1.6 times as fast as two threads that work on each picture together.
-        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            yield from threads.map(features_of, range(0, len(images), _BATCH_SIZE))
-
 
 @cache
 def _session() -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    graph = _graph(_load_weights()).SerializeToString()
-    return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    return one_thread_session(_graph(_load_weights()))
 
 
 def _load_weights() -> dict[str, Tensor]:

@@ -56,7 +56,7 @@ def findings_of(
 
 def _sample_quality(metrics: Mapping[str, Any], noun: str) -> Finding | None:
     """The distance of samples from real ones, between that of other real ones and that of Gaussian latents."""
-    known = {"fid": "FID", "fd_lite0": "fd_lite0", "mmd_chamfer": "MMD (chamfer)"}
+    known = {"fid": "FID", "fd_lite0": "fd_lite0", "fd_resnet": "fd_resnet", "mmd_chamfer": "MMD (chamfer)"}
     for name, label in known.items():
         floor, gaussian = metrics.get(f"{name}_floor"), metrics.get(f"{name}_gaussian")
         if name not in metrics or floor is None or gaussian is None or gaussian <= floor:

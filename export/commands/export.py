@@ -20,7 +20,6 @@ from mnif.utils.files import (
     remove_leftovers,
     save_tensors,
     sha256_of_file,
-    sha256_of_folder,
     temporary_folder,
     write_json,
 )
@@ -160,6 +159,7 @@ def main(arguments: list[str]) -> None:
 def _export(options: ExportArguments) -> None:
     """Exports, unless that was done before."""
     from mnif.latents.table import data_of_table
+    from mnif.models.io import sha256_of_model
     from mnif.models.mnif_model import MNIFModel
 
     _check_output(options.output_dir)
@@ -168,7 +168,7 @@ def _export(options: ExportArguments) -> None:
         beside = options.model.parent / "latents.safetensors"
         options.latents = beside if beside.is_file() else None
     inputs = {key: str(value) for key, value in asdict(options).items() if key != "output_dir"}
-    inputs |= {"version": __version__, "model_sha256": sha256_of_folder(options.model)}
+    inputs |= {"version": __version__, "model_sha256": sha256_of_model(options.model)}
     if options.latents is not None and options.latents.is_file():
         inputs["latents_sha256"] = sha256_of_file(options.latents)
     if _holds(options.output_dir, inputs):
@@ -228,7 +228,7 @@ def export_bundle(
     """
     from export.graphs.rtx_check import rtx_is_installed
     from export.manifest import manifest_of
-    from latent_prior.hub import public_name
+    from latent_prior.model_card import public_name
 
     selection = selection_of(model, options)
     compiles = options.compile_rtx == "on" or (options.compile_rtx == "auto" and rtx_is_installed())

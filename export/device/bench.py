@@ -116,7 +116,7 @@ def make_parser() -> Parser:
         type=number(0, 600),
         default=2,
         metavar="N",
-        help="how long each is repeated to measure its energy (2; 0 leaves it out)",
+        help="seconds that each is repeated to measure its energy; 0 leaves it out (default: 2)",
     )
     parser.add_argument("--output", type=Path, help="write machine and table as JSON here")
     return parser

@@ -34,6 +34,7 @@ from export.graphs.specs import GraphSpec, profile_of, reference_of
 from latent_prior.denoisers import ResidualBlock, ResMLPDenoiser
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
+from latent_prior.schedulers import scales_samples
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 
@@ -97,6 +98,11 @@ def linear_scheduler_table(scheduler: SchedulerMixin, num_inference_steps: int) 
     name = type(scheduler).__name__
     if num_inference_steps < 1:
         raise UserError(f"num_inference_steps {num_inference_steps}: at least 1 step is needed")
+    if scales_samples(scheduler):
+        raise UserError(
+            f"scheduler {name} cannot be exported: it scales what the denoiser is given; use DDIMScheduler or "
+            "UniPCMultistepScheduler"
+        )
     scheduler = copy.deepcopy(scheduler)
     with torch.random.fork_rng(devices=[]):
         try:
@@ -242,7 +248,7 @@ def for_decoder(denoiser: ResMLPDenoiser, decoder: MNIFModel) -> ResMLPDenoiser:
     if denoiser.config.decoder_fingerprint == fingerprint:
         return denoiser
     settings = {key: value for key, value in denoiser.config.items() if not key.startswith("_")}
-    moved = ResMLPDenoiser(**settings | {"decoder_fingerprint": fingerprint}).eval()
+    moved = ResMLPDenoiser(**settings | {"decoder_fingerprint": fingerprint, "rounded_fingerprints": ()}).eval()
     moved.load_state_dict(denoiser.state_dict())
     return moved
 

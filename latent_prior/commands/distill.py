@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from latent_prior.hub_flags import HubFlags
 from latent_prior.settings import TRAIN_TIMESTEPS, LossType
 from mnif.training.arguments import TrainingArguments
 from mnif.training.run_record import begin_stage, check_finished, finish_stage
@@ -69,7 +70,7 @@ class OptimizerFlags:
 
 
 @dataclass(kw_only=True)
-class DistillArguments(StudentFlags, TeacherFlags, OptimizerFlags, TrainingArguments):
+class DistillArguments(StudentFlags, TeacherFlags, OptimizerFlags, TrainingArguments, HubFlags):
     """Teach a small denoiser to draw in few steps what the prior draws in many; adds student and student_scheduler to
     RUN/model."""
 
@@ -101,6 +102,7 @@ def distill(arguments: DistillArguments) -> None:
     from accelerate.utils import set_seed
 
     from latent_prior.distillation import student_timesteps, teacher_pairs
+    from latent_prior.hub import push, repository_for
     from latent_prior.pipeline import load_pipeline
     from mnif.latents.table import LatentTable
     from mnif.training.loop import check_machine, fill_in_steps, make_accelerator
@@ -117,9 +119,11 @@ def distill(arguments: DistillArguments) -> None:
         run / "latents.safetensors", pipeline.decoder.fingerprint(), pipeline.decoder.config.latent_dim
     )
     fill_in_steps(arguments, arguments.num_pairs - _held_out(arguments))
+    repository = repository_for(arguments, model)
     accelerator = make_accelerator(arguments, run)
     if begin_stage(run, "distill", arguments, {"teacher_sha256": sha256_of_folder(model / "denoiser")}):
         print(f"{run}: `mnif distill` has finished here before with these arguments; nothing to do")
+        push(model, repository)
         return
     pairs = teacher_pairs(
         run / "pairs",
@@ -138,6 +142,7 @@ def distill(arguments: DistillArguments) -> None:
     if accelerator.is_main_process:
         seconds = {"seconds_of_pairs": round(drawn, 1), "seconds": round(time.perf_counter() - started, 1)}
         _finish(arguments, pipeline, student.cpu().eval(), table, seconds)
+        push(model, repository)
     accelerator.wait_for_everyone()
 
 
@@ -224,7 +229,7 @@ def _finish(
     seconds: dict[str, float],
 ) -> None:
     """Adds the student to the model folder and reports its distance from the data beside the teacher's."""
-    from latent_prior.hub import write_model_card
+    from latent_prior.model_card import write_model_card
     from latent_prior.pipeline import MNIFPipeline
 
     run = arguments.run
@@ -249,13 +254,15 @@ def add_student(folder: Path, pipeline: MNIFPipeline, student: ResMLPDenoiser) -
     """Adds student and scheduler to a model folder that holds the teacher; the index is written last."""
     from latent_prior.diffusion import student_scheduler
     from latent_prior.pipeline import MNIFPipeline
-    from mnif.models.io import save_component, save_index
+    from latent_prior.pipeline_folder import save_index
+    from mnif.models.io import save_component
 
-    save_component(folder, "student", student)
     scheduler = student_scheduler()
+    both = MNIFPipeline(pipeline.decoder, pipeline.denoiser, pipeline.scheduler, student, scheduler)
+    save_component(folder, "student", student)
     with folder_written_atomically(folder / "student_scheduler") as temporary:
         scheduler.save_pretrained(temporary)
-    save_index(folder, MNIFPipeline(pipeline.decoder, pipeline.denoiser, pipeline.scheduler, student, scheduler))
+    save_index(folder, both)
 
 
 def energy_distances(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 
+from latent_prior.hub_flags import HubFlags
 from latent_prior.settings import PAPER_GROUPS, DenoiserName, LossType, Objective, Weighting
 from mnif.training.arguments import TrainingArguments
 from mnif.training.run_record import begin_stage, check_finished, finish_stage
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from mnif.models.mnif_model import MNIFModel
 
 PRESETS = Path(__file__).parents[1] / "presets"
-_NOT_OF_A_PRESET = {"run", "preset", "extra_latents"}
+_NOT_OF_A_PRESET = {"run", "preset", "extra_latents", "push_to_hub", "hub_model_id"}
 
 
 @dataclass(kw_only=True)
@@ -86,7 +87,7 @@ class OptimizerFlags:
 
 
 @dataclass(kw_only=True)
-class PriorArguments(DenoiserFlags, DiffusionFlags, OptimizerFlags, TrainingArguments):
+class PriorArguments(DenoiserFlags, DiffusionFlags, OptimizerFlags, TrainingArguments, HubFlags):
     """Learn the distribution of a run's latents; adds denoiser and scheduler to RUN/model."""
 
     run: Path
@@ -162,6 +163,7 @@ def fit_prior(arguments: PriorArguments) -> None:
     import torch
     from accelerate.utils import set_seed
 
+    from latent_prior.hub import push, repository_for
     from mnif.latents.table import LatentTable
     from mnif.models.io import load_component
     from mnif.models.mnif_model import MNIFModel
@@ -177,16 +179,19 @@ def fit_prior(arguments: PriorArguments) -> None:
     table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint(), decoder.config.latent_dim)
     latents = torch.cat([table.train, *_extra_latents(arguments, table)])
     fill_in_steps(arguments, len(latents))
+    repository = repository_for(arguments, run / "model")
     accelerator = make_accelerator(arguments, run)
     extra = {f"extra_latents_{i}": sha256_of_file(path) for i, path in enumerate(arguments.extra_latents or [])}
     if begin_stage(run, "prior", arguments, {"decoder_fingerprint": table.fingerprint} | extra):
         print(f"{run}: `mnif prior` has finished here before with these arguments; nothing to do")
+        push(run / "model", repository)
         return
     set_seed(arguments.seed)
     denoiser = make_denoiser(arguments, table)
     _train(arguments, accelerator, decoder, denoiser, table, latents)
     if accelerator.is_main_process:
         _finish(arguments, decoder, denoiser.cpu().eval(), time.perf_counter() - started)
+        push(run / "model", repository)
     accelerator.wait_for_everyone()
 
 
@@ -274,7 +279,7 @@ def _extra_latents(arguments: PriorArguments, table: LatentTable) -> list[Tensor
 def _finish(arguments: PriorArguments, decoder: MNIFModel, denoiser: Denoiser, seconds: float) -> None:
     """Completes the model folder to a pipeline and shows some samples."""
     from latent_prior.diffusion import sampling_scheduler
-    from latent_prior.hub import write_model_card
+    from latent_prior.model_card import write_model_card
     from latent_prior.pipeline import MNIFPipeline
 
     run = arguments.run
@@ -320,7 +325,8 @@ def add_prior(folder: Path, pipeline: MNIFPipeline) -> None:
 
     A student of an earlier denoiser goes. The index is written last, so a folder with an index is complete.
     """
-    from mnif.models.io import save_component, save_index
+    from latent_prior.pipeline_folder import save_index
+    from mnif.models.io import save_component
 
     (folder / "model_index.json").unlink(missing_ok=True)
     for name in ("student", "student_scheduler"):

@@ -93,10 +93,10 @@ def sample(arguments: SampleArguments) -> None:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    from latent_prior.diffusion import scheduler_by_name
     from latent_prior.hub import model_folder
     from latent_prior.pipeline import load_pipeline
     from latent_prior.sample_writers import save_interpolation, save_preview
+    from latent_prior.schedulers import scheduler_by_name
 
     _check(arguments)
     model = model_folder(arguments.model)
@@ -152,7 +152,7 @@ def _check(arguments: SampleArguments) -> None:
 
 
 def _check_interpolation(samples: Samples) -> None:
-    from latent_prior.diffusion import adds_noise
+    from latent_prior.schedulers import adds_noise
 
     options = samples.options
     _, scheduler = samples.pipeline.select_denoiser(options["num_inference_steps"], options["use_student"])

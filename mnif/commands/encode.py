@@ -14,7 +14,7 @@ import numpy as np
 from mnif.data.dataset import Dataset, Split
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least, printable
-from mnif.utils.files import sha256_of_file, sha256_of_folder, write_json
+from mnif.utils.files import sha256_of_file, write_json
 from mnif.utils.output_folders import check_output_folder, output_folder_of
 from mnif.utils.pixels import MAX_IMAGE_PIXELS, limit_image_pixels
 from mnif.utils.process import command_line, default_device, peak_memory_megabytes, progress_bar
@@ -161,7 +161,9 @@ def _arrays(arguments: EncodeArguments, signal: Signal, data: Dataset) -> dict[s
 
 def _search(arguments: EncodeArguments, steps: int, data: Dataset) -> dict[str, Any]:
     """Names all that the latents depend on: those of another search are not taken up."""
-    search = {"steps": steps, "model": sha256_of_folder(arguments.model), "data": data.fingerprint()}
+    from mnif.models.io import sha256_of_model
+
+    search = {"steps": steps, "model": sha256_of_model(arguments.model), "data": data.fingerprint()}
     search |= {name: str(value) for name, value in asdict(arguments).items() if name != "output_dir"}
     return search | ({"mask": sha256_of_file(arguments.mask)} if arguments.mask is not None else {})
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mnif.data.batches import ArrayDataset
 from mnif.latents.inner_loop import InnerLoop
 from mnif.models.encoders import PatchEncoder, ViewsEncoder
-from mnif.models.io import load_component
+from mnif.models.io import load_component, model_folder_in
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Observation, Signal
 from mnif.utils.errors import UserError
@@ -127,13 +127,14 @@ def load_latent_init(folder: Path, signal: Signal, method: str = "auto") -> Late
     """Loads what finds the latents of new data: the folder's encoder or inner loop, or None for a search from zero.
 
     Args:
-        folder: the model folder.
+        folder: the model folder, or its run's.
         signal: the model's.
         method: "encoder", "meta" or "auto-decoding" (None); "auto" takes what there is.
 
     Raises:
         UserError: the folder lacks what ``method`` names.
     """
+    folder = model_folder_in(folder)
     name = {"encoder": "encoder", "meta": "inner_loop", "auto-decoding": None}.get(method, "auto")
     if name == "auto":
         name = next((name for name in ("encoder", "inner_loop") if (folder / name).is_dir()), None)

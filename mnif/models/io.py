@@ -3,15 +3,16 @@
 A model folder has one sub-folder per component, as diffusers lays out a pipeline; every stage adds its own.
 """
 
+import hashlib
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 
 from mnif.utils.errors import UserError
-from mnif.utils.files import folder_written_atomically, written_atomically
+from mnif.utils.files import folder_written_atomically, sha256_of_folder
 from mnif.utils.json_files import arguments_schema, read_object
 
 
@@ -35,7 +36,7 @@ class OwnMemory(ModelMixin):
 
 Component = TypeVar("Component", bound=ModelMixin)
 
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_WEIGHTS = "diffusion_pytorch_model"
 _REAL = ("F16", "BF16", "F32", "F64")
 
 _MADE_BY = {
@@ -53,26 +54,37 @@ def save_component(folder: Path, name: str, component: ModelMixin) -> None:
         component.save_pretrained(temporary)
 
 
-def save_index(folder: Path, pipeline: DiffusionPipeline) -> None:
-    """Writes ``model_index.json``, which says what the folder is made of, atomically."""
-    with written_atomically(folder / pipeline.config_name) as temporary:
-        pipeline.to_json_file(temporary)
+def model_folder_in(folder: Path) -> Path:
+    """Finds the model folder ``RUN/model`` of a run folder; of any other folder, it is itself."""
+    inside = folder / "model"
+    return inside if inside.is_dir() and not (folder / "decoder").is_dir() else folder
 
 
-def load_component(kind: type[Component], folder: Path, name: str) -> Component:
-    """Reads ``folder/name`` in evaluation mode.
+def load_component(kind: type[Component], folder: Path, name: str, variant: str | None = None) -> Component:
+    """Reads ``folder/name`` in evaluation mode and float32.
+
+    Args:
+        kind: its class.
+        folder: the model folder, or the run folder that it is in.
+        name: of the component.
+        variant: as of ``save_pretrained``, where the component has one (:func:`weights_file`).
 
     Raises:
         UserError: the folder or the component is missing or damaged.
     """
+    folder = model_folder_in(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder; `mnif fit` writes one at RUN/model")
     if not (folder / name / "config.json").is_file():
         raise UserError(f"{folder} has no {name}; `{_MADE_BY[name]}` makes it")
     try:
-        check_component(kind, folder / name)
+        check_component(kind, folder / name, variant)
         component = kind.from_pretrained(
-            folder / name, use_safetensors=True, low_cpu_mem_usage=False, local_files_only=True
+            folder / name,
+            use_safetensors=True,
+            low_cpu_mem_usage=False,
+            local_files_only=True,
+            variant=_variant_of(weights_file(folder / name, variant)),
         ).eval()
     except (OSError, ValueError, RuntimeError, OverflowError, SafetensorError) as error:
         raise UserError(f"{folder / name}: damaged component ({str(error).splitlines()[0]})") from None
@@ -82,7 +94,25 @@ def load_component(kind: type[Component], folder: Path, name: str) -> Component:
     return component
 
 
-def check_component(kind: Any, folder: Path) -> None:
+def weights_file(folder: Path, variant: str | None = None) -> Path:
+    """Finds the weights of a component, as diffusers names them: ``diffusion_pytorch_model[.VARIANT].safetensors``.
+
+    Args:
+        folder: the component's.
+        variant: is preferred where there is one; where there are no others, weights of any one variant are taken.
+    """
+    plain, named = folder / f"{_WEIGHTS}.safetensors", folder / f"{_WEIGHTS}.{variant}.safetensors"
+    if variant is not None and named.is_file():
+        return named
+    only = [] if plain.is_file() else list(folder.glob(f"{_WEIGHTS}.*.safetensors"))
+    return only[0] if len(only) == 1 else plain
+
+
+def _variant_of(weights: Path) -> str | None:
+    return weights.name.removeprefix(_WEIGHTS).removesuffix(".safetensors").removeprefix(".") or None
+
+
+def check_component(kind: Any, folder: Path, variant: str | None = None) -> None:
     """Makes sure, before anything is allocated, that a component's weights are those that its configuration asks for.
 
     Nothing but ``config.json`` and the header of the one file of weights is read.
@@ -96,10 +126,10 @@ def check_component(kind: Any, folder: Path) -> None:
     config = read_object(folder / "config.json", arguments_schema(kind))
     if config.get("_class_name", kind.__name__) != kind.__name__:
         raise UserError(f"{folder / 'config.json'}: a {config['_class_name']}; a {kind.__name__} is needed")
-    path = folder / _WEIGHTS
+    path = weights_file(folder, variant)
     if not path.is_file():
-        raise UserError(f"{folder}: has no {_WEIGHTS}")
-    if (folder / f"{_WEIGHTS}.index.json").exists():
+        raise UserError(f"{folder}: has no {path.name}")
+    if list(folder.glob(f"{_WEIGHTS}.safetensors.index*.json")):
         raise UserError(f"{folder}: weights in several files are not read; save them as one")
     with torch.device("meta"):
         expected = {name: list(values.shape) for name, values in kind.from_config(config).state_dict().items()}
@@ -111,3 +141,12 @@ def check_component(kind: Any, folder: Path) -> None:
                 raise UserError(f"{path}: {name} is {shape or 'missing'}, where config.json makes it {wanted}")
             if found[name].get_dtype() not in _REAL:
                 raise UserError(f"{path}: {name} is {found[name].get_dtype()}; floating-point numbers are needed")
+
+
+def sha256_of_model(folder: Path) -> str:
+    """The SHA-256 of a model folder's components; index, card and picture say nothing that results depend on."""
+    digest = hashlib.sha256()
+    for part in sorted(folder.iterdir()):
+        if part.is_dir() and not part.name.startswith("."):
+            digest.update(f"{part.name} {sha256_of_folder(part)}\n".encode())
+    return digest.hexdigest()

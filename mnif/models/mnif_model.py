@@ -196,15 +196,29 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         """Decodes latents [B, D] at any resolution: values [B, resolution, ..., channels] in about [-1, 1]."""
         return self.decode_on(latents, self.grid(resolution))
 
-    def fingerprint(self) -> str:
-        """Computes the SHA-256 of what a latent's meaning depends on: configuration, bases and coefficient map."""
+    def fingerprint(self, *dtypes: torch.dtype) -> str:
+        """Computes the SHA-256 of what a latent's meaning depends on: configuration, bases and coefficient map.
+
+        Args:
+            dtypes: as if the weights had been cast to these, one after another.
+        """
         digest = hashlib.sha256()
         settings = {key: value for key, value in self.config.items() if not key.startswith("_")}
         digest.update(json.dumps(settings, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
+            for dtype in dtypes:
+                tensor = tensor.to(dtype)
             digest.update(tensor.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+    def rounded_fingerprints(self) -> list[str]:
+        """Computes the fingerprints of this model in half precision.
+
+        Cast to both kinds one after another, weights are rounded twice; a third time changes nothing more.
+        """
+        half, brain = torch.float16, torch.bfloat16
+        return [self.fingerprint(*dtypes) for dtypes in ((half,), (brain,), (half, brain), (brain, half))]
 
 
 def _check_form(mixing: str, coefficient_form: str, overlap: float) -> None:

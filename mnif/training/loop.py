@@ -71,7 +71,7 @@ def check_machine(arguments: TrainingArguments) -> None:
     if precision not in ("no", "fp16", "bf16"):
         raise UserError(f"--mixed_precision {precision}{whose}: must be one of no, fp16, bf16")
     if precision == "fp16" and default_device().type == "cpu":
-        raise UserError(f"--mixed_precision fp16{whose}: a processor has none; take bf16 or no, or a GPU")
+        raise UserError(f"--mixed_precision fp16{whose}: needs a GPU, and there is none here; take bf16 or no")
     arguments.mixed_precision = cast(Literal["no", "fp16", "bf16"], precision)
 
 

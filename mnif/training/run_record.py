@@ -99,10 +99,12 @@ _CONVENIENCES = {
     "compile",
     "batch_size",
     "max_image_pixels",
+    "push_to_hub",
+    "hub_model_id",
 }
 
 # Flags of one call, which a file for further runs does not have.
-_OF_ONE_CALL = {"resume_from_checkpoint", "dry_run"}
+_OF_ONE_CALL = {"resume_from_checkpoint", "dry_run", "push_to_hub", "hub_model_id"}
 
 _LENGTHS = {"max_train_steps", "num_train_epochs"}
 

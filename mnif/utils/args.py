@@ -21,6 +21,7 @@ import tyro
 
 from mnif.utils.errors import UserError
 from mnif.utils.flag_files import laid_over, read_config, typed_value
+from mnif.utils.process import plain_output
 
 T = TypeVar("T")
 
@@ -75,7 +76,8 @@ def _typed_on_the_command_line(command: type, arguments: list[str], program: str
 def _parse(flags: Any, arguments: list[str], program: str, description: str | None = None) -> Any:
     if arguments and arguments[0].startswith("--tyro"):
         raise UserError(f"{arguments[0]}: no such flag; `mnif --completion bash` prints what completes commands")
-    return tyro.cli(flags, args=arguments, prog=program, description=description, use_underscores=True)
+    with plain_output():
+        return tyro.cli(flags, args=arguments, prog=program, description=description, use_underscores=True)
 
 
 def flags_of_command(command: type) -> Any:

@@ -90,6 +90,14 @@ def escaped_output() -> Iterator[None]:
         escaped.end()
 
 
+@contextmanager
+def plain_output() -> Iterator[None]:
+    """What is printed within is from us alone, such as the colours of a help, and goes out as it is."""
+    stream = sys.stdout._stream if isinstance(sys.stdout, _Escaped) else sys.stdout
+    with contextlib.redirect_stdout(stream):
+        yield
+
+
 class Terminated(KeyboardInterrupt):
     """A SIGTERM: like Ctrl-C it ends a command, by way of whatever clears up."""
 

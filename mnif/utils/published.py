@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO
 
 from mnif.utils.errors import UserError
 from mnif.utils.files import written_atomically
@@ -65,27 +64,31 @@ def downloaded(file: PublishedFile, folder: Path, consequence: str, instead: str
 
     Raises:
         UserError: it cannot be had, or what comes is something else.
+        OSError: the disk is full, or the folder cannot be written.
     """
     path = folder / file.name
+    with written_atomically(path) as temporary:
+        with temporary.open("wb") as target:
+            for block in _received(file, path, instead):
+                target.write(block)
+        file.check(temporary, consequence, file.url)
+    return path
+
+
+def _received(file: PublishedFile, path: Path, instead: str) -> Iterator[bytes]:
+    """Yields what comes from the address; no more than one byte over the size, which makes it another file."""
+    left = file.size + 1
     try:
-        with written_atomically(path) as temporary:
-            # More than was published is not waited for: the first byte too many makes it another file.
-            with urllib.request.urlopen(file.url, timeout=_SECONDS) as answer, temporary.open("wb") as target:
-                for block in _blocks(answer, file):
-                    target.write(block)
-            file.check(temporary, consequence, file.url)
-    except (OSError, HTTPException, ValueError) as error:
+        with (
+            urllib.request.urlopen(file.url, timeout=_SECONDS) as answer,
+            progress_bar(total=file.size, desc=file.name, unit="B", unit_scale=True, leave=False) as bar,
+        ):
+            while left > 0 and (block := answer.read(min(left, _AT_ONCE))):
+                left -= len(block)
+                bar.update(len(block))
+                yield block
+    except (OSError, HTTPException, ValueError) as error:  # of the network: a full disk is the caller's
         raise UserError(
             f"{file.name} ({file.size:,} bytes, {file.algorithm} {file.digest}) is not at {path} and cannot be "
             f"downloaded ({getattr(error, 'reason', None) or error}); {instead}"
         ) from None
-    return path
-
-
-def _blocks(answer: BinaryIO, file: PublishedFile) -> Iterator[bytes]:
-    left = file.size + 1
-    with progress_bar(total=file.size, desc=file.name, unit="B", unit_scale=True, leave=False) as bar:
-        while left > 0 and (block := answer.read(min(left, _AT_ONCE))):
-            left -= len(block)
-            bar.update(len(block))
-            yield block

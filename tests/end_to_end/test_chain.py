@@ -77,6 +77,8 @@ def test_run_folder_holds_what_it_promises(run: Path) -> None:
         "denoiser",
         "encoder",
         "model_index.json",
+        "pipeline.py",
+        "samples.png",
         "scheduler",
     }
     metrics = json.loads((run / "metrics.json").read_text())

@@ -103,6 +103,7 @@ def demo(pipeline: MNIFPipeline, exported: Path, tmp_path: Path, monkeypatch: py
     table.save(run / "latents.safetensors")
     (run / "bundle").symlink_to(exported)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(MNIFPipeline, "push_to_hub", lambda self, repo_id, **options: repo_id)
     return tmp_path
 

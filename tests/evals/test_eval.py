@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from evals.features.extractor import extract_features
@@ -119,6 +120,34 @@ def test_a_stopped_evaluation_continues(
     assert not (tmp_path / "out/metrics.json").exists()
     assert evaluated(*flags)["protocol"]["samples"] == 12
     assert extracted == [12, 48, 48]  # the samples were not looked at again
+
+
+def test_the_card_of_the_model_says_what_was_measured(
+    pipeline: MNIFPipeline, picture_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    save_component(model, "decoder", pipeline.decoder)
+    add_prior(model, pipeline)
+    (model / "README.md").write_text("# emoji\n\n## Evaluation\n\nSamples have not been measured yet.\n\n## Licence\n")
+    flags = ["eval", "--model", str(model), "--reference", str(picture_folder), "--num_samples", "12"]
+    flags += ["--refinement_steps", "1", "--output_dir", str(tmp_path / "out")]
+    assert main(flags) == 0
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    card = ModelCard.load(model / "README.md")
+    assert "not been measured" not in card.text
+    assert "## Licence" in card.text
+    assert "| fd_lite0 ↓ |" in card.text
+    assert str(tmp_path) not in str(card)
+    figures = {row.metric_type: row.metric_value for row in card.data.eval_results}
+    assert figures["fd_lite0"] == pytest.approx(metrics["fd_lite0"])
+    assert not [name for name in figures if name.endswith(("_floor", "_gaussian", "_std"))]
+    (model / "README.md").write_text("# emoji\n")
+    capsys.readouterr()
+    assert main(flags) == 0  # the card is no part of what was measured
+    assert "nothing to do" in capsys.readouterr().out
+    assert "fd_lite0" in (model / "README.md").read_text()
+    assert main([*flags, "--hub_model_id", "me/emoji"]) == 2
+    assert "say --push_to_hub too" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -77,7 +77,7 @@ def test_neither_batch_size_nor_threads_change_the_features(monkeypatch: pytest.
     try:
         torch.set_num_threads(2)
         for batch_size in (1, 3, 16):
-            monkeypatch.setattr(evals.features.lite0, "_BATCH_SIZE", batch_size)
+            monkeypatch.setattr(evals.features.extractor, "_BATCH_SIZE", batch_size)
             np.testing.assert_allclose(features(images), expected, rtol=1e-4, atol=1e-5)
     finally:
         torch.set_num_threads(threads)
@@ -123,7 +123,7 @@ def test_anything_but_rgb_bytes_is_refused(images: np.ndarray) -> None:
 
 
 def test_another_extractor_is_refused() -> None:
-    with pytest.raises(UserError, match="--extractor vgg: must be one of lite0, inception"):
+    with pytest.raises(UserError, match="--extractor vgg: must be one of lite0, resnet, inception"):
         extractor_by_name("vgg")
 
 

@@ -14,7 +14,7 @@ from evals.charts import curve_chart
 from evals.commands.eval import compare
 from evals.commands.report import RunFigures
 from evals.metrics.frechet import load_moments, moments_of, save_moments
-from latent_prior.hub import write_model_card
+from latent_prior.model_card import write_model_card
 from mnif.cli import main
 from mnif.commands.fit import FitArguments
 from mnif.latents.table import LatentTable

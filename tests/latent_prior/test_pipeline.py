@@ -10,9 +10,10 @@ from PIL import Image
 
 from latent_prior.commands.prior import add_prior
 from latent_prior.denoisers import ResMLPDenoiser
-from latent_prior.diffusion import scheduler_by_name, student_scheduler
+from latent_prior.diffusion import student_scheduler
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from latent_prior.sampling import CHUNK, initial_noise, sample_latents, slerp, step_generators
+from latent_prior.schedulers import scheduler_by_name
 from mnif.models.io import save_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.outputs import check_output_type, decode_images, postprocess
@@ -133,7 +134,7 @@ def test_stochastic_samples_depend_on_their_own_generator_alone(pipeline: MNIFPi
         generators = step_generators(7, indices)
         return pipeline(generator=generators, latents=noise, num_inference_steps=steps, output_type="latent").images
 
-    for name in ("DDPMScheduler", "LCMScheduler"):
+    for name in ("DDPMScheduler", "SASolverScheduler"):
         pipeline.scheduler = scheduler_by_name(name, pipeline.scheduler)
         together = draw([0, 1, 2, 3, 4])
         torch.testing.assert_close(draw([3]), together[3:4], atol=1e-5, rtol=0)

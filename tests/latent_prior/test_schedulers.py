@@ -16,13 +16,12 @@ from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import (
     DenoisingLoss,
     Objective,
-    adds_noise,
     sampling_scheduler,
-    scheduler_by_name,
     student_scheduler,
     validation_loss,
 )
 from latent_prior.pipeline import MNIFPipeline
+from latent_prior.schedulers import adds_noise, scheduler_by_name
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 
@@ -126,11 +125,11 @@ def test_scheduler_by_name_keeps_what_the_denoiser_needs() -> None:
         ("x0", "ModelMixin", "no such scheduler"),
         ("x0", "FlowMatchEulerDiscreteScheduler", "the denoiser predicts the clean latent"),
         ("flow", "DDIMScheduler", "the denoiser predicts the velocity of a straight flow"),
-        ("x0", "EulerDiscreteScheduler", "scales its samples"),
+        ("x0", "LCMScheduler", "draws samples with"),
         ("x0", "PNDMScheduler", "takes no denoiser that predicts the clean latent"),
         ("x0", "IPNDMScheduler", "does not fit"),
         ("v", "DDIMInverseScheduler", "no such scheduler"),
-        ("x0", "CogVideoXDPMScheduler", "takes no denoiser that predicts the clean latent"),
+        ("x0", "CogVideoXDPMScheduler", "its betas are others"),
         ("v", "RePaintScheduler", "the denoiser predicts the velocity of a diffusion"),
     ],
 )
@@ -144,6 +143,5 @@ def test_pipeline_refuses_a_scheduler_that_does_not_fit(pipeline: MNIFPipeline) 
     with pytest.raises(UserError, match="'epsilon'"):
         MNIFPipeline(pipeline.decoder, pipeline.denoiser, DDIMScheduler())
     for scheduler in (sampling_scheduler("flow"), sampling_scheduler("v"), DDIMScheduler()):
-        pipeline.scheduler = scheduler
-        with pytest.raises(UserError, match=f"{type(scheduler).__name__}.*(does not fit|do not predict)"):
-            pipeline()
+        with pytest.raises(UserError, match=f"{type(scheduler).__name__} does not fit"):
+            pipeline.scheduler = scheduler

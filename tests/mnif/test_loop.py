@@ -451,7 +451,7 @@ def test_the_precision_is_accelerates_unless_a_flag_says_another(
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="an accelerator has it")
 def test_a_precision_that_is_not_to_be_had_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="--mixed_precision fp16: a processor has none; take bf16 or no, or a GPU"):
+    with pytest.raises(UserError, match="--mixed_precision fp16: needs a GPU, and there is none here"):
         run(tmp_path / "a", mixed_precision="fp16")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(UserError, match=r"--mixed_precision fp8 \(of accelerate\): must be one of no, fp16, bf16"):

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -64,3 +65,11 @@ def test_in_a_log_file_every_line_stands_alone() -> None:
     assert printed == ["step 12 done", "stopped", "the last"]
     assert {line.partition("|")[0] for line in lines} >= {"fit: 100%"}
     assert "\r" not in done.stdout
+
+
+def test_help_has_its_colours_on_a_terminal() -> None:
+    """Escapes that came from data would be written out, as \\x1b; these are our own."""
+    lines = on_a_terminal("import sys; from mnif.cli import main; sys.exit(main(['report', '--help']))")
+    assert lines[0].startswith("\x1b[1musage:")
+    assert re.sub(r"\x1b\[[\d;]*m", "", lines[0]) == "usage: mnif report [-h] [OPTIONS]"
+    assert not [line for line in lines if r"\x1b" in line]

@@ -11,8 +11,8 @@ import pytest
 
 from latent_prior.commands.prior import add_prior
 from latent_prior.pipeline import MNIFPipeline
+from latent_prior.pipeline_folder import save_index
 from mnif.cli import main
-from mnif.models.io import save_index
 from mnif.utils import files
 from mnif.utils.files import folder_written_atomically, remove_folder, write_json, written_atomically
 from mnif.utils.pixels import save_image
