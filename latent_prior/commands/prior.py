@@ -211,7 +211,7 @@ def _train(
     table: LatentTable,
     rows: dict[str, Tensor],
 ) -> None:
-    """Leaves in ``denoiser`` what was learned of the rows: ``latents`` [N, D], and perhaps ``changed`` [N, ways, D]."""
+    """Leaves in ``denoiser`` what was learned of the rows: ``latents`` [N, D] and perhaps ``changed`` [N, ways, D]."""
     import torch
     from diffusers.training_utils import EMAModel
 
