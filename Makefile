@@ -5,12 +5,14 @@ BIN := .venv/bin
 MNIF := $(BIN)/mnif
 
 # `make demo` fits this in about a quarter of an hour on two cores; CI shrinks it. The emoji:
-#   make demo RUN=runs/emoji DATA=twemoji FIT_FLAGS="--random_flip --random_colours" FIT_STEPS=5000 PRIOR_STEPS=1000
+#   make demo RUN=runs/emoji DATA=twemoji FIT_FLAGS="--random_flip --random_colours" FIT_STEPS=5000 \
+#       PRIOR_FLAGS="--preset edge --augment" PRIOR_STEPS=2500
 RUN ?= runs/demo
 DATA ?= avatars
 FIT_FLAGS ?= --resolution 64 --latent_noise 0.1
 FIT_STEPS ?= 2500
-PRIOR_STEPS ?= 1500
+PRIOR_FLAGS ?= --preset edge --dropout 0 --learning_rate 2e-3
+PRIOR_STEPS ?= 4000
 SAMPLES ?= 1000
 
 .PHONY: demo test lint docs package install clean
@@ -24,7 +26,7 @@ install: .venv/installed
 
 demo: install
 	$(MNIF) fit --data $(DATA) --output_dir $(RUN) $(FIT_FLAGS) --max_train_steps $(FIT_STEPS)
-	$(MNIF) prior --run $(RUN) --max_train_steps $(PRIOR_STEPS)
+	$(MNIF) prior --run $(RUN) $(PRIOR_FLAGS) --max_train_steps $(PRIOR_STEPS)
 	$(MNIF) sample --model $(RUN)/model --num_samples 64 --output_dir $(RUN)/pictures
 	$(MNIF) export --model $(RUN)/model --output_dir $(RUN)/bundle
 	$(MNIF) eval --model $(RUN)/model --reference $(DATA) --num_samples $(SAMPLES) --output_dir $(RUN)/eval

@@ -39,6 +39,10 @@ VARIANTS = {
     "last weights": "--keep last",
     "1500 steps": "--max_train_steps 1500",
     "3000 steps": "--max_train_steps 3000",
+    "edge, 4000 steps": "--preset edge --max_train_steps 4000",
+    "edge, 4000 steps, no dropout": "--preset edge --max_train_steps 4000 --dropout 0 --learning_rate 2e-3",
+    "edge, 2500 steps": "--preset edge --max_train_steps 2500",
+    "edge, 2500 steps, augmented": "--preset edge --max_train_steps 2500 --augment",
     "1600 steps, last weights": "--keep last --max_train_steps 1600",
 }
 

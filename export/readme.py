@@ -8,8 +8,13 @@ from export.tensorrt_tools import GENERATIONS, polygraphy_commands, trtexec_comm
 from mnif.signals.registry import signal_class
 
 
-def bundle_readme(manifest: dict[str, Any]) -> str:
-    """Writes Markdown for a manifest (without files and digest), for whoever unpacks the bundle on a board."""
+def bundle_readme(manifest: dict[str, Any], with_weights: bool = False) -> str:
+    """Writes Markdown for a manifest (without files and digest), for whoever unpacks the bundle on a board.
+
+    Args:
+        manifest: of the bundle.
+        with_weights: ``weights.safetensors`` lies in it.
+    """
     graphs = manifest["graphs"]
     shown = {name: graph for name, graph in graphs.items() if graph["reference"] is not None}
     compared = {name: graph for name, graph in shown.items() if KINDS[graph["kind"]].served}
@@ -22,6 +27,7 @@ def bundle_readme(manifest: dict[str, Any]) -> str:
         kinds="\n".join(_kind(kind, manifest) for kind in kinds),
         values=_values(manifest),
         precision=" ".join(_PRECISIONS[name] for name in manifest["precision"]),
+        weights=_WEIGHTS if with_weights else "",
         sample=_SAMPLE if manifest["sampling"] else "",
         loss=_loss(shown, manifest),
         opting=opting.title,
@@ -103,6 +109,8 @@ _PRECISIONS = {
     "`device/build.py` sets them layer by layer.",
 }
 
+_WEIGHTS = "`weights.safetensors` has the decoder's weights by name.\n"
+
 _SAMPLE = """
     python3 device/sample.py --num 16 --seed 0 --output_dir out
 """
@@ -123,9 +131,8 @@ Written by mnif {version}. `manifest.json` has every shape, hash and measured fi
 {precision}
 Decibels are peak signal-to-noise ratios on the inputs in `reference.npz`, in the graph's own precision, with the
 model's own weights in float64 as the truth; so is the largest error. All graphs are opset 17, one file each, and say
-what they are (open one in Netron). `weights.safetensors` has the decoder's weights by name; `reference.npz` has inputs
-(float32) and exact outputs (float64).
-
+what they are (open one in Netron). `reference.npz` has inputs (float32) and exact outputs (float64).
+{weights}
 ## What fewer bits cost
 
 Half precision and narrow storage are a choice, and this is its price, measured on the inputs in `reference.npz`.

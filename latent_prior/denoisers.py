@@ -72,10 +72,12 @@ class Denoiser(OwnMemory, ModelMixin, ConfigMixin):
         sample: Float[Tensor, "batch latent_dim"],
         timestep: Tensor | float,
         generator: InstanceGenerator | None = None,
+        told: Float[Tensor, "batch time_width"] | None = None,
     ) -> Float[Tensor, "batch latent_dim"]:
         """Noisy standardised latents [B, D] at the scheduler's timestep, [B] or one number → the prediction [B, D].
 
-        A generator is for dropout while training; without one there is none.
+        A generator is for dropout while training; without one there is none. What is told [B, time_width] is added to
+        the embedding of the time, likewise while training; untold, the latents are of instances as they are.
         """
         raise NotImplementedError
 
@@ -136,9 +138,12 @@ class ResMLPDenoiser(Denoiser):
         sample: Float[Tensor, "batch latent_dim"],
         timestep: Tensor | float,
         generator: InstanceGenerator | None = None,
+        told: Float[Tensor, "batch time_width"] | None = None,
     ) -> Float[Tensor, "batch latent_dim"]:
         """Noisy standardised latents [B, D] at the scheduler's timestep → the prediction [B, D]."""
         time = self.time_embedding(timestep)
+        if told is not None:
+            time = time + told
         hidden = self.read(sample)
         for block in self.blocks:
             hidden = block(hidden, time, generator)
@@ -204,10 +209,13 @@ class PaperDenoiser(Denoiser):
         sample: Float[Tensor, "batch latent_dim"],
         timestep: Tensor | float,
         generator: InstanceGenerator | None = None,
+        told: Float[Tensor, "batch time_width"] | None = None,
     ) -> Float[Tensor, "batch latent_dim"]:
         """Noisy standardised latents [B, D] at the scheduler's timestep, [B] or one number → the prediction [B, D]."""
         timestep = torch.as_tensor(timestep, dtype=torch.float32, device=self.device).reshape(-1)
         time = get_timestep_embedding(timestep, self.config.time_width).to(self.dtype)
+        if told is not None:
+            time = time + told
         hidden = self.read(sample)
         inputs: list[Tensor] = []
         for index, block in enumerate(self.blocks):

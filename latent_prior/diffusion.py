@@ -136,6 +136,12 @@ def penalty(
     return square if loss_type == "mse" else (square + scale**2).sqrt() - scale
 
 
+UNCHANGED = 0.3
+"""The share of a batch that is learned as it is, where instances are also changed."""
+
+_APART = 0.4  # standard deviation of what is told at first
+
+
 class DenoisingLoss(nn.Module):
     """The training loss of a denoiser, called on the decoder's latents.
 
@@ -159,7 +165,12 @@ class DenoisingLoss(nn.Module):
         loss_type: what is made of an error (:func:`penalty`).
         latent_noise: standard deviation of the noise added to standardised latents while training: no two steps see
             the same latent, so that copying one does not pay.
+        num_changes: in how many ways instances are changed. The denoiser is told in which, by numbers that are learned
+            here, so nothing of it leaks into samples, where it is told nothing (Karras et al., 2022, after whom
+            augmentation is non-leaking).
     """
+
+    change_embedding: nn.Parameter | None
 
     def __init__(
         self,
@@ -169,24 +180,48 @@ class DenoisingLoss(nn.Module):
         snr_limit: float = 5.0,
         loss_type: LossType = "mse",
         latent_noise: float = 0.0,
+        num_changes: int = 0,
     ):
         super().__init__()
         self.denoiser, self.objective, self.weighting, self.snr_limit = denoiser, objective, weighting, snr_limit
         self.loss_type, self.latent_noise = loss_type, latent_noise
+        # Far apart from the beginning: from zero they stay so near that samples are changed ones too.
+        told = _APART * torch.randn(num_changes, denoiser.config.time_width) if num_changes else None
+        self.register_parameter("change_embedding", None if told is None else nn.Parameter(told))
 
     def forward(
         self,
         latents: Float[Tensor, "batch latent_dim"],
         key: Int64[Tensor, " batch"],
         row: Int64[Tensor, " batch"] | None = None,
+        changed: Float[Tensor, "batch changes latent_dim"] | None = None,
     ) -> Float[Tensor, ""]:
-        """Mean loss of latents [B, D], with noise, times and dropout from their keys [B]; ``row`` is not looked at."""
+        """Mean loss of latents [B, D], with noise, times and dropout from their keys [B]; ``row`` is not looked at.
+
+        Where there are latents of the instances changed, [B, changes, D], most of the batch learns one of these.
+        """
         generator = InstanceGenerator(key)
+        told = None
+        if changed is not None:
+            latents, told = self._one_of_each(latents, changed, generator)
         noise, time = generator.normal(latents.shape[1]), generator.uniform()
         if self.latent_noise:
             noise_of_latents = self.latent_noise * self.denoiser.latent_std
             latents = latents + noise_of_latents * generator.normal(latents.shape[1])
-        return self.at(latents, noise, time, generator).mean()
+        return self.at(latents, noise, time, generator, told).mean()
+
+    def _one_of_each(self, latents: Tensor, changed: Tensor, generator: InstanceGenerator) -> tuple[Tensor, Tensor]:
+        """Draws which latent of each instance is learned, [B, D], and what the denoiser is told of it [B, time_width].
+
+        The number of the instance as it is is −1, the last; it is told zeros.
+        """
+        assert self.change_embedding is not None
+        count = changed.shape[1]
+        share = (generator.uniform() - UNCHANGED) / (1 - UNCHANGED)
+        number = (share * count).floor().long().clamp(-1, count - 1)
+        each = torch.arange(len(latents), device=latents.device)
+        embedding = torch.cat([self.change_embedding, torch.zeros_like(self.change_embedding[:1])])
+        return torch.cat([changed, latents[:, None]], dim=1)[each, number], embedding[number]
 
     def at(
         self,
@@ -194,15 +229,17 @@ class DenoisingLoss(nn.Module):
         noise: Float[Tensor, "batch latent_dim"],
         time: Float[Tensor, " batch"],
         generator: InstanceGenerator | None = None,
+        told: Float[Tensor, "batch time_width"] | None = None,
     ) -> Float[Tensor, " batch"]:
-        """The loss of each latent [B] for given noise [B, D] and times [B] in [0, 1); a generator is for dropout."""
+        """The loss of each latent [B] for given noise [B, D] and times [B] in [0, 1); a generator is for dropout, and
+        what is told goes to the denoiser."""
         prediction, clean = OBJECTIVES[self.objective], self.denoiser.standardised(latents)
         timestep = time * TRAIN_TIMESTEPS
         timestep = timestep if prediction.is_flow else timestep.long()
         alpha, sigma = noise_levels(self.objective, timestep)
         noisy = alpha[:, None] * clean + sigma[:, None] * noise
         target = prediction.target(clean, noise, alpha[:, None], sigma[:, None])
-        error = penalty(self.denoiser(noisy, timestep, generator) - target, self.loss_type)
+        error = penalty(self.denoiser(noisy, timestep, generator, told) - target, self.loss_type)
         return self._weight(alpha, sigma) * error
 
     def _weight(self, alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class TokenDenoiser(Denoiser):
         self.write = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, latent_dim // tokens))
         nn.init.zeros_(self.write[1].weight)
 
-    def forward(self, sample: Tensor, timestep: Tensor | float, generator: object = None) -> Tensor:
+    def forward(self, sample: Tensor, timestep: Tensor | float, *_: object) -> Tensor:
         time = self.time.time_embedding(timestep)
         hidden = self.read(sample.view(len(sample), self.tokens, -1)) + self.places
         for index, (norm, modulation) in enumerate(zip(self.norms, self.modulations, strict=True)):

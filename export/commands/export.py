@@ -74,6 +74,9 @@ class ExtrasFlags:
     """The npm package's folder, to be copied beside the page; default: the page asks a CDN, and checks hashes."""
     triton: bool = False
     """Add a model repository for Triton Inference Server: triton/, with every decoder and sampler."""
+    weights: bool = False
+    """Add weights.safetensors, the decoder's weights by name, for programs of your own: no graph and no command of the
+    device reads it."""
     compile_rtx: Literal["auto", "on", "off"] = "auto"
     """Compile every graph with TensorRT-RTX, which needs no GPU: a compile gate, not a Jetson build. auto: where it is
     installed. Of the baked graphs the first alone is compiled."""
@@ -268,13 +271,14 @@ def _write_bundle(
         (folder / "onnx").mkdir()
         reference = _write_graphs(selection, options, folder, manifest, compiles)
         np.savez_compressed(folder / "reference.npz", **reference)
-        _write_weights(selection.decoder, folder / "weights.safetensors")
+        if options.weights:
+            _write_weights(selection.decoder, folder / "weights.safetensors")
         write_device_files(folder)
         if options.browser:
             write_page(folder, options.onnxruntime_web)
         if options.triton:
             write_model_repository(folder, manifest["graphs"])
-        (folder / "README.md").write_text(bundle_readme(manifest))
+        (folder / "README.md").write_text(bundle_readme(manifest, options.weights))
         manifest["files"] = {
             path.relative_to(folder).as_posix(): {"sha256": sha256_of_file(path), "bytes": path.stat().st_size}
             for path in sorted(folder.rglob("*"))

@@ -97,6 +97,9 @@ class PriorArguments(DenoiserFlags, DiffusionFlags, OptimizerFlags, TrainingArgu
     Flags given win over it."""
     extra_latents: list[Path] | None = None
     """More latents to learn from: tables that `mnif encode` wrote, such as of mirrored instances (--mirror)."""
+    augment: bool = False
+    """Learn from instances mirrored and recoloured too, in all ways of the fit's --random_flip and --random_colours;
+    told in which, the denoiser draws them as they are."""
 
     train_batch_size: int = 256
     """Latents per step, over all processes together."""
@@ -138,6 +141,8 @@ def _check(arguments: PriorArguments) -> None:
         raise UserError(f"--snr_limit {arguments.snr_limit}: must be above 0")
     if not 0 <= arguments.dropout < 1:
         raise UserError(f"--dropout {arguments.dropout}: must be at least 0 and below 1")
+    if arguments.augment and arguments.extra_latents:
+        raise UserError("--augment: of --extra_latents nobody knows how they were changed; give one of the two")
     if arguments.objective == "flow" and arguments.sampler == "ancestral":
         raise UserError("--sampler ancestral: a flow is sampled without noise; take --objective x0 or v")
     fits = arguments.width % PAPER_GROUPS == 0 and arguments.width > PAPER_GROUPS and arguments.depth % 2 == 0
@@ -163,6 +168,7 @@ def fit_prior(arguments: PriorArguments) -> None:
     import torch
     from accelerate.utils import set_seed
 
+    from latent_prior.changes import changed_instances
     from latent_prior.hub import push, repository_for
     from mnif.latents.table import LatentTable
     from mnif.models.io import load_component
@@ -178,6 +184,7 @@ def fit_prior(arguments: PriorArguments) -> None:
     decoder = load_component(MNIFModel, run / "model", "decoder")
     table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint(), decoder.config.latent_dim)
     latents = torch.cat([table.train, *_extra_latents(arguments, table)])
+    augmented = changed_instances(run, decoder, table) if arguments.augment else None
     fill_in_steps(arguments, len(latents))
     repository = repository_for(arguments, run / "model")
     accelerator = make_accelerator(arguments, run)
@@ -186,9 +193,10 @@ def fit_prior(arguments: PriorArguments) -> None:
         print(f"{run}: `mnif prior` has finished here before with these arguments; nothing to do")
         push(run / "model", repository)
         return
+    rows = {"latents": latents} | ({} if augmented is None else {"changed": augmented.latents()})
     set_seed(arguments.seed)
     denoiser = make_denoiser(arguments, table)
-    _train(arguments, accelerator, decoder, denoiser, table, latents)
+    _train(arguments, accelerator, decoder, denoiser, table, rows)
     if accelerator.is_main_process:
         _finish(arguments, decoder, denoiser.cpu().eval(), time.perf_counter() - started)
         push(run / "model", repository)
@@ -201,9 +209,9 @@ def _train(
     decoder: MNIFModel,
     denoiser: Denoiser,
     table: LatentTable,
-    latents: Tensor,
+    rows: dict[str, Tensor],
 ) -> None:
-    """Leaves in ``denoiser`` what was learned of the latents."""
+    """Leaves in ``denoiser`` what was learned of ``latents`` [N, D], and perhaps of ``changed`` [N, ways, D]."""
     import torch
     from diffusers.training_utils import EMAModel
 
@@ -211,6 +219,7 @@ def _train(
     from mnif.data.batches import array_dataset
     from mnif.training.loop import TrainLoop
 
+    ways = rows["changed"].shape[1] if "changed" in rows else 0
     loss = DenoisingLoss(
         denoiser,
         arguments.objective,
@@ -218,24 +227,25 @@ def _train(
         arguments.snr_limit,
         arguments.loss,
         arguments.latent_noise,
+        ways,
     ).to(accelerator.device)
     accelerator.print(
-        f"{len(latents)} latents to train, {int(table.held_out.sum())} held out; "
-        f"denoiser {denoiser.num_parameters():,} parameters"
+        f"{len(rows['latents'])} latents to train{f', also changed in {ways} ways' if ways else ''}, "
+        f"{int(table.held_out.sum())} held out; denoiser {denoiser.num_parameters():,} parameters"
     )
     validate = partial(_validation_losses, loss, table, accelerator.device)
     optimizer = torch.optim.AdamW(
-        denoiser.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay, fused=True
+        loss.parameters(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay, fused=True
     )
     ema = EMAModel(loss.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
     keep_best = "validation_loss" if arguments.keep == "best" else None
-    rows, run = array_dataset({"latents": latents}), arguments.run
+    data, run = array_dataset(rows), arguments.run
 
     def show() -> Image:
         return samples_sheet(decoder, deepcopy(denoiser).cpu(), arguments)
 
-    TrainLoop(accelerator, arguments, loss, [optimizer], rows, run, "prior", validate, ema, keep_best, show=show).run()
+    TrainLoop(accelerator, arguments, loss, [optimizer], data, run, "prior", validate, ema, keep_best, show=show).run()
 
 
 def make_denoiser(arguments: PriorArguments, table: LatentTable) -> Denoiser:

@@ -53,6 +53,9 @@ class Observation:
 Augmentation = Callable[[Observation, InstanceGenerator], Observation]
 """Changes every instance of a batch at random, by what the generator draws for it."""
 
+Change = Callable[[Observation], Observation]
+"""Changes every instance of a batch in one and the same way."""
+
 
 @dataclass(frozen=True)
 class OutputWriter(ABC):
@@ -263,6 +266,10 @@ class Signal(ABC):
         """Returns random changes that leave an instance as likely as before, by the flag of `mnif fit` for each."""
         return {}
 
+    def changes(self) -> dict[str, list[Change]]:
+        """Returns all that each of :meth:`augmentations` can make of an instance, but for the instance as it is."""
+        return {}
+
     def metrics(self, decoder: MNIFModel, latents: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Measures how latents fit rows: for each metric (``psnr`` in dB at least) one number per instance."""
         observation = self.observe(batch)
@@ -387,6 +394,11 @@ class GridSignal(Signal):
     def on_grid(self, values: Tensor) -> Observation:
         """Makes an observation of the whole grid of ``values`` [B, ..., C]."""
         return Observation(values, (1, None))
+
+
+def mirror(observation: Observation, axis: int) -> Observation:
+    """Reverses one axis of all instances."""
+    return replace(observation, values=observation.values.flip(axis))
 
 
 def mirror_half(observation: Observation, generator: InstanceGenerator, axis: int) -> Observation:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import permutations
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +17,7 @@ from mnif.data.dataset import Dataset
 from mnif.data.images import IMAGE_SUFFIXES, ImageData, is_hub_folder, load_images
 from mnif.data.source import DataSource
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.base import Augmentation, GridSignal, Observation, OutputWriter, Signal, mirror_half
+from mnif.signals.base import Augmentation, Change, GridSignal, Observation, OutputWriter, Signal, mirror, mirror_half
 from mnif.signals.outputs import check_resolution, decode_grid, decode_images
 from mnif.utils.errors import UserError
 from mnif.utils.pixels import as_axes, save_image, to_uint8
@@ -125,6 +126,14 @@ class Image(GridSignal):
         changes: dict[str, Augmentation] = {"random_flip": partial(mirror_half, axis=self.mirror_axis)}
         return changes | ({"random_colours": _reorder_channels} if self.channels == 3 else {})
 
+    def changes(self) -> dict[str, list[Change]]:
+        """Mirrored; and the five other orders of the channels of RGB."""
+        changes: dict[str, list[Change]] = {"random_flip": [partial(mirror, axis=self.mirror_axis)]}
+        if self.channels == 3:
+            _, *others = permutations(range(3))
+            changes["random_colours"] = [partial(_in_order, order=order) for order in others]
+        return changes
+
     def images(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
         """Decodes the images, with grey as RGB and transparency laid on white."""
         return _as_rgb(decoder(latents))
@@ -147,6 +156,11 @@ def height_and_width(resolution: Sequence[int]) -> int | tuple[int, int]:
     if len(resolution) > 2:
         raise UserError(f"--resolution {' '.join(map(str, resolution))}: one number, or height and width")
     return resolution[0] if len(resolution) == 1 else (resolution[0], resolution[1])
+
+
+def _in_order(observation: Observation, order: Sequence[int]) -> Observation:
+    """Puts the channels of all images into one order."""
+    return replace(observation, values=observation.values[..., list(order)])
 
 
 def _reorder_channels(observation: Observation, generator: InstanceGenerator) -> Observation:

@@ -18,11 +18,13 @@ from mnif.data.voxels import ARRAY_SUFFIXES, VOXEL_SUFFIXES, VoxelData, load_vox
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import (
     Augmentation,
+    Change,
     GridSignal,
     Observation,
     OutputWriter,
     Signal,
     intersection_over_union,
+    mirror,
     mirror_half,
 )
 from mnif.signals.output_flags import Animation, MeshFormat
@@ -151,6 +153,10 @@ class Voxels(GridSignal):
     def augmentations(self) -> dict[str, Augmentation]:
         """``random_flip`` mirrors half of the shapes along x."""
         return {"random_flip": partial(mirror_half, axis=self.mirror_axis)}
+
+    def changes(self) -> dict[str, list[Change]]:
+        """Mirrored."""
+        return {"random_flip": [partial(mirror, axis=self.mirror_axis)]}
 
     def compare(self, predictions: Tensor, values: Tensor) -> dict[str, Tensor]:
         """Gives PSNR of the occupancy on [0, 1], and intersection over union of what lies above one half."""

@@ -82,11 +82,12 @@ def test_the_whole_chain_over_tokens(
     monkeypatch.setattr("latent_prior.commands.distill._COMPARED", 32)
     run, model = tmp_path / "run", ["--model", f"{tmp_path}/run/model"]
     small = ["--width", "16", "--depth", "1", *QUICK]
-    assert fit(signal, "--method", method, "--latent_layout", "tokens") == 0  # as many tokens as cells
+    flip, augment = (["--random_flip"], ["--augment"]) if method == "encoder" else ([], [])
+    assert fit(signal, "--method", method, "--latent_layout", "tokens", *flip) == 0  # as many tokens as cells
     samplers = ["--num_inference_steps", "1", "2", "--sampler_precision", "fp32", "mixed", "--sampler_storage", "int8"]
     evaluate = ["eval", "--reference", str(data[signal]), "--held_out_fraction", "0.25", "--num_samples", "8"]
     commands = [
-        ["prior", "--run", str(run), *small],
+        ["prior", "--run", str(run), *augment, *small],
         ["distill", "--run", str(run), "--num_pairs", "32", "--teacher_steps", "4", *small],
         ["sample", *model, "--num_samples", "2", "--output_dir", f"{run}/pictures"],
         ["export", *model, "--output_dir", f"{run}/bundle", "--num_baked", "1", "--compile_rtx", "off", *samplers],

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from evals.charts import as_svg, comparison_chart, curve_chart, steps_chart
-from evals.commands import report as command
 from evals.commands.report import ReportArguments, report
 from evals.report.embedded import gallery
 from evals.report.exhibits import Exhibit
@@ -120,7 +119,7 @@ def run_folder(folder: Path, signal: str, settings: dict[str, Any]) -> Path:
 def page_of(folder: Path, signal: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
     latency = {"work": f"noise to {NOUNS[signal]}", "runtime": "PyTorch", "batch": 1}
     latency |= {"milliseconds": 5.0, "per_second": 200.0}
-    monkeypatch.setattr(command, "measured_latencies", lambda *_: [latency])  # which would take seconds
+    monkeypatch.setattr("evals.timing.measured_latencies", lambda *_: [latency])  # which would take seconds
     report(ReportArguments(run=run_folder(folder, signal, settings), num_inference_steps=2))
     return folder / "report.html"
 

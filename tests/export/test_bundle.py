@@ -72,18 +72,25 @@ def test_command_writes_a_whole_bundle(
     assert all(graph["psnr"] > 100 for name, graph in graphs.items() if graph["precision"] == "fp32")
     assert (output / "device" / "export" / "device" / "runtime.py").read_bytes() == Path(runtime.__file__).read_bytes()
 
-    weights = load_file(output / "weights.safetensors")
-    assert set(weights) == {f"decoder.{name}" for name in pipeline.decoder.state_dict()}
-    for name, tensor in pipeline.decoder.state_dict().items():
-        stored = weights[f"decoder.{name}"]
-        np.testing.assert_array_equal(stored, tensor.numpy().astype(stored.dtype))
-        assert stored.dtype == (np.float16 if name.startswith("bases") or name.endswith("map.weight") else np.float32)
+    assert not (output / "weights.safetensors").exists()
+    assert "weights.safetensors" not in (output / "README.md").read_text()
     reference = np.load(output / "reference.npz")
     assert reference["sampler_3.noise"].shape == (3, 12)
     assert reference["sampler_3.values"].shape == (3, 18, 18, 3)
     for graph in graphs.values():
         for side, kind in (("inputs", np.float32), ("outputs", np.float64)):
             assert all(reference[f"{graph['reference']}.{each['name']}"].dtype == kind for each in graph[side])
+
+
+def test_weights_are_there_for_the_asking(pipeline: MNIFPipeline, options: ExportArguments) -> None:
+    export_bundle(pipeline, replace(options, weights=True))
+    assert "weights.safetensors" in (options.output_dir / "README.md").read_text()
+    weights = load_file(options.output_dir / "weights.safetensors")
+    assert set(weights) == {f"decoder.{name}" for name in pipeline.decoder.state_dict()}
+    for name, tensor in pipeline.decoder.state_dict().items():
+        stored = weights[f"decoder.{name}"]
+        np.testing.assert_array_equal(stored, tensor.numpy().astype(stored.dtype))
+        assert stored.dtype == (np.float16 if name.startswith("bases") or name.endswith("map.weight") else np.float32)
 
 
 def test_baked_samples_are_those_of_the_last_sampler(pipeline: MNIFPipeline, options: ExportArguments) -> None:
