@@ -197,6 +197,9 @@ def _is_full(folder: Path) -> bool:
     return shutil.disk_usage(folder).free < 2**20
 
 
+_TRIES = 20  # to find a folder as it was a moment ago, among commands that make and remove it
+
+
 def check_writable(path: Path) -> None:
     """Makes sure, before any work is done, that a folder can be filled or a file written, without leaving a trace.
 
@@ -206,17 +209,19 @@ def check_writable(path: Path) -> None:
     Raises:
         UserError: nothing can be written there, and why.
     """
-    there = path.absolute()
-    while not os.path.lexists(there):
-        there = there.parent
-    try:
-        with tempfile.TemporaryFile(dir=there), contextlib.suppress(FileNotFoundError):
-            os.stat(path)  # a name that is too long
-    except OSError as error:
-        if not os.path.lexists(there):  # another command has just removed it
-            check_writable(path)
+    for _ in range(_TRIES):
+        there = path.absolute()
+        while not os.path.lexists(there):
+            there = there.parent
+        try:
+            with tempfile.TemporaryFile(dir=there), contextlib.suppress(FileNotFoundError):
+                os.stat(path)  # a name that is too long
             return
-        raise UserError(f"{path}: nothing can be written there ({error.strerror}); choose another place") from None
+        except OSError as error:
+            problem = error.strerror
+            if not isinstance(error, FileNotFoundError) and os.path.lexists(there):
+                break  # else another command has just removed it, and may have made it again
+    raise UserError(f"{path}: nothing can be written there ({problem}); choose another place")
 
 
 def _open_to_others(path: Path) -> None:

@@ -98,6 +98,7 @@ def test_baked_graph_blends_to_the_decoders_picture(spec: tuple[MNIFModel, int |
     ],
 )
 def test_sampler_graph_equals_the_pipeline(pipeline: MNIFPipeline, scheduler: SchedulerMixin, count: int) -> None:
+    pipeline.denoiser.register_to_config(prediction_type=None)  # it is random, and may predict anything
     pipeline = MNIFPipeline(pipeline.decoder, pipeline.denoiser, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     model = sampler_graph(pipeline, linear_scheduler_table(scheduler, count), resolution=15)

@@ -125,10 +125,10 @@ def test_model_survives_a_disk_that_fills_during_a_save(pipeline: MNIFPipeline, 
         "import resource, sys; from pathlib import Path; import torch; "
         "from mnif import cli; from mnif.models.io import save_component; "
         "from mnif.models.mnif_model import MNIFModel\n"
-        "def save(_):\n"
+        "def main(_):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "    save_component(Path(sys.argv[1]), 'decoder', MNIFModel())\n"
-        "cli.COMMANDS['save'] = ('__main__:save', '')\n"
+        "cli.COMMANDS['save'] = ('__main__', '', '')\n"
         "sys.exit(cli.main(['save']))"
     )
     before = (tmp_path / "decoder/diffusion_pytorch_model.safetensors").read_bytes()
@@ -141,5 +141,6 @@ def test_model_survives_a_disk_that_fills_during_a_save(pipeline: MNIFPipeline, 
         "decoder",
         "denoiser",
         "model_index.json",
+        "pipeline.py",
         "scheduler",
     ]
