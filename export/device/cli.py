@@ -39,14 +39,15 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, command: str, description: str):
-        super().__init__(prog=f"mnif {command}", description=description)
+        above = Path(__file__).resolve().parents[3]
+        self._bundle = above if (above / "manifest.json").is_file() else None  # a copy in a bundle's device/ knows it
+        called = f"mnif {command}" if self._bundle is None else f"device/{command}.py"
+        super().__init__(prog=called, description=description)
 
     def add_bundle(self) -> None:
-        """Adds the flag for the bundle; a copy inside a bundle's ``device/`` knows its own."""
-        own = Path(__file__).resolve().parents[3]
-        inside = (own / "manifest.json").is_file()
-        here = own if inside else None
-        self.add_argument("--bundle", type=Path, default=here, required=not inside, help="the bundle's folder")
+        """Adds the flag for the bundle; a copy inside one has it by itself."""
+        alone = self._bundle is None
+        self.add_argument("--bundle", type=Path, default=self._bundle, required=alone, help="the bundle's folder")
 
     def error(self, message: str) -> NoReturn:
         """Raises what :func:`run_command` shows."""

@@ -97,7 +97,7 @@ def test_build_from_the_bundle_alone_or_one_line(exported: Path, python: str) ->
     done = run(exported, python, "build", "--graphs", "nothing")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("mnif build: ")
+    assert done.stderr.startswith("device/build.py: ")
 
 
 def test_no_heavy_package_is_loaded(exported: Path) -> None:

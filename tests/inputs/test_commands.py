@@ -194,13 +194,13 @@ def test_a_package_that_fails_at_import_gives_its_reason(exported: Path, tmp_pat
     elif broken == "tensorrt":
         done = run("build", "--builder", "tensorrt")
         assert done.returncode == 2
-        assert done.stderr.startswith(f"mnif build: {reason}; JetPack brings")
+        assert done.stderr.startswith(f"device/build.py: {reason}; JetPack brings")
     else:
         done = run("verify", "--graphs", "decoder")
         assert f"onnxruntime: left out, {reason}" in done.stdout
         assert "ok   decoder" in done.stdout  # by another one
         done = run("sample", "--num", "1", "--backend", "onnxruntime")
-        assert (done.returncode, done.stderr) == (2, f"mnif sample: {reason}\n")
+        assert (done.returncode, done.stderr) == (2, f"device/sample.py: {reason}\n")
         done = run("sample", "--num", "1", "--output_dir", "drawn")
         assert done.returncode == 0, done.stderr
         assert f"not onnxruntime: {reason}" in done.stderr
