@@ -77,6 +77,8 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
+MANIFEST = "manifest.json"
+
 SCHEMA = 2
 
 UNFINISHED = "unfinished"
@@ -284,7 +286,7 @@ class BundleFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        file = self.path / "manifest.json"
+        file = self.path / MANIFEST
         try:
             manifest = read_json(file)
         except OSError as error:
