@@ -36,7 +36,7 @@ def open_base(path: Path) -> BundleFolder:
 
 
 class _Copy(NamedTuple):
-    """A part of a new file that is in an old one: ``length`` bytes from ``at`` on, those of ``source`` from ``offset``."""
+    """A part of a new file that an old one has: ``length`` bytes from ``at`` on are those of ``source`` at ``offset``."""
 
     at: int
     source: int
@@ -172,7 +172,7 @@ def write_delta(base: BundleFolder, new: Path, output: Path) -> str:
         for name, found in copies.items():
             content = _bytes_of(new / name)
             for begin, end in _between(found, len(content)):
-                file.write(packer.compress(content[begin:end]))
+                file.write(packer.compress(content[begin:end].data))
         file.write(packer.flush())
     description = {
         "schema": DELTA_SCHEMA,
@@ -189,8 +189,8 @@ def write_delta(base: BundleFolder, new: Path, output: Path) -> str:
     whole = sum(file["bytes"] for file in files.values())
     size = sum((output / name).stat().st_size for name in (DELTA, DATA))
     return (
-        f"{output}: {size / 1e6:.3f} MB for a bundle of {whole / 1e6:.1f} MB, {len(changed)} of {len(files) + 1} files "
-        f"changed; it applies to {name_bundle(description['base'])}, on the board python3 device/update.py"
+        f"{output}: {size / 1e6:.3f} MB for a bundle of {whole / 1e6:.1f} MB, {len(changed)} of {len(files) + 1} "
+        f"files changed; it applies to {name_bundle(describe_bundle(base.manifest))}"
     )
 
 
@@ -216,4 +216,4 @@ def _between(copies: list[_Copy], size: int) -> Iterator[tuple[int, int]]:
 
 
 def _bytes_of(path: Path) -> np.ndarray:
-    return np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    return np.frombuffer(path.read_bytes(), np.uint8)

@@ -93,7 +93,7 @@ class ExportArguments(GraphsFlags, BakedFlags, ExtrasFlags):
     output_dir: Path
     """The bundle folder; the files of an older bundle there are replaced, all others stay."""
     since: Path | None = None
-    """An older bundle: --output_dir gets no bundle but a delta, what changed since, for device/update.py on a board."""
+    """An older bundle: --output_dir gets a delta and no bundle, what changed since, for device/update.py of boards."""
     seed: int = 0
     """Of the baked samples and of the reference inputs."""
 
@@ -269,7 +269,7 @@ def export_bundle(
 def _write_bundle(
     selection: Selection, options: ExportArguments, manifest: dict[str, Any], compiles: bool
 ) -> list[str]:
-    """Writes the bundle beside its place and moves it, or a delta, there; completes its manifest, gives others' files."""
+    """Writes a bundle beside its place, completes its manifest, moves it (or a delta) there, and gives others' files."""
     from export.bundle import put_in_place, write_device_files
     from export.delta import open_base, write_delta
     from export.readme import bundle_readme

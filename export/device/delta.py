@@ -1,8 +1,8 @@
 """A delta: what makes a newer bundle of an older one, as `mnif export --since` writes it.
 
-``delta.json`` says which bundle it applies to and which one it makes, and of what each file that is not in the older
-one is put together: pieces of the older bundle's files, and of what ``delta.bin`` holds, one zlib stream of all that is
-new. Files that it does not name are those of the older bundle. It is about bytes and knows nothing of graphs.
+``delta.json`` says which bundle it applies to and which one it makes, and of what each file that the older one lacks
+is put together: pieces of the older bundle's files, and of ``delta.bin``, one zlib stream of all that is new. Files that
+it does not name are those of the older bundle. It is about bytes and knows nothing of graphs.
 """
 
 from __future__ import annotations
@@ -189,9 +189,8 @@ def _check_file(path: Path, stated: dict[str, Any]) -> None:
 def _pieces_of(source: bytes, offset: int, length: int) -> Iterator[bytes]:
     if offset + length > len(source):
         raise BundleError(f"the delta takes bytes {offset} to {offset + length} of a file of {len(source)}")
-    view = memoryview(source)[offset : offset + length]
-    for begin in range(0, length, _PIECE):
-        yield view[begin : begin + _PIECE]
+    for begin in range(offset, offset + length, _PIECE):
+        yield source[begin : min(begin + _PIECE, offset + length)]
 
 
 class _NewBytes:

@@ -1,10 +1,10 @@
 """`python3 device/update.py`: makes a newer bundle of this one by a delta, and goes back to the one before.
 
 The new bundle is made whole in a folder beside the old one, every file checked against its hash; then the two folders
-exchange their names. So the folder beside is named after the bundle that is to come, and once that has the bundle's
-place, the name says of which update it is the bundle before; one that fits no bundle in place is a leftover. Files that
-stay the same have two names (hard links) and take no further room. What lies in the bundle and is not of it comes along,
-but for the plans of graphs that changed.
+exchange their names. The folder beside is named after the bundle that is to come, so once that is in place, the name
+says of which update it is the bundle before; one that fits no bundle in place is a leftover. Files that stay the same
+have two names (hard links) and take no further room. What lies in the bundle and is not of it comes along, but for the
+plans of graphs that changed.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def _beside(place: Path, behind: str = "") -> list[Path]:
 def _mend(place: Path) -> None:
     """Ends an exchange of names that was cut off, where it takes two steps."""
     for replaced in _beside(place, REPLACED) if place.parent.is_dir() else ():
-        replaced.rename(replaced.with_suffix("") if place.exists() else place)
+        with _held(replaced):  # whoever is between the two steps holds it
+            replaced.rename(replaced.with_suffix("") if place.exists() else place)
 
 
 def _remove_leftovers(place: Path) -> None:
@@ -123,14 +124,11 @@ def _apply(delta: Delta, old: BundleFolder, check: bool, no_keep: bool) -> None:
         old.read(name)
         link_or_copy(place / name, beside / name)
     plans = _carry_others(old, new)
-    _finish(beside, place)
     if not check:
-        exchange_folders(beside, place)
+        _put_in_place(beside, place)
     gone = len(set(old.manifest["files"]) - set(new.manifest["files"]))
     print(f"{place}: {'would become' if check else 'is now'} the bundle {name_bundle(delta.bundle)}")
-    print(
-        f"{len(delta.files)} files made ({made / 1e6:.1f} MB), {len(same)} as before, {gone} gone; all hashes are right"
-    )
+    print(f"{len(delta.files)} files made ({made / 1e6:.1f} MB), {len(same)} as before, {gone} gone; all hashes fit")
     _print_plans(plans)
     if no_keep and not check:
         shutil.rmtree(str(beside))
@@ -161,11 +159,10 @@ def _undo(now: BundleFolder, check: bool) -> None:
         before.read(name)
     described = name_bundle(describe_bundle(before.manifest))
     if check:
-        print(f"{place}: would become the bundle {described} again; all hashes are right")
+        print(f"{place}: would become the bundle {described} again; all hashes fit")
         return
     plans = _carry_others(now, before)
-    _finish(beside, place)
-    exchange_folders(beside, place)
+    _put_in_place(beside, place)
     print(f"{place}: is the bundle {described} again; the delta makes the newer one once more")
     _print_plans(plans)
 
@@ -241,11 +238,15 @@ def _print_plans(plans: _Plans) -> None:
         print(f"{len(plans.left_out)} plans of graphs that changed are to be built again (device/build.py): {names}")
 
 
-def _finish(beside: Path, place: Path) -> None:
-    """Makes a folder the owner's of ``place``, as root may have filled it, and waits until its names are on the disk."""
+def _put_in_place(beside: Path, place: Path) -> None:
+    """Exchanges the names of two folders when all of ``beside`` is on the disk; what root made is the owner's."""
     owner = place.stat()
     for path in (beside, *beside.rglob("*")):
         if os.geteuid() == 0 and (path.is_dir() or path.lstat().st_nlink == 1):
             os.chown(str(path), owner.st_uid, owner.st_gid, follow_symlinks=False)
         if path.is_dir() and not path.is_symlink():
             flush_to_disk(path)
+    is_inside = place in (Path.cwd(), *Path.cwd().parents)
+    exchange_folders(beside, place)
+    if is_inside:
+        print(f"a shell that was in the bundle is still in the one before: cd {place}")
