@@ -36,7 +36,7 @@ def open_base(path: Path) -> BundleFolder:
 
 
 class _Copy(NamedTuple):
-    """A part of a new file that an old one has: ``length`` bytes from ``at`` on are those of ``source`` at ``offset``."""
+    """A part of a new file, ``length`` bytes from ``at`` on, that ``source`` of the old ones has at ``offset``."""
 
     at: int
     source: int

@@ -269,7 +269,7 @@ def export_bundle(
 def _write_bundle(
     selection: Selection, options: ExportArguments, manifest: dict[str, Any], compiles: bool
 ) -> list[str]:
-    """Writes a bundle beside its place, completes its manifest, moves it (or a delta) there, and gives others' files."""
+    """Writes a bundle beside its place, completes its manifest, moves it (or a delta) there; gives others' files."""
     from export.bundle import put_in_place, write_device_files
     from export.delta import open_base, write_delta
     from export.readme import bundle_readme

@@ -1,8 +1,8 @@
 """A delta: what makes a newer bundle of an older one, as `mnif export --since` writes it.
 
 ``delta.json`` says which bundle it applies to and which one it makes, and of what each file that the older one lacks
-is put together: pieces of the older bundle's files, and of ``delta.bin``, one zlib stream of all that is new. Files that
-it does not name are those of the older bundle. It is about bytes and knows nothing of graphs.
+is put together: pieces of the older bundle's files, and of ``delta.bin``, one zlib stream of all that is new. Files
+that it does not name are those of the older bundle. It is about bytes and knows nothing of graphs.
 """
 
 from __future__ import annotations

@@ -246,7 +246,14 @@ def _put_in_place(beside: Path, place: Path) -> None:
             os.chown(str(path), owner.st_uid, owner.st_gid, follow_symlinks=False)
         if path.is_dir() and not path.is_symlink():
             flush_to_disk(path)
-    is_inside = place in (Path.cwd(), *Path.cwd().parents)
+    is_inside = _is_at_work_in(place)
     exchange_folders(beside, place)
     if is_inside:
         print(f"a shell that was in the bundle is still in the one before: cd {place}")
+
+
+def _is_at_work_in(folder: Path) -> bool:
+    try:
+        return folder in (Path.cwd(), *Path.cwd().parents)
+    except OSError:  # the shell's folder is gone
+        return False
