@@ -6,6 +6,7 @@ so that the same content has the same anchors wherever it lies. Every match of a
 """
 
 import heapq
+import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 from export.device.bundle import MANIFEST, BundleError, BundleFolder, manifest_digest
 from export.device.delta import DATA, DELTA, DELTA_SCHEMA, Delta, describe_bundle, name_bundle
 from mnif.utils.errors import UserError
-from mnif.utils.files import sha256_of_file, write_json, written_atomically
+from mnif.utils.files import sha256_of_file, written_atomically
 
 
 def open_base(path: Path) -> BundleFolder:
@@ -182,7 +183,8 @@ def write_delta(base: BundleFolder, new: Path, output: Path) -> str:
         "files": {name: _file_entry(new / name, found, used) for name, found in copies.items()},
         "data": {"sha256": sha256_of_file(output / DATA), "bytes": (output / DATA).stat().st_size},
     }
-    write_json(output / DELTA, description | {"digest": manifest_digest(description)})
+    with written_atomically(output / DELTA) as temporary:
+        temporary.write_text(json.dumps(description | {"digest": manifest_digest(description)}, sort_keys=True) + "\n")
     for _, pieces in Delta(output).rebuilt(base):
         for _ in pieces:
             pass
