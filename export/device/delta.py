@@ -12,7 +12,8 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Iterator
 
-from .bundle import ENGINES, MANIFEST, BundleError, BundleFolder, check_form, manifest_digest, read_json
+from .bundle import ENGINES, MANIFEST, BundleError, BundleFolder, manifest_digest
+from .json_files import check_form, read_json
 
 DELTA, DATA = "delta.json", "delta.bin"
 
