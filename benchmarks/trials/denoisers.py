@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,17 +35,27 @@ from mnif.models.mnif_model import MNIFModel
 sys.path.append(str(Path(__file__).parents[1]))
 from judges import judge_of
 
-CANDIDATES: dict[str, Callable[[int, int], Denoiser]] = {
-    "modulated 512 x 4 (default)": lambda d, tokens: ResMLPDenoiser(d, 512, 4, dropout=0.1),
-    "modulated 256 x 3 (edge)": lambda d, tokens: ResMLPDenoiser(d, 256, 3, dropout=0.1),
-    "modulated 768 x 4": lambda d, tokens: ResMLPDenoiser(d, 768, 4, dropout=0.1),
-    "paper's 512 x 8": lambda d, tokens: PaperDenoiser(d, 512, 8),
-    "paper's 1024 x 4": lambda d, tokens: PaperDenoiser(d, 1024, 4),
-    "transformer 128 x 4 (transformer-edge)": lambda d, tokens: TransformerDenoiser(d, tokens, 128, 4, dropout=0.1),
-    "transformer 128 x 4, no dropout": lambda d, tokens: TransformerDenoiser(d, tokens, 128, 4),
-    "transformer 192 x 4": lambda d, tokens: TransformerDenoiser(d, tokens, 192, 4, dropout=0.1),
-    "transformer 96 x 3": lambda d, tokens: TransformerDenoiser(d, tokens, 96, 3, dropout=0.1),
-    "transformer 128 x 2": lambda d, tokens: TransformerDenoiser(d, tokens, 128, 2, dropout=0.1),
+
+@dataclass(frozen=True)
+class Candidate:
+    """A denoiser for latents of so many numbers, in so many tokens, and how many latents it learns from at a time."""
+
+    make: Callable[[int, int], Denoiser]
+    batch_size: int = 256
+
+
+CANDIDATES = {
+    "modulated 512 x 4 (default)": Candidate(lambda d, tokens: ResMLPDenoiser(d, 512, 4, dropout=0.1)),
+    "modulated 256 x 3 (edge)": Candidate(lambda d, tokens: ResMLPDenoiser(d, 256, 3, dropout=0.1)),
+    "modulated 768 x 4": Candidate(lambda d, tokens: ResMLPDenoiser(d, 768, 4, dropout=0.1)),
+    "paper's 512 x 8": Candidate(lambda d, tokens: PaperDenoiser(d, 512, 8)),
+    "paper's 1024 x 4": Candidate(lambda d, tokens: PaperDenoiser(d, 1024, 4)),
+    "transformer 128 x 4": Candidate(lambda d, tokens: TransformerDenoiser(d, tokens, 128, 4, dropout=0.1)),
+    "transformer 128 x 4, batch 64": Candidate(
+        lambda d, tokens: TransformerDenoiser(d, tokens, 128, 4, dropout=0.1), 64
+    ),
+    "transformer 128 x 2": Candidate(lambda d, tokens: TransformerDenoiser(d, tokens, 128, 2, dropout=0.1)),
+    "transformer 256 x 4": Candidate(lambda d, tokens: TransformerDenoiser(d, tokens, 256, 4, dropout=0.1)),
 }
 
 
@@ -58,8 +69,8 @@ class Arguments:
     """Of those in this file."""
     cpu_seconds: float = 60.0
     """Of training, for each."""
-    batch_size: int = 256
-    """Latents per step."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """As of `mnif prior`."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     num_samples: int = 0
@@ -98,9 +109,10 @@ class Learner:
     def __init__(self, arguments: Arguments, name: str, table: LatentTable, decoder: MNIFModel):
         torch.manual_seed(arguments.seed)
         self.arguments, self.name, self.train = arguments, name, table.train
+        self.candidate = CANDIDATES[name]
         self.held_out = table.latents[table.held_out]
         tokens = 16 if decoder.config.tokens is None else decoder.config.tokens**decoder.config.dimensions
-        denoiser = CANDIDATES[name](table.latents.shape[1], tokens)
+        denoiser = self.candidate.make(table.latents.shape[1], tokens)
         denoiser.register_to_config(decoder_fingerprint=table.fingerprint)
         mean, std = table.mean_and_std()
         denoiser.latent_mean.copy_(mean)
@@ -117,9 +129,11 @@ class Learner:
         started, share = time.process_time(), self.used / self.arguments.cpu_seconds
         for group in self.optimizer.param_groups:
             group["lr"] = self.arguments.learning_rate * 0.5 * (1 + np.cos(np.pi * share)) * min(1.0, self.steps / 100)
-        rows = torch.randint(len(self.train), (self.arguments.batch_size,), generator=self.random)
+        rows = torch.randint(len(self.train), (self.candidate.batch_size,), generator=self.random)
         self.optimizer.zero_grad()
-        self.loss(self.train[rows], instance_keys(self.arguments.seed, self.steps, rows)).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.arguments.mixed_precision == "bf16"):
+            loss = self.loss(self.train[rows], instance_keys(self.arguments.seed, self.steps, rows))
+        loss.backward()
         nn.utils.clip_grad_norm_(self.loss.parameters(), 1.0)
         self.optimizer.step()
         self.ema.step(self.loss.parameters())
