@@ -2,14 +2,15 @@
 
     OMP_NUM_THREADS=1 python benchmarks/attention.py
 
-Times are processor time of one thread, forward and backward, the least of several: other work on the machine can only
-add to them. bfloat16 is what `mnif prior --mixed_precision bf16` does: products in it, weights and norms in float32,
-and attention as :func:`latent_prior.denoiser_blocks.attention` has it; that of PyTorch in bfloat16 stands beside it.
+Times are processor time of one thread, forward and back, the least of several: other work on the machine can only add
+to them. In bfloat16 products are counted in it and all else in float32, as by `mnif prior --mixed_precision bf16`;
+attention alone is PyTorch's in either type, of which a block takes that in float32.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from latent_prior.settings import HEAD_WIDTH
 
 @dataclass
 class Arguments:
-    """Time a block and its attention."""
+    """Time blocks and their attention."""
 
     batch_size: int = 256
     """Latents."""
@@ -36,30 +37,23 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     torch.set_num_threads(1)
-    print("| tokens | width | | block, ms | attention alone, ms | M multiply-adds of the block | of attention |")
-    print("|---|---|---|---|---|---|---|")
+    print("| tokens | width | multiply-adds of a block, M | of attention | block, ms | in bfloat16 |", end="")
+    print(" attention alone, ms | in bfloat16 |\n" + "|---" * 8 + "|")
     for count in arguments.tokens:
         for width in arguments.widths:
-            torch.manual_seed(0)
             block = TransformerBlock(width, 128, 0.0)
             tokens = torch.randn(arguments.batch_size, count, width, requires_grad=True)
-            shape = (arguments.batch_size, width // HEAD_WIDTH, count, HEAD_WIDTH)
-            parts = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+            parts = torch.randn(3, arguments.batch_size, width // HEAD_WIDTH, count, HEAD_WIDTH)
+            products, heard = 8 * width**2 * count, 2 * count**2 * width
+            cells = [f"{count}", f"{width}", f"{(products + heard) / 1e6:.1f}", f"{heard / 1e6:.2f}"]
             for precision in (torch.float32, torch.bfloat16):
-                typed = [part.detach().to(precision).requires_grad_() for part in parts]
-                whole, alone = (
-                    least(arguments.repeats, precision, compute)
-                    for compute in (
-                        lambda block=block, tokens=tokens: block(tokens, torch.zeros(1, 128)),
-                        lambda typed=typed: F.scaled_dot_product_attention(*typed),
-                    )
-                )
-                products, heard = (8 * width**2 * count, 2 * count**2 * width)
-                name, costs = (
-                    str(precision).removeprefix("torch."),
-                    f"{(products + heard) / 1e6:.2f} | {heard / 1e6:.2f}",
-                )
-                print(f"| {count} | {width} | {name} | {whole:.1f} | {alone:.1f} | {costs} |", flush=True)
+                whole = partial(block, tokens, torch.zeros(1, 128))
+                cells.append(f"{least(arguments.repeats, precision, whole):.0f}")
+            for precision in (torch.float32, torch.bfloat16):
+                typed = (part.to(precision).requires_grad_() for part in parts)
+                alone = partial(F.scaled_dot_product_attention, *typed)
+                cells.append(f"{least(arguments.repeats, precision, alone):.1f}")
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def least(repeats: int, precision: torch.dtype, compute: Callable[[], Tensor]) -> float:
@@ -67,7 +61,7 @@ def least(repeats: int, precision: torch.dtype, compute: Callable[[], Tensor]) -
     found = []
     for _ in range(repeats):
         started = time.process_time()
-        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
             value = compute()
         value.float().sum().backward()
         found.append(time.process_time() - started)

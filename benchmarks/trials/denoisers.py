@@ -51,12 +51,15 @@ CANDIDATES = {
     "paper's 512 x 8": Candidate(lambda d, tokens: PaperDenoiser(d, 512, 8)),
     "paper's 1024 x 4": Candidate(lambda d, tokens: PaperDenoiser(d, 1024, 4)),
     "transformer 128 x 4": Candidate(lambda d, tokens: TransformerDenoiser(d, tokens, 128, 4, dropout=0.1)),
-    "transformer 128 x 4, batch 64": Candidate(
-        lambda d, tokens: TransformerDenoiser(d, tokens, 128, 4, dropout=0.1), 64
+    "transformer 128 x 4, batch 64, no dropout": Candidate(
+        lambda d, tokens: TransformerDenoiser(d, tokens, 128, 4), 64
     ),
     "transformer 128 x 2": Candidate(lambda d, tokens: TransformerDenoiser(d, tokens, 128, 2, dropout=0.1)),
     "transformer 256 x 4": Candidate(lambda d, tokens: TransformerDenoiser(d, tokens, 256, 4, dropout=0.1)),
 }
+
+
+_BETWEEN_VALIDATIONS = 0.04  # of the processor seconds
 
 
 @dataclass
@@ -123,9 +126,10 @@ class Learner:
         self.ema = EMAModel(parameters, decay=0.999, use_ema_warmup=True, power=0.75)
         self.random = torch.Generator().manual_seed(arguments.seed)
         self.used, self.steps, self.found = 0.0, 0, (float("inf"), 0, float("nan"))
+        self.due = _BETWEEN_VALIDATIONS * arguments.cpu_seconds
 
     def step(self) -> None:
-        """Takes a step, and validates after every fiftieth and the last."""
+        """Takes a step, and validates now and then; that is not counted."""
         started, share = time.process_time(), self.used / self.arguments.cpu_seconds
         for group in self.optimizer.param_groups:
             group["lr"] = self.arguments.learning_rate * 0.5 * (1 + np.cos(np.pi * share)) * min(1.0, self.steps / 100)
@@ -139,8 +143,9 @@ class Learner:
         self.ema.step(self.loss.parameters())
         self.steps += 1
         self.used += time.process_time() - started
-        if self.steps % 50 == 0 or self.used >= self.arguments.cpu_seconds:
+        if self.used >= self.due:
             self.validate()
+            self.due += _BETWEEN_VALIDATIONS * self.arguments.cpu_seconds
 
     def validate(self) -> None:
         """Measures the moving average, and keeps it if it is the best so far."""

@@ -82,7 +82,7 @@ def test_the_whole_chain_over_tokens(
     monkeypatch.setattr("latent_prior.commands.distill._COMPARED", 32)
     run, model = tmp_path / "run", ["--model", f"{tmp_path}/run/model"]
     small = ["--width", "16", "--depth", "1", *QUICK]
-    small += ["--denoiser", "transformer"] if signal == "voxels" else []
+    small += ["--denoiser", "transformer"] if signal == "image" else []
     flip, augment = (["--random_flip"], ["--augment"]) if method == "encoder" else ([], [])
     assert fit(signal, "--method", method, "--latent_layout", "tokens", *flip) == 0  # as many tokens as cells
     samplers = ["--num_inference_steps", "1", "2", "--sampler_precision", "fp32", "mixed", "--sampler_storage", "int8"]
@@ -102,7 +102,7 @@ def test_the_whole_chain_over_tokens(
     sampler = onnx.load(run / "bundle" / manifest["graphs"]["sampler_2"]["file"])
     stored = {tensor.name for tensor in sampler.graph.initializer}
     assert "decoder.coefficient_map.write.weight" in stored
-    assert ("denoiser.positions" in stored) == (signal == "voxels")
+    assert ("denoiser.positions" in stored) == (signal == "image")
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,9 @@ from torch import nn
 
 from latent_prior import load_pipeline, sample_latents
 from latent_prior.commands.prior import parse_prior_arguments
-from latent_prior.denoiser_blocks import TransformerBlock
+from latent_prior.denoiser_blocks import TransformerBlock, attention
 from latent_prior.denoisers import TransformerDenoiser
+from latent_prior.diffusion import DenoisingLoss
 from mnif.cli import main
 from mnif.data.batches import InstanceGenerator, instance_keys
 from mnif.latents.table import LatentTable
@@ -50,6 +51,31 @@ def test_a_block_is_multi_head_attention_and_a_network() -> None:
     inner = block.up(normal(expected) * (1 + scale_up) + shift_up)
     expected = expected + gate_down * block.down(inner * inner.sigmoid())
     torch.testing.assert_close(block(tokens, time), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_in_half_precision_is_counted_in_float32(dtype: torch.dtype) -> None:
+    parts = torch.randn(3, 2, 4, 16, 32).to(dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        heard = attention(*parts)
+    assert heard.dtype == dtype
+    shares = (parts[0].double() @ parts[1].double().transpose(2, 3) / 32**0.5).softmax(dim=3)
+    exact = shares @ parts[2].double()
+    assert (heard.double() - exact).abs().max() < 2 * torch.finfo(dtype).eps * exact.abs().max()
+    heard.float().sum().backward()
+    assert parts.grad.isfinite().all()
+
+
+def test_a_step_in_mixed_precision_goes_the_same_way() -> None:
+    loss, keys = DenoisingLoss(lively(TransformerDenoiser(12, 4, 16, 1, dropout=0.1)), "x0"), torch.arange(64)
+    latents, ways = torch.randn(64, 12), []
+    for enabled in (False, True):
+        loss.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found = loss(latents, keys)
+        found.backward()
+        ways.append(torch.cat([parameter.grad.flatten() for parameter in loss.parameters()]))
+    assert torch.cosine_similarity(*ways, dim=0) > 0.99
 
 
 def test_blocks_begin_by_doing_nothing() -> None:
