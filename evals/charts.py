@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib as mpl
@@ -11,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
+from matplotlib.ticker import NullLocator
 
 LABELS = {
     "loss": "training loss",
@@ -108,6 +110,59 @@ def curve_chart(
         axes.set(xlabel=f"step of mnif {stage}", ylabel=vertical)
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False)
+    return figure
+
+
+Points = Sequence[tuple[float, float, float]]
+"""Of a curve: where, how high, and the spread there."""
+
+
+def sizes_chart(
+    curves: Mapping[str, Points],
+    horizontal: str,
+    vertical: str,
+    quiet: Mapping[str, Points] = MappingProxyType({}),
+    marked: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+) -> Figure:
+    """Plots figures against a size on a logarithmic axis, with bars of their spread.
+
+    Args:
+        curves: by what they are called.
+        horizontal: label of the axis of sizes.
+        vertical: label of the other axis, with its unit.
+        quiet: further curves, dashed and without bars: in the colour of the curve whose name theirs begins with, else
+            in grey.
+        marked: points with a ring around them and a word beside it.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _panel()
+        colours = {name: f"C{number % len(_COLOURS)}" for number, name in enumerate(curves)}
+        for name, points in curves.items():
+            sizes, heights, spreads = zip(*points, strict=True)
+            axes.errorbar(
+                sizes,
+                heights,
+                spreads,
+                fmt="o-",
+                color=colours[name],
+                capsize=3,
+                linewidth=1.6,
+                markersize=4,
+                label=name,
+            )
+        for name, points in quiet.items():
+            sizes, heights, _ = zip(*points, strict=True)
+            colour = next((colours[curve] for curve in curves if name.startswith(curve)), "grey")
+            axes.plot(sizes, heights, "--", color=colour, linewidth=1, label=name)
+        for word, place in marked.items():
+            axes.plot(*place, "o", markersize=12, fillstyle="none", color=_INK, linewidth=1)
+            axes.annotate(word, place, textcoords="offset points", xytext=(8, -13), fontsize="small", color=_INK)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda size, _: f"{size:g}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set(xlabel=horizontal, ylabel=vertical)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize="small")
     return figure
 
 

@@ -110,7 +110,13 @@ def settle_budget(flags: Any, given: Mapping[str, Any], default_seconds: float) 
 
 
 @contextlib.contextmanager
-def opened(flags: Any, command: str, runs: list[Run], stage_one: StageOne) -> Iterator[Engine]:
+def opened(
+    flags: Any,
+    command: str,
+    runs: Sequence[Run],
+    stage_one: StageOne,
+    check: Callable[[Engine], None] = lambda engine: None,
+) -> Iterator[Engine]:
     """Reads the data and opens the output folder for a comparison, once nothing speaks against it.
 
     Args:
@@ -118,6 +124,7 @@ def opened(flags: Any, command: str, runs: list[Run], stage_one: StageOne) -> It
         command: by its name on the command line.
         runs: that will be trained.
         stage_one: what trains them.
+        check: refuses what the data speak against, before anything is written.
 
     Raises:
         UserError: the data cannot be read or one side of the split is empty, or a folder is another command's.
@@ -141,9 +148,11 @@ def opened(flags: Any, command: str, runs: list[Run], stage_one: StageOne) -> It
                 f"--data {flags.data}: {len(train_data)} to learn from and {len(held_data)} held out; "
                 f"{flag} --held_out_fraction, both sides are needed"
             )
+    engine = Engine(flags, stage_one, data, train_data, held_data)
+    check(engine)
     with output_folder_of(flags.output_dir, command):
         write_config(flags.output_dir / "config.yaml", {command: _for_further_comparisons(flags)})
-        yield Engine(flags, stage_one, data, train_data, held_data)
+        yield engine
 
 
 def _for_further_comparisons(flags: Any) -> Flags:
