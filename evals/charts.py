@@ -12,7 +12,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.rcsetup import cycler
-from matplotlib.ticker import NullLocator
 
 LABELS = {
     "loss": "training loss",
@@ -121,45 +120,44 @@ def sizes_chart(
     curves: Mapping[str, Points],
     horizontal: str,
     vertical: str,
-    quiet: Mapping[str, Points] = MappingProxyType({}),
+    dashed: Mapping[str, Points] = MappingProxyType({}),
     marked: Mapping[str, tuple[float, float]] = MappingProxyType({}),
 ) -> Figure:
-    """Plots figures against a size on a logarithmic axis, with bars of their spread.
+    """Plots figures against a size, with bars of their spread; far apart, sizes stand on a logarithmic axis.
 
     Args:
         curves: by what they are called.
         horizontal: label of the axis of sizes.
         vertical: label of the other axis, with its unit.
-        quiet: further curves, dashed and without bars: in the colour of the curve whose name theirs begins with, else
-            in grey.
-        marked: points with a ring around them and a word beside it.
+        dashed: further curves, without bars; in the colour of a curve if their name begins with its.
+        marked: points with a ring around them, and a word for each.
     """
     with mpl.rc_context(_STYLE):
         figure, axes = _panel()
-        colours = {name: f"C{number % len(_COLOURS)}" for number, name in enumerate(curves)}
-        for name, points in curves.items():
+        for number, (name, points) in enumerate(curves.items()):
             sizes, heights, spreads = zip(*points, strict=True)
             axes.errorbar(
                 sizes,
                 heights,
                 spreads,
                 fmt="o-",
-                color=colours[name],
+                color=f"C{number}",
                 capsize=3,
                 linewidth=1.6,
                 markersize=4,
                 label=name,
             )
-        for name, points in quiet.items():
+        for number, (name, points) in enumerate(dashed.items(), len(curves)):
             sizes, heights, _ = zip(*points, strict=True)
-            colour = next((colours[curve] for curve in curves if name.startswith(curve)), "grey")
-            axes.plot(sizes, heights, "--", color=colour, linewidth=1, label=name)
+            same = next((f"C{other}" for other, curve in enumerate(curves) if name.startswith(curve)), f"C{number}")
+            axes.plot(sizes, heights, "--", color=same, linewidth=1.2, label=name)
         for word, place in marked.items():
             axes.plot(*place, "o", markersize=12, fillstyle="none", color=_INK, linewidth=1)
             axes.annotate(word, place, textcoords="offset points", xytext=(8, -13), fontsize="small", color=_INK)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(lambda size, _: f"{size:g}")
-        axes.xaxis.set_minor_locator(NullLocator())
+        places = [size for points in curves.values() for size, _, _ in points]
+        if max(places) >= 4 * min(places):
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda size, _: f"{size:g}")
         axes.set(xlabel=horizontal, ylabel=vertical)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize="small")

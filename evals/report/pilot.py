@@ -69,10 +69,13 @@ def charts_of(pilot: Mapping[str, Any]) -> dict[str, Figure]:
     train = quality.replace("heldout", "train")
     curves = _curves(pilot)
 
-    def against(cost: str) -> dict[str, Points]:
-        return {name: _points(curve, cost, quality) for name, curve in curves.items()}
+    def against(cost: str, scale: float = 1.0) -> dict[str, Points]:
+        return {name: _points(curve, cost, quality, scale) for name, curve in curves.items()}
 
-    trained = {f"{name}, training": _points(curve, "num_bases", train) for name, curve in curves.items()}
+    training = {
+        f"{name}, training" if len(curves) > 1 else "training": _points(curve, "num_bases", train)
+        for name, curve in curves.items()
+    }
     controls = {
         f"PCA of {components} numbers": _points(curve, "num_bases", _pca(quality))
         for components, curve in _by_latent_dim(pilot["settings"]).items()
@@ -81,15 +84,20 @@ def charts_of(pilot: Mapping[str, Any]) -> dict[str, Figure]:
     knees = {name: _knee_of(pilot, curve) for name, curve in curves.items()}
     marked = {f"knee, M = {place[0]:g}": place for place in knees.values() if place is not None}
     charts = {
-        "bases": sizes_chart(against("num_bases"), "bases M", label, trained | controls, marked),
-        "multiply_adds": sizes_chart(against("decode_multiply_adds"), "multiply-adds an instance", label),
-        "bytes": sizes_chart(against("shipped_bytes"), "bytes that ship", label),
+        "bases": sizes_chart(against("num_bases"), "bases M", label, training | controls, marked),
+        "multiply_adds": sizes_chart(
+            against("decode_multiply_adds", 1e-6), f"million multiply-adds a {pilot['unit']}", label
+        ),
+        "bytes": sizes_chart(against("shipped_bytes", 1e-3), "kB that ship", label),
     }
     (first, *_) = curves.values()
     found = {_SHORT[name]: _points(first, "num_bases", f"psnr_heldout_{name}") for name in pilot["conditions"]}
     charts["robustness"] = sizes_chart(found, "bases M", "PSNR of probes, dB")
     if pilot["prior_steps"] and all("samples_distance" in each["means"] for each in pilot["settings"]):
-        samples = {name: _points(curve, "num_bases", "samples_distance") for name, curve in curves.items()}
+        samples = {
+            name if len(curves) > 1 else "samples": _points(curve, "num_bases", "samples_distance")
+            for name, curve in curves.items()
+        }
         floor = {"training instances": _points(first, "num_bases", "samples_distance_floor")}
         charts["samples"] = sizes_chart(samples, "bases M", "energy distance", floor)
     return charts
@@ -215,10 +223,11 @@ def _by_latent_dim(settings: Settings) -> dict[int, Settings]:
     return {size: [setting for setting in settings if setting["means"]["latent_dim"] == size] for size in each}
 
 
-def _points(settings: Settings, horizontal: str, vertical: str) -> Points:
+def _points(settings: Settings, horizontal: str, vertical: str, scale: float = 1.0) -> Points:
+    """Points of a curve over the settings that have its figure: size, scaled, mean, spread."""
     return [
         (
-            each["num_bases"] if horizontal == "num_bases" else each["means"][horizontal],
+            each["num_bases"] if horizontal == "num_bases" else scale * each["means"][horizontal],
             each["means"][vertical],
             each["spreads"][vertical],
         )
