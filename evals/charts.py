@@ -153,7 +153,9 @@ def sizes_chart(
             axes.plot(sizes, heights, "--", color=same, linewidth=1.2, label=name)
         for word, place in marked.items():
             axes.plot(*place, "o", markersize=12, fillstyle="none", color=_INK, linewidth=1)
-            axes.annotate(word, place, textcoords="offset points", xytext=(8, -13), fontsize="small", color=_INK)
+            axes.annotate(
+                word, place, textcoords="offset points", xytext=(-8, 7), ha="right", fontsize="small", color=_INK
+            )
         places = [size for points in curves.values() for size, _, _ in points]
         if max(places) >= 4 * min(places):
             axes.set_xscale("log", base=2)

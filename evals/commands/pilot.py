@@ -63,22 +63,14 @@ def flags_and_runs(given: dict[str, Any]) -> tuple[PilotArguments, list[Run]]:
     check_at_least(2, seeds=flags.seeds)
     check_at_least(0, prior_steps=flags.prior_steps, good_enough=flags.good_enough)
     sizes = sorted({*(_SIZES if flags.num_bases is None else flags.num_bases)})
-    _check_count(flags, len(sizes))
+    if len(sizes) < 2:
+        given_sizes = " ".join(map(str, flags.num_bases or []))
+        raise UserError(f"--num_bases {given_sizes}: a curve needs two different numbers at least")
     common = {name: value for name, value in given.items() if name not in ("num_bases", "cells", "seed")}
-    folder, runs = flags.runs_dir or flags.output_dir, []
-    for size in sizes:
-        for cells in dict.fromkeys(flags.cells or [None]):
-            for seed in range(flags.seed, flags.seed + flags.seeds):
-                settings = {"num_bases": size} | ({} if cells is None else {"cells": cells}) | {"seed": seed}
-                variant = ",".join(f"{name}={value}" for name, value in settings.items())
-                runs.append(run_of(common, folder, flags.method, variant, flags.num_train_epochs))
-    return flags, runs
-
-
-def _check_count(flags: PilotArguments, count: int) -> None:
-    if count < 2:
-        given = " ".join(map(str, flags.num_bases or []))
-        raise UserError(f"--num_bases {given}: a curve needs two different numbers at least")
+    folder, seeds = flags.runs_dir or flags.output_dir, range(flags.seed, flags.seed + flags.seeds)
+    grids = [f"cells={cells}," for cells in dict.fromkeys(flags.cells or [])] or [""]
+    variants = [f"num_bases={size},{cells}seed={seed}" for size in sizes for cells in grids for seed in seeds]
+    return flags, [run_of(common, folder, flags.method, each, flags.num_train_epochs) for each in variants]
 
 
 def pilot(flags: PilotArguments, runs: list[Run], given: Mapping[str, Any]) -> None:

@@ -77,9 +77,9 @@ def charts_of(pilot: Mapping[str, Any]) -> dict[str, Figure]:
         for name, curve in curves.items()
     }
     controls = {
-        f"PCA of {components} numbers": _points(curve, "num_bases", _pca(quality))
-        for components, curve in _by_latent_dim(pilot["settings"]).items()
-        if all(_pca(quality) in each["means"] for each in curve)
+        f"PCA of {components} numbers": _points(settings, "num_bases", _pca(quality))
+        for components, settings in _by_latent_dim(pilot["settings"]).items()
+        if all(_pca(quality) in each["means"] for each in settings)
     }
     knees = {name: _knee_of(pilot, curve) for name, curve in curves.items()}
     marked = {f"knee, M = {place[0]:g}": place for place in knees.values() if place is not None}
@@ -218,9 +218,11 @@ def _curves(pilot: Mapping[str, Any]) -> dict[str, Settings]:
 
 
 def _by_latent_dim(settings: Settings) -> dict[int, Settings]:
-    """The settings whose latents have one and the same number of numbers, and so one PCA."""
-    each = sorted({int(setting["means"]["latent_dim"]) for setting in settings})
-    return {size: [setting for setting in settings if setting["means"]["latent_dim"] == size] for size in each}
+    """The settings whose latents have one and the same number of numbers, and so one PCA; of each M the first."""
+    sizes: dict[int, dict[int, Mapping[str, Any]]] = {}
+    for each in settings:
+        sizes.setdefault(int(each["means"]["latent_dim"]), {}).setdefault(each["num_bases"], each)
+    return {components: list(of_each_m.values()) for components, of_each_m in sizes.items()}
 
 
 def _points(settings: Settings, horizontal: str, vertical: str, scale: float = 1.0) -> Points:

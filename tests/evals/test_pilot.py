@@ -18,6 +18,7 @@ from mnif.comparison.robustness import spoilt
 from mnif.data.batches import array_dataset
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.image import Image
+from mnif.signals.radiance import RadianceField
 from mnif.signals.registry import signal_of_model
 from tests.browser.chromium import asked_of_page, needs_browser
 
@@ -119,15 +120,15 @@ def test_a_comparison_takes_over_the_runs_of_a_pilot(
 
 @pytest.mark.parametrize(("data", "figure"), [("furniture", "iou_heldout"), ("balls", "psnr_heldout")])
 def test_shapes_and_views_are_piloted_too(data: str, figure: str, ball_views: Path, tmp_path: Path) -> None:
-    source = str(ball_views) if data == "balls" else data
-    more = ["--method", "auto-decoding", "--samples_per_ray", "4", "--rays_per_step", "32", "--train_seconds", "0.01"]
-    assert main(command(source, tmp_path / "out", "--num_bases", "2", "4", "--probes", "2", *more)) == 0
+    quick = ["--refinement_steps", "1", "--probes", "2", "--train_seconds", "0.001"]
+    form = ["--resolution", "8"] if data == "furniture" else ["--max_views", "2", "--samples_per_ray", "2"]
+    source = data if data == "furniture" else str(ball_views)
+    assert main([*command(source, tmp_path / "out", "--num_bases", "2", "4"), *quick, *form]) == 0
     pilot = content_of(tmp_path / "out")
     assert pilot["quality"] == figure
     assert all(np.isfinite(each["means"][figure]) for each in pilot["settings"])
     assert ("psnr_heldout_shift" in pilot["settings"][0]["means"]) == (data == "furniture")
-    page = (tmp_path / "out/pilot.html").read_text()
-    assert ("IoU" in page) == (data == "furniture")
+    assert ("IoU" in (tmp_path / "out/pilot.html").read_text()) == (data == "furniture")
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_shapes_and_views_are_piloted_too(data: str, figure: str, ball_views: Pa
         (["--num_bases", "8", "73"], "--num_bases 73: a layer has 72 numbers, which as many bases span; give fewer"),
         (
             ["--num_bases", "4", "65", "--cells", "1"],
-            "more than the 33 fields to learn from (33 pictures of 1 field each)",
+            "more than the 32 fields to learn from (32 pictures of 1 field each)",
         ),
         (["--seeds", "1"], "--seeds 1: must be at least 2"),
         (["--cells", "2", "0"], "--cells 0: must be at least 1"),
@@ -185,13 +186,17 @@ def test_bytes_that_ship_grow_with_the_bases_by_what_they_hold() -> None:
     assert sizes[128] - sizes[64] == pytest.approx(of_bases + of_map, rel=0.15)
 
 
-def test_few_values_are_a_sixteenth_and_of_views_one(ball_views: Path) -> None:
+def test_few_values_are_a_sixteenth_and_of_views_one() -> None:
     rows = array_dataset({"images": np.zeros((3, 16, 16, 3), dtype=np.uint8)})
     (batch,) = rows.batches(3)
     mask = spoilt(Image(16, 3), "few", seed=0)(batch).mask
     assert mask is not None
     assert mask.flatten(1).sum(dim=1).tolist() == [16] * 3
     assert not torch.equal(mask[0], mask[1])
+    poses, intrinsics = torch.eye(4).expand(2, 5, 4, 4), torch.full((2, 4), 8.0)
+    views = {"images": torch.randint(0, 256, (2, 5, 16, 16, 3)), "poses": poses, "intrinsics": intrinsics}
+    signal = RadianceField(16, held_out_views=1)
+    assert torch.equal(spoilt(signal, "few", seed=0)(views).values, signal.observe(views).values[:, :1])
 
 
 @needs_browser
