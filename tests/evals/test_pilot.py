@@ -121,7 +121,11 @@ def test_a_comparison_takes_over_the_runs_of_a_pilot(
 @pytest.mark.parametrize(("data", "figure"), [("furniture", "iou_heldout"), ("balls", "psnr_heldout")])
 def test_shapes_and_views_are_piloted_too(data: str, figure: str, ball_views: Path, tmp_path: Path) -> None:
     quick = ["--refinement_steps", "1", "--probes", "2", "--train_seconds", "0.001"]
-    form = ["--resolution", "8"] if data == "furniture" else ["--max_views", "2", "--samples_per_ray", "2"]
+    form = (
+        ["--resolution", "8"]
+        if data == "furniture"
+        else ["--held_out_views", "0", "--max_views", "2", "--samples_per_ray", "2"]
+    )
     source = data if data == "furniture" else str(ball_views)
     assert main([*command(source, tmp_path / "out", "--num_bases", "2", "4"), *quick, *form]) == 0
     pilot = content_of(tmp_path / "out")
