@@ -181,8 +181,8 @@ def _remarks(pilot: Mapping[str, Any]) -> list[str]:
     if best["num_bases"] == largest:
         lines.append(f"The best is the largest that was tried, M = {largest}: more may be better still.")
     lines.append(
-        "Longer runs gain more from a large M than short ones do: at full length the best M may be larger than here, "
-        "hardly smaller."
+        "Where it was measured, small M caught up in longer runs: what is good enough here should be so there, and "
+        "less may do."
     )
     control = best_setting["means"].get(_pca(quality))
     if control is not None and best_setting["means"][quality] < control:
