@@ -185,10 +185,16 @@ def _train_prior(subject: Subject, steps: int) -> None:
 
 def fit_command(given: Mapping[str, Any], candidate: Candidate, output_dir: Path) -> str:
     """Writes the `mnif fit` of a setting at full length, with all else as it was given, for a shell."""
-    known = {field.name for field in fields(FitArguments)} - _OF_THE_PILOT
     flags = {"data": given["data"], "output_dir": output_dir}
     flags |= {"num_bases": candidate.num_bases, "cells": candidate.cells}
-    flags |= {name: value for name, value in given.items() if name in known and value is not None}
+    flags |= {name: given[name] for name in ("signal", "preset") if given.get(name) is not None}
+    usual = with_preset(
+        FitArguments, flags
+    )  # a pilot's config.yaml has every flag; what goes without saying is left out
+    known = {field.name for field in fields(FitArguments)} - _OF_THE_PILOT - flags.keys()
+    flags |= {
+        name: value for name, value in given.items() if name in known and value not in (None, getattr(usual, name))
+    }
     words = ["mnif", "fit"]
     for name, value in flags.items():
         if isinstance(value, bool):

@@ -14,8 +14,17 @@ from .bundle import BundleError, check_writable, write_atomically
 from .cli import MOST_THREADS, Parser, number, run_command
 from .runtime import Bundle, Camera, Sampler, load_bundle, to_uint8, write_png
 
-# Their JSON files.
-_OF_OTHER_COMMANDS = ("run", "compare", "pilot", "manifest", "samples", "decode", "comparison", "metrics")
+_OF_OTHER_COMMANDS = (
+    "run",
+    "compare",
+    "pilot",
+    "manifest",
+    "delta",
+    "samples",
+    "decode",
+    "comparison",
+    "metrics",
+)  # their JSON
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -30,6 +30,7 @@ _MARKS = (
     ("compare-fit", "compare.json", {"runs"}),
     ("pilot", "pilot.json", {"recommendations"}),
     ("export", "manifest.json", {"decoder_fingerprint"}),
+    ("export", "delta.json", {"base"}),
     ("sample", "samples.json", {"model_sha256"}),
     ("decode", "decode.json", {"decoder"}),
     ("eval", "comparison.json", {"evaluations"}),

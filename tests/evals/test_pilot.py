@@ -91,6 +91,16 @@ def test_a_command_line_says_what_was_meant(name: str, value: Any) -> None:
     assert (arguments.num_bases, arguments.cells, arguments.output_dir) == (7, 3, Path("a b"))
 
 
+def test_a_command_line_says_nothing_that_goes_without_saying() -> None:
+    """Of a preset of the signal's own, what differs from the flags' defaults is not said either."""
+    given = {"data": "furniture", "width": 24, "learning_rate": 4e-3, "random_flip": True, "seed": 0, "cells": [2]}
+    usual = parse_fit_arguments(["--data", "furniture", "--output_dir", "out"])
+    given |= {"signal": "voxels", "stride": usual.stride, "train_batch_size": usual.train_batch_size}
+    command = fit_command(given, Candidate(7, 3, (), {}, {}), Path("out"))
+    flags = "--data furniture --output_dir out --num_bases 7 --cells 3 --signal voxels --random_flip"
+    assert command == f"mnif fit {flags}"
+
+
 def test_the_same_command_again_reuses_all(
     piloted: Path, picture_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
