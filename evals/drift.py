@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from mnif.latents.profile import Profile, Scored
+from mnif.latents.profile import Profile, Scored, one_of_each
 from mnif.latents.surprise import SCORES
 from mnif.models.mnif_model import MNIFModel
 
@@ -46,7 +47,9 @@ class Test:
     adjusted: float
 
 
-def compare(profile: Profile, decoder: MNIFModel, scored: Scored, latents: Tensor, rate: float) -> list[Test]:
+def compare(
+    profile: Profile, decoder: MNIFModel, scored: Scored, latents: Tensor, groups: Sequence[str], rate: float
+) -> list[Test]:
     """Tests whether instances are of the distribution of the profile's.
 
     Args:
@@ -54,16 +57,17 @@ def compare(profile: Profile, decoder: MNIFModel, scored: Scored, latents: Tenso
         decoder: the model.
         scored: N instances beside the profile.
         latents: theirs, [N, D].
+        groups: of each; one instance of each group counts, as tests are of independent ones.
         rate: of false alarms.
 
     Returns:
         All tests, the smallest p-value first.
     """
-    known = profile.arrays["reference_latents"]
-    numbers = latents.cpu().numpy()
+    known, alone = profile.arrays["reference_latents"], one_of_each(groups)
+    numbers, scores = latents.cpu().numpy()[alone], scored.scores[alone]
     families = {
-        "alarms": {"share": alarms_p_value(profile, scored, rate)},
-        "scores": dict(zip(SCORES, _two_samples(profile.arrays["reference_scores"], scored.scores), strict=True)),
+        "alarms": {"share": alarms_p_value(profile, scored.p_values[alone], rate)},
+        "scores": dict(zip(SCORES, _two_samples(profile.arrays["reference_scores"], scores), strict=True)),
         "latents": dict(enumerate(_two_samples(known, numbers))),
         "coefficients": dict(enumerate(_two_samples(*(_basis_use(decoder, rows) for rows in (known, numbers))))),
     }
@@ -73,15 +77,15 @@ def compare(profile: Profile, decoder: MNIFModel, scored: Scored, latents: Tenso
     return sorted(tests, key=lambda test: (test.adjusted, test.p_value))
 
 
-def alarms_p_value(profile: Profile, scored: Scored, rate: float) -> float:
+def alarms_p_value(profile: Profile, p_values: np.ndarray, rate: float) -> float:
     """The chance of so many alarms or more among exchangeable instances.
 
     Their number is beta-binomial, as the threshold comes from m instances itself: with k = ⌊rate (m + 1)⌋ it is
     binomial with a share drawn from Beta(k, m + 1 − k).
     """
-    m, count = len(profile.arrays["alarms"]), len(scored.p_values)
+    m, count = len(profile.arrays["alarms"]), len(p_values)
     k = math.floor(rate * (m + 1) + 1e-9)
-    alarms = int((scored.p_values <= rate).sum())
+    alarms = int((p_values <= rate).sum())
     return float(stats.betabinom(count, k, m + 1 - k).sf(alarms - 1))
 
 

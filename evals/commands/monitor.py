@@ -176,7 +176,7 @@ def _monitor(arguments: MonitorArguments, decoder: MNIFModel, signal: Signal, la
     rows = array_dataset(data.arrays())
     with output_folder_of(arguments.output_dir, "monitor"):
         latents, scored = score_rows(profile, decoder, signal, rows, latent_init)
-        tests = compare(profile, decoder, scored, latents, rate)
+        tests = compare(profile, decoder, scored, latents, data.groups, rate)
         significant = tests[0].adjusted <= arguments.significance
         searched = _searched_residuals(arguments, profile, decoder, signal, rows, latent_init) if significant else None
         undrawable = 0.0 if searched is None else undrawable_share(profile, searched, rate)

@@ -105,8 +105,8 @@ class Profile:
 
     Attributes:
         record: what it is of.
-        arrays: those of :mod:`mnif.latents.surprise`, and of the instances that set the thresholds
-            ``reference_latents`` [R, D] and ``reference_scores`` [R, S]; ``gaps`` [m] ascending where
+        arrays: those of :mod:`mnif.latents.surprise`, and of the instances that set the thresholds, one
+            of each group, ``reference_latents`` [R, D] and ``reference_scores`` [R, S]; ``gaps`` [m] ascending where
             ``record.gap_steps`` is not 0.
     """
 
@@ -415,13 +415,19 @@ def fit_arrays(
     arrays |= _tails(scores)
     of_others = surprise.scores_of(arrays, latents[calibrating], _rows(statistics, calibrating))
     arrays["alarms"] = np.sort(surprise.alarms_of(arrays, surprise.surprises_of(arrays, of_others)))
-    arrays["reference_latents"] = latents[calibrating][:_REFERENCE].astype(np.float32)
-    arrays["reference_scores"] = of_others[:_REFERENCE]
+    alone = one_of_each([groups[row] for row in calibrating])[:_REFERENCE]
+    arrays["reference_latents"] = latents[calibrating][alone].astype(np.float32)
+    arrays["reference_scores"] = of_others[alone]
     return arrays, calibrating
 
 
 def _rows(statistics: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
     return {name: values[rows] for name, values in statistics.items()}
+
+
+def one_of_each(groups: Sequence[str]) -> np.ndarray:
+    """Picks the first row of each group: rows that are independent of one another."""
+    return np.sort(np.unique(np.asarray(groups), return_index=True)[1])
 
 
 def _parts(groups: Sequence[str], count: int) -> np.ndarray:
