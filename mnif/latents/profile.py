@@ -44,7 +44,7 @@ _FOLDS = 5
 _LEAST_SHAPED = 10  # instances that make the scores
 _REFERENCE = 1000  # instances kept to compare others with
 _BATCH = 64
-_SHARES = {"residual": 0.08, "patch": 0.08, "latent": 0.08}  # of false alarms; the others share the rest
+_SHARES = {"residual": 0.05, "patch": 0.05, "latent": 0.05}  # of false alarms; the others share the rest
 
 _Rate = Annotated[float, Meta(gt=0, lt=1)]
 
