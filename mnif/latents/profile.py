@@ -44,7 +44,17 @@ _FOLDS = 5
 _LEAST_SHAPED = 10  # instances that make the scores
 _REFERENCE = 1000  # instances kept to compare others with
 _BATCH = 64
-_SHARES = {"residual": 0.05, "patch": 0.05, "latent": 0.05}  # of false alarms; the others share the rest
+# Of the false alarms, for each score. What it takes for grain and sharpness to be far out is plain to see; strength and
+# layout need the room.
+_SHARES = {
+    "residual": 0.05,
+    "patch": 0.05,
+    "latent": 0.05,
+    "sharpness": 0.09,
+    "grain": 0.09,
+    "strength": 0.36,
+    "layout": 0.31,
+}
 
 _Rate = Annotated[float, Meta(gt=0, lt=1)]
 
@@ -481,10 +491,9 @@ def _tails(scores: np.ndarray) -> dict[str, np.ndarray]:
     start = np.quantile(scores, 1 - TAIL, axis=0)
     excess = [column[column > begin] - begin for column, begin in zip(scores.T, start, strict=True)]
     scale = np.array([some.mean() if len(some) else 0.0 for some in excess]) + 1e-3
-    rest = (1 - sum(_SHARES.values())) / (len(SCORES) - len(_SHARES))
     return {
         "ranks": np.sort(scores, axis=0).T,
         "tail_start": start,
         "tail_scale": scale,
-        "shares": np.array([_SHARES.get(name, rest) for name in SCORES]),
+        "shares": np.array([_SHARES[name] for name in SCORES]),
     }

@@ -153,3 +153,118 @@ def test_a_robust_search_forgives_rubbish(decoder: MNIFModel) -> None:
         with torch.no_grad():
             errors[name] = (decoder(found) - clean).square().mean().item()
     assert errors["robust"] < errors["squares"] / 10
+
+
+SMALL = ["--resolution", "16", "--num_bases", "12", "--width", "12", "--depth", "1", "--latent_dim", "16"]
+TRAINING = ["--train_batch_size", "24", "--encoder_width", "48", "--compile", "off", "--cells", "2"]
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 pictures of a disc on a ground, and beside them the last 16 with a quarter hidden."""
+    folder = tmp_path_factory.mktemp("drawings")
+    draw = np.random.default_rng(0)
+    rows, columns = np.mgrid[0:16, 0:16]
+    images = []
+    for _ in range(160):
+        ground, colour = draw.integers(0, 256, (2, 3))
+        centre, radius = draw.uniform(5, 11, 2), draw.uniform(3, 5)
+        disc = (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < radius**2
+        images.append(np.where(disc[..., None], colour, ground).astype(np.uint8))
+    np.savez(folder / "sound.npz", images=images, ids=[f"disc {number:03d}" for number in range(160)])
+    hidden = np.stack(images[-16:])
+    hidden[:, 8:, 8:] = draw.integers(0, 256, (16, 8, 8, 3))
+    np.savez(folder / "hidden.npz", images=hidden, ids=[f"hidden {number:02d}" for number in range(16)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "discs"
+    fit = ["fit", "--data", str(drawings / "sound.npz"), "--output_dir", str(output), *SMALL, *TRAINING]
+    fit += ["--held_out_fraction", "0.5", "--test_fraction", "0.25", "--refinement_steps", "4"]
+    assert main([*fit, "--max_train_steps", "150"]) == 0
+    return output
+
+
+def error_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(command) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "%|" not in line and line.strip()]
+    return line
+
+
+def test_fit_leaves_a_profile_and_the_gate_judges_by_it(
+    run: Path, drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = load_profile(run, load_component(MNIFModel, run, "decoder"))
+    assert profile.record.patches == [4, 4]
+    assert profile.record.gap_steps == 4
+    encode = ["encode", "--model", str(run), "--gate", "--refinement_steps", "4"]
+    encode += ["--held_out_fraction", "0.5", "--test_fraction", "0.25"]
+    hidden, sound = tmp_path / "hidden", tmp_path / "sound"
+    assert main([*encode, "--data", str(drawings / "hidden.npz"), "--output_dir", str(hidden)]) == 0
+    assert "16 pictures" in (shown := capsys.readouterr().out) or "of 16 (" in shown
+    gates = {"hidden": json.loads((hidden / "metrics.json").read_text())["gate"]}
+    assert main([*encode, "--data", f"{drawings / 'sound.npz'}", "--split", "test", "--output_dir", str(sound)]) == 0
+    gates["sound"] = json.loads((sound / "metrics.json").read_text())["gate"]
+    assert gates["hidden"]["counts"]["in"] == 0
+    assert gates["sound"]["counts"]["in"] >= 0.75 * sum(gates["sound"]["counts"].values())
+    patches = [tuple(patch) for one in gates["hidden"]["instances"].values() for patch in one["patches"]]
+    assert patches
+    assert np.mean([row >= 2 and column >= 2 for row, column in patches]) > 0.8  # the quarter that was hidden
+    one = gates["hidden"]["instances"]["hidden 00"]
+    assert set(one["scores"]) == set(SCORES)
+    assert 0 < one["gap_p_value"] <= 1
+
+
+def test_a_profile_goes_with_its_decoder(
+    run: Path, drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(run / "model", model)
+    encode = ["encode", "--model", str(model), "--data", str(drawings / "hidden.npz"), "--preset", "fast", "--gate"]
+    encode += ["--output_dir", f"{tmp_path}/out"]
+    decoder = load_component(MNIFModel, model, "decoder")
+    half = decoder.half()
+    assert half.fingerprint() in load_profile(model, decoder).record.fingerprints
+    assert load_profile(model, half).arrays["alarms"].size >= 19
+    before = sha256_of_model(model)
+    arrays = model / "profile/arrays.safetensors"
+    arrays.write_bytes(arrays.read_bytes()[:-40])
+    assert "damaged profile" in error_of(encode, capsys)
+    shutil.rmtree(model / "profile")
+    assert sha256_of_model(model) == before  # latents do not depend on it
+    assert "no profile; `mnif monitor --fit --model" in error_of(encode, capsys)
+    other = load_component(MNIFModel, run, "decoder")
+    with torch.no_grad():
+        other.bases[0].add_(0.1)
+    with pytest.raises(UserError, match="the profile of another decoder"):
+        load_profile(run, other)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gate", "--mirror"], "--gate: the profile is of whole instances as the data have them; leave out --mirror"),
+        (["--gate", "--views", "1"], "leave out --views"),
+        (["--false_alarm_rate", "0.1"], "--false_alarm_rate 0.1: needs --gate"),
+        (["--gate", "--false_alarm_rate", "0.001"], "held-out instances allow 0.0"),
+        (["--gate", "--false_alarm_rate", "0"], "--false_alarm_rate 0: the profile's"),
+        (["--robust", "--preset", "fast"], "--robust: refines latents"),
+    ],
+)
+def test_gates_that_mean_nothing_are_refused(
+    flags: list[str], message: str, run: Path, drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode = ["encode", "--model", str(run), "--data", str(drawings / "hidden.npz"), "--output_dir", f"{tmp_path}/out"]
+    assert message in error_of([*encode, *flags], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_robust_encode_keeps_more_of_what_was_there(run: Path, drawings: Path, tmp_path: Path) -> None:
+    for name, flags in {"plain": [], "robust": ["--robust"]}.items():
+        encode = ["encode", "--model", str(run), "--data", str(drawings / "hidden.npz"), "--refinement_steps", "5"]
+        assert main([*encode, "--output_dir", f"{tmp_path}/{name}", *flags]) == 0
+    plain, robust = ((tmp_path / name / "latents.safetensors").read_bytes() for name in ("plain", "robust"))
+    assert plain != robust
