@@ -2,9 +2,9 @@
 
     python benchmarks/monitoring.py --model runs/emoji/model --data twemoji --other avatars --output monitoring.json
 
-Instances are those of the test split, which no threshold, mean or covariance has seen. Of each kind of damage the
-AUROC of the alarm (the chance that a spoilt instance has a higher one than a sound one), the share called doubtful or
-out at the profile's false-alarm rate, and the score that was most surprising most often.
+Instances are those of the test split, one of each group, which no threshold, mean or covariance has seen. Of each kind
+of damage the AUROC of the alarm (the chance that a spoilt instance has a higher one than a sound one), the share
+called doubtful or out at the profile's false-alarm rate, and the score that was most surprising most often.
 
 - noise: Gaussian, standard deviation 0.1 on values in [-1, 1].
 - blur: Gaussian, standard deviation 1/32 of an axis; light blur: half of it.
@@ -31,9 +31,11 @@ from torch import Tensor
 from mnif.data.batches import array_dataset
 from mnif.data.dataset import Split
 from mnif.latents import surprise
+from mnif.latents.calibration import one_of_each
 from mnif.latents.inference import initial_latents, load_latent_init, optimize_latents
+from mnif.latents.patches import statistics_of
 from mnif.latents.pca import fit_pca
-from mnif.latents.profile import Profile, load_profile, statistics_of
+from mnif.latents.profile import Profile, load_profile
 from mnif.latents.robust import RobustLoss
 from mnif.latents.surprise import SCORES
 from mnif.models.io import load_component
@@ -102,7 +104,8 @@ def main() -> None:
 
     data = signal.load_like(arguments.data)
     splits = data.split(0.1, 0.05)
-    sound = values_of(data.rows(splits == Split.TEST))
+    test = data.rows(splits == Split.TEST)
+    sound = values_of(test.rows(one_of_each(test.groups)))
     others = signal.load_like(arguments.other)
     sets = {"sound": sound}
     sets |= {name: spoil(sound, np.random.default_rng(0)) for name, spoil in DAMAGE.items()}
@@ -123,7 +126,9 @@ def main() -> None:
             "reason": Counter(reasons).most_common(1)[0][0],
             "single": {score: auroc(judged["sound"][2][:, n], scores[:, n]) for n, score in enumerate(SCORES)},
         }
-        print(f"{name:12} {result[name]['auroc']:.3f} {result[name]['called']:.2f} {result[name]['reason']}", flush=True)
+        print(
+            f"{name:12} {result[name]['auroc']:.3f} {result[name]['called']:.2f} {result[name]['reason']}", flush=True
+        )
     print(f"false alarms {result['false_alarms']:.3f} of {len(sound)}")
     if arguments.rubbish:
         train = values_of(data.rows(splits == Split.TRAIN))

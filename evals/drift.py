@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
 
-from mnif.latents.profile import Profile, Scored, one_of_each
+from mnif.latents.calibration import one_of_each
+from mnif.latents.profile import Profile, Scored
 from mnif.latents.surprise import SCORES
 from mnif.models.mnif_model import MNIFModel
 
 ADVICE = {
     "keep": "no test tells these instances from the held-out ones; keep the model",
     "refine": "they differ, but the bases can draw them: search for latents (`mnif encode --preset best`, with "
-    "--robust if parts are rubbish) and do not trust the encoder alone; if they are blurred, noisy or moved, mend what "
-    "records them",
+    "--robust if parts are rubbish) and do not trust the encoder alone; if they are blurred, noisy or moved, mend "
+    "what records them",
     "grow": "some of them the bases cannot draw, even with latents searched for: add bases for the new kind",
     "refit": "most of them the bases cannot draw, even with latents searched for: fit a model to such data",
 }
@@ -65,7 +67,7 @@ def compare(
     """
     known, alone = profile.arrays["reference_latents"], one_of_each(groups)
     numbers, scores = latents.cpu().numpy()[alone], scored.scores[alone]
-    families = {
+    families: dict[str, dict[Any, float]] = {
         "alarms": {"share": alarms_p_value(profile, scored.p_values[alone], rate)},
         "scores": dict(zip(SCORES, _two_samples(profile.arrays["reference_scores"], scores), strict=True)),
         "latents": dict(enumerate(_two_samples(known, numbers))),

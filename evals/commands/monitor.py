@@ -58,7 +58,7 @@ class TestsFlags:
 
 @dataclass(kw_only=True)
 class MonitorArguments(DataFlags, TestsFlags):
-    """Test data against the model's profile, and advise: keep, refine, grow or refit. Exit code 0 is keep, 1 is not."""
+    """Test data against the model's profile, and advise: keep (exit code 0), refine, grow or refit (exit code 1)."""
 
     model: Path
     """The model folder, RUN/model."""
@@ -111,7 +111,9 @@ def _check(arguments: MonitorArguments) -> None:
     if arguments.fit and arguments.split not in ("all", "held_out"):
         raise UserError(f"--split {arguments.split}: a profile is of held-out instances; leave it out")
     if arguments.fit == (arguments.output_dir is not None):
-        given = "--fit writes into the model; leave out --output_dir" if arguments.fit else "give --output_dir, or --fit"
+        given = (
+            "--fit writes into the model; leave out --output_dir" if arguments.fit else "give --output_dir, or --fit"
+        )
         raise UserError(given)
     if arguments.output_dir is not None:
         check_output_folder(arguments.output_dir, "monitor")
@@ -135,8 +137,9 @@ def _fit(arguments: MonitorArguments, decoder: MNIFModel, signal: Signal, latent
     import torch
 
     from mnif.data.batches import array_dataset
+    from mnif.latents.calibration import check_enough, fit_profile
     from mnif.latents.inference import infer_latents
-    from mnif.latents.profile import FALSE_ALARM_RATE, check_enough, fit_profile
+    from mnif.latents.profile import FALSE_ALARM_RATE
     from mnif.models.io import PROFILE, model_folder_in
 
     data = _selected(arguments, signal, "held_out")
@@ -205,7 +208,7 @@ def _searched_residuals(
 
     from mnif.data.batches import evenly_spaced
     from mnif.latents.inference import infer_latents
-    from mnif.latents.profile import patch_statistics
+    from mnif.latents.patches import patch_statistics
     from mnif.latents.surprise import SCORES
 
     some = rows.subset(evenly_spaced(len(rows), _SEARCHED))

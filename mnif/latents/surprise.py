@@ -2,7 +2,7 @@
 
 What is scored is a latent, and four numbers for each patch of the instance (:data:`STATISTICS`); no search is needed,
 so a board can do the same. Everything that was learned from held-out instances is in the arrays of a profile, which
-:mod:`mnif.latents.profile` makes, reads and writes:
+:mod:`mnif.latents.calibration` makes:
 
 ====================  ================  =========================================================================
 array                 shape             meaning

@@ -10,7 +10,8 @@ from scipy import stats
 
 from evals.drift import advice, alarms_p_value, holm
 from mnif.cli import main
-from mnif.latents.profile import Profile, load_profile, one_of_each
+from mnif.latents.calibration import one_of_each
+from mnif.latents.profile import Profile, load_profile
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 
@@ -59,7 +60,9 @@ def discs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for image in images:
         ground, colour = draw.integers(0, 256, (2, 3))
         centre, radius = draw.uniform(5, 11, 2), draw.uniform(3, 5)
-        image[:] = np.where(((rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < radius**2)[..., None], colour, ground)
+        image[:] = np.where(
+            ((rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < radius**2)[..., None], colour, ground
+        )
     np.savez(folder / "known.npz", images=images[:220], ids=[f"disc {number:03d}" for number in range(220)])
     np.savez(folder / "more.npz", images=images[220:], ids=[f"more {number:03d}" for number in range(80)])
     np.savez(folder / "noise.npz", images=draw.integers(0, 256, (40, 16, 16, 3)).astype(np.uint8))
