@@ -34,9 +34,6 @@ class OwnMemory(ModelMixin):
         return loaded
 
 
-PROFILE = "profile"
-"""The folder, in a model folder, of how held-out instances score (:mod:`mnif.latents.profile`)."""
-
 Component = TypeVar("Component", bound=ModelMixin)
 
 _WEIGHTS = "diffusion_pytorch_model"
@@ -138,16 +135,3 @@ def check_component(kind: Any, folder: Path, variant: str | None = None) -> None
                 raise UserError(f"{path}: {name} is {shape or 'missing'}, where config.json makes it {wanted}")
             if found[name].get_dtype() not in _REAL:
                 raise UserError(f"{path}: {name} is {found[name].get_dtype()}; floating-point numbers are needed")
-<<<<<<< HEAD
-
-
-def sha256_of_model(folder: Path) -> str:
-    """The SHA-256 of a model folder's components; index, card, picture and profile say nothing that results
-    depend on."""
-    digest = hashlib.sha256()
-    for part in sorted(folder.iterdir()):
-        if part.is_dir() and part.name != PROFILE and not part.name.startswith("."):
-            digest.update(f"{part.name} {sha256_of_folder(part)}\n".encode())
-    return digest.hexdigest()
-=======
->>>>>>> main
