@@ -15,12 +15,12 @@ import msgspec
 import torch
 from torch import Tensor
 
-from export.device.bundle import ENGINES, UNFINISHED
+from export.device.bundle import ENGINES, MANIFEST, UNFINISHED
+from export.graphs.denoisers import ExportedDenoiser, for_decoder
 from export.graphs.fields import Resolution, baked_specs, decoder_spec, widen_channels
 from export.graphs.radiance import baked_radiance_specs, radiance_specs
-from export.graphs.sampler import browser_specs, for_decoder, prior_spec, sampler_spec
+from export.graphs.sampler import browser_specs, prior_spec, sampler_spec
 from export.graphs.specs import GraphSpec
-from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise, sample_latents
 from mnif.latents.table import LatentTable
@@ -137,7 +137,7 @@ class Selection:
         student = self.pipeline.student
         if student is not None and steps in student.config.distilled_steps:
             denoiser, scheduler = student, self.pipeline.student_scheduler
-        if not isinstance(denoiser, ResMLPDenoiser):
+        if not isinstance(denoiser, ExportedDenoiser):
             raise UserError(
                 f"{type(denoiser).__name__} cannot be exported; `mnif distill` makes a student that can, for "
                 "--num_inference_steps 1, 2 or 4"
@@ -155,7 +155,7 @@ class Selection:
         return ExportedInstances(reference_latents(self.decoder, _REFERENCES, self.seed), [])
 
 
-COMMANDS = ("build", "sample", "verify", "bench")
+COMMANDS = ("build", "sample", "verify", "bench", "update")
 
 
 def write_device_files(bundle: Path) -> None:
@@ -166,9 +166,6 @@ def write_device_files(bundle: Path) -> None:
         shutil.copyfile(source, device / "export" / source.relative_to(here))
     for name in COMMANDS:
         shutil.copyfile(here / "device_entry.py", device / f"{name}.py")
-
-
-MANIFEST = "manifest.json"
 
 
 class WrittenFile(msgspec.Struct):
