@@ -103,6 +103,15 @@ class StraightThrough(MNIFModel):
         return coefficients + (kept - coefficients).detach()
 
 
+class QuarticThreshold(MNIFModel):
+    """Sparse coefficients: the K largest, α (1 - (t / α)⁴) with t the magnitude that comes next."""
+
+    def coefficients(self, latents: Tensor) -> Tensor:
+        coefficients, _, threshold = _largest(self, latents)
+        share = (threshold / coefficients.abs().clamp(min=1e-12)).clamp(max=1)
+        return coefficients * (1 - share.square().square())
+
+
 class SoftThreshold(MNIFModel):
     """Sparse coefficients: the K largest, less the magnitude that comes next."""
 
@@ -347,6 +356,7 @@ TOKENS = {
 SPARSE = {
     "hard threshold": Variant(decoder=HardThreshold),
     "straight through": Variant(decoder=StraightThrough),
+    "quartic threshold": Variant(decoder=QuarticThreshold),
     "soft threshold": Variant(decoder=SoftThreshold),
 }  # with --flags="--coefficient_sparsity 16"
 VARIANTS = FIRST_ROUND | SECOND_ROUND | TOKENS | SPARSE

@@ -36,7 +36,7 @@ from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
 from latent_prior.schedulers import scales_samples
 from mnif.models.mnif_model import MNIFModel
-from mnif.models.sparse_coefficients import floor_of
+from mnif.models.sparse_coefficients import FADE, floor_of
 from mnif.models.token_map import TokenMap
 from mnif.utils.errors import UserError
 
@@ -220,13 +220,12 @@ def _keep_largest(builder: GraphBuilder, coefficients: str, num_bases: int, acti
     place = builder.constant(f"{name}/place", np.array([active], dtype=np.int64))
     largest = builder.largest(sizes, active + 1, f"{name}/largest")
     threshold = builder.add("Gather", [largest, place], f"{name}/threshold", axis=1)
-    sizes = builder.add("Max", [sizes, builder.number(floor_of(torch.float32))], f"{name}/divisor")
-    share = builder.add("Div", [threshold, sizes], f"{name}/ratio")
-    share = builder.add("Min", [share, builder.number(1.0)], f"{name}/share")
-    square = builder.add("Mul", [share, share], f"{name}/square")
-    fourth = builder.add("Mul", [square, square], f"{name}/fourth")
-    kept = builder.add("Sub", [builder.number(1.0), fourth], f"{name}/kept")
-    return builder.add("Mul", [rows, kept], name)
+    above = builder.add("Sub", [sizes, threshold], f"{name}/above")
+    least = builder.add("Max", [threshold, builder.number(floor_of(torch.float32))], f"{name}/divisor")
+    faded = builder.add("Mul", [least, builder.number(FADE)], f"{name}/faded")
+    share = builder.add("Div", [above, faded], f"{name}/share")
+    share = builder.add("Clip", [share, builder.scalar(0.0), builder.scalar(1.0)], f"{name}/kept")
+    return builder.add("Mul", [rows, share], name)
 
 
 def _map_tokens(builder: GraphBuilder, mapping: TokenMap, latents: str) -> str:

@@ -1,10 +1,8 @@
 """Sparse coefficients: a layer of a cell takes a few of the bases, and the coefficients of all others are zero.
 
-The K largest in magnitude are kept. What a coefficient loses depends on how far it lies above the next magnitude t:
-α becomes α (1 - (t / α)⁴), so a coefficient that leaves is zero when it leaves, and one of twice that size loses a
-sixteenth. (With exponent 1 it would be soft thresholding, with 2 Breiman's garrote of 1995, without an end hard
-thresholding.) So coefficients are continuous in the latent, no order among equals matters, and an engine that rounds
-otherwise makes the same field.
+The K largest in magnitude are kept as they are (hard thresholding; Blumensath and Davies, 2008), and they alone get a
+gradient. Those within a thirty-second above the next magnitude are faded, in a line down to zero: so coefficients are
+continuous in the latent, no order among equals matters, and an engine that rounds otherwise makes the same field.
 """
 
 import torch
@@ -32,21 +30,28 @@ def check_sparsity(active: int | None, num_bases: int, mixing: str) -> None:
         raise ValueError(f"coefficient_sparsity {active}: must be at least 1 and below the number of bases, {num_bases}")
 
 
+FADE = 1 / 32
+"""How far above the next magnitude a coefficient is faded, as a fraction of that."""
+
+
 def keep_largest(coefficients: Float[Tensor, "*rows bases"], active: int) -> Float[Tensor, "*rows bases"]:
     """Keeps the ``active`` largest of each row in magnitude, fewer where several share the next magnitude.
+
+    The gradient is that of what is kept, how much of it being a constant; where nothing comes next, that of all, or a
+    search that starts at zero would never move.
 
     Args:
         coefficients: [..., M].
         active: K, 1 to M - 1.
     """
-    sizes = coefficients.abs()
+    sizes = coefficients.detach().abs()
     threshold = sizes.topk(active + 1, dim=-1).values[..., -1:]
-    share = (threshold / sizes.clamp(min=floor_of(coefficients.dtype))).clamp(max=1)
-    return coefficients * (1 - share.square().square())
+    share = ((sizes - threshold) / (FADE * threshold.clamp(min=floor_of(sizes.dtype)))).clamp(0, 1)
+    return coefficients * share.where(threshold > 0, 1)
 
 
 def floor_of(dtype: torch.dtype) -> float:
-    """Gives what magnitudes are divided by at least; where all of a row are zero, they then learn as if all were kept."""
+    """Gives what a magnitude is taken for at least where it divides."""
     return torch.finfo(dtype).eps ** 2
 
 
