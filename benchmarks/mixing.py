@@ -11,6 +11,7 @@ Prints medians of alternating rounds, so that a machine whose speed drifts drift
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,9 +36,7 @@ def product_mixing(model: MNIFModel, coefficients: Tensor) -> Tensor:
 
 def gathered_mixing(model: MNIFModel, coefficients: Tensor) -> Tensor:
     flat = coefficients.flatten(0, 1)
-    return torch.cat(
-        [model.means[i] + mix_gathered(flat[:, i], bases) for i, bases in enumerate(model.bases)], dim=1
-    )
+    return torch.cat([model.means[i] + mix_gathered(flat[:, i], bases) for i, bases in enumerate(model.bases)], dim=1)
 
 
 def chosen_mixing(model: MNIFModel, coefficients: Tensor) -> Tensor:
@@ -87,10 +86,11 @@ def sparse() -> None:
             for batch in BATCHES:
                 coefficients = model.coefficients(torch.randn(batch, model.config.latent_dim))
                 ways = {
-                    name: lambda mix=mix: mix(model, coefficients)
-                    for name, mix in (("p", product_mixing), ("g", gathered_mixing), ("c", chosen_mixing))
+                    mix.__name__: partial(mix, model, coefficients)
+                    for mix in (product_mixing, gathered_mixing, chosen_mixing)
                 }
-                difference = (ways["g"]() - ways["p"]()).abs().max() / ways["p"]().abs().max()
+                product = product_mixing(model, coefficients)
+                difference = (gathered_mixing(model, coefficients) - product).abs().max() / product.abs().max()
                 times = " | ".join(f"{milliseconds:.3f}" for milliseconds in medians(ways).values())
                 print(f"| {active} | {batch} | {times} | {difference:.0e} |")
 

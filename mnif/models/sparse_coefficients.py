@@ -27,7 +27,9 @@ def check_sparsity(active: int | None, num_bases: int, mixing: str) -> None:
     if mixing != "delta":
         raise ValueError(f'mixing {mixing}: without coefficients a layer is nothing; sparse ones need "delta"')
     if not 1 <= active < num_bases:
-        raise ValueError(f"coefficient_sparsity {active}: must be at least 1 and below the number of bases, {num_bases}")
+        raise ValueError(
+            f"coefficient_sparsity {active}: must be at least 1 and below the number of bases, {num_bases}"
+        )
 
 
 FADE = 1 / 32
