@@ -54,7 +54,7 @@ def keep_largest(coefficients: Float[Tensor, "*rows bases"], active: int) -> Flo
 
 def floor_of(dtype: torch.dtype) -> float:
     """Gives what a magnitude is taken for at least where it divides."""
-    return torch.finfo(dtype).eps ** 2
+    return torch.finfo(dtype).eps
 
 
 def gathering_pays(active: int, fields: int, num_bases: int, parameters: int) -> bool:
