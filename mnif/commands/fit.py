@@ -104,14 +104,20 @@ class ModelFlags:
     """How far a cell's field reaches over its borders, as a fraction of its width (0 to 0.5)."""
     omega: float = 10.0
     """Frequency w0 of the sines."""
+    output_sine: bool = False
+    """A sine after the last layer too, as the paper's image fields have it."""
+
+
+@dataclass(kw_only=True)
+class MixingFlags:
+    """How bases become fields."""
+
     mixing: Literal["delta", "average"] = "delta"
     """Mean network plus mixed differences, or the paper's plain weighted average."""
     coefficient_form: Literal["layer", "shared", "direct"] = "layer"
     """Coefficients for each layer, one vector for all layers, or the latent itself."""
     coefficient_sparsity: int | None = None
     """Bases that a layer of a cell takes at most, of --num_bases; unless given, all. Needs --mixing delta."""
-    output_sine: bool = False
-    """A sine after the last layer too, as the paper's image fields have it."""
 
 
 @dataclass(kw_only=True)
@@ -180,7 +186,7 @@ class OptimizerFlags:
 
 
 @dataclass(kw_only=True)
-class FitArguments(DataFlags, ModelFlags, MethodFlags, RadianceFlags, OptimizerFlags, TrainingArguments):
+class FitArguments(DataFlags, ModelFlags, MixingFlags, MethodFlags, RadianceFlags, OptimizerFlags, TrainingArguments):
     """Learn basis networks and latents from data; the same command again continues or reuses the run."""
 
     data: str
@@ -204,7 +210,10 @@ class FitArguments(DataFlags, ModelFlags, MethodFlags, RadianceFlags, OptimizerF
 
 
 DECODER_SETTINGS = tuple(
-    field.name for field in fields(ModelFlags) if field.name not in ("latent_dim", "latent_layout")
+    field.name
+    for group in (ModelFlags, MixingFlags)
+    for field in fields(group)
+    if field.name not in ("latent_dim", "latent_layout")
 )
 """The flags that the decoder is made with as they are."""
 
