@@ -18,6 +18,7 @@ install_import_hook(
         "mnif.models.sparse_coefficients",
         "mnif.signals.base",
         "mnif.signals.volume_rendering",
+        "latent_prior.denoiser_blocks",
         "latent_prior.denoisers",
         "latent_prior.diffusion",
         "latent_prior.distillation",
