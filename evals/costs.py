@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,7 +41,7 @@ def decode_costs(decoder: MNIFModel, signal: Signal, rows: ArrayDataset) -> dict
         ``decode_multiply_adds`` (map, mixing and fields, without sines), ``decode_milliseconds`` in PyTorch one at a
         time, ``field_bytes`` of the baked fields in float32, and ``shipped_bytes`` (:func:`shipped_bytes`).
     """
-    (batch,) = rows.subset([0]).batches(1, decoder.device)
+    (batch,) = rows.subset(np.arange(1)).batches(1, decoder.device)
     observation = _observed(signal, batch)
     latents = torch.zeros(1, decoder.config.latent_dim, device=decoder.device)
     with torch.no_grad():
