@@ -402,7 +402,7 @@ def _train(
     train_loop(arguments, accelerator, method, rows, validate, show).run()
     if not accelerator.is_main_process:
         return {}
-    method.to("cpu").eval()
+    method.eval()
     steps = arguments.refinement_steps
     return save_results(arguments.output_dir, method, arguments.method, data, splits, rows, held_rows, steps)
 

@@ -41,7 +41,7 @@ def save_results(
 
     Args:
         run: the run folder; an auto-decoder's latents are read from its last checkpoint.
-        method: what was trained, on the CPU.
+        method: what was trained, where it computes.
         method_name: such as ``encoder``, for the names of metrics.
         data: all instances, with their ids.
         splits: for each of them a :class:`~mnif.data.dataset.Split`.
@@ -55,7 +55,7 @@ def save_results(
     signal = method.signal
     latent_init = _save_model(run / "model", method)
     # Through the file and back, so that the fingerprint is that of what later commands will load.
-    decoder = load_component(MNIFModel, run / "model", "decoder")
+    decoder = load_component(MNIFModel, run / "model", "decoder").to(method.decoder.device)
     if isinstance(method, AutoDecoderMethod):
         train_latents = method.rows.read_all(newest_checkpoint(run / "checkpoints" / "fit"))
     else:
@@ -139,7 +139,7 @@ def _save_latent_table(
     kept = splits != Split.TEST
     is_held_out = torch.from_numpy(splits[kept] == Split.HELD_OUT)
     latents = torch.empty(len(is_held_out), decoder.config.latent_dim)
-    latents[~is_held_out], latents[is_held_out] = train, held_out
+    latents[~is_held_out], latents[is_held_out] = train.cpu(), held_out.cpu()
     ids = [id for id, keep in zip(data.ids, kept.tolist(), strict=True) if keep]
     LatentTable(latents, ids, is_held_out, decoder.fingerprint(), data.name).save(run / "latents.safetensors")
 
@@ -147,7 +147,7 @@ def _save_latent_table(
 def _costs(decoder: MNIFModel) -> dict[str, float]:
     """Counts what the model and one of its fields are made of, and the memory that it took to come here."""
     config = decoder.config
-    field = decoder.bake(decoder.coefficients(torch.zeros(1, config.latent_dim)))
+    field = decoder.bake(decoder.coefficients(torch.zeros(1, config.latent_dim, device=decoder.device)))
     return {
         "peak_rss_mb": peak_memory_megabytes(),
         "decoder_parameters": decoder.num_parameters(),
@@ -194,10 +194,10 @@ def _save_reconstructions(
 ) -> None:
     """Rows of originals, of what the first latents show, and of what refined ones show."""
     pick = np.linspace(0, len(rows) - 1, min(_SHOWN, len(rows))).astype(int)
-    (batch,) = rows.subset(pick).batches(len(pick))
+    (batch,) = rows.subset(pick).batches(len(pick), decoder.device)
     images = [
         signal.original_images(batch),
-        signal.reconstruction_images(decoder, latents[pick], batch),
-        signal.reconstruction_images(decoder, refined[pick], batch),
+        signal.reconstruction_images(decoder, latents[pick].to(decoder.device), batch),
+        signal.reconstruction_images(decoder, refined[pick].to(decoder.device), batch),
     ]
     save_image(run / "samples" / "reconstructions.png", _sheet(images))
