@@ -34,6 +34,7 @@ COMMANDS = {
     "inspect": ("export.commands.inspect", "make_parser", "show what is in a bundle and what its plans are made of"),
     "eval": ("evals.commands.eval", "EvalArguments", "measure samples and reconstructions beside their controls"),
     "report": ("evals.commands.report", "ReportArguments", "write one HTML page that shows a run"),
+    "atlas": ("evals.commands.atlas", "AtlasArguments", "write one HTML page that shows what each basis does"),
 }
 """Each command: its module, what stands there for its flags (a dataclass, or on boards a parser), and its purpose."""
 
