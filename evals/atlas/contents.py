@@ -23,7 +23,7 @@ _NEIGHBOURS = 3
 def drawn_plates(atlas: Atlas, count: int) -> tuple[dict[int, BasisPlate], list[SubjectPlate]]:
     """Draws the ``count`` most important bases and all that subjects name, and the subjects."""
     draughtsman = Draughtsman(atlas.mixture)
-    bar = progress_bar(list(zip(atlas.subjects, atlas.rises, strict=True)), desc="explaining", unit="picture")
+    bar = progress_bar(list(zip(atlas.subjects, atlas.rises, strict=True)), desc="explaining", unit=atlas.mixture.signal.noun)
     subjects = [draughtsman.subject(subject, rises, atlas.named) for subject, rises in bar]
     named = [strip.basis for subject in subjects for strip in subject.strips]
     wanted = dict.fromkeys([*atlas.order[:count], *named])
@@ -89,6 +89,8 @@ class _Writer:
             "share": 100 * strip.share,
             "psnr": psnr_of(strip.error),
             "row": self._row(strip.frames),
+            "adds": self._picture(strip.difference),
+            "gain": strip.gain,
             "cells": self._map(strip.cells),
         }
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evals.atlas.mixture import AT_ONCE, Mixture, Subject, coefficients_of
-from evals.atlas.removal import others_at_random, strongest
+from evals.atlas.removal import mean_errors, others_at_random, strongest
 from evals.atlas.usage import Usage
 from evals.report.exhibits import easel_of
 from mnif.utils.pixels import as_axes
@@ -55,6 +55,8 @@ class Strip:
         share: of the rises of all bases.
         error: the squared error without it.
         frames: at each of :data:`STEPS`, [5, H, W, 3].
+        difference: what the basis adds to the subject as it is, [H, W, 3].
+        gain: by which the difference is enlarged.
         cells: where the error rises without it.
     """
 
@@ -62,6 +64,8 @@ class Strip:
     share: float
     error: float
     frames: np.ndarray
+    difference: np.ndarray
+    gain: int
     cells: np.ndarray | None
 
 
@@ -140,7 +144,7 @@ class Draughtsman:
         top = strongest(rises, count)
         others = others_at_random(top, count, np.random.default_rng(0)).to(whole.device)
         mixtures = torch.stack([whole, mixture.without(whole, top), mixture.without(whole, others)])
-        error, left_error, others_error = mixture.errors(subject, mixtures).tolist()
+        error, left_error, others_error = mean_errors(mixture, subject, mixtures).tolist()
         shown, left, left_others = self.drawn(mixtures)
         original = None if subject.is_sample else self.mixture.signal.original_images(subject.row)[0]
         total = rises.sum(dim=0).flatten()
@@ -156,10 +160,13 @@ class Draughtsman:
         steps = torch.tensor(STEPS, device=own.device)
         mixtures = subject.coefficients.repeat(len(steps), 1, 1, 1)
         mixtures.flatten(2)[:, :, basis] += steps[:, None] * own
-        error = self.mixture.errors(subject, mixtures[STEPS.index(-1)][None]).item()
+        error = mean_errors(self.mixture, subject, mixtures[STEPS.index(-1)][None]).item()
         rise = of_cells[:, basis]
         share = float(rise.sum() / of_cells.clamp_min(0).sum().clamp_min(1e-12))
-        return Strip(basis, share, error, self.drawn(mixtures), self.map(rise))
+        frames = self.drawn(mixtures)
+        shown, without = (frames[[STEPS.index(step)]] for step in (0, -1))
+        difference, gain = signed_difference(shown, without)
+        return Strip(basis, share, error, frames, difference[0], gain, self.map(rise))
 
     def map(self, values: Tensor) -> np.ndarray | None:
         """Draws what cells have as :func:`cell_map`; None of a model with one cell."""

@@ -30,7 +30,18 @@ def error_rises(mixture: Mixture, subject: Subject) -> Float[Tensor, "cells laye
     """
     on_grid = isinstance(mixture.signal, GridSignal)
     rises = measured_rises if on_grid or mixture.decoder.num_cells == 1 else estimated_rises
-    return torch.stack([rises(mixture, subject, look) for look in range(1 if on_grid else _LOOKS)]).mean(dim=0)
+    return torch.stack([rises(mixture, subject, look) for look in _looks(mixture)]).mean(dim=0)
+
+
+def mean_errors(
+    mixture: Mixture, subject: Subject, coefficients: Float[Tensor, "mixtures cells layers bases"]
+) -> Float[Tensor, " mixtures"]:
+    """Computes the squared errors of other coefficients where :func:`error_rises` looks."""
+    return torch.stack([mixture.errors(subject, coefficients, look) for look in _looks(mixture)]).mean(dim=0)
+
+
+def _looks(mixture: Mixture) -> range:
+    return range(1 if isinstance(mixture.signal, GridSignal) else _LOOKS)
 
 
 def measured_rises(mixture: Mixture, subject: Subject, look: int = 0) -> Float[Tensor, "cells layers bases"]:

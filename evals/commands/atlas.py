@@ -86,7 +86,7 @@ def atlas(arguments: AtlasArguments) -> None:
     from mnif.signals.registry import signal_of_model
 
     model = model_folder(arguments.model)
-    if arguments.output_dir is None and not arguments.model.is_dir():
+    if arguments.output_dir is None and model.is_dir() and not arguments.model.exists():
         raise UserError(f"--model {arguments.model}: a model of the hub; give --output_dir too")
     output = arguments.output_dir or model.parent
     check_writable(output)
