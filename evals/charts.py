@@ -173,7 +173,7 @@ def importance_chart(layers: Mapping[str, Sequence[float]]) -> Figure:
         order = sorted((-share, name) for name, shares in layers.items() for share in shares)
         for name in layers:
             places = [(place, -share) for place, (share, owner) in enumerate(order, 1) if owner == name]
-            axes.scatter(*zip(*places, strict=True), s=7, label=name)
+            axes.plot(*zip(*places, strict=True), "o", markersize=2.5, label=name)
         axes.set(xlabel="rank of the basis", ylabel="share of all rises of the error, %")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, markerscale=2)

@@ -121,9 +121,7 @@ def _check(**numbers: int) -> None:
     check_at_least(0, **numbers)
 
 
-def launch(
-    app: DemoApp, folder: Path, host: str, port: int, block: bool = True, atlas: Path | None = None
-) -> Any:
+def launch(app: DemoApp, folder: Path, host: str, port: int, block: bool = True, atlas: Path | None = None) -> Any:
     """Serves the page.
 
     Args:

@@ -23,7 +23,9 @@ _NEIGHBOURS = 3
 def drawn_plates(atlas: Atlas, count: int) -> tuple[dict[int, BasisPlate], list[SubjectPlate]]:
     """Draws the ``count`` most important bases and all that subjects name, and the subjects."""
     draughtsman = Draughtsman(atlas.mixture)
-    bar = progress_bar(list(zip(atlas.subjects, atlas.rises, strict=True)), desc="explaining", unit=atlas.mixture.signal.noun)
+    bar = progress_bar(
+        list(zip(atlas.subjects, atlas.rises, strict=True)), desc="explaining", unit=atlas.mixture.signal.noun
+    )
     subjects = [draughtsman.subject(subject, rises, atlas.named) for subject, rises in bar]
     named = [strip.basis for subject in subjects for strip in subject.strips]
     wanted = dict.fromkeys([*atlas.order[:count], *named])
@@ -145,9 +147,7 @@ def removal_curves(test: RemovalTest) -> tuple[list[float], dict[str, list[float
     """The shares in percent and the PSNR of what is left, for :func:`evals.charts.removal_chart`."""
     orders = {"the strongest": test.strongest, "as large, at random": test.same_sum, "at random": test.random}
     shares = [100 * count / test.of for count in test.counts]
-    return shares, {
-        name: [psnr_of(test.before + rise) for rise in rises] for name, rises in orders.items()
-    }
+    return shares, {name: [psnr_of(test.before + rise) for rise in rises] for name, rises in orders.items()}
 
 
 def figures(atlas: Atlas) -> dict[str, Any]:

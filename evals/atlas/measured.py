@@ -127,7 +127,9 @@ def _instances(mixture: Mixture, table: LatentTable, data: Dataset, count: int) 
     place = {id: row for row, id in enumerate(data.ids)}
     known = np.array([row for row, id in enumerate(table.ids) if id in place], dtype=int)
     if not len(known):
-        raise UserError(f"{data.name}: none of the table's instances is there, such as {table.ids[0]}; give their data")
+        raise UserError(
+            f"{data.name}: none of the table's instances is there, such as {table.ids[0]}; give their data"
+        )
     held_out = known[table.held_out.numpy()[known]]
     known = held_out if len(held_out) else known
     rows = array_dataset(data.arrays())
@@ -149,4 +151,3 @@ def basis_names(decoder: MNIFModel) -> tuple[list[str], list[str]]:
         [f"{layer}·{basis}" for layer in layers for basis in bases],
         [f"layer {layer}" for layer in layers for _ in bases],
     )
-

@@ -52,17 +52,16 @@ def measured_usage(decoder: MNIFModel, batches: Iterable[Tensor], baseline: Tens
         baseline: [cells, layers, M], of :class:`evals.atlas.mixture.Mixture`.
     """
     norms = basis_norms(decoder, baseline.shape[1])
-    squares, moments, instances = torch.zeros_like(baseline), 0.0, []
-    active, count = torch.zeros_like(baseline), 0
+    squares, active, count, instances = torch.zeros_like(baseline), torch.zeros_like(baseline), 0, []
+    moments = baseline.new_zeros(norms.numel(), norms.numel())
     for coefficients in batches:
         moved = coefficients - baseline
         squares += moved.square().sum(dim=0)
         active += (coefficients != 0).sum(dim=0)
         instances.append((moved.square().mean(dim=1).sqrt() * norms).flatten(1))
         rows = moved.flatten(2).flatten(0, 1)
-        moments = moments + rows.T @ rows
+        moments += rows.T @ rows
         count += len(coefficients)
-    assert isinstance(moments, Tensor), "no instances"
     scale = moments.diagonal().sqrt().clamp_min(1e-12)
     return Usage(
         cells=(squares / count).sqrt() * norms,
@@ -90,5 +89,3 @@ def _likeness(decoder: MNIFModel, layers: int) -> Tensor:
     each = [bases.detach() for bases in decoder.bases]
     whole = [torch.cat(each, dim=1)] if layers == 1 else each
     return torch.block_diag(*(rows @ rows.T for rows in (normalize(bases, dim=1) for bases in whole)))
-
-

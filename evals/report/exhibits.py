@@ -116,7 +116,7 @@ class ViewEasel(Easel):
     frames = 5
 
     def drawn(self, latents: Tensor, pixels: int) -> np.ndarray:
-        """Renders a view from the second of eight cameras on the circle, as pictures of objects are taken elsewhere."""
+        """Renders a view from the second of eight cameras on the circle, as :meth:`Signal.images` does."""
         second = slice(1, 2)
         views = (
             self._radiance.turntable(self.decoder, latent, 8, resolution=pixels, chosen=second)
