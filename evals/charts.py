@@ -163,7 +163,7 @@ def removal_chart(shares: Sequence[float], curves: Mapping[str, Sequence[float]]
 
 
 def importance_chart(layers: Mapping[str, Sequence[float]]) -> Figure:
-    """Plots each basis's share of all rises of the error, in percent, in order, with a colour for each layer.
+    """Plots each basis's share of all that is lost without bases, in percent, in order, a colour for each layer.
 
     Args:
         layers: the shares of the bases of each layer, by its name.
@@ -174,7 +174,7 @@ def importance_chart(layers: Mapping[str, Sequence[float]]) -> Figure:
         for name in layers:
             places = [(place, -share) for place, (share, owner) in enumerate(order, 1) if owner == name]
             axes.plot(*zip(*places, strict=True), "o", markersize=2.5, label=name)
-        axes.set(xlabel="rank of the basis", ylabel="share of all rises of the error, %")
+        axes.set(xlabel="rank of the basis", ylabel="share of what is lost, %")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, markerscale=2)
     return figure

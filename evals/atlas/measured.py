@@ -39,8 +39,8 @@ class Atlas:
         usage: by them.
         subjects: instances that are explained, then samples.
         rises: of the squared error for each subject, [cells, layers, M].
-        importance: [layers · M], each basis's share of all rises of the explained instances; below 0 where those
-            instances fit better without it.
+        importance: [layers · M], each basis's share of all that the explained instances lose: of the rises in cells
+            that would fit worse without it.
         of_parts: the test of the strongest coefficients, each of one basis in one cell.
         of_bases: the test of the strongest bases, in all cells.
         named: how many coefficients an instance's explanation names: 1 %, but 8 at least.
@@ -102,8 +102,8 @@ def measured_atlas(
     bar = progress_bar(subjects, desc="taking bases away", unit=signal.noun)
     rises = [error_rises(mixture, subject) for subject in bar]
     explained = rises[: len(instances)]
-    total = torch.stack([rise.sum(dim=0).flatten() for rise in explained]).mean(dim=0)
-    parts, bases = explained[0].numel(), len(total)
+    lost = torch.stack([rise.clamp_min(0).sum(dim=0).flatten() for rise in explained]).mean(dim=0)
+    parts, bases = explained[0].numel(), len(lost)
     named = min(max(round(0.01 * parts), 8), parts // 2)
     named_bases = max(round(0.05 * bases), 1)
     counts = sorted({named, *(max(round(share * parts), 1) for share in _CURVE)})
@@ -114,7 +114,7 @@ def measured_atlas(
         usage=usage,
         subjects=subjects,
         rises=rises,
-        importance=total / total.clamp_min(0).sum().clamp_min(1e-12),
+        importance=lost / lost.sum().clamp_min(1e-12),
         of_parts=removal_test(mixture, instances, explained, counts),
         of_bases=removal_test(mixture, instances, [rise.sum(dim=0) for rise in explained], [named_bases]),
         named=named,
