@@ -94,18 +94,13 @@ def measured_atlas(
     mixture = Mixture(decoder, signal, average if baseline == "average" else torch.zeros_like(average))
     usage = measured_usage(decoder, coefficient_batches(decoder, latents), mixture.baseline)
     instances = _instances(mixture, table, data, num_instances)
-    drawn = [
-        Subject(f"sample {number}", coefficients_of(decoder, latent[None])[0], instances[0].row, is_sample=True)
-        for number, latent in enumerate(samples)
-    ]
-    subjects = [*instances, *drawn]
+    subjects = [*instances, *_samples(mixture, samples, instances[0])]
     bar = progress_bar(subjects, desc="taking bases away", unit=signal.noun)
     rises = [error_rises(mixture, subject) for subject in bar]
     explained = rises[: len(instances)]
     lost = torch.stack([rise.clamp_min(0).sum(dim=0).flatten() for rise in explained]).mean(dim=0)
-    parts, bases = explained[0].numel(), len(lost)
-    named = min(max(round(0.01 * parts), 8), parts // 2)
-    named_bases = max(round(0.05 * bases), 1)
+    parts = explained[0].numel()
+    named, named_bases = min(max(round(0.01 * parts), 8), parts // 2), max(round(0.05 * len(lost)), 1)
     counts = sorted({named, *(max(round(share * parts), 1) for share in _CURVE)})
     return Atlas(
         mixture=mixture,
@@ -138,6 +133,14 @@ def _instances(mixture: Mixture, table: LatentTable, data: Dataset, count: int) 
         Subject(table.ids[row], coefficients_of(mixture.decoder, table.latents[row : row + 1].to(device))[0], batch)
         for row in known[evenly_spaced(len(known), count)].tolist()
         for batch in ({name: part.to(device) for name, part in rows.__getitems__([place[table.ids[row]]]).items()},)
+    ]
+
+
+def _samples(mixture: Mixture, latents: Tensor, seen_as: Subject) -> list[Subject]:
+    """Makes subjects of samples [n, D], which are looked at where ``seen_as`` is."""
+    return [
+        Subject(f"sample {number}", coefficients_of(mixture.decoder, latent[None])[0], seen_as.row, is_sample=True)
+        for number, latent in enumerate(latents)
     ]
 
 
