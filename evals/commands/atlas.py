@@ -11,6 +11,7 @@ from latent_prior.settings import INFERENCE_STEPS
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import check_writable, write_json, written_atomically
+from mnif.utils.model_folders import is_trained_model
 from mnif.utils.process import command_line
 
 if TYPE_CHECKING:
@@ -86,10 +87,7 @@ def atlas(arguments: AtlasArguments) -> None:
     from mnif.signals.registry import signal_of_model
 
     model = model_folder(arguments.model)
-    if arguments.output_dir is None and model.is_dir() and not arguments.model.exists():
-        raise UserError(f"--model {arguments.model}: a model of the hub; give --output_dir too")
-    output = arguments.output_dir or model.parent
-    check_writable(output)
+    output = _output_of(arguments, model)
     decoder, pipeline = _loaded(model)
     table = _table(arguments, model, decoder)
     signal = signal_of_model(decoder)
@@ -102,7 +100,7 @@ def atlas(arguments: AtlasArguments) -> None:
         page_templates("evals.atlas")
         .get_template("atlas.html.jinja")
         .render(
-            title=model.resolve().parent.name,
+            title=_title(arguments, model),
             signal=signal,
             config=decoder.config,
             facts=_facts(measured, arguments, table),
@@ -122,6 +120,24 @@ def _check(arguments: AtlasArguments) -> None:
     check_at_least(0, seed=arguments.seed, num_samples=arguments.num_samples)
     shown = {name: getattr(arguments, name) for name in ("num_instances", "num_bases", "num_inference_steps")}
     check_at_least(1, **shown)
+
+
+def _stands_in_a_run(arguments: AtlasArguments, model: Path) -> bool:
+    """Whether the folder around a model is the user's: that of a model of the hub or of the package is not."""
+    return arguments.model.exists() and not is_trained_model(model)
+
+
+def _output_of(arguments: AtlasArguments, model: Path) -> Path:
+    """The folder of the page, if it can be written."""
+    if arguments.output_dir is None and model.is_dir() and not _stands_in_a_run(arguments, model):
+        raise UserError(f"--model {arguments.model}: it stands in no run; give --output_dir too")
+    output = arguments.output_dir or model.parent
+    check_writable(output)
+    return output
+
+
+def _title(arguments: AtlasArguments, model: Path) -> str:
+    return model.resolve().parent.name if _stands_in_a_run(arguments, model) else model.name
 
 
 def _loaded(model: Path) -> tuple[MNIFModel, MNIFPipeline | None]:

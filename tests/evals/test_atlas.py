@@ -308,6 +308,8 @@ def test_bad_input_is_one_line(
         ([*command, "--num_instances", "0"], "--num_instances 0: must be at least 1"),
         ([*command, "--num_samples", "-1"], "--num_samples -1: must be at least 0"),
         ([*command, "--baseline", "median"], "--baseline"),
+        (["atlas", "--model", "avatars"], "it stands in no run; give --output_dir too"),
+        (["atlas", "--model", "avatars", "--output_dir", f"{tmp_path}/out"], "no latents beside the model"),
         (["atlas", "--model", f"{tmp_path}/nothing"], "/nothing: no such model folder"),
     ):
         capsys.readouterr()
