@@ -82,7 +82,7 @@ def atlas(arguments: AtlasArguments) -> None:
     from evals.atlas.contents import contents, drawn_plates, figures
     from evals.atlas.measured import measured_atlas
     from evals.report.provenance import provenance
-    from evals.report.templates import page_templates
+    from evals.report.templates import rendered
     from latent_prior.hub import model_folder
     from mnif.signals.registry import signal_of_model
 
@@ -96,19 +96,17 @@ def atlas(arguments: AtlasArguments) -> None:
     measured = measured_atlas(decoder, signal, table, data, samples, arguments.num_instances, arguments.baseline)
     plates, subjects = drawn_plates(measured, arguments.num_bases)
     found = {"command": command_line(), "baseline": arguments.baseline, **figures(measured)}
-    page = (
-        page_templates("evals.atlas")
-        .get_template("atlas.html.jinja")
-        .render(
-            title=_title(arguments, model),
-            signal=signal,
-            config=decoder.config,
-            facts=_facts(measured, arguments, table),
-            figures=found,
-            charts=_charts(measured),
-            provenance=provenance(),
-            **contents(measured, plates, subjects),
-        )
+    page = rendered(
+        "atlas.html.jinja",
+        "evals.atlas",
+        title=_title(arguments, model),
+        signal=signal,
+        config=decoder.config,
+        facts=_facts(measured, arguments, table),
+        figures=found,
+        charts=_charts(measured),
+        provenance=provenance(),
+        **contents(measured, plates, subjects),
     )
     with written_atomically(output / "atlas.html") as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
@@ -199,20 +197,17 @@ def _facts(measured: Atlas, arguments: AtlasArguments, table: LatentTable) -> di
 
 
 def _charts(measured: Atlas) -> dict[str, Any]:
-    from markupsafe import Markup
-
     from evals.atlas.contents import removal_curves
     from evals.atlas.measured import basis_names
-    from evals.charts import as_svg, importance_chart, removal_chart
+    from evals.charts import importance_chart, removal_chart
+    from evals.report.templates import as_svgs
 
     layers = defaultdict(list)
     for layer, share in zip(basis_names(measured.mixture.decoder)[1], measured.importance.tolist(), strict=True):
         layers[layer].append(100 * share)
     removal = removal_chart(*removal_curves(measured.of_parts), "coefficients taken away, %")
-    charts = {"importance": importance_chart(layers), "removal": removal}
-    return {name: Markup(as_svg(chart, name)) for name, chart in charts.items()} | {
-        "layers": {name: sum(shares) for name, shares in layers.items()}
-    }
+    charts = as_svgs({"importance": importance_chart(layers), "removal": removal})
+    return {**charts, "layers": {name: sum(shares) for name, shares in layers.items()}}
 
 
 def _tell(found: dict[str, Any], output: Path, size: int) -> None:
