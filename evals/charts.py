@@ -216,6 +216,44 @@ def steps_chart(distances: Mapping[str, float]) -> Figure | None:
     return figure
 
 
+def removal_chart(shares: Sequence[float], curves: Mapping[str, Sequence[float]], horizontal: str) -> Figure:
+    """Plots what is left of quality, in dB, against the share of bases that was taken away.
+
+    Args:
+        shares: in percent, above 0.
+        curves: PSNR at each share, by the name of the order in which bases were taken.
+        horizontal: label of the horizontal axis.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _panel()
+        for name, values in curves.items():
+            axes.plot(shares, values, "o-", label=name, linewidth=1.6, markersize=4)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda share, _: f"{share:g}")
+        axes.set(xlabel=horizontal, ylabel="PSNR of what is left, dB")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    return figure
+
+
+def importance_chart(layers: Mapping[str, Sequence[float]]) -> Figure:
+    """Plots each basis's share of all that is lost without bases, in percent, in order, a colour for each layer.
+
+    Args:
+        layers: the shares of the bases of each layer, by its name.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _panel()
+        order = sorted((-share, name) for name, shares in layers.items() for share in shares)
+        for name in layers:
+            places = [(place, -share) for place, (share, owner) in enumerate(order, 1) if owner == name]
+            axes.plot(*zip(*places, strict=True), "o", markersize=2.5, label=name)
+        axes.set(xlabel="rank of the basis", ylabel="share of what is lost, %")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, markerscale=2)
+    return figure
+
+
 def _panel() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5.2, 3.2), dpi=120, layout="constrained")
     return figure, figure.add_subplot()

@@ -36,6 +36,7 @@ COMMANDS = {
     "eval": ("evals.commands.eval", "EvalArguments", "measure samples and reconstructions beside their controls"),
     "monitor": ("evals.commands.monitor", "MonitorArguments", "tell whether data are still of the kind a model knows"),
     "report": ("evals.commands.report", "ReportArguments", "write one HTML page that shows a run"),
+    "atlas": ("evals.commands.atlas", "AtlasArguments", "write one HTML page that shows what each basis does"),
 }
 """Each command: its module, what stands there for its flags (a dataclass, or on boards a parser), and its purpose."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,7 @@ def report(arguments: ReportArguments) -> None:
         **_measured(pipeline, arguments, manifest),
         commands=commands_of(run, samples / "metrics.json", bundle / "manifest.json", evaluation / "metrics.json"),
         sizes=_sizes(run / "model", bundle),
+        atlas=os.path.relpath(run / "atlas.html", output.parent) if (run / "atlas.html").is_file() else None,
         provenance=provenance(),
         threads=torch.get_num_threads(),
     )

@@ -12,14 +12,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def rendered(template: str, **context: Any) -> str:
-    """Fills in a template of ``page/``; ``source`` puts a style sheet or script into the page as it stands."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+def rendered(template: str, package: str = "evals.report", **context: Any) -> str:
+    """Fills in a template of ``page/``; ``source`` puts a style sheet or script into the page as it stands.
+
+    Args:
+        template: its file.
+        package: whose folder ``page`` has it, if it is another one, which builds upon these templates.
+        context: what stands in it, by name.
+    """
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(loader=PackageLoader("evals.report", "page"), autoescape=True, undefined=StrictUndefined)
-    loader = environment.loader
-    assert loader is not None
+    loader = ChoiceLoader([PackageLoader(name, "page") for name in ("evals.report", package)])
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
     environment.globals["source"] = lambda name: Markup(loader.get_source(environment, name)[0])
     return environment.get_template(template).render(**context)
 
