@@ -231,7 +231,7 @@ def export_bundle(
     """
     from export.graphs.rtx_check import rtx_is_installed
     from export.manifest import manifest_of
-    from latent_prior.model_card import public_name
+    from mnif.utils.process import public_name
 
     selection = selection_of(model, options)
     compiles = options.compile_rtx == "on" or (options.compile_rtx == "auto" and rtx_is_installed())

@@ -115,9 +115,7 @@ def distill(arguments: DistillArguments) -> None:
     check_machine(arguments)
     check_finished(run, "prior")
     pipeline = load_pipeline(model)
-    table = LatentTable.load(
-        run / "latents.safetensors", pipeline.decoder.fingerprint(), pipeline.decoder.config.latent_dim
-    )
+    table = LatentTable.load_for(pipeline.decoder, run / "latents.safetensors")
     fill_in_steps(arguments, arguments.num_pairs - _held_out(arguments))
     repository = repository_for(arguments, model)
     accelerator = make_accelerator(arguments, run)

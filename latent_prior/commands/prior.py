@@ -16,7 +16,7 @@ import numpy as np
 from latent_prior.hub_flags import HubFlags
 from latent_prior.settings import PAPER_GROUPS, DenoiserName, LossType, Objective, Weighting
 from mnif.training.arguments import TrainingArguments
-from mnif.training.run_record import begin_stage, check_finished, finish_stage
+from mnif.training.run_record import STAGE_ONE, begin_stage, check_finished, finish_stage
 from mnif.utils.args import parse_given
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import folder_written_atomically, sha256_of_file
@@ -180,10 +180,11 @@ def fit_prior(arguments: PriorArguments) -> None:
     if not run.is_dir():
         raise UserError(f"--run {run}: no such run folder; `mnif fit --output_dir {run}` makes it")
     check_machine(arguments)
-    check_finished(run, "fit")
+    for stage in STAGE_ONE:
+        check_finished(run, stage)
     decoder = load_component(MNIFModel, run / "model", "decoder")
-    table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint(), decoder.config.latent_dim)
-    latents = torch.cat([table.train, *_extra_latents(arguments, table)])
+    table = LatentTable.load_for(decoder, run / "latents.safetensors")
+    latents = torch.cat([table.train, *_extra_latents(arguments, decoder)])
     augmented = changed_instances(run, decoder, table) if arguments.augment else None
     fill_in_steps(arguments, len(latents))
     repository = repository_for(arguments, run / "model")
@@ -272,7 +273,7 @@ def _validation_losses(loss: DenoisingLoss, table: LatentTable, device: torch.de
     return {name: validation_loss(loss, latents.to(device)) for name, latents in probes.items()}
 
 
-def _extra_latents(arguments: PriorArguments, table: LatentTable) -> list[Tensor]:
+def _extra_latents(arguments: PriorArguments, decoder: MNIFModel) -> list[Tensor]:
     """The training latents of the further tables.
 
     Raises:
@@ -280,10 +281,7 @@ def _extra_latents(arguments: PriorArguments, table: LatentTable) -> list[Tensor
     """
     from mnif.latents.table import LatentTable
 
-    return [
-        LatentTable.load(path, table.fingerprint, table.latents.shape[1]).train
-        for path in arguments.extra_latents or []
-    ]
+    return [LatentTable.load_for(decoder, path).train for path in arguments.extra_latents or []]
 
 
 def _finish(arguments: PriorArguments, decoder: MNIFModel, denoiser: Denoiser, seconds: float) -> None:

@@ -4,14 +4,14 @@ A growth leaves what was there as it was, unless it was told to move it, so ever
 model: its weights without those that came later. That it is the very model of then, its fingerprint tells.
 """
 
-from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnif.models.growth import Generation
+from mnif.models.io import OwnMemory
 from mnif.models.mnif_model import MNIFModel, decoder_fingerprint
 from mnif.utils.errors import UserError
 
@@ -97,24 +97,34 @@ def widened(model: MNIFModel, latents: Tensor) -> Tensor:
     return wide.index_copy_(1, places(model, latents.shape[1]).to(latents.device), latents)
 
 
+C = TypeVar("C", bound=OwnMemory)
+
+
 @torch.no_grad()
-def load_widened(component: nn.Module, state: Mapping[str, Tensor], place: Tensor) -> None:
-    """Loads the weights of a network for shorter latents into one for longer ones; what is new stays as it is.
+def lengthened(component: C, model: MNIFModel, **settings: Any) -> C:
+    """Makes a network for a model's latents of one for those of an earlier generation, to go on learning with.
+
+    What has to do with the earlier numbers is as it was, what is new is freshly drawn: of an encoder the output rows,
+    of an inner loop the rates, of a denoiser what reads and writes them.
 
     Args:
-        component: an encoder, an inner loop or a denoiser for the model's latents.
-        state: of the same kind of network for those of an earlier generation.
-        place: where their numbers lie now (:func:`places`); rows of one token come first where tokens share a matrix.
+        component: an encoder, an inner loop or a denoiser.
+        model: that was grown.
+        settings: of the new component, where they are not the old one's.
     """
-    for name, wide in component.state_dict().items():
-        values = state[name].to(wide)
-        axes = [axis for axis, (size, old) in enumerate(zip(wide.shape, values.shape, strict=True)) if size != old]
+    before = {key: value for key, value in component.config.items() if not key.startswith("_")}
+    place = places(model, before["latent_dim"])
+    longer = type(component)(**before | {"latent_dim": model.config.latent_dim} | settings)
+    state = component.state_dict()
+    for name, values in longer.state_dict().items():
+        axes = [axis for axis, size in enumerate(values.shape) if size != state[name].shape[axis]]
         if not axes:
-            wide.copy_(values)
+            values.copy_(state[name])
             continue
         (axis,) = axes
-        count = values.shape[axis]
-        wide.index_copy_(axis, place if len(place) == count else torch.arange(count), values)
+        count = state[name].shape[axis]  # of all numbers, or where tokens share a matrix of one token's
+        values.index_copy_(axis, place if len(place) == count else torch.arange(count), state[name])
+    return longer
 
 
 def _settings(model: MNIFModel) -> dict[str, Any]:

@@ -64,7 +64,9 @@ class TokenMap(nn.Module):
     around: Int64[Tensor, "tokens neighbours"]
     order: Int64[Tensor, " cells"]
 
-    def __init__(self, latent_dim: int, dimensions: int, tokens: int, cells: int, coefficients: int, bias: float | None):
+    def __init__(
+        self, latent_dim: int, dimensions: int, tokens: int, cells: int, coefficients: int, bias: float | None
+    ):
         super().__init__()
         around, order = neighbourhoods(tokens, dimensions), cell_order(tokens, cells // tokens, dimensions)
         self.register_buffer("around", torch.from_numpy(around), persistent=False)

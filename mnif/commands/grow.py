@@ -1,0 +1,348 @@
+"""`mnif grow`: adds bases to a model for new data, and leaves what it knows as it is."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mnif.commands.fit import AUGMENTATIONS, FitArguments, MethodFlags, OptimizerFlags, learn, make_method
+from mnif.data.dataset import Dataset, Split
+from mnif.training.arguments import TrainingArguments
+from mnif.training.run_record import begin_stage, finish_stage, read_run_record, stage_one_of
+from mnif.utils.args import parse_arguments
+from mnif.utils.errors import UserError, check_at_least
+from mnif.utils.files import folder_written_atomically, sha256_of_file, sha256_of_folder
+from mnif.utils.json_files import merge_json, read_json
+from mnif.utils.output_folders import holds_folder
+from mnif.utils.pixels import MAX_IMAGE_PIXELS, limit_image_pixels
+from mnif.utils.process import command_line, public_command, public_name
+
+if TYPE_CHECKING:
+    import numpy as np
+    from accelerate import Accelerator
+
+    from mnif.latents.inference import LatentInit
+    from mnif.models.growth import Generation
+    from mnif.models.mnif_model import MNIFModel
+    from mnif.signals.base import Signal
+    from mnif.training.replay import Replay
+
+INHERITED = "inherited"
+"""The folder of a run that keeps, for each earlier generation, what it had besides its bases."""
+
+_MEASURED = 512  # new instances that the old model is measured on, at most
+
+
+@dataclass(kw_only=True)
+class DataFlags:
+    """What is learned from."""
+
+    held_out_fraction: float = 0.1
+    """As in `mnif fit`."""
+    test_fraction: float = 0.05
+    """As in `mnif fit`."""
+    max_image_pixels: int = MAX_IMAGE_PIXELS
+    """Pixels that a picture file may have; larger ones stop the run."""
+
+
+@dataclass(kw_only=True)
+class GrowthFlags:
+    """What is added, and whether what there was may move."""
+
+    add_bases: int = 32
+    """Further basis networks per layer."""
+    add_latents: int = 32
+    """Further numbers in a latent, shared out among tokens where it has any (direct coefficients have their own)."""
+    replay: bool = False
+    """Let the old bases move slowly, and learn the old latents' fields again beside the new data."""
+    replay_weight: float = 1.0
+    """Of the old fields' squared error in the loss (--replay); 0 lets them be forgotten."""
+    earlier_learning_rate: float = 0.1
+    """Multiplies the learning rates of old bases and their map (--replay)."""
+
+
+@dataclass(kw_only=True)
+class GrowArguments(DataFlags, GrowthFlags, MethodFlags, OptimizerFlags, TrainingArguments):
+    """Add bases to a model for new data; old latents decode to the same bytes. The same command again continues."""
+
+    model: Path
+    """The old model folder, RUN/model."""
+    data: str
+    """New data of the kind that the model was trained on."""
+    output_dir: Path
+    """The run folder of the grown model."""
+    method: Literal["auto", "encoder", "auto-decoding", "meta"] = "auto"
+    """How latents are found; auto: as the old model does it, whose encoder or inner loop learns on."""
+
+    max_train_steps: int = 2500
+    """Optimizer steps; given here, they win over the epochs of a preset."""
+    learning_rate: float = 4e-3
+    """Peak learning rate of all but bases and latents."""
+
+
+def main(arguments: list[str]) -> None:
+    """Runs `mnif grow`."""
+    grow(parse_arguments(GrowArguments, arguments, "mnif grow"))
+
+
+def _check(arguments: GrowArguments) -> None:
+    values = asdict(arguments)
+    if arguments.add_bases < 1:
+        raise UserError(f"--add_bases {arguments.add_bases}: nothing to grow; at least 1 is needed")
+    at_least_one = ("add_latents", "max_train_steps", "num_train_epochs", "train_batch_size", "inner_steps")
+    check_at_least(1, **{flag: values[flag] for flag in (*at_least_one, "encoder_width", "max_image_pixels")})
+    not_negative = ("refinement_steps", "latent_noise", "replay_weight", "earlier_learning_rate")
+    check_at_least(0, **{flag: values[flag] for flag in not_negative})
+    if not 0 <= arguments.held_out_fraction < 1:
+        raise UserError(f"--held_out_fraction {arguments.held_out_fraction}: must be at least 0 and below 1")
+
+
+@holds_folder("output_dir", "grow")
+def grow(arguments: GrowArguments) -> None:
+    """Trains the next generation of ``arguments.model`` into ``arguments.output_dir``.
+
+    Raises:
+        UserError: the model or the data cannot be read or do not fit each other, there is nothing to grow or nothing to
+            replay, the folder is another command's or holds another run, or training diverges.
+    """
+    from accelerate.utils import set_seed
+
+    from mnif.latents.inference import load_latent_init
+    from mnif.models.io import load_component
+    from mnif.models.mnif_model import MNIFModel
+    from mnif.signals.registry import signal_of_model
+    from mnif.training.loop import check_machine, fill_in_steps, make_accelerator
+
+    started = time.perf_counter()
+    _check(arguments)
+    check_machine(arguments)
+    limit_image_pixels(arguments.max_image_pixels)
+    old = load_component(MNIFModel, arguments.model, "decoder")
+    signal = signal_of_model(old)
+    latent_init = load_latent_init(arguments.model, old, signal)
+    fit = _as_fit(arguments, old, signal, latent_init)
+    data = _data_like(arguments.data, signal)
+    splits = data.split(arguments.held_out_fraction, arguments.test_fraction)
+    instances = int((splits == Split.TRAIN).sum())
+    if not instances:
+        raise UserError(f"--data {arguments.data}: no {signal.noun} is left to train on; lower --held_out_fraction")
+    fill_in_steps(arguments, instances)
+    fit.max_train_steps, run = arguments.max_train_steps, arguments.output_dir
+    inputs = _inputs(arguments, old, data)
+    accelerator = make_accelerator(arguments, run)
+    if begin_stage(run, "grow", arguments, inputs):
+        print(f"{run}: `mnif grow` has finished here before with these arguments; nothing to do")
+        return
+    set_seed(arguments.seed)
+    metrics = _train(arguments, fit, accelerator, old, latent_init, data, splits)
+    if accelerator.is_main_process:
+        keep_inheritance(arguments.model, run, inputs["parent_fingerprint"])
+        merge_json(run / "metrics.json", metrics | {"seconds": round(time.perf_counter() - started, 1)})
+        finish_stage(run, "grow")
+
+
+def _as_fit(arguments: GrowArguments, old: MNIFModel, signal: Signal, latent_init: LatentInit) -> FitArguments:
+    """The flags as `mnif fit` takes them, with the way of learning that "auto" stands for.
+
+    Raises:
+        UserError: the way of learning does not go with the model.
+    """
+    from mnif.latents.inner_loop import InnerLoop
+
+    method = arguments.method
+    if method == "auto":
+        found = "meta" if isinstance(latent_init, InnerLoop) else "encoder"
+        method = "auto-decoding" if latent_init is None else found
+    if method == "encoder" and old.config.tokens is not None and signal.token_encoder_class is None:
+        reason = f"a {signal.noun} of this kind has no encoder for tokens"
+        raise UserError(f"--method encoder: {reason}; take --method auto-decoding or meta")
+    shared = {field.name for field in fields(FitArguments)} & {field.name for field in fields(GrowArguments)}
+    values = {name: getattr(arguments, name) for name in shared}
+    for flag in AUGMENTATIONS:
+        if values[flag] and method != "encoder":
+            raise UserError(f"--{flag} needs --method encoder: otherwise an instance has one latent, not several")
+    return FitArguments(**values | {"method": method, "signal": signal.name})
+
+
+def _data_like(source: str, signal: Signal) -> Dataset:
+    """Reads data in the form that the model was trained on.
+
+    Raises:
+        UserError: they are of another signal, or cannot be read so.
+    """
+    from mnif.signals.registry import detect_signal
+
+    found = detect_signal(source)
+    if found != signal.name and source != "furniture-views":  # whose views can be read as pictures too
+        raise UserError(f"--data {source}: {found}; the model was trained on {signal.name}, and grows by that alone")
+    return signal.load_like(source)
+
+
+def _inputs(arguments: GrowArguments, old: MNIFModel, data: Dataset) -> dict[str, str]:
+    """Fingerprints of all that the grown model depends on.
+
+    Raises:
+        UserError: there is nothing to replay.
+    """
+    inputs = {"parent_fingerprint": old.fingerprint(), "data_fingerprint": data.fingerprint()}
+    for name in ("encoder", "inner_loop"):
+        if (arguments.model / name).is_dir():
+            inputs[name] = sha256_of_folder(arguments.model / name)
+    if arguments.replay:
+        inputs["replayed"] = sha256_of_file(_table_beside(arguments.model))
+    return inputs
+
+
+def _table_beside(model: Path) -> Path:
+    table = model.parent / "latents.safetensors"
+    if not table.is_file():
+        raise UserError(f"--replay: {table} is not there, and old latents are what is learned again")
+    return table
+
+
+def _train(
+    arguments: GrowArguments,
+    fit: FitArguments,
+    accelerator: Accelerator,
+    old: MNIFModel,
+    latent_init: LatentInit,
+    data: Dataset,
+    splits: np.ndarray,
+) -> dict[str, float]:
+    """Learns from the new data and saves what was learned; the main process gets figures of it."""
+    from mnif.models.lineage import freeze_earlier, grown, lengthened
+    from mnif.signals.registry import signal_of_model
+
+    before = _figures_before(old, latent_init, data, splits, arguments.refinement_steps)
+    try:
+        decoder = grown(old, arguments.add_bases, arguments.add_latents)
+    except ValueError as error:
+        raise UserError(f"--add_latents {arguments.add_latents}: {error}") from None
+    decoder.register_to_config(lineage=_lineage(arguments, old, data, before))
+    if not arguments.replay:
+        freeze_earlier(decoder)
+    # Rays and grids are asked for as the model says; how it learns new latents is carried on where it is the same way.
+    signal, goes_on = signal_of_model(decoder), _method_of(latent_init) == fit.method
+    continued = lengthened(latent_init, decoder) if goes_on and latent_init is not None else None
+    method = make_method(fit, decoder, signal, int((splits == Split.TRAIN).sum()), accelerator, continued)
+    method.to(accelerator.device)
+    replay = _replay(arguments, method, old) if arguments.replay else None
+    metrics = learn(fit, accelerator, method, data, splits, "grow", replay)
+    if replay is not None and accelerator.is_main_process:
+        metrics["psnr_of_old_fields"] = _psnr_of_old_fields(replay.cpu())
+    return metrics
+
+
+def _method_of(latent_init: LatentInit) -> str:
+    from mnif.latents.inner_loop import InnerLoop
+
+    return "auto-decoding" if latent_init is None else "meta" if isinstance(latent_init, InnerLoop) else "encoder"
+
+
+def _replay(arguments: GrowArguments, method: Any, old: MNIFModel) -> Replay:
+    from mnif.latents.table import LatentTable
+    from mnif.training.replay import Replay
+
+    latents = LatentTable.load_for(old, _table_beside(arguments.model)).train.to(method.decoder.device)
+    return Replay(method, old, latents, arguments.replay_weight, arguments.earlier_learning_rate)
+
+
+def _psnr_of_old_fields(replay: Replay) -> float:
+    """How well the grown model draws old latents as they were drawn before, in dB, at random points of 512 of them."""
+    import torch
+
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        error = replay.forgotten(torch.arange(_MEASURED))
+    return float(10 * torch.log10(4 / error.clamp_min(1e-10)))
+
+
+def _figures_before(
+    old: MNIFModel, latent_init: LatentInit, data: Dataset, splits: np.ndarray, steps: int
+) -> dict[str, float]:
+    """Measures the old model on the new data's held-out part, as `mnif fit` does; nothing where that is empty."""
+    import numpy as np
+    import torch
+
+    from mnif.data.batches import array_dataset, evenly_spaced
+    from mnif.latents.inference import evaluate_latents, infer_latents
+    from mnif.signals.registry import signal_of_model
+
+    chosen = np.flatnonzero(splits == Split.HELD_OUT)
+    if not len(chosen):
+        return {}
+    rows = array_dataset(data.rows(chosen[evenly_spaced(len(chosen), _MEASURED)]).arrays())
+    signal = signal_of_model(old)
+    latents = torch.cat([*infer_latents(old, signal, rows, latent_init, steps)])
+    figures = evaluate_latents(old, signal, rows, latents)
+    return {f"{name}_heldout": round(values.double().mean().item(), 3) for name, values in figures.items()}
+
+
+def _lineage(arguments: GrowArguments, old: MNIFModel, data: Dataset, before: dict[str, float]) -> list[Generation]:
+    """What is known of all generations: the old model's, with what can be said of it now, and of the one in the making."""
+    from mnif import __version__
+
+    *earlier, last = old.config.lineage or [first_generation(arguments.model)]
+    figures = {name: dict(values) for name, values in last["figures"].items()}
+    if own := figures_of_run(arguments.model.parent):
+        figures[last["data"]] = own
+    name = public_name(data.name)
+    if before:
+        figures[name] = before
+    last = {**last, "fingerprint": old.fingerprint(), "figures": figures}
+    return [
+        *earlier,
+        last,
+        {
+            "fingerprint": "",
+            "data": name,
+            "data_fingerprint": data.fingerprint(),
+            "command": public_command(command_line()),
+            "version": __version__,
+            "frozen": not arguments.replay,
+            "figures": {},
+        },
+    ]
+
+
+def first_generation(model: Path) -> Generation:
+    """What is known of a model that was not grown, from the run that it lies in; empty texts where there is none."""
+    run = model.parent
+    found = stage_one_of(read_run_record(run)) if (run / "run.json").is_file() else None
+    return {
+        "fingerprint": "",
+        "data": public_name(str(found[1].arguments.get("data", ""))) if found else "",
+        "data_fingerprint": found[1].inputs.get("data_fingerprint", "") if found else "",
+        "command": public_command(found[1].command) if found else "",
+        "version": "",
+        "frozen": True,
+        "figures": {},
+    }
+
+
+def figures_of_run(run: Path) -> dict[str, float]:
+    """Means of the reconstructions that a run's ``metrics.json`` has, by name; empty if there is none."""
+    metrics = read_json(run / "metrics.json") if (run / "metrics.json").is_file() else {}
+    return {
+        name: round(value, 3)
+        for name, value in metrics.items()
+        if isinstance(value, float) and name.endswith(("_heldout", "_train", "_of_old_fields")) and "_pca_" not in name
+    }
+
+
+def keep_inheritance(model: Path, run: Path, fingerprint: str) -> None:
+    """Copies what the old model has besides its bases to ``run/inherited``, beside what that has from its own parents.
+
+    Latents, encoder and prior of an earlier generation are in ``inherited/FINGERPRINT`` as they were in its run.
+    """
+    with folder_written_atomically(run / INHERITED) as folder:
+        if (model.parent / INHERITED).is_dir():
+            shutil.copytree(model.parent / INHERITED, folder, dirs_exist_ok=True)
+        own = folder / fingerprint[:12]
+        shutil.copytree(model, own / "model", ignore=lambda _, names: {"decoder"} & {*names})
+        for name in ("latents.safetensors", "metrics.json", "run.json"):
+            if (model.parent / name).is_file():
+                shutil.copyfile(model.parent / name, own / name)
