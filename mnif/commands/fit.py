@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mnif.data.batches import ArrayDataset
+    from mnif.latents.inference import LatentInit
     from mnif.models.mnif_model import MNIFModel
     from mnif.signals.base import Augmentation, Signal
     from mnif.training.loop import TrainLoop
-    from mnif.latents.inference import LatentInit
     from mnif.training.methods import LearningMethod
     from mnif.training.replay import Replay
 

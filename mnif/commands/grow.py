@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,27 +10,22 @@ from typing import TYPE_CHECKING, Any, Literal
 from mnif.commands.fit import AUGMENTATIONS, FitArguments, MethodFlags, OptimizerFlags, learn, make_method
 from mnif.data.dataset import Dataset, Split
 from mnif.training.arguments import TrainingArguments
-from mnif.training.run_record import begin_stage, finish_stage, read_run_record, stage_one_of
+from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least
-from mnif.utils.files import folder_written_atomically, sha256_of_file, sha256_of_folder
-from mnif.utils.json_files import merge_json, read_json
+from mnif.utils.files import sha256_of_file, sha256_of_folder
+from mnif.utils.json_files import merge_json
 from mnif.utils.output_folders import holds_folder
 from mnif.utils.pixels import MAX_IMAGE_PIXELS, limit_image_pixels
-from mnif.utils.process import command_line, public_command, public_name
 
 if TYPE_CHECKING:
     import numpy as np
     from accelerate import Accelerator
 
     from mnif.latents.inference import LatentInit
-    from mnif.models.growth import Generation
     from mnif.models.mnif_model import MNIFModel
     from mnif.signals.base import Signal
     from mnif.training.replay import Replay
-
-INHERITED = "inherited"
-"""The folder of a run that keeps, for each earlier generation, what it had besides its bases."""
 
 _MEASURED = 512  # new instances that the old model is measured on, at most
 
@@ -105,8 +99,8 @@ def grow(arguments: GrowArguments) -> None:
     """Trains the next generation of ``arguments.model`` into ``arguments.output_dir``.
 
     Raises:
-        UserError: the model or the data cannot be read or do not fit each other, there is nothing to grow or nothing to
-            replay, the folder is another command's or holds another run, or training diverges.
+        UserError: the model or the data cannot be read or do not fit each other, there is nothing to grow or to replay,
+            the folder is another command's or holds another run, or training diverges.
     """
     from accelerate.utils import set_seed
 
@@ -114,6 +108,7 @@ def grow(arguments: GrowArguments) -> None:
     from mnif.models.io import load_component
     from mnif.models.mnif_model import MNIFModel
     from mnif.signals.registry import signal_of_model
+    from mnif.training.inheritance import keep_inheritance
     from mnif.training.loop import check_machine, fill_in_steps, make_accelerator
 
     started = time.perf_counter()
@@ -192,15 +187,19 @@ def _inputs(arguments: GrowArguments, old: MNIFModel, data: Dataset) -> dict[str
         if (arguments.model / name).is_dir():
             inputs[name] = sha256_of_folder(arguments.model / name)
     if arguments.replay:
-        inputs["replayed"] = sha256_of_file(_table_beside(arguments.model))
+        for number, table in enumerate(_old_tables(arguments.model)):
+            inputs[f"replayed_{number}"] = sha256_of_file(table)
     return inputs
 
 
-def _table_beside(model: Path) -> Path:
-    table = model.parent / "latents.safetensors"
+def _old_tables(model: Path) -> list[Path]:
+    """The latent tables of the old model and of all that it was grown from."""
+    from mnif.training.inheritance import TABLE, inherited_tables
+
+    table = model.parent / TABLE
     if not table.is_file():
         raise UserError(f"--replay: {table} is not there, and old latents are what is learned again")
-    return table
+    return [table, *inherited_tables(model.parent)]
 
 
 def _train(
@@ -215,13 +214,16 @@ def _train(
     """Learns from the new data and saves what was learned; the main process gets figures of it."""
     from mnif.models.lineage import freeze_earlier, grown, lengthened
     from mnif.signals.registry import signal_of_model
+    from mnif.training.inheritance import lineage_of_child
 
     before = _figures_before(old, latent_init, data, splits, arguments.refinement_steps)
     try:
         decoder = grown(old, arguments.add_bases, arguments.add_latents)
     except ValueError as error:
         raise UserError(f"--add_latents {arguments.add_latents}: {error}") from None
-    decoder.register_to_config(lineage=_lineage(arguments, old, data, before))
+    decoder.register_to_config(
+        lineage=lineage_of_child(old, arguments.model, data, before, frozen=not arguments.replay)
+    )
     if not arguments.replay:
         freeze_earlier(decoder)
     # Rays and grids are asked for as the model says; how it learns new latents is carried on where it is the same way.
@@ -243,10 +245,13 @@ def _method_of(latent_init: LatentInit) -> str:
 
 
 def _replay(arguments: GrowArguments, method: Any, old: MNIFModel) -> Replay:
+    import torch
+
     from mnif.latents.table import LatentTable
     from mnif.training.replay import Replay
 
-    latents = LatentTable.load_for(old, _table_beside(arguments.model)).train.to(method.decoder.device)
+    tables = [LatentTable.load_for(old, path).train for path in _old_tables(arguments.model)]
+    latents = torch.cat(tables).to(method.decoder.device)
     return Replay(method, old, latents, arguments.replay_weight, arguments.earlier_learning_rate)
 
 
@@ -279,70 +284,3 @@ def _figures_before(
     latents = torch.cat([*infer_latents(old, signal, rows, latent_init, steps)])
     figures = evaluate_latents(old, signal, rows, latents)
     return {f"{name}_heldout": round(values.double().mean().item(), 3) for name, values in figures.items()}
-
-
-def _lineage(arguments: GrowArguments, old: MNIFModel, data: Dataset, before: dict[str, float]) -> list[Generation]:
-    """What is known of all generations: the old model's, with what can be said of it now, and of the one in the making."""
-    from mnif import __version__
-
-    *earlier, last = old.config.lineage or [first_generation(arguments.model)]
-    figures = {name: dict(values) for name, values in last["figures"].items()}
-    if own := figures_of_run(arguments.model.parent):
-        figures[last["data"]] = own
-    name = public_name(data.name)
-    if before:
-        figures[name] = before
-    last = {**last, "fingerprint": old.fingerprint(), "figures": figures}
-    return [
-        *earlier,
-        last,
-        {
-            "fingerprint": "",
-            "data": name,
-            "data_fingerprint": data.fingerprint(),
-            "command": public_command(command_line()),
-            "version": __version__,
-            "frozen": not arguments.replay,
-            "figures": {},
-        },
-    ]
-
-
-def first_generation(model: Path) -> Generation:
-    """What is known of a model that was not grown, from the run that it lies in; empty texts where there is none."""
-    run = model.parent
-    found = stage_one_of(read_run_record(run)) if (run / "run.json").is_file() else None
-    return {
-        "fingerprint": "",
-        "data": public_name(str(found[1].arguments.get("data", ""))) if found else "",
-        "data_fingerprint": found[1].inputs.get("data_fingerprint", "") if found else "",
-        "command": public_command(found[1].command) if found else "",
-        "version": "",
-        "frozen": True,
-        "figures": {},
-    }
-
-
-def figures_of_run(run: Path) -> dict[str, float]:
-    """Means of the reconstructions that a run's ``metrics.json`` has, by name; empty if there is none."""
-    metrics = read_json(run / "metrics.json") if (run / "metrics.json").is_file() else {}
-    return {
-        name: round(value, 3)
-        for name, value in metrics.items()
-        if isinstance(value, float) and name.endswith(("_heldout", "_train", "_of_old_fields")) and "_pca_" not in name
-    }
-
-
-def keep_inheritance(model: Path, run: Path, fingerprint: str) -> None:
-    """Copies what the old model has besides its bases to ``run/inherited``, beside what that has from its own parents.
-
-    Latents, encoder and prior of an earlier generation are in ``inherited/FINGERPRINT`` as they were in its run.
-    """
-    with folder_written_atomically(run / INHERITED) as folder:
-        if (model.parent / INHERITED).is_dir():
-            shutil.copytree(model.parent / INHERITED, folder, dirs_exist_ok=True)
-        own = folder / fingerprint[:12]
-        shutil.copytree(model, own / "model", ignore=lambda _, names: {"decoder"} & {*names})
-        for name in ("latents.safetensors", "metrics.json", "run.json"):
-            if (model.parent / name).is_file():
-                shutil.copyfile(model.parent / name, own / name)

@@ -72,8 +72,8 @@ def ancestor(model: MNIFModel, generation: int) -> MNIFModel:
 def fingerprints(model: MNIFModel) -> list[str]:
     """Lists the fingerprints of all generations of a model, the first one first and its own last.
 
-    Those that are a part of the model as they were are worked out from its weights; of those that a later growth moved,
-    what was noted then is taken.
+    Those that are a part of the model as they were are worked out from its weights; of those that a later growth
+    moved, what was noted then is taken.
     """
     lineage, own = model.config.lineage, model.fingerprint()
     found = []
@@ -86,7 +86,7 @@ def fingerprints(model: MNIFModel) -> list[str]:
 
 
 def places(model: MNIFModel, latent_dim: int) -> Tensor:
-    """Finds where the ``latent_dim`` numbers of an earlier generation's latent lie in one of the model's: [D] int64."""
+    """Finds where the ``latent_dim`` numbers of an earlier generation's latent lie in the model's: [D] int64."""
     per_token = latent_dim // model.num_tokens
     return torch.arange(model.config.latent_dim).view(model.num_tokens, -1)[:, :per_token].flatten()
 

@@ -210,10 +210,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
             first, *later = (part.contiguous() for part in flat.split(self.generations, dim=2))
         rows = [row.expand(len(flat), -1) for row in self.shared]
         for index, bases in enumerate(self.bases):
-            if self.means:
-                mixed = torch.addmm(self.means[index], first[:, index], bases)
-            else:
-                mixed = first[:, index] @ bases
+            mixed = torch.addmm(self.means[index], first[:, index], bases) if self.means else first[:, index] @ bases
             for growth, part in zip(self.later, later, strict=True):
                 mixed = torch.addmm(mixed, part[:, index], growth.bases[index])
             rows.append(mixed)

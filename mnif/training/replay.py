@@ -1,7 +1,7 @@
 """Replay: what a decoder knew before is learned again beside new data, so that bases that move forget little.
 
-The old latents are known and the old decoder draws what they stand for, so no old data are needed. What is compared are
-the fields themselves, at random points of every cell, which is the same for pictures, shapes and radiance fields.
+The old latents are known and the old decoder draws what they stand for, so no old data are needed. What is compared
+are the fields themselves, at random points of every cell, alike for pictures, shapes and radiance fields.
 """
 
 from copy import deepcopy

@@ -1,4 +1,4 @@
-"""What a finished `mnif fit` or `mnif grow` leaves: the model, the latents, metrics, and a picture of reconstructions."""
+"""What a finished `mnif fit` or `mnif grow` leaves: model, latents, metrics, and a picture of reconstructions."""
 
 import math
 from pathlib import Path
