@@ -99,8 +99,8 @@ def grow(arguments: GrowArguments) -> None:
     """Trains the next generation of ``arguments.model`` into ``arguments.output_dir``.
 
     Raises:
-        UserError: the model or the data cannot be read or do not fit each other, there is nothing to grow or to replay,
-            the folder is another command's or holds another run, or training diverges.
+        UserError: the model or the data cannot be read or do not fit each other, there is nothing to grow or to
+            replay, the folder is another command's or holds another run, or training diverges.
     """
     from accelerate.utils import set_seed
 
