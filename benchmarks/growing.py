@@ -65,7 +65,7 @@ def main(arguments: Arguments) -> None:
 
 
 def write_data(folder: Path, resolution: int) -> None:
-    """Cuts Twemoji into people, whose designs are drawn in several skin tones, and things, and writes both and each."""
+    """Cuts Twemoji into people, whose designs come in several skin tones, and things, and writes both and each."""
     if (folder / "both.npz").is_file():
         return
     data = load_images("twemoji", resolution)
@@ -127,7 +127,7 @@ def table(arguments: Arguments) -> str:
 
 @torch.no_grad()
 def of_old_latents(decoder: MNIFModel, old: MNIFModel, folder: Path) -> tuple[float, bool]:
-    """PSNR of what the old table's latents decode to, against the things; and whether it is what it was, bit by bit."""
+    """PSNR of what the old table's latents decode to, against the things; and whether it is the very same bytes."""
     signal, path = signal_of_model(decoder), folder / "things/latents.safetensors"
     before, now = LatentTable.load_for(old, path), LatentTable.load_for(decoder, path)
     data = signal.load_like(str(folder / "things.npz"))
@@ -144,9 +144,8 @@ def held_out_psnr(decoder: MNIFModel, model: Path, source: Path) -> float:
     signal = signal_of_model(decoder)
     data = signal.load_like(str(source))
     rows = array_dataset(data.rows(data.held_out(0.1)).arrays())
-    latents = torch.cat(
-        [*infer_latents(decoder, signal, rows, load_latent_init(model, decoder, signal), REFINEMENT_STEPS)]
-    )
+    encoder = load_latent_init(model, decoder, signal)
+    latents = torch.cat([*infer_latents(decoder, signal, rows, encoder, REFINEMENT_STEPS)])
     return evaluate_latents(decoder, signal, rows, latents)["psnr"].double().mean().item()
 
 

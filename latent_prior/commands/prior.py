@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +19,7 @@ from mnif.training.arguments import TrainingArguments
 from mnif.training.run_record import STAGE_ONE, begin_stage, check_finished, finish_stage
 from mnif.utils.args import parse_given
 from mnif.utils.errors import UserError, check_at_least
-from mnif.utils.files import folder_written_atomically, sha256_of_file
+from mnif.utils.files import folder_written_atomically, sha256_of_file, sha256_of_folder
 from mnif.utils.flag_files import laid_over, preset_values, read_preset
 from mnif.utils.json_files import merge_json, read_object
 from mnif.utils.output_folders import holds_folder
@@ -100,6 +100,8 @@ class PriorArguments(DenoiserFlags, DiffusionFlags, OptimizerFlags, TrainingArgu
     augment: bool = False
     """Learn from instances mirrored and recoloured too, in all ways of the fit's --random_flip and --random_colours;
     told in which, the denoiser draws them as they are."""
+    from_scratch: bool = False
+    """Of a model that was grown: begin with a fresh denoiser, in place of the old model's, whose shape is kept."""
 
     train_batch_size: int = 256
     """Latents per step, over all processes together."""
@@ -173,6 +175,7 @@ def fit_prior(arguments: PriorArguments) -> None:
     from mnif.latents.table import LatentTable
     from mnif.models.io import load_component
     from mnif.models.mnif_model import MNIFModel
+    from mnif.training.inheritance import inherited_tables
     from mnif.training.loop import check_machine, fill_in_steps, make_accelerator
 
     started = time.perf_counter()
@@ -183,20 +186,23 @@ def fit_prior(arguments: PriorArguments) -> None:
     for stage in STAGE_ONE:
         check_finished(run, stage)
     decoder = load_component(MNIFModel, run / "model", "decoder")
-    table = LatentTable.load_for(decoder, run / "latents.safetensors")
+    table = _with_inherited(arguments, LatentTable.load_for(decoder, run / "latents.safetensors"), decoder)
     latents = torch.cat([table.train, *_extra_latents(arguments, decoder)])
     augmented = changed_instances(run, decoder, table) if arguments.augment else None
     fill_in_steps(arguments, len(latents))
     repository = repository_for(arguments, run / "model")
     accelerator = make_accelerator(arguments, run)
     extra = {f"extra_latents_{i}": sha256_of_file(path) for i, path in enumerate(arguments.extra_latents or [])}
+    extra |= {f"inherited_latents_{i}": sha256_of_file(path) for i, path in enumerate(inherited_tables(run))}
+    if (old := _inherited_model(arguments, decoder)) is not None:
+        extra["inherited_denoiser"] = sha256_of_folder(old / "denoiser")
     if begin_stage(run, "prior", arguments, {"decoder_fingerprint": table.fingerprint} | extra):
         print(f"{run}: `mnif prior` has finished here before with these arguments; nothing to do")
         push(run / "model", repository)
         return
     rows = {"latents": latents} | ({} if augmented is None else {"changed": augmented.latents()})
     set_seed(arguments.seed)
-    denoiser = make_denoiser(arguments, table)
+    denoiser = make_denoiser(arguments, table) if old is None else _continued_denoiser(arguments, decoder, table, old)
     _train(arguments, accelerator, decoder, denoiser, table, rows)
     if accelerator.is_main_process:
         _finish(arguments, decoder, denoiser.cpu().eval(), time.perf_counter() - started)
@@ -262,6 +268,57 @@ def make_denoiser(arguments: PriorArguments, table: LatentTable) -> Denoiser:
     denoiser.latent_mean.copy_(mean)
     denoiser.latent_std.copy_(std)
     return denoiser
+
+
+def _with_inherited(arguments: PriorArguments, table: LatentTable, decoder: MNIFModel) -> LatentTable:
+    """Joins the latents of a run that was grown with those of the generations before, so that a prior learns all.
+
+    Raises:
+        UserError: instances are to be changed too, which nobody can do with those before.
+    """
+    import torch
+
+    from mnif.latents.table import LatentTable
+    from mnif.training.inheritance import inherited_tables
+
+    every = [table, *(LatentTable.load_for(decoder, path) for path in inherited_tables(arguments.run))]
+    if len(every) == 1:
+        return table
+    if arguments.augment:
+        raise UserError("--augment: of latents from before the growth the instances are not here; leave it out")
+    latents, held_out = (torch.cat([getattr(one, name) for one in every]) for name in ("latents", "held_out"))
+    return replace(table, latents=latents, held_out=held_out, ids=[id for one in every for id in one.ids])
+
+
+def _inherited_model(arguments: PriorArguments, decoder: MNIFModel) -> Path | None:
+    """The old model's folder, if the run was grown from one with a prior to go on with."""
+    from mnif.models.lineage import fingerprints
+    from mnif.training.inheritance import inherited_folder
+
+    if arguments.from_scratch or not decoder.later:
+        return None
+    old = inherited_folder(arguments.run, fingerprints(decoder)[-2]) / "model"
+    return old if (old / "denoiser").is_dir() else None
+
+
+def _continued_denoiser(arguments: PriorArguments, decoder: MNIFModel, table: LatentTable, old: Path) -> Denoiser:
+    """The old model's denoiser, which goes on learning.
+
+    Raises:
+        UserError: it predicts something else than it is to learn now.
+    """
+    from latent_prior.denoisers import continued, load_denoiser
+    from latent_prior.diffusion import objective_of
+    from latent_prior.schedulers import load_scheduler
+
+    before = objective_of(load_scheduler(old / "scheduler"))
+    if before != arguments.objective:
+        raise UserError(
+            f"--objective {arguments.objective}: the old model's denoiser was trained with {before}; take that, or "
+            "--from_scratch"
+        )
+    print(f"{arguments.run}: the denoiser of {old.parent.name} goes on learning")
+    return continued(load_denoiser(old), decoder, *table.mean_and_std())
 
 
 def _validation_losses(loss: DenoisingLoss, table: LatentTable, device: torch.device) -> dict[str, float]:

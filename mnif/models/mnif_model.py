@@ -113,6 +113,8 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         self.shared = nn.ParameterList([rows(0, 1)] if delta else [])
         self.mixed_layers = list(range(len(self.shared), len(shapes)))
         self.means = nn.ParameterList([rows(index, 1) for index in self.mixed_layers] if delta else [])
+        if tokens is not None:
+            check_tokens(tokens, cells, dimensions, latent_dim, coefficient_form)
         self.generations = [num_bases - sum(growth["num_bases"] for growth in growths)]
         vectors = self.num_cells * (1 if coefficient_form == "shared" else len(self.mixed_layers))
         if coefficient_form == "direct":
@@ -141,9 +143,9 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
             raise ValueError("growths: more bases or numbers were added than there are")
         if config.coefficient_form == "direct" and added != [vectors * g["num_bases"] for g in config.growths]:
             raise ValueError(f"growths: direct coefficients make latent_dim {vectors} times num_bases")
-        for numbers in (first, *added):
-            if config.tokens is not None:
-                check_tokens(config.tokens, config.cells, config.dimensions, numbers, config.coefficient_form)
+        for numbers in added:
+            if numbers % count:
+                raise ValueError(f"{numbers} numbers: {count} tokens share them evenly; a multiple of it is needed")
         self.latent_parts = [numbers // count for numbers in (first, *added)]
 
     def _map(self, latent_dim: int, coefficients: int, bias: float | None) -> nn.Linear | TokenMap | None:
