@@ -202,7 +202,7 @@ def fit_prior(arguments: PriorArguments) -> None:
         return
     rows = {"latents": latents} | ({} if augmented is None else {"changed": augmented.latents()})
     set_seed(arguments.seed)
-    denoiser = make_denoiser(arguments, table) if old is None else _continued_denoiser(arguments, decoder, table, old)
+    denoiser = make_denoiser(arguments, table) if old is None else _continued_denoiser(run, decoder, table, old)
     _train(arguments, accelerator, decoder, denoiser, table, rows)
     if accelerator.is_main_process:
         _finish(arguments, decoder, denoiser.cpu().eval(), time.perf_counter() - started)
@@ -291,33 +291,32 @@ def _with_inherited(arguments: PriorArguments, table: LatentTable, decoder: MNIF
 
 
 def _inherited_model(arguments: PriorArguments, decoder: MNIFModel) -> Path | None:
-    """The old model's folder, if the run was grown from one with a prior to go on with."""
+    """The old model's folder, if the run was grown from one with a prior to go on with.
+
+    Raises:
+        UserError: its denoiser predicts something else than is to be learned now.
+    """
+    from latent_prior.diffusion import objective_of
+    from latent_prior.schedulers import load_scheduler
     from mnif.models.lineage import fingerprints
     from mnif.training.inheritance import inherited_folder
 
     if arguments.from_scratch or not decoder.later:
         return None
     old = inherited_folder(arguments.run, fingerprints(decoder)[-2]) / "model"
-    return old if (old / "denoiser").is_dir() else None
+    if not (old / "denoiser").is_dir():
+        return None
+    if (before := objective_of(load_scheduler(old / "scheduler"))) != arguments.objective:
+        reason = f"the old model's denoiser was trained with {before}; take that, or --from_scratch"
+        raise UserError(f"--objective {arguments.objective}: {reason}")
+    return old
 
 
-def _continued_denoiser(arguments: PriorArguments, decoder: MNIFModel, table: LatentTable, old: Path) -> Denoiser:
-    """The old model's denoiser, which goes on learning.
-
-    Raises:
-        UserError: it predicts something else than it is to learn now.
-    """
+def _continued_denoiser(run: Path, decoder: MNIFModel, table: LatentTable, old: Path) -> Denoiser:
+    """The old model's denoiser, for longer latents; of what has mean and spread now, its own numbers keep theirs."""
     from latent_prior.denoisers import continued, load_denoiser
-    from latent_prior.diffusion import objective_of
-    from latent_prior.schedulers import load_scheduler
 
-    before = objective_of(load_scheduler(old / "scheduler"))
-    if before != arguments.objective:
-        raise UserError(
-            f"--objective {arguments.objective}: the old model's denoiser was trained with {before}; take that, or "
-            "--from_scratch"
-        )
-    print(f"{arguments.run}: the denoiser of {old.parent.name} goes on learning")
+    print(f"{run}: the denoiser of decoder {old.parent.name} goes on learning")
     return continued(load_denoiser(old), decoder, *table.mean_and_std())
 
 

@@ -478,7 +478,11 @@ def make_method(
         )
         return EncoderMethod(decoder, signal, encoder, arguments.latent_noise, _augmentations(arguments, signal))
     if arguments.method == "meta":
-        inner_loop = latent_init or InnerLoop(latent_dim, arguments.inner_steps, arguments.inner_learning_rate)
+        inner_loop = (
+            latent_init
+            if isinstance(latent_init, InnerLoop)
+            else InnerLoop(latent_dim, arguments.inner_steps, arguments.inner_learning_rate)
+        )
         return MetaMethod(decoder, signal, inner_loop, arguments.inner_order == "second")
     process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     latent_embedding = LatentEmbedding(

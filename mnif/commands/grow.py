@@ -145,12 +145,9 @@ def _as_fit(arguments: GrowArguments, old: MNIFModel, signal: Signal, latent_ini
     Raises:
         UserError: the way of learning does not go with the model.
     """
-    from mnif.latents.inner_loop import InnerLoop
-
     method = arguments.method
     if method == "auto":
-        found = "meta" if isinstance(latent_init, InnerLoop) else "encoder"
-        method = "auto-decoding" if latent_init is None else found
+        method = _method_of(latent_init)
     if method == "encoder" and old.config.tokens is not None and signal.token_encoder_class is None:
         reason = f"a {signal.noun} of this kind has no encoder for tokens"
         raise UserError(f"--method encoder: {reason}; take --method auto-decoding or meta")
@@ -226,10 +223,10 @@ def _train(
     )
     if not arguments.replay:
         freeze_earlier(decoder)
-    # Rays and grids are asked for as the model says; how it learns new latents is carried on where it is the same way.
-    signal, goes_on = signal_of_model(decoder), _method_of(latent_init) == fit.method
-    continued = lengthened(latent_init, decoder) if goes_on and latent_init is not None else None
-    method = make_method(fit, decoder, signal, int((splits == Split.TRAIN).sum()), accelerator, continued)
+    goes_on = latent_init is not None and _method_of(latent_init) == fit.method
+    continued = lengthened(latent_init, decoder) if goes_on else None
+    instances = int((splits == Split.TRAIN).sum())
+    method = make_method(fit, decoder, signal_of_model(decoder), instances, accelerator, continued)
     method.to(accelerator.device)
     replay = _replay(arguments, method, old) if arguments.replay else None
     metrics = learn(fit, accelerator, method, data, splits, "grow", replay)
@@ -238,7 +235,8 @@ def _train(
     return metrics
 
 
-def _method_of(latent_init: LatentInit) -> str:
+def _method_of(latent_init: LatentInit) -> Literal["encoder", "auto-decoding", "meta"]:
+    """The way of learning that a model's encoder, inner loop or neither comes from."""
     from mnif.latents.inner_loop import InnerLoop
 
     return "auto-decoding" if latent_init is None else "meta" if isinstance(latent_init, InnerLoop) else "encoder"

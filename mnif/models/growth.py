@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mnif.models.token_map import TokenMap
 from mnif.utils.json_files import Size
 
 
@@ -48,7 +49,7 @@ class Growth(nn.Module):
             coefficients of the new bases themselves.
     """
 
-    def __init__(self, bases: Sequence[nn.Parameter], coefficient_map: nn.Module | None):
+    def __init__(self, bases: Sequence[nn.Parameter], coefficient_map: nn.Linear | TokenMap | None):
         super().__init__()
         self.bases = nn.ParameterList(bases)
         self.coefficient_map = coefficient_map

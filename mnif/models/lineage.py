@@ -5,13 +5,12 @@ model: its weights without those that came later. That it is the very model of t
 """
 
 from copy import deepcopy
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mnif.models.growth import Generation
-from mnif.models.io import OwnMemory
 from mnif.models.mnif_model import MNIFModel, decoder_fingerprint
 from mnif.utils.errors import UserError
 
@@ -97,11 +96,8 @@ def widened(model: MNIFModel, latents: Tensor) -> Tensor:
     return wide.index_copy_(1, places(model, latents.shape[1]).to(latents.device), latents)
 
 
-C = TypeVar("C", bound=OwnMemory)
-
-
 @torch.no_grad()
-def lengthened(component: C, model: MNIFModel, **settings: Any) -> C:
+def lengthened(component: Any, model: MNIFModel, **settings: Any) -> Any:
     """Makes a network for a model's latents of one for those of an earlier generation, to go on learning with.
 
     What has to do with the earlier numbers is as it was, what is new is freshly drawn: of an encoder the output rows,

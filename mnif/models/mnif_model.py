@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -127,25 +127,23 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         self.bases = nn.ParameterList([rows(index, self.generations[0]) for index in self.mixed_layers])
         bias = 0.0 if delta else 1.0
         self.coefficient_map = self._map(self.latent_parts[0] * self.num_tokens, vectors * self.generations[0], bias)
-        self.later = nn.ModuleList()
+        later = []
         for growth in growths:
             self.generations.append(growth["num_bases"])
             new = [rows(index, growth["num_bases"]) for index in self.mixed_layers]
             said = self._map(growth["latent_dim"], vectors * sum(self.generations), None)
-            self.later.append(Growth(new, said))
+            later.append(Growth(new, said))
+        self.later = cast(Sequence[Growth], nn.ModuleList(later))
 
     def _check_growths(self, vectors: int) -> None:
         """Makes sure that bases and numbers of a latent are shared out among the generations, and among tokens."""
         config, count = self.config, self.num_tokens
         added = [growth["latent_dim"] for growth in config.growths]
         first = config.latent_dim - sum(added)
-        if self.generations[0] < 1 or first < 1:
-            raise ValueError("growths: more bases or numbers were added than there are")
+        if min(self.generations[0], first, *added) < 1 or any(numbers % count for numbers in added):
+            raise ValueError(f"growths {[*config.growths]}: bases or numbers cannot be shared out so")
         if config.coefficient_form == "direct" and added != [vectors * g["num_bases"] for g in config.growths]:
             raise ValueError(f"growths: direct coefficients make latent_dim {vectors} times num_bases")
-        for numbers in added:
-            if numbers % count:
-                raise ValueError(f"{numbers} numbers: {count} tokens share them evenly; a multiple of it is needed")
         self.latent_parts = [numbers // count for numbers in (first, *added)]
 
     def _map(self, latent_dim: int, coefficients: int, bias: float | None) -> nn.Linear | TokenMap | None:
@@ -175,7 +173,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
 
     def split_latents(self, latents: Float[Tensor, "batch latent_dim"]) -> list[Float[Tensor, "batch part"]]:
         """Splits latents [B, D] into the numbers of each generation; each token has some of every one."""
-        if not len(self.later):
+        if not self.later:
             return [latents]
         parts = latents.view(len(latents), self.num_tokens, -1).split(self.latent_parts, dim=2)
         return [part.flatten(1).contiguous() for part in parts]  # products round by how their numbers lie
@@ -207,9 +205,10 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
             B · cells fields, instance-major.
         """
         flat = coefficients.reshape(-1, *coefficients.shape[2:])
-        first, later = flat, ()
-        if len(self.later):
-            first, *later = (part.contiguous() for part in flat.split(self.generations, dim=2))
+        parts = [flat]
+        if self.later:  # products round by how their numbers lie
+            parts = [part.contiguous() for part in flat.split(self.generations, dim=2)]
+        first, *later = parts
         rows = [row.expand(len(flat), -1) for row in self.shared]
         for index, bases in enumerate(self.bases):
             mixed = torch.addmm(self.means[index], first[:, index], bases) if self.means else first[:, index] @ bases

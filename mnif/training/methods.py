@@ -171,13 +171,13 @@ def make_optimizers(
 def _by_generation(method: LearningMethod, earlier_rate: float) -> Iterator[tuple[float, list, list]]:
     """Yields what moves at one rate: the rate, parameters of fields, and all others; what came last comes first."""
     decoder, others = method.decoder, method.others()
-    parts = [(list(part.bases), part.coefficient_map) for part in (decoder, *decoder.later)]
-    parts[0][0][:0] = [*decoder.shared, *decoder.means]
+    parts = [([*decoder.shared, *decoder.means, *decoder.bases], decoder.coefficient_map)]
+    parts += [([*growth.bases], growth.coefficient_map) for growth in decoder.later]
     for number, (fields, mapping) in enumerate(reversed(parts)):
         others = others if number == 0 else []
         others += [] if mapping is None else mapping.parameters()
-        moving = [[parameter for parameter in part if parameter.requires_grad] for part in (fields, others)]
-        yield earlier_rate if number else 1.0, *moving
+        fields, others = ([each for each in part if each.requires_grad] for part in (fields, others))
+        yield earlier_rate if number else 1.0, fields, others
 
 
 def _is_narrow(parameter: Tensor) -> bool:
