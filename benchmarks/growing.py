@@ -88,11 +88,10 @@ def commands(arguments: Arguments) -> dict[str, str]:
     return {
         "things": f"{fit} --data {folder}/things.npz {things} {steps} --output_dir {folder}/things",
         "grown": f"{grow} --output_dir {folder}/grown",
-        "replayed": f"{grow} --replay --output_dir {folder}/replayed",
         "finetuned": f"{grow} --replay --replay_weight 0 --earlier_learning_rate 1 --output_dir {folder}/finetuned",
-        "people": f"{fit} --data {folder}/people.npz {whole} {steps} --output_dir {folder}/people",
         "both": f"{fit} --data {folder}/both.npz {whole} --max_train_steps {2 * arguments.steps}"
         f" --output_dir {folder}/both",
+        "replayed": f"{grow} --replay --output_dir {folder}/replayed",
     }
 
 
@@ -101,8 +100,7 @@ WAYS = {
     "grown": "`mnif grow`",
     "replayed": "`mnif grow --replay`",
     "finetuned": "everything fine-tuned on people",
-    "people": "anew, people alone",
-    "both": "anew, both together, twice the steps",
+    "both": "anew on both, as many steps as the old model and its growth",
 }
 
 
@@ -117,7 +115,7 @@ def table(arguments: Arguments) -> str:
     for name, words in WAYS.items():
         model = folder / name / "model"
         decoder = load_component(MNIFModel, model, "decoder")
-        kept, same = of_old_latents(decoder, old, folder) if name not in ("people", "both") else (None, None)
+        kept, same = of_old_latents(decoder, old, folder) if name != "both" else (None, None)
         found = [held_out_psnr(decoder, model, folder / f"{data}.npz") for data in ("things", "people")]
         shown = "–" if kept is None else f"{kept:.2f}", "–" if same is None else "yes" if same else "no"
         lines.append(f"| {words} | {shown[0]} | {shown[1]} | {found[0]:.2f} | {found[1]:.2f} |")

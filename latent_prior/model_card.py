@@ -56,7 +56,7 @@ image = pipeline(batch_size=4).images[0]
 ## Data
 
 Of {{ data }}: {{ train }} instances to train, {{ held_out }} held out to choose weights by, the rest (if any) never
-looked at. SHA-256 of the data as read: `{{ fingerprint }}`.
+looked at. SHA-256 of the data as read: `{{ fingerprint }}`.{{ grown }}
 
 ## How it was made
 
@@ -151,10 +151,19 @@ def model_card(run: Path) -> ModelCard:
         train=len(table.train),
         held_out=int(table.held_out.sum()),
         fingerprint=stage_one[1].inputs.get("data_fingerprint", "unknown") if stage_one else "unknown",
+        grown=_grown(decoder),
         commands="\n".join(public_command(record[stage].command) for stage in _STAGES if stage in record),
         metrics="\n".join(f"- {name}: {value}" for name, value in _metrics(metrics)),
         licence=words or f"{licence}, as the data, {data}, have it; that tells what may be done with samples.",
     )
+
+
+def _grown(decoder: MNIFModel) -> str:
+    """Says what a model was grown from, whose data it knows too; nothing of one that was not."""
+    before = [markdown_code(generation["data"] or "unknown") for generation in decoder.config.lineage[:-1]]
+    if not before:
+        return ""
+    return f"\n\nIt was grown from a model of other data, {', '.join(before)}, whose licences count too."
 
 
 def add_evaluation(model: Path, figures: Sequence[Figure], reference: str, words: str) -> bool:

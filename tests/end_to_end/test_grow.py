@@ -125,7 +125,7 @@ def test_the_prior_goes_on_and_learns_both(
     assert before["latent_mean"].equal(after["latent_mean"][place])
     sample = ["sample", "--model", str(run), "--num_samples", "2", "--num_inference_steps", "2"]
     assert main([*sample, "--output_dir", str(tmp_path / "drawn")]) == 0
-    assert "grow --model" in (run / "model/README.md").read_text()
+    assert "It was grown from a model of other data, `pictures0`" in (run / "model/README.md").read_text()
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
