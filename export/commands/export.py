@@ -87,8 +87,8 @@ class ExportArguments(GraphsFlags, BakedFlags, ExtrasFlags):
     """Write ONNX graphs, weights and the device's own tools; every graph is measured against float64 first."""
 
     model: Path
-    """The model folder, RUN/model. Without a prior there is no sampler, and rows of RUN/latents.safetensors are
-    baked."""
+    """The model folder, RUN/model, or avatars, which comes along. Without a prior there is no sampler, and rows of
+    RUN/latents.safetensors are baked."""
     output_dir: Path
     """The bundle folder; the files of an older bundle there are replaced, all others stay."""
     seed: int = 0
@@ -162,8 +162,8 @@ def main(arguments: list[str]) -> None:
 def _export(options: ExportArguments) -> None:
     """Exports, unless that was done before."""
     from mnif.latents.table import data_of_table
-    from mnif.models.io import sha256_of_model
     from mnif.models.mnif_model import MNIFModel
+    from mnif.utils.model_folders import sha256_of_model
 
     _check_output(options.output_dir)
     model = load_model(options.model)
