@@ -15,7 +15,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from export.device.bundle import ENGINES, UNFINISHED
+from export.device.bundle import ENGINES, MANIFEST, UNFINISHED
 from export.graphs.fields import Resolution, baked_specs, decoder_spec, widen_channels
 from export.graphs.radiance import baked_radiance_specs, radiance_specs
 from export.graphs.sampler import browser_specs, for_decoder, prior_spec, sampler_spec
@@ -155,7 +155,7 @@ class Selection:
         return ExportedInstances(reference_latents(self.decoder, _REFERENCES, self.seed), [])
 
 
-COMMANDS = ("build", "sample", "verify", "bench")
+COMMANDS = ("build", "sample", "verify", "bench", "update")
 
 
 def write_device_files(bundle: Path) -> None:
@@ -166,9 +166,6 @@ def write_device_files(bundle: Path) -> None:
         shutil.copyfile(source, device / "export" / source.relative_to(here))
     for name in COMMANDS:
         shutil.copyfile(here / "device_entry.py", device / f"{name}.py")
-
-
-MANIFEST = "manifest.json"
 
 
 class WrittenFile(msgspec.Struct):

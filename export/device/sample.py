@@ -14,7 +14,16 @@ from .bundle import BundleError, check_writable, write_atomically
 from .cli import MOST_THREADS, Parser, number, run_command
 from .runtime import Bundle, Camera, Sampler, load_bundle, to_uint8, write_png
 
-_OF_OTHER_COMMANDS = ("run", "compare", "manifest", "samples", "decode", "comparison", "metrics")  # their JSON files
+_OF_OTHER_COMMANDS = (
+    "run",
+    "compare",
+    "manifest",
+    "delta",
+    "samples",
+    "decode",
+    "comparison",
+    "metrics",
+)  # their JSON
 
 
 def main(arguments: list[str] | None = None) -> int:
