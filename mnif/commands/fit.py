@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -549,3 +549,14 @@ def train_loop(
         latent_embedding,
         show,
     )
+
+
+def bare_steps(arguments: FitArguments, signal: Signal, train_data: Dataset) -> Generator[int]:
+    """Takes the optimizer steps of `mnif fit` alone, to be timed: nothing is validated, and no results are saved."""
+    from mnif.data.batches import array_dataset
+    from mnif.training.loop import make_accelerator
+
+    accelerator = make_accelerator(arguments, arguments.output_dir)
+    decoder = make_decoder(arguments, signal)
+    method = make_method(arguments, decoder, signal, len(train_data), accelerator).to(accelerator.device)
+    yield from train_loop(arguments, accelerator, method, array_dataset(train_data.arrays()), validate=dict).steps()

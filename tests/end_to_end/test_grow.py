@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from export.device.runtime import load_bundle
+from latent_prior.denoisers import Denoiser, PaperDenoiser, ResMLPDenoiser, TransformerDenoiser, continued
 from mnif.cli import main
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component
-from mnif.models.lineage import fingerprints
+from mnif.models.lineage import fingerprints, grown, places, widened
 from mnif.models.mnif_model import MNIFModel
 from mnif.training.checkpoints import Checkpoints
 
@@ -222,3 +223,27 @@ def test_what_cannot_grow_is_said_in_a_line(
         (line,) = capsys.readouterr().err.splitlines()
         assert reason in line
     assert not new.exists()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "settings", "layout"),
+    [
+        (ResMLPDenoiser, {}, {}),
+        (PaperDenoiser, {"width": 32, "depth": 2}, {}),
+        (TransformerDenoiser, {"num_tokens": 4, "width": 32, "depth": 1}, {"cells": 4, "tokens": 2}),
+    ],
+)
+def test_a_denoiser_that_goes_on_begins_with_what_it_knew(
+    kind: type[Denoiser], settings: dict[str, int], layout: dict[str, int]
+) -> None:
+    parent = MNIFModel(
+        **{"resolution": 16, "num_bases": 3, "width": 4, "depth": 0, "latent_dim": 12, "cells": 2} | layout
+    )
+    child, denoiser = grown(parent, 2, 4), kind(latent_dim=12, **settings).eval()
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    longer = continued(denoiser, child, torch.zeros(16), torch.ones(16)).eval()
+    noisy, further = torch.randn(3, 12), torch.randn(3, 16)
+    further[:, places(child, 12)] = noisy
+    torch.testing.assert_close(longer(further, 5.0), widened(child, denoiser(noisy, 5.0)), rtol=0, atol=1e-5)
