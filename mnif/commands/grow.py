@@ -217,7 +217,7 @@ def _train(
     try:
         decoder = grown(old, arguments.add_bases, arguments.add_latents)
     except ValueError as error:
-        raise UserError(f"--add_latents {arguments.add_latents}: {error}") from None
+        raise UserError(f"{arguments.model}, --add_latents {arguments.add_latents}: {error}") from None
     decoder.register_to_config(
         lineage=lineage_of_child(old, arguments.model, data, before, frozen=not arguments.replay)
     )

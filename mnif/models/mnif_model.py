@@ -22,6 +22,7 @@ from mnif.models.cell_grid import CellGrid, assign_points, cell_grid
 from mnif.models.growth import Generation, Growth, GrowthShape
 from mnif.models.io import OwnMemory
 from mnif.models.siren import BakedField, layer_shapes, siren_params
+from mnif.models.sparse_coefficients import check_sparsity, gathering_pays, keep_largest, mix_gathered
 from mnif.models.token_map import TokenMap, check_tokens
 from mnif.utils.json_files import Depth, Size
 from mnif.utils.pixels import as_axes
@@ -65,6 +66,8 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         signal: what the fields show, by its name in :mod:`mnif.signals.registry`.
         signal_settings: of the signal; default: pictures of this resolution and these channels.
         tokens: along each axis, a divisor of ``cells``; D is a multiple of their number. None: the latent is global.
+        coefficient_sparsity: bases that a layer of a cell takes at most, below M; the coefficients of the others are
+            zero (:func:`mnif.models.sparse_coefficients.keep_largest`). For ``"delta"``. None: all bases.
         growths: what the model was grown by, in order; M and D count all of it (:mod:`mnif.models.growth`).
         lineage: of a model that was grown, what is known of each generation, the first one first.
 
@@ -91,11 +94,13 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         signal: str = "image",
         signal_settings: dict[str, Any] | None = None,
         tokens: Size | None = None,
+        coefficient_sparsity: Size | None = None,
         growths: Sequence[GrowthShape] = (),
         lineage: Sequence[Generation] = (),
     ):
         super().__init__()
         _check_form(mixing, coefficient_form, overlap)
+        check_sparsity(coefficient_sparsity, num_bases, mixing)
         if signal_settings is None:
             self.register_to_config(signal_settings={"resolution": resolution, "channels": channels})
         if math.prod(as_axes(resolution, dimensions)) > MOST_POINTS or cells**dimensions > _MOST_CELLS:
@@ -142,6 +147,10 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         first = config.latent_dim - sum(added)
         if min(self.generations[0], first, *added) < 1 or any(numbers % count for numbers in added):
             raise ValueError(f"growths {[*config.growths]}: bases or numbers cannot be shared out so")
+        if added and config.coefficient_sparsity is not None:
+            raise ValueError(
+                "coefficient_sparsity: a sparse model cannot be grown, as what is added speaks of all bases"
+            )
         if config.coefficient_form == "direct" and added != [vectors * g["num_bases"] for g in config.growths]:
             raise ValueError(f"growths: direct coefficients make latent_dim {vectors} times num_bases")
         self.latent_parts = [numbers // count for numbers in (first, *added)]
@@ -182,6 +191,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         """Maps latents [B, D] to mixture coefficients [B, cells, layers, M], scaled by 1/sqrt(M).
 
         M counts all bases, for the scale those of the first generation.
+        Of a sparse model all but ``coefficient_sparsity`` of each M are zero.
         """
         config = self.config
         first, *later = self.split_latents(latents)
@@ -189,12 +199,14 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         if self.coefficient_map is None and config.mixing == "average":
             mapped = mapped + 1  # zero latents then mean the average of all bases, as the map's bias has it elsewhere
         mapped = mapped.view(len(latents), self.num_cells, -1, self.generations[0])
+        if config.coefficient_sparsity is not None:
+            mapped = keep_largest(mapped, config.coefficient_sparsity)
         for growth, numbers in zip(self.later, later, strict=True):
             mapped = growth(numbers, mapped)
         return mapped.expand(-1, -1, len(self.bases), -1) / self.coefficient_scale
 
     def bake(self, coefficients: Float[Tensor, "batch cells layers bases"]) -> BakedField:
-        """Mixes the bases into plain networks, one matrix product per layer and generation.
+        """Mixes the bases into plain networks, one matrix product per layer and generation, or of sparse ones a sum.
 
         The products of later generations are added to the first one's, so that coefficients of zero change no bit.
 
@@ -211,11 +223,26 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         first, *later = parts
         rows = [row.expand(len(flat), -1) for row in self.shared]
         for index, bases in enumerate(self.bases):
-            mixed = torch.addmm(self.means[index], first[:, index], bases) if self.means else first[:, index] @ bases
+            if self._gathers(first, bases):
+                mixed = self.means[index] + mix_gathered(first[:, index], bases)
+            elif self.means:
+                mixed = torch.addmm(self.means[index], first[:, index], bases)
+            else:
+                mixed = first[:, index] @ bases
             for growth, part in zip(self.later, later, strict=True):
                 mixed = torch.addmm(mixed, part[:, index], growth.bases[index])
             rows.append(mixed)
         return BakedField(self.shapes, torch.cat(rows, dim=1), self.config.output_sine)
+
+    def _gathers(self, coefficients: Tensor, bases: Tensor) -> bool:
+        """Whether few enough bases are taken for gathering them to be quicker than a product with all.
+
+        Gradients are those of products, and what is compiled has shapes that do not depend on values.
+        """
+        active, differentiated = self.config.coefficient_sparsity, torch.is_grad_enabled()
+        if active is None or differentiated or coefficients.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return gathering_pays(active, len(coefficients), *bases.shape)
 
     def grid(
         self,
@@ -288,7 +315,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
 def decoder_fingerprint(settings: Mapping[str, Any], state: Mapping[str, Tensor], *dtypes: torch.dtype) -> str:
     """Computes the fingerprint of a decoder of these settings and weights (:meth:`MNIFModel.fingerprint`)."""
     settings = {key: value for key, value in settings.items() if key != "lineage"}
-    for name in ("tokens", "growths"):
+    for name in ("tokens", "growths", "coefficient_sparsity"):
         if not settings[name]:
             del settings[name]  # unknown to the folders of earlier versions, whose fingerprints stay
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
