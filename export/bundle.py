@@ -62,7 +62,7 @@ def instances_of_table(
     Raises:
         UserError: no such table or id, or the table belongs to another decoder.
     """
-    table = LatentTable.load(path, decoder.fingerprint(), decoder.config.latent_dim)
+    table = LatentTable.load_for(decoder, path)
     rows = list(range(min(count, len(table.ids)))) if ids is None else table.rows_of(ids, path)
     further = [row for row in range(len(table.ids)) if row not in set(rows)][: max(least - len(rows), 0)]
     return ExportedInstances(table.latents[rows + further], [{"id": table.ids[row]} for row in rows])

@@ -21,7 +21,7 @@ from mnif.latents.table import LatentTable
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Change, Observation, Signal
 from mnif.signals.registry import signal_of_model
-from mnif.training.run_record import read_run_record
+from mnif.training.run_record import read_run_record, stage_one_of
 from mnif.utils.errors import UserError
 from mnif.utils.process import default_device, progress_bar
 
@@ -76,7 +76,7 @@ def changed_instances(run: Path, decoder: MNIFModel, table: LatentTable) -> Chan
     signal = signal_of_model(decoder)
     encoder = load_latent_init(run / "model", decoder, signal, "encoder")
     assert encoder is not None
-    record = read_run_record(run).get("fit")
+    _, record = stage_one_of(read_run_record(run)) or ("", None)
     asked = {} if record is None else record.arguments
     flags = [flag for flag in signal.changes() if asked.get(flag) in (True, "True")]
     if record is None or not flags:

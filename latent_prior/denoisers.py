@@ -22,6 +22,7 @@ from latent_prior.denoiser_blocks import PaperBlock, ResidualBlock, TransformerB
 from latent_prior.settings import HEAD_WIDTH, PAPER_GROUPS, DenoiserName, PredictionType
 from mnif.data.batches import InstanceGenerator
 from mnif.models.io import OwnMemory, load_component
+from mnif.models.lineage import lengthened, places
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 from mnif.utils.json_files import Depth, Size, read_json
@@ -303,6 +304,31 @@ def load_denoiser(folder: Path, name: str = "denoiser", variant: str | None = No
     if not isinstance(named, str) or named not in kinds:
         raise UserError(f"{config}: a {named!s:.40} is no denoiser; {' or '.join(kinds)} is needed")
     return load_component(kinds[named], folder, name, variant)
+
+
+@torch.no_grad()
+def continued(denoiser: Denoiser, decoder: MNIFModel, mean: Tensor, std: Tensor) -> Denoiser:
+    """Makes a denoiser for the latents of a decoder that was grown, of one that knows those of an earlier generation.
+
+    At first it draws earlier latents as before: further numbers are not read yet, and their mean is predicted.
+
+    Args:
+        denoiser: of the earlier generation.
+        decoder: that was grown.
+        mean: of the latents to learn from, [D]; of the numbers that there were before, the denoiser's own stays.
+        std: their standard deviations, likewise.
+    """
+    fresh = {"decoder_fingerprint": decoder.fingerprint(), "rounded_fingerprints": ()}
+    longer = lengthened(denoiser, decoder, **fresh)
+    new = torch.ones(decoder.config.latent_dim, dtype=torch.bool)
+    new[places(decoder, denoiser.config.latent_dim)] = False
+    state = longer.state_dict()
+    state["latent_mean"][new], state["latent_std"][new] = mean[new], std[new]
+    if state["read.weight"].shape[1] < len(new):  # one matrix serves all tokens
+        new = new.view(decoder.num_tokens, -1)[0]
+    state["read.weight"][:, new] = 0
+    state["write.weight"][new], state["write.bias"][new] = 0, 0
+    return longer
 
 
 def check_decoder(decoder: MNIFModel, denoiser: Denoiser) -> None:

@@ -17,6 +17,8 @@ COMMANDS = {
         "CompareArguments",
         "learn in several ways at equal compute, and compare",
     ),
+    "grow": ("mnif.commands.grow", "GrowArguments", "add bases to a model for new data, and keep what it knows"),
+    "lineage": ("mnif.commands.lineage", "LineageArguments", "show what a model was grown from, and go back to it"),
     "pilot": ("evals.commands.pilot", "PilotArguments", "try sizes in small runs, and say which to train"),
     "encode": ("mnif.commands.encode", "EncodeArguments", "find the latents of new data on frozen bases"),
     "decode": ("mnif.commands.decode", "DecodeArguments", "show what latents stand for: pictures, meshes, views"),

@@ -243,10 +243,13 @@ def _present(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def _curves(rows: list[dict[str, Any]]) -> dict[str, Figure | None]:
     from evals.charts import curve_chart
+    from mnif.training.run_record import STAGE_ONE
 
+    learned = {row["stage"] for row in rows}
+    stage = next((name for name in STAGE_ONE if name in learned), "fit")
     return {
-        "fit_loss": curve_chart(rows, "fit", ["loss"], "mean squared error", logarithmic=True),
-        "fit_psnr": curve_chart(rows, "fit", ["psnr_train", "psnr_heldout"], "PSNR of the encoder, dB"),
+        "fit_loss": curve_chart(rows, stage, ["loss"], "mean squared error", logarithmic=True),
+        "fit_psnr": curve_chart(rows, stage, ["psnr_train", "psnr_heldout"], "PSNR of the encoder, dB"),
         "prior_loss": curve_chart(
             rows, "prior", ["validation_loss_train", "validation_loss"], "denoising loss", logarithmic=True
         ),

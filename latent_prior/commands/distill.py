@@ -119,9 +119,7 @@ def distill(arguments: DistillArguments) -> None:
     check_machine(arguments)
     check_finished(run, "prior")
     pipeline = load_pipeline(model)
-    table = LatentTable.load(
-        run / "latents.safetensors", pipeline.decoder.fingerprint(), pipeline.decoder.config.latent_dim
-    )
+    table = LatentTable.load_for(pipeline.decoder, run / "latents.safetensors")
     settings_of_tokens(arguments.denoiser or "modulated", pipeline.decoder)  # in time: nothing has been written yet
     fill_in_steps(arguments, arguments.num_pairs - _held_out(arguments))
     repository = repository_for(arguments, model)

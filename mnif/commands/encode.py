@@ -155,7 +155,7 @@ def encode(arguments: EncodeArguments) -> None:
         seconds = time.perf_counter() - started
         metrics = evaluate_latents(decoder, signal, rows, latents)
         held_out = torch.zeros(len(latents), dtype=torch.bool)
-        table = LatentTable(latents, data.ids, held_out, decoder.fingerprint(), data.name)
+        table = LatentTable.of(decoder, latents, data.ids, held_out, data.name)
         table.save(arguments.output_dir / "latents.safetensors")
         _report(arguments.output_dir, data.ids, metrics, seconds)
         if arguments.gate and profile is not None:

@@ -1,4 +1,4 @@
-"""What a finished `mnif fit` leaves: the model, the latents, metrics, and a picture of reconstructions."""
+"""What a finished `mnif fit` or `mnif grow` leaves: model, latents, metrics, and a picture of reconstructions."""
 
 import math
 from functools import partial
@@ -36,6 +36,7 @@ def save_results(
     train_rows: ArrayDataset,
     held_rows: ArrayDataset,
     refinement_steps: int,
+    stage: str = "fit",
 ) -> dict[str, float]:
     """Writes ``model/`` with its profile, ``latents.safetensors`` and ``samples/reconstructions.png`` into a run.
 
@@ -48,6 +49,7 @@ def save_results(
         train_rows: those trained on.
         held_rows: those held out; may be empty.
         refinement_steps: Adam steps that refine the held-out latents.
+        stage: the command's name.
 
     Returns:
         Mean metrics of each split, of PCA with as many numbers, and what the model costs.
@@ -57,7 +59,7 @@ def save_results(
     # Through the file and back, so that the fingerprint is that of what later commands will load.
     decoder = load_component(MNIFModel, run / "model", "decoder").to(method.decoder.device)
     if isinstance(method, AutoDecoderMethod):
-        train_latents = method.rows.read_all(newest_checkpoint(run / "checkpoints" / "fit"))
+        train_latents = method.rows.read_all(newest_checkpoint(run / "checkpoints" / stage))
     else:
         train_latents = torch.cat([*infer_latents(decoder, signal, train_rows, latent_init, 0)])
     first, refined = _held_out_latents(decoder, signal, held_rows, latent_init, refinement_steps)
@@ -141,7 +143,7 @@ def _save_latent_table(
     latents = torch.empty(len(is_held_out), decoder.config.latent_dim)
     latents[~is_held_out], latents[is_held_out] = train.cpu(), held_out.cpu()
     ids = [id for id, keep in zip(data.ids, kept.tolist(), strict=True) if keep]
-    LatentTable(latents, ids, is_held_out, decoder.fingerprint(), data.name).save(run / "latents.safetensors")
+    LatentTable.of(decoder, latents, ids, is_held_out, data.name).save(run / "latents.safetensors")
 
 
 def _costs(decoder: MNIFModel) -> dict[str, float]:

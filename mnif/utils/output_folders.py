@@ -26,6 +26,7 @@ BEGUN = ".begun.json"
 # Whose a folder is by a file in it that has one of these entries; the first that is found counts. Names alone do not
 # tell: a web page has a manifest.json too, and several commands leave figures in a metrics.json.
 _MARKS = (
+    ("grow", "run.json", {"grow"}),
     ("fit", "run.json", {"fit", "prior", "distill"}),
     ("compare-fit", "compare.json", {"runs"}),
     ("pilot", "pilot.json", {"recommendations"}),
@@ -44,6 +45,15 @@ _MARKS = (
 # What a command writes whatever it is asked; in a folder without a mark they are somebody else's.
 _WRITES: dict[str, tuple[str, ...]] = {
     "fit": ("run.json", "config.yaml", "metrics.json", "metrics.jsonl", "latents.safetensors", "model", "checkpoints"),
+    "grow": (
+        "run.json",
+        "config.yaml",
+        "metrics.json",
+        "metrics.jsonl",
+        "latents.safetensors",
+        "model",
+        "checkpoints",
+    ),
     "compare-fit": ("compare.json", "config.yaml", "compare.md", "curves.png"),
     "pilot": ("pilot.json", "config.yaml", "pilot.md", "pilot.html"),
     "export": (),
@@ -58,6 +68,7 @@ _WRITES: dict[str, tuple[str, ...]] = {
 # Folders inside that belong to what is around them.
 _INSIDE = {
     "fit": ("model", "checkpoints", "samples", "pairs"),
+    "grow": ("model", "checkpoints", "samples", "pairs", "inherited"),
     "export": ("onnx", "device", "engines", "triton"),
     "sample": ("preview", "parts"),
 }
