@@ -46,7 +46,7 @@ class ChangedInstances:
 
     @torch.no_grad()
     def latents(self) -> Float[Tensor, "n ways latent_dim"]:
-        """Infers the latents of all instances in all ways, [N, ways, D] on the CPU; computes on an accelerator if any."""
+        """Infers the latents of all instances in all ways, [N, ways, D] on the CPU, by an accelerator if any."""
         decoder, encoder = self.decoder.to(default_device()), self.encoder.to(default_device())
         found: list[Tensor] = []
         with progress_bar(total=len(self.ways) * len(self.rows), desc="changed", unit=self.signal.noun) as bar:
