@@ -24,6 +24,7 @@ _OF_OTHER_COMMANDS = (
     "decode",
     "comparison",
     "metrics",
+    "monitor",
 )  # their JSON
 
 
