@@ -11,11 +11,13 @@ import os
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,12 +25,16 @@ import tyro
 from PIL import Image
 
 from mnif.commands.fit import bare_steps, parse_fit_arguments
-from mnif.data.batches import ArrayDataset, array_dataset
+from mnif.data.batches import array_dataset
 from mnif.data.images import ImageData, image_files, load_images
 from mnif.signals.image import Image as ImageSignal
 from mnif.training.loop import make_loader
 
+T = TypeVar("T")
+
 _PICTURES_IN_A_SHARD = 1_000
+_TRAINED = 1_000  # pictures that steps are taken on; a step takes the same time on more
+_STEPS = 10  # of training in a round
 
 
 @dataclass
@@ -86,42 +92,42 @@ def read_shards(source: str, arguments: Arguments) -> ImageData:
 
 
 def beside_training(data: ImageData, run: Path, arguments: Arguments) -> None:
-    """Times batches alone and steps of training in alternating rounds, each way of loading for as many pictures."""
+    """Times batches alone and steps of training in alternating rounds, a pass of each way of loading."""
     rows = array_dataset(data.rows(np.flatnonzero(~data.held_out(0.1))).arrays())
-    fit_flags = ["--data", data.name, "--output_dir", str(run), "--resolution", str(arguments.size)]
-    steps = 10
-    fit_flags += ["--train_batch_size", str(arguments.batch), "--max_train_steps", str(steps * (arguments.rounds + 2))]
-    fit = parse_fit_arguments(fit_flags)
-    training = bare_steps(fit, ImageSignal(arguments.size), data.rows(np.arange(1_000)))
-    loaders = {f"training's loader, {workers} workers": loader(rows, arguments, workers) for workers in (0, 2)}
+    flags = ["--data", data.name, "--output_dir", str(run), "--resolution", str(arguments.size)]
+    flags += ["--train_batch_size", str(arguments.batch), "--max_train_steps", str(_STEPS * (arguments.rounds + 2))]
+    fit = parse_fit_arguments(flags)
+    training = bare_steps(fit, ImageSignal.from_data(data, {"stride": fit.stride}), data.rows(np.arange(_TRAINED)))
+    endless = {}
+    for workers in (0, 2):
+        loading = replace(fit, dataloader_num_workers=workers, max_train_steps=1 << 30)
+        endless[f"training's loader, {workers} workers"] = iter(make_loader(loading, rows, step=0, processes=1))
     rates: dict[str, list[float]] = {}
     for _ in range(arguments.rounds + 1):
-        ways: dict[str, tuple[int, Iterable]] = {
-            "batches in order, one pass": (len(rows), rows.batches(arguments.batch)),
-            **{name: (len(rows), islice(batches, len(rows) // arguments.batch)) for name, batches in loaders.items()},
-            "training, default form of `mnif fit`": (steps * arguments.batch, islice(training, steps)),
-        }
+        ways: dict[str, tuple[int, Iterator]] = {"batches in order": (len(rows), rows.batches(arguments.batch))}
+        for name, batches in endless.items():
+            ways[name] = (len(rows), islice(batches, len(rows) // arguments.batch))
+        ways["training, `mnif fit` as it comes"] = (_STEPS * arguments.batch, islice(training, _STEPS))
         for name, (pictures, batches) in ways.items():
-            seconds, _ = timed(lambda batches=batches: sum(1 for _ in batches))
-            rates.setdefault(name, []).append(pictures / seconds)
+            rates.setdefault(name, []).append(pictures / timed(partial(_exhaust, batches))[0])
     for name, values in rates.items():
-        show(name, float(np.median(values[1:])))  # the first round compiles, reads the disk and starts workers
+        show(name, float(np.median(values[1:])))  # the first round reads the disk and starts workers
 
 
-def loader(rows: ArrayDataset, arguments: Arguments, workers: int) -> Iterable:
-    """An endless row of shuffled batches, as `mnif fit` draws them."""
-    flags = ["--data", "none", "--output_dir", "none", "--train_batch_size", str(arguments.batch)]
-    flags += ["--dataloader_num_workers", str(workers), "--max_train_steps", str(1 << 30)]
-    return iter(make_loader(parse_fit_arguments(flags), rows, step=0, processes=1))
+def _exhaust(batches: Iterator) -> None:
+    for _ in batches:
+        pass
 
 
-def timed(work):
+def timed(work: Callable[[], T]) -> tuple[float, T]:
+    """Seconds of a call, and what it returns."""
     started = time.perf_counter()
     result = work()
     return time.perf_counter() - started, result
 
 
 def show(name: str, rate: float) -> None:
+    """Prints a row."""
     print(f"  {name:48} {rate:12,.0f} images/s", flush=True)
 
 
