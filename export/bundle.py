@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from export.device.bundle import ENGINES, UNFINISHED
+from export.graphs.encoder import GridEncoder, encoder_spec
 from export.graphs.fields import Resolution, baked_specs, decoder_spec, widen_channels
 from export.graphs.radiance import baked_radiance_specs, radiance_specs
 from export.graphs.sampler import browser_specs, for_decoder, prior_spec, sampler_spec
@@ -91,6 +92,7 @@ class Selection:
         ids: which of its rows.
         pad_channels: values get four channels.
         browser: the graphs of the page come too; they need a pipeline.
+        encoder: the model's, if it is to come too.
     """
 
     decoder: MNIFModel
@@ -103,9 +105,10 @@ class Selection:
     ids: Sequence[str] | None = None
     pad_channels: bool = False
     browser: bool = False
+    encoder: GridEncoder | None = None
 
     def specs(self) -> Iterator[GraphSpec]:
-        """Yields decoder, samplers, what radiance fields have besides, and the baked instances.
+        """Yields decoder, encoder, samplers, what radiance fields have besides, and the baked instances.
 
         Raises:
             UserError: the latent table does not fit, the scheduler cannot be exported, or float32 is not enough.
@@ -114,6 +117,8 @@ class Selection:
         signal, instances = signal_of_model(decoder), self._instances()
         shown = instances.latents[:_REFERENCES]
         yield decoder_spec(decoder, shown, self.resolution)
+        if self.encoder is not None:
+            yield encoder_spec(self.encoder, self.decoder, shown, self.seed)
         if self.pipeline is not None:
             resolution = None if isinstance(signal, RadianceField) else self.resolution
             for count in self.steps:

@@ -17,6 +17,10 @@ _TENSORS = {
     "noise": "Standard normal noise [batch, latent_dim]; that of sample i of seed s is "
     "numpy.random.default_rng([s, i]).standard_normal(latent_dim, dtype='float32').",
     "coefficients": "Mixture coefficients [batch, cells, layers, bases]: how much of each basis network a cell takes.",
+    "mask": "1 for what was seen and 0 for what was not, which is read as 0, the middle of the range.",
+    "latents": "Latents [batch, latent_dim], each of mean 0 and variance 1.",
+    "cell_residuals": "Mean squared errors of decoded values over what was seen of each cell, 0 where nothing was.",
+    "residual": "The mean squared error over all that was seen.",
     "coordinates": "Points of each cell [cells, points, dimensions], in the cell's own [-1, 1].",
     "points": "Points in world coordinates.",
     "origins": "Where rays begin, in world coordinates.",

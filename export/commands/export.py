@@ -28,6 +28,7 @@ from mnif.utils.output_folders import LOCK, check_output_folder, held_folder
 
 if TYPE_CHECKING:
     from export.bundle import Selection
+    from export.graphs.encoder import GridEncoder
     from export.graphs.rtx_check import CompileReport
     from export.graphs.specs import GraphVariant
     from latent_prior.pipeline import MNIFPipeline
@@ -68,6 +69,9 @@ class BakedFlags:
 class ExtrasFlags:
     """What else a bundle gets."""
 
+    encoder: bool = False
+    """Add the model's encoder: an observation to its latent, coefficients, and how far they are from it, for
+    device/encode.py. It holds all of the coefficient map, often more than the rest of the bundle."""
     browser: bool = False
     """Add browser/, a page to be hosted, and its graphs: noise → coefficients, and values of those anywhere."""
     onnxruntime_web: Path | None = None
@@ -104,8 +108,10 @@ class ExportArguments(GraphsFlags, BakedFlags, ExtrasFlags):
         return (["fp32"] if chosen == "fp32" else self.precision), None
 
 
-def selection_of(model: MNIFPipeline | MNIFModel, options: ExportArguments) -> Selection:
-    """What the flags ask for.
+def selection_of(
+    model: MNIFPipeline | MNIFModel, options: ExportArguments, encoder: GridEncoder | None = None
+) -> Selection:
+    """What the flags ask for, with the encoder if it is to come too.
 
     Raises:
         UserError: a flag is out of range.
@@ -148,6 +154,7 @@ def selection_of(model: MNIFPipeline | MNIFModel, options: ExportArguments) -> S
         ids=options.ids,
         pad_channels=options.pad_channels,
         browser=options.browser,
+        encoder=encoder,
     )
 
 
@@ -167,6 +174,8 @@ def _export(options: ExportArguments) -> None:
 
     _check_output(options.output_dir)
     model = load_model(options.model)
+    decoder = model if isinstance(model, MNIFModel) else model.decoder
+    encoder = load_encoder(options.model, decoder) if options.encoder else None
     if isinstance(model, MNIFModel) and options.latents is None:
         beside = options.model.parent / "latents.safetensors"
         options.latents = beside if beside.is_file() else None
@@ -177,9 +186,8 @@ def _export(options: ExportArguments) -> None:
     if _holds(options.output_dir, inputs):
         print(f"{options.output_dir}: exported here before from this model with these flags; nothing to do")
         return
-    decoder = model if isinstance(model, MNIFModel) else model.decoder
     trained_on = data_of_table(options.model.parent / "latents.safetensors", decoder.fingerprint())
-    export_bundle(model, options, inputs, trained_on)
+    export_bundle(model, options, inputs, trained_on, encoder)
 
 
 def load_model(folder: Path) -> MNIFPipeline | MNIFModel:
@@ -195,6 +203,28 @@ def load_model(folder: Path) -> MNIFPipeline | MNIFModel:
     if (folder / "denoiser").is_dir():
         return load_pipeline(folder)
     return load_component(MNIFModel, folder, "decoder")
+
+
+def load_encoder(folder: Path, decoder: MNIFModel) -> GridEncoder:
+    """The encoder of a model folder.
+
+    Raises:
+        UserError: the model has none, it is damaged, or it is none of grids.
+    """
+    from mnif.latents.inference import load_latent_init
+    from mnif.models.encoders import PatchEncoder, TokenEncoder
+    from mnif.models.io import model_folder_in
+    from mnif.signals.registry import signal_of_model
+
+    if not (model_folder_in(folder) / "encoder").is_dir():
+        raise UserError(f"--encoder: {folder} has none; only models of `mnif fit --method encoder` have")
+    encoder = load_latent_init(folder, decoder, signal_of_model(decoder), "encoder")
+    if not isinstance(encoder, (PatchEncoder, TokenEncoder)):
+        raise UserError(
+            "--encoder: that of posed views takes any number of them, and its score is a rendering of them all, no "
+            "graph of fixed size; leave the flag out"
+        )
+    return encoder
 
 
 def _holds(output: Path, inputs: dict[str, str]) -> bool:
@@ -214,6 +244,7 @@ def export_bundle(
     options: ExportArguments,
     inputs: dict[str, str] | None = None,
     trained_on: str | None = None,
+    encoder: GridEncoder | None = None,
 ) -> None:
     """Writes a bundle to ``options.output_dir``, whole or not at all; it takes the place of an older one.
 
@@ -224,6 +255,7 @@ def export_bundle(
         options: the command's flags; ``options.model`` is not read.
         inputs: what the bundle depends on, noted in the manifest.
         trained_on: the data's name, where it is known.
+        encoder: the model's, if it is to come too; ``options.encoder`` is not read.
 
     Raises:
         UserError: a flag is out of range, the folder holds something else or a file in the way, the scheduler cannot
@@ -233,7 +265,7 @@ def export_bundle(
     from export.manifest import manifest_of
     from latent_prior.model_card import public_name
 
-    selection = selection_of(model, options)
+    selection = selection_of(model, options, encoder)
     compiles = options.compile_rtx == "on" or (options.compile_rtx == "auto" and rtx_is_installed())
     if options.compile_rtx == "on" and not rtx_is_installed():
         mend = "pip install 'mnif-diffusion[rtx]', or --compile_rtx off"

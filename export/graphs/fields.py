@@ -25,6 +25,7 @@ from export.graphs.specs import PROFILE_SIZES, REFERENCED_BAKED, GraphSpec, Prof
 from mnif.models.cell_grid import CellGrid, axis_cells
 from mnif.models.mnif_model import MNIFModel
 from mnif.models.siren import BakedField, LayerShape
+from mnif.models.token_map import TokenMap
 from mnif.utils.pixels import as_axes
 
 Resolution = int | Sequence[int]  # pixels per axis; one number stands for all axes
@@ -36,9 +37,9 @@ _BATCHES = (1, 8, 64)
 _MOST_VALUES = 1 << 22  # of one batch; large grids come in smaller batches
 
 
-def batch_profile(model: onnx.ModelProto) -> Profile:
-    """Profiles a graph with one input and one output, whose first axis is the batch."""
-    most = _MOST_VALUES // int(np.prod([axis.dim_value for axis in axes_of(model.graph.output[0])[1:]]))
+def batch_profile(model: onnx.ModelProto, largest: onnx.ValueInfoProto | None = None) -> Profile:
+    """Profiles a graph whose first axes are the batch; ``largest`` is its largest tensor, default: the output."""
+    most = _MOST_VALUES // _numbers_of_one(largest or model.graph.output[0])
     return profile_of(
         model, **{size: {"batch": min(n, max(most, 1))} for size, n in zip(PROFILE_SIZES, _BATCHES, strict=True)}
     )
@@ -122,6 +123,56 @@ def decoder_graph(decoder: MNIFModel, resolution: Resolution) -> onnx.ModelProto
 def coefficient_shape(decoder: MNIFModel) -> list[int | str]:
     """The shape of coefficients is [batch, cells, layers, bases]."""
     return ["batch", decoder.num_cells, len(decoder.bases), decoder.config.num_bases]
+
+
+def coefficients_of(builder: GraphBuilder, decoder: MNIFModel, latents: str) -> str:
+    """Maps latents [batch, latent_dim] to coefficients [batch, cells · layers · bases], as the model does."""
+    config, scale, mapping = decoder.config, decoder.config.num_bases**-0.5, decoder.coefficient_map
+    if mapping is None:
+        factor = builder.number(scale)
+        if config.mixing == "average":
+            latents = builder.add("Add", [latents, builder.number(1.0)], "coefficients/shifted")
+        return builder.add("Mul", [latents, factor], "coefficients/flat")
+    if isinstance(mapping, TokenMap):
+        mapped = builder.add(
+            "Mul", [_map_tokens(builder, mapping, latents), builder.number(scale)], "coefficients/flat"
+        )
+    else:
+        mapped = builder.linear(
+            latents,
+            builder.constant("decoder.coefficient_map.weight", mapping.weight),
+            builder.constant("decoder.coefficient_map.bias", mapping.bias),
+            "coefficients/flat",
+            scale=scale,
+        )
+    if config.coefficient_form == "layer":
+        return mapped
+    by_cell = builder.reshape(mapped, (-1, 1, config.num_bases), "coefficients/shared")
+    return builder.add("Concat", [by_cell] * len(decoder.bases), "coefficients/by_layer", axis=1)
+
+
+def _map_tokens(builder: GraphBuilder, mapping: TokenMap, latents: str) -> str:
+    """Maps latents of tokens to coefficients as :class:`mnif.models.token_map.TokenMap` does: a row is a token."""
+    weights = dict(mapping.named_parameters())
+
+    def weight_named(parameter: str) -> str:
+        return builder.constant(f"decoder.coefficient_map.{parameter}", weights[parameter])
+
+    count, heard = mapping.around.shape
+    tokens = builder.reshape(latents, (-1, count, mapping.read.in_features // heard), "tokens")
+    around = builder.constant("tokens/around", mapping.around.flatten())
+    tokens = builder.add("Gather", [tokens, around], "tokens/heard", axis=1)
+    rows = builder.reshape(tokens, (-1, mapping.read.in_features), "tokens/rows")
+    hidden = builder.linear(rows, weight_named("read.weight"), weight_named("read.bias"), "tokens/read")
+    hidden = builder.add("Mul", [hidden, builder.add("Sigmoid", [hidden], "tokens/sigmoid")], "tokens/silu")
+    mapped = builder.add("Gemm", [hidden, weight_named("write.weight")], "tokens/write", transB=1)
+    cells = len(mapping.order)
+    mapped = builder.reshape(mapped, (-1, cells, len(mapping.bias) // cells), "tokens/by_cell")
+    if cells > count:
+        order = builder.constant("tokens/order", mapping.order)
+        mapped = builder.add("Gather", [mapped, order], "tokens/in_order", axis=1)
+    mapped = builder.reshape(mapped, (-1, len(mapping.bias)), "tokens/flat")
+    return builder.add("Add", [mapped, weight_named("bias")], "tokens/coefficients")
 
 
 def baked_layers(builder: GraphBuilder, field: BakedField) -> Layers:
@@ -288,7 +339,10 @@ def _bake_each(decoder: MNIFModel, latents: Tensor) -> Iterator[BakedField]:
             yield BakedField(fields.shapes, params, fields.output_sine)
 
 
-def reference_count(model: onnx.ModelProto) -> int:
-    """Counts the instances in the reference of a graph whose first axis is the batch."""
-    values = np.prod([axis.dim_value for axis in model.graph.output[0].type.tensor_type.shape.dim[1:]])
-    return int(np.clip(_REFERENCE_VALUES // values, 1, _REFERENCES))
+def reference_count(model: onnx.ModelProto, largest: onnx.ValueInfoProto | None = None) -> int:
+    """Counts the instances in the reference of a graph whose first axes are the batch, as :func:`batch_profile`."""
+    return int(np.clip(_REFERENCE_VALUES // _numbers_of_one(largest or model.graph.output[0]), 1, _REFERENCES))
+
+
+def _numbers_of_one(tensor: onnx.ValueInfoProto) -> int:
+    return int(np.prod([axis.dim_value for axis in axes_of(tensor)[1:]]))

@@ -25,6 +25,7 @@ from export.graphs.fields import (
     baked_profile,
     batch_profile,
     coefficient_shape,
+    coefficients_of,
     decode_on_grid,
     evaluate_layers,
     grid_shape,
@@ -36,7 +37,6 @@ from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
 from latent_prior.schedulers import scales_samples
 from mnif.models.mnif_model import MNIFModel
-from mnif.models.token_map import TokenMap
 from mnif.utils.errors import UserError
 
 T = TypeVar("T")
@@ -172,7 +172,7 @@ def sampler_graph(
     spread = builder.constant("denoiser.latent_std", denoiser.latent_std)
     mean = builder.constant("denoiser.latent_mean", denoiser.latent_mean)
     latents = builder.add("Add", [builder.add("Mul", [samples[-1], spread], "latents/spread"), mean], "latents")
-    coefficients = _coefficients(builder, decoder, latents)
+    coefficients = coefficients_of(builder, decoder, latents)
     if resolution is None:
         shape = coefficient_shape(decoder)
         apart = builder.reshape(coefficients, (-1, *(int(size) for size in shape[1:])), "coefficients/apart")
@@ -181,56 +181,6 @@ def sampler_graph(
         values = decode_on_grid(builder, decoder, coefficients, resolution)
         results = {"values": (values, grid_shape(decoder, resolution))}
     return builder.model("sampler", {"noise": ["batch", decoder.config.latent_dim]}, results)
-
-
-def _coefficients(builder: GraphBuilder, decoder: MNIFModel, latents: str) -> str:
-    """Maps latents [batch, latent_dim] to coefficients [batch, cells · layers · bases], as the model does."""
-    config, scale, mapping = decoder.config, decoder.config.num_bases**-0.5, decoder.coefficient_map
-    if mapping is None:
-        factor = builder.number(scale)
-        if config.mixing == "average":
-            latents = builder.add("Add", [latents, builder.number(1.0)], "coefficients/shifted")
-        return builder.add("Mul", [latents, factor], "coefficients/flat")
-    if isinstance(mapping, TokenMap):
-        mapped = builder.add(
-            "Mul", [_map_tokens(builder, mapping, latents), builder.number(scale)], "coefficients/flat"
-        )
-    else:
-        mapped = builder.linear(
-            latents,
-            builder.constant("decoder.coefficient_map.weight", mapping.weight),
-            builder.constant("decoder.coefficient_map.bias", mapping.bias),
-            "coefficients/flat",
-            scale=scale,
-        )
-    if config.coefficient_form == "layer":
-        return mapped
-    by_cell = builder.reshape(mapped, (-1, 1, config.num_bases), "coefficients/shared")
-    return builder.add("Concat", [by_cell] * len(decoder.bases), "coefficients/by_layer", axis=1)
-
-
-def _map_tokens(builder: GraphBuilder, mapping: TokenMap, latents: str) -> str:
-    """Maps latents of tokens to coefficients as :class:`mnif.models.token_map.TokenMap` does: a row is a token."""
-    weights = dict(mapping.named_parameters())
-
-    def weight_named(parameter: str) -> str:
-        return builder.constant(f"decoder.coefficient_map.{parameter}", weights[parameter])
-
-    count, heard = mapping.around.shape
-    tokens = builder.reshape(latents, (-1, count, mapping.read.in_features // heard), "tokens")
-    around = builder.constant("tokens/around", mapping.around.flatten())
-    tokens = builder.add("Gather", [tokens, around], "tokens/heard", axis=1)
-    rows = builder.reshape(tokens, (-1, mapping.read.in_features), "tokens/rows")
-    hidden = builder.linear(rows, weight_named("read.weight"), weight_named("read.bias"), "tokens/read")
-    hidden = builder.add("Mul", [hidden, builder.add("Sigmoid", [hidden], "tokens/sigmoid")], "tokens/silu")
-    mapped = builder.add("Gemm", [hidden, weight_named("write.weight")], "tokens/write", transB=1)
-    cells = len(mapping.order)
-    mapped = builder.reshape(mapped, (-1, cells, len(mapping.bias) // cells), "tokens/by_cell")
-    if cells > count:
-        order = builder.constant("tokens/order", mapping.order)
-        mapped = builder.add("Gather", [mapped, order], "tokens/in_order", axis=1)
-    mapped = builder.reshape(mapped, (-1, len(mapping.bias)), "tokens/flat")
-    return builder.add("Add", [mapped, weight_named("bias")], "tokens/coefficients")
 
 
 @torch.no_grad()
