@@ -160,7 +160,7 @@ class Selection:
         return ExportedInstances(reference_latents(self.decoder, _REFERENCES, self.seed), [])
 
 
-COMMANDS = ("build", "sample", "verify", "bench")
+COMMANDS = ("build", "sample", "encode", "verify", "bench")
 
 
 def write_device_files(bundle: Path) -> None:

@@ -97,6 +97,14 @@ ENGINES = "engines"  # where plans lie; the manifest does not list what a device
 _GRAPH_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
+_WHY_NOT = {
+    "sampler": "samplers need a model with a prior",
+    "rays": "rays and points need a model of radiance fields",
+    "points": "rays and points need a model of radiance fields",
+    "encoder": "`mnif export --encoder` adds it, for models of `mnif fit --method encoder`",
+}
+
+
 class BundleError(Exception):
     """A bundle that is incomplete, changed or unusable, or a wish it cannot meet: one line for the user."""
 
@@ -331,7 +339,7 @@ class BundleFolder:
         found = [name for name in names if all(graphs[name].get(key) == each for key, each in conditions.items())]
         if not found:
             wish = "".join(f", {key} {value}" for key, value in conditions.items())
-            none = "none was exported: samplers need a model with a prior, rays and points one of radiance fields"
+            none = "none was exported: " + _WHY_NOT.get(kind, "another model, or other flags of `mnif export`")
             there = f"there are {', '.join(names)}" if names else none
             raise BundleError(f"{self.path}: no graph of kind {kind}{wish}; {there}")
         return found

@@ -185,6 +185,60 @@ class Decoder:
         return self._bundle.cut(self._bundle.run(self.name, coefficients)[0])
 
 
+class Encoded(NamedTuple):
+    """What an encoder makes of N observations.
+
+    Attributes:
+        latents: [N, latent_dim].
+        coefficients: [N, cells, layers, bases], for :class:`Decoder`.
+        cell_residuals: [N, cells], mean squared errors of what they decode to over what was seen of each cell.
+        residual: [N], the same over all that was seen.
+    """
+
+    latents: np.ndarray
+    coefficients: np.ndarray
+    cell_residuals: np.ndarray
+    residual: np.ndarray
+
+
+class Encoder:
+    """Observations → latents, coefficients, and what these miss of the observations.
+
+    Args:
+        bundle: what to run.
+        precision: ``"fp32"`` or ``"mixed"``; None takes what is there, float32 first.
+
+    Attributes:
+        shape: of one observation, the points of each axis and then the channels.
+
+    Raises:
+        BundleError: the bundle has no encoder.
+    """
+
+    def __init__(self, bundle: Bundle, precision: str | None = None):
+        self._bundle, self.name = bundle, bundle.folder.find_graphs("encoder", precision=precision)[0]
+        self.shape = tuple(entry(bundle.folder.graph(self.name), "inputs", kind=list)[0]["shape"][1:])
+
+    def __call__(self, values: np.ndarray, mask: np.ndarray | None = None, batch_size: int = 16) -> Encoded:
+        """Encodes observations.
+
+        Args:
+            values: [N, *grid, channels] in [-1, 1].
+            mask: [1 or N, *grid], 1 for what was seen; None: all of it.
+            batch_size: at a time; changes speed and memory, not the result.
+
+        Raises:
+            BundleError: a shape does not fit, or the graph's file is missing or changed.
+        """
+        check_at_least("batch_size", batch_size, 1)
+        seen = np.broadcast_to(np.float32(1) if mask is None else mask, values.shape[:-1])
+        parts = [
+            self._bundle.run(self.name, values[begin : begin + batch_size], seen[begin : begin + batch_size])
+            for begin in range(0, len(values), batch_size)
+        ]
+        return Encoded(*(np.concatenate(each) for each in zip(*parts)))
+
+
 class Sampler:
     """Noise → new instances.
 

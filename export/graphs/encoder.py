@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from export.graphs.builder import GraphBuilder
 from export.graphs.fields import (
@@ -126,21 +126,33 @@ def _mix_patches(builder: GraphBuilder, encoder: PatchEncoder, rows: str) -> str
 
 def _mix_tokens(builder: GraphBuilder, encoder: TokenEncoder, rows: str) -> str:
     """Lets tokens, which lie in rows, hear each other, as :class:`mnif.models.encoders.TokenEncoder` does."""
+    count, width = encoder.patch_network.count, encoder.write.in_features
+    tokens = builder.reshape(rows, (-1, count, width), "encoder/tokens")
     for index in range(len(encoder.blocks)):
-        rows = _attention_block(builder, encoder, index, rows)
-    rows = _norm_layer(builder, encoder, "norm", rows, "encoder/norm")
-    return builder.reshape(
-        _linear(builder, encoder, "write", rows, "encoder/write"), (-1, encoder.config.latent_dim), "encoder/raw"
-    )
+        tokens = _attention_block(builder, encoder, index, tokens)
+    normal = _norm_layer(builder, encoder, "norm", tokens, "encoder/norm")
+    written = _on_tokens(builder, encoder, "write", normal, "encoder/write")
+    return builder.reshape(written, (-1, encoder.config.latent_dim), "encoder/raw")
 
 
-def _attention_block(builder: GraphBuilder, encoder: TokenEncoder, index: int, rows: str) -> str:
-    """Runs one block on tokens that lie in rows [batch · tokens, width]."""
+def _on_tokens(builder: GraphBuilder, encoder: TokenEncoder, place: str, tokens: str, name: str) -> str:
+    """Runs the linear layer at ``place`` on each token.
+
+    The result is laid out anew before anything is added: OpenVINO 2026.4 crashes on a sum that it fuses into Gemm.
+    """
+    layer = cast(nn.Linear, encoder.get_submodule(place))
+    rows = builder.reshape(tokens, (-1, layer.in_features), f"{name}/rows")
+    made = _linear(builder, encoder, place, rows, name)
+    return builder.reshape(made, (-1, encoder.patch_network.count, layer.out_features), f"{name}/by_token")
+
+
+def _attention_block(builder: GraphBuilder, encoder: TokenEncoder, index: int, tokens: str) -> str:
+    """Runs one block on tokens [batch, tokens, width]."""
     block, name, place = cast(AttentionBlock, encoder.blocks[index]), f"encoder/block_{index}", f"blocks.{index}"
     count, width = encoder.patch_network.count, block.read.in_features
     size = width // block.heads
-    normal = _norm_layer(builder, encoder, f"{place}.norm_attention", rows, f"{name}/norm_attention")
-    read = _linear(builder, encoder, f"{place}.read", normal, f"{name}/read")
+    normal = _norm_layer(builder, encoder, f"{place}.norm_attention", tokens, f"{name}/norm_attention")
+    read = _on_tokens(builder, encoder, f"{place}.read", normal, f"{name}/read")
     parts = dict(zip("qkv", builder.split(read, (width,) * 3, [f"{name}/{part}" for part in "qkv"]), strict=True))
     for part, order in (("q", [0, 2, 1, 3]), ("k", [0, 2, 3, 1]), ("v", [0, 2, 1, 3])):
         apart = builder.reshape(parts[part], (-1, count, block.heads, size), f"{name}/{part}/heads")
@@ -150,15 +162,12 @@ def _attention_block(builder: GraphBuilder, encoder: TokenEncoder, index: int, r
     shares = builder.add("Softmax", [scaled], f"{name}/shares", axis=-1)
     heard = builder.add("MatMul", [shares, parts["v"]], f"{name}/heard")
     heard = builder.add("Transpose", [heard], f"{name}/heard/order", perm=[0, 2, 1, 3])
-    heard = builder.reshape(heard, (-1, width), f"{name}/heard/rows")
-    rows = builder.add(
-        "Add", [rows, _linear(builder, encoder, f"{place}.write", heard, f"{name}/write")], f"{name}/attended"
-    )
-    normal = _norm_layer(builder, encoder, f"{place}.norm_network", rows, f"{name}/norm_network")
-    hidden = _gelu(builder, _linear(builder, encoder, f"{place}.up", normal, f"{name}/up"), f"{name}/gelu")
-    return builder.add(
-        "Add", [rows, _linear(builder, encoder, f"{place}.down", hidden, f"{name}/down")], f"{name}/out"
-    )
+    change = _on_tokens(builder, encoder, f"{place}.write", heard, f"{name}/write")
+    tokens = builder.add("Add", [tokens, change], f"{name}/attended")
+    normal = _norm_layer(builder, encoder, f"{place}.norm_network", tokens, f"{name}/norm_network")
+    hidden = _gelu(builder, _on_tokens(builder, encoder, f"{place}.up", normal, f"{name}/up"), f"{name}/gelu")
+    change = _on_tokens(builder, encoder, f"{place}.down", hidden, f"{name}/down")
+    return builder.add("Add", [tokens, change], f"{name}/out")
 
 
 def _gelu(builder: GraphBuilder, value: str, name: str) -> str:

@@ -25,6 +25,7 @@ RENDERING = {
     "ReduceSum",
 }
 RENDERING |= {"Softplus", "Squeeze", "Unsqueeze", "Where"}
+ENCODER = {"Erf", "Max", "ReduceSum", "Softmax", "Unsqueeze"}
 PRECISION = {"Cast", "DequantizeLinear"}
 
 
