@@ -12,10 +12,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
 from export.device.bundle import ENGINES, UNFINISHED
+from export.device.gate import PROFILE
 from export.graphs.encoder import GridEncoder, encoder_spec
 from export.graphs.fields import Resolution, baked_specs, decoder_spec, widen_channels
 from export.graphs.radiance import baked_radiance_specs, radiance_specs
@@ -24,6 +26,7 @@ from export.graphs.specs import GraphSpec
 from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise, sample_latents
+from mnif.latents.profile import Profile
 from mnif.latents.table import LatentTable
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.radiance import RadianceField
@@ -93,6 +96,7 @@ class Selection:
         pad_channels: values get four channels.
         browser: the graphs of the page come too; they need a pipeline.
         encoder: the model's, if it is to come too.
+        profile: the model's reference profile, for what the encoder finds.
     """
 
     decoder: MNIFModel
@@ -106,6 +110,7 @@ class Selection:
     pad_channels: bool = False
     browser: bool = False
     encoder: GridEncoder | None = None
+    profile: Profile | None = None
 
     def specs(self) -> Iterator[GraphSpec]:
         """Yields decoder, encoder, samplers, what radiance fields have besides, and the baked instances.
@@ -118,7 +123,8 @@ class Selection:
         shown = instances.latents[:_REFERENCES]
         yield decoder_spec(decoder, shown, self.resolution)
         if self.encoder is not None:
-            yield encoder_spec(self.encoder, self.decoder, shown, self.seed)
+            patches = None if self.profile is None else self.profile.record.patches
+            yield encoder_spec(self.encoder, self.decoder, shown, self.seed, patches)
         if self.pipeline is not None:
             resolution = None if isinstance(signal, RadianceField) else self.resolution
             for count in self.steps:
@@ -158,6 +164,15 @@ class Selection:
         if self.pipeline is not None:
             return sample_instances(self.pipeline, self.num_baked, self.steps[-1], self.seed, _REFERENCES)
         return ExportedInstances(reference_latents(self.decoder, _REFERENCES, self.seed), [])
+
+
+_UNUSED = ("reference_latents", "reference_scores", "gaps")  # of a profile's arrays: for batches and refined latents
+
+
+def write_profile(bundle: Path, profile: Profile) -> None:
+    """Writes the arrays by which :class:`export.device.gate.Gate` judges into a bundle's folder."""
+    arrays = {name: array for name, array in sorted(profile.arrays.items()) if name not in _UNUSED}
+    np.savez_compressed(bundle / PROFILE, **arrays)
 
 
 COMMANDS = ("build", "sample", "encode", "verify", "bench")

@@ -12,6 +12,7 @@ from export.device.bundle import SCHEMA
 from export.graphs.builder import IR_VERSION, OPSET
 from export.graphs.fields import CHANNELS
 from export.graphs.specs import GraphVariant
+from latent_prior.model_card import public_name
 from mnif import __version__
 from mnif.signals.radiance import RadianceField
 from mnif.signals.registry import signal_of_model
@@ -58,6 +59,7 @@ def manifest_of(selection: Selection, trained_on: str | None = None) -> dict[str
             "scheduler": type(pipeline.scheduler).__name__,
             "seed": selection.seed,
         },
+        "profile": _profile(selection),
         "precision": {},
         "graphs": {},
         "measured": {},
@@ -117,6 +119,18 @@ def _radiance(selection: Selection) -> dict[str, Any] | None:
         "size": list(signal.size),
         "intrinsics": list(signal.intrinsics),
         "camera_distance": signal.camera_distance,
+    }
+
+
+def _profile(selection: Selection) -> dict[str, Any] | None:
+    if selection.profile is None:
+        return None
+    record = selection.profile.record
+    return {
+        "data": public_name(record.data),
+        "instances": record.instances,
+        "false_alarm_rate": record.false_alarm_rate,
+        "patches": record.patches,
     }
 
 

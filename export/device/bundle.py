@@ -171,6 +171,12 @@ _GRAPH = {
     "tolerance": ({"max_abs": float, "psnr": float}, None),
 }
 _RADIANCE = {"size": _AXES, "intrinsics": [float], "camera_distance": float}
+_PROFILE = {
+    "data": str,
+    "instances": _SIZE,
+    "false_alarm_rate": float,
+    "patches": [range(1, 1 << 12)],
+}
 _MANIFEST = {
     "signal": str,
     "decoder_fingerprint": str,
@@ -179,6 +185,7 @@ _MANIFEST = {
     "values": {"channels": range(1, 65), "padded_channels": range(1, 65)},
     "radiance": (_RADIANCE, None),
     "sampling": ({"latent_dim": range(1, 1 << 20), "num_inference_steps": [range(1, 10001)]}, None),
+    "profile": (_PROFILE, None),
     "graphs": {str: _GRAPH},
     "files": {str: {"sha256": str, "bytes": range(1 << 40)}},
 }
@@ -305,6 +312,7 @@ class BundleFolder:
             raise BundleError(f"{file}: not a bundle of schema {SCHEMA}; export again with this version")
         if manifest.get("digest") != manifest_digest(manifest):
             raise BundleError(f"{file}: was changed after the export; export the bundle again")
+        manifest.setdefault("profile", None)  # those of earlier versions say nothing of it
         try:
             check_form(manifest, _MANIFEST)
             _check_manifest(manifest)
@@ -364,7 +372,15 @@ class BundleFolder:
 
     def reference(self) -> dict[str, np.ndarray]:
         """Reads fixed inputs and their outputs in float64, by the names the manifest explains."""
-        content = io.BytesIO(self.read("reference.npz"))
+        return self.arrays("reference.npz")
+
+    def arrays(self, file: str) -> dict[str, np.ndarray]:
+        """Reads the arrays of an ``.npz`` file, by name.
+
+        Raises:
+            BundleError: it is damaged, or its hash is not the manifest's.
+        """
+        content = io.BytesIO(self.read(file))
         try:
             with zipfile.ZipFile(content) as archive:
                 for member in archive.infolist():
@@ -373,7 +389,7 @@ class BundleFolder:
             with np.load(content, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
         except _DAMAGED_ARCHIVE as error:
-            raise BundleError(f"{self.path / 'reference.npz'}: damaged ({error}); export the bundle again") from None
+            raise BundleError(f"{self.path / file}: damaged ({error}); export the bundle again") from None
 
     def read(self, file: str) -> bytes:
         """Reads a file's bytes, the very ones that were hashed.

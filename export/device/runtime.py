@@ -193,12 +193,14 @@ class Encoded(NamedTuple):
         coefficients: [N, cells, layers, bases], for :class:`Decoder`.
         cell_residuals: [N, cells], mean squared errors of what they decode to over what was seen of each cell.
         residual: [N], the same over all that was seen.
+        patch_statistics: [N, 4, patches], for :class:`export.device.gate.Gate`; None without a reference profile.
     """
 
     latents: np.ndarray
     coefficients: np.ndarray
     cell_residuals: np.ndarray
     residual: np.ndarray
+    patch_statistics: np.ndarray | None = None
 
 
 class Encoder:
@@ -210,6 +212,7 @@ class Encoder:
 
     Attributes:
         shape: of one observation, the points of each axis and then the channels.
+        latent_dim: numbers in a latent.
 
     Raises:
         BundleError: the bundle has no encoder.
@@ -217,7 +220,9 @@ class Encoder:
 
     def __init__(self, bundle: Bundle, precision: str | None = None):
         self._bundle, self.name = bundle, bundle.folder.find_graphs("encoder", precision=precision)[0]
-        self.shape = tuple(entry(bundle.folder.graph(self.name), "inputs", kind=list)[0]["shape"][1:])
+        graph = bundle.folder.graph(self.name)
+        self.shape = tuple(entry(graph, "inputs", kind=list)[0]["shape"][1:])
+        self.latent_dim = entry(graph, "outputs", kind=list)[0]["shape"][-1]
 
     def __call__(self, values: np.ndarray, mask: np.ndarray | None = None, batch_size: int = 16) -> Encoded:
         """Encodes observations.

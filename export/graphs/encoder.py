@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from export.graphs.builder import GraphBuilder
+from export.graphs.builder import GraphBuilder, Shape
 from export.graphs.fields import (
     batch_profile,
     coefficient_shape,
@@ -24,6 +24,8 @@ from export.graphs.fields import (
     reference_count,
 )
 from export.graphs.specs import GraphSpec, reference_of
+from mnif.latents.profile import statistics_of
+from mnif.latents.surprise import STATISTICS
 from mnif.models.encoders import AttentionBlock, PatchEncoder, TokenEncoder
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.pixels import as_axes
@@ -33,12 +35,19 @@ GridEncoder = PatchEncoder | TokenEncoder
 _SEEN = 0.7  # share of the grid that is seen of the further instances of the reference
 
 
-def encoder_graph(encoder: GridEncoder, decoder: MNIFModel) -> onnx.ModelProto:
+def encoder_graph(encoder: GridEncoder, decoder: MNIFModel, patches: Sequence[int] | None = None) -> onnx.ModelProto:
     """Builds ``values``, ``mask`` → ``latents``, ``coefficients``, ``cell_residuals``, ``residual``; batch dynamic.
 
     They are [batch, *resolution, channels], [batch, *resolution], [batch, latent_dim], [batch, cells, layers, bases],
     [batch, cells] and [batch]. Residuals are mean squared errors over what was seen, of each cell's own box of the
     grid and of all of it; 0 where nothing was seen. The resolution is the encoder's.
+
+    Args:
+        encoder: the model's.
+        decoder: the model's.
+        patches: along each axis, of the model's reference profile, where it has one: there is an output
+            ``patch_statistics`` [batch, 4, patches] then, those of :data:`mnif.latents.surprise.STATISTICS`, which do
+            not look at the mask.
     """
     builder, config = GraphBuilder(), decoder.config
     axes = as_axes(encoder.config.resolution, config.dimensions)
@@ -50,16 +59,17 @@ def encoder_graph(encoder: GridEncoder, decoder: MNIFModel) -> onnx.ModelProto:
     coefficients = builder.reshape(flat, (-1, *(int(size) for size in shape[1:])), "coefficients/apart")
     decoded = decode_on_grid(builder, decoder, coefficients, axes)
     by_cell, whole = _residuals(builder, decoder, decoded, axes)
-    return builder.model(
-        "encoder",
-        {"values": ["batch", *axes, config.channels], "mask": ["batch", *axes]},
-        {
-            "latents": (latents, ["batch", config.latent_dim]),
-            "coefficients": (coefficients, shape),
-            "cell_residuals": (by_cell, ["batch", decoder.num_cells]),
-            "residual": (whole, ["batch"]),
-        },
-    )
+    results: dict[str, tuple[str, Shape]] = {
+        "latents": (latents, ["batch", config.latent_dim]),
+        "coefficients": (coefficients, shape),
+        "cell_residuals": (by_cell, ["batch", decoder.num_cells]),
+        "residual": (whole, ["batch"]),
+    }
+    if patches is not None:
+        statistics = ["batch", len(STATISTICS), math.prod(patches)]
+        results["patch_statistics"] = (_patch_statistics(builder, axes, patches), statistics)
+    sources = {"values": ["batch", *axes, config.channels], "mask": ["batch", *axes]}
+    return builder.model("encoder", sources, results)
 
 
 def _latents(builder: GraphBuilder, encoder: GridEncoder, values: str, shape: Sequence[int]) -> str:
@@ -199,11 +209,11 @@ def _normalized(builder: GraphBuilder, value: str, name: str) -> str:
 def _residuals(builder: GraphBuilder, decoder: MNIFModel, decoded: str, axes: Sequence[int]) -> tuple[str, str]:
     """Compares decoded values with those observed: mean squares by cell, [batch, cells], and of all, [batch]."""
     difference = builder.add("Sub", [decoded, "values"], "residuals/difference")
-    square = builder.add("Mul", [difference, difference], "residuals/square")
-    error = builder.add("ReduceMean", [square], "residuals/error", axes=[-1], keepdims=0)
-    seen = builder.add("Mul", [error, "mask"], "residuals/seen")
+    seen = builder.add("Mul", [_mean_square(builder, difference, "residuals/error"), "mask"], "residuals/seen")
+    cells = decoder.config.cells
+    boxes = [(cells_of_pixels(pixels, cells) == np.arange(cells)[:, None]).astype(np.float32) for pixels in axes]
     sums = {
-        name: _sum_by_cell(builder, decoder, pixels, axes, f"residuals/{name}")
+        name: _sum_in_boxes(builder, pixels, boxes, f"residuals/{name}")
         for name, pixels in (("errors", seen), ("counts", "mask"))
     }
     one = builder.number(1.0)
@@ -214,16 +224,73 @@ def _residuals(builder: GraphBuilder, decoder: MNIFModel, decoded: str, axes: Se
     return by_cell, builder.add("Div", [whole["errors"], some], "residuals/whole")
 
 
-def _sum_by_cell(builder: GraphBuilder, decoder: MNIFModel, pixels: str, axes: Sequence[int], name: str) -> str:
-    """Sums pixels [batch, *axes] over the box of each cell, [batch, cells], by one product for each axis."""
-    cells = decoder.config.cells
-    for axis in reversed(range(len(axes))):
-        inside = (cells_of_pixels(axes[axis], cells) == np.arange(cells)[:, None]).astype(np.float32)
-        beyond = cells ** (len(axes) - 1 - axis)
-        rows = builder.reshape(pixels, (-1, axes[axis], beyond), f"{name}/rows_{axis}")
-        boxes = builder.constant(f"residuals/boxes_{axis}", inside)
-        pixels = builder.add("MatMul", [boxes, rows], f"{name}/sum_{axis}")
-    return builder.reshape(pixels, (-1, decoder.num_cells), name)
+def _patch_statistics(builder: GraphBuilder, axes: Sequence[int], patches: Sequence[int]) -> str:
+    """Computes :func:`mnif.latents.profile.statistics_of` of what was observed and missed, [batch, 4, patches]."""
+    boxes = []
+    for pixels, count in zip(axes, patches, strict=True):
+        inside = (np.arange(pixels) * count // pixels == np.arange(count)[:, None]).astype(np.float32)
+        boxes.append(inside / inside.sum(axis=1, keepdims=True))
+    squares = {
+        "residual": "residuals/error",
+        "residual_curvature": _curvature(builder, "residuals/difference", axes, "patches/residual_curvature"),
+        "slope": _slope(builder, "values", axes, "patches/slope"),
+        "curvature": _curvature(builder, "values", axes, "patches/curvature"),
+    }
+    rows = []
+    for name in STATISTICS:
+        mean = _sum_in_boxes(builder, squares[name], boxes, f"patches/{name}/mean")
+        rows.append(builder.unsqueeze(mean, [1], f"patches/{name}/row"))
+    return builder.add("Concat", rows, "patches/statistics", axis=1)
+
+
+def _slope(builder: GraphBuilder, values: str, axes: Sequence[int], name: str) -> str:
+    """Adds the mean squares of first differences along each axis, [batch, *axes]; they are 0 at its end."""
+    squares = []
+    for axis, pixels in enumerate(axes):
+        following = _shifted(builder, values, axis, pixels, 1, f"{name}/next_{axis}")
+        difference = builder.add("Sub", [following, values], f"{name}/difference_{axis}")
+        squares.append(_mean_square(builder, difference, f"{name}/square_{axis}"))
+    return builder.weighted_sum([(square, 1.0) for square in squares], name)
+
+
+def _curvature(builder: GraphBuilder, values: str, axes: Sequence[int], name: str) -> str:
+    """Squares the sum of second differences along the axes, [batch, *axes]; an axis goes on as its last pixel."""
+    neighbours = [
+        (_shifted(builder, values, axis, pixels, step, f"{name}/{side}_{axis}"), 1.0)
+        for axis, pixels in enumerate(axes)
+        for side, step in (("previous", -1), ("next", 1))
+    ]
+    total = builder.weighted_sum([*neighbours, (values, -2.0 * len(axes))], f"{name}/sum")
+    return _mean_square(builder, total, name)
+
+
+def _shifted(builder: GraphBuilder, values: str, axis: int, pixels: int, step: int, name: str) -> str:
+    """Puts in the place of each pixel that ``step`` further along an axis, or the last there is."""
+    places = builder.constant(f"{name}/places", np.clip(np.arange(pixels) + step, 0, pixels - 1))
+    return builder.add("Gather", [values, places], name, axis=axis + 1)
+
+
+def _mean_square(builder: GraphBuilder, values: str, name: str) -> str:
+    square = builder.add("Mul", [values, values], f"{name}/square")
+    return builder.add("ReduceMean", [square], name, axes=[-1], keepdims=0)
+
+
+def _sum_in_boxes(builder: GraphBuilder, pixels: str, boxes: Sequence[np.ndarray], name: str) -> str:
+    """Sums pixels [batch, *axes] over boxes of the grid, [batch, boxes], by one product for each axis.
+
+    Args:
+        builder: of the graph.
+        pixels: what is summed.
+        boxes: for each axis [boxes, pixels] float32, how much of each pixel lies in each.
+        name: of the result; what stands before its first slash names the boxes.
+    """
+    beyond = 1
+    for axis in reversed(range(len(boxes))):
+        count, length = boxes[axis].shape
+        rows = builder.reshape(pixels, (-1, length, beyond), f"{name}/rows_{axis}")
+        inside = builder.constant(f"{name.split('/')[0]}/boxes_{axis}", boxes[axis])
+        pixels, beyond = builder.add("MatMul", [inside, rows], f"{name}/sum_{axis}"), beyond * count
+    return builder.reshape(pixels, (-1, beyond), name)
 
 
 def cells_of_pixels(resolution: int, cells: int) -> np.ndarray:
@@ -232,9 +299,11 @@ def cells_of_pixels(resolution: int, cells: int) -> np.ndarray:
 
 
 @torch.no_grad()
-def encoder_spec(encoder: GridEncoder, decoder: MNIFModel, latents: Tensor, seed: int) -> GraphSpec:
+def encoder_spec(
+    encoder: GridEncoder, decoder: MNIFModel, latents: Tensor, seed: int, patches: Sequence[int] | None = None
+) -> GraphSpec:
     """Specifies the encoder; ``latents`` [n, D], decoded, make the reference, the first whole, others in part."""
-    model = encoder_graph(encoder, decoder)
+    model = encoder_graph(encoder, decoder, patches)
     size = model.graph.input[0]
     values = decoder(latents[: reference_count(model, size)]).clamp(-1, 1)
     mask = torch.from_numpy(np.random.default_rng(seed).random(values.shape[:-1]) < _SEEN).float()
@@ -243,14 +312,16 @@ def encoder_spec(encoder: GridEncoder, decoder: MNIFModel, latents: Tensor, seed
     reference = reference_of(
         "encoder",
         {"values": values.numpy(), "mask": mask.numpy()},
-        encode_exactly(*doubled, values.double(), mask.double()),
-        encode_exactly(encoder, decoder, values, mask),
+        encode_exactly(*doubled, values.double(), mask.double(), patches),
+        encode_exactly(encoder, decoder, values, mask, patches),
     )
     return GraphSpec("encoder", "encoder", model, batch_profile(model, size), reference)
 
 
 @torch.no_grad()
-def encode_exactly(encoder: GridEncoder, decoder: MNIFModel, values: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def encode_exactly(
+    encoder: GridEncoder, decoder: MNIFModel, values: Tensor, mask: Tensor, patches: Sequence[int] | None = None
+) -> dict[str, Tensor]:
     """Computes what the graph does by the model itself, in the type of ``values``."""
     latents = encoder(values, mask)
     coefficients = decoder.coefficients(latents)
@@ -261,9 +332,13 @@ def encode_exactly(encoder: GridEncoder, decoder: MNIFModel, values: Tensor, mas
     for pixels in values.shape[1:-1]:
         place = place[..., None] * count + cells_of_pixels(pixels, count)
     boxes = F.one_hot(torch.from_numpy(place.ravel()), decoder.num_cells).to(values)
-    return {
+    results = {
         "latents": latents,
         "coefficients": coefficients,
         "cell_residuals": squares @ boxes / (seen @ boxes).clamp_min(1),
         "residual": squares.sum(dim=1) / seen.sum(dim=1).clamp_min(1),
     }
+    if patches is None:
+        return results
+    statistics = statistics_of(values, decoded, patches)
+    return results | {"patch_statistics": torch.stack([statistics[name] for name in STATISTICS], dim=1)}
