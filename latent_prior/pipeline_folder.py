@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from latent_prior.denoisers import load_denoiser
 from latent_prior.diffusion import OBJECTIVES, objective_of
 from latent_prior.schedulers import load_scheduler
-from mnif.models.io import load_component, model_folder_in, weights_file
+from mnif.models.io import PROFILE, load_component, model_folder_in, weights_file
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 from mnif.utils.files import written_atomically
@@ -31,7 +31,7 @@ except ImportError as error:
 
 PICTURE = "samples.png"
 
-_BESIDE = ("encoder", "inner_loop", "README.md", PICTURE)  # no parts of the pipeline
+_BESIDE = ("encoder", "inner_loop", PROFILE, "README.md", PICTURE)  # no parts of the pipeline
 
 _DenoiserClass = Literal["ResMLPDenoiser", "PaperDenoiser"]
 _DenoiserModule = Literal["latent_prior.denoisers"]
@@ -114,7 +114,8 @@ def write_remote_code(folder: Path) -> None:
 
 
 def copy_beside(source: Path, folder: Path) -> None:
-    """Copies what a model folder holds beside the parts of its pipeline: encoder or inner loop, card and picture."""
+    """Copies what a model folder holds beside the parts of its pipeline: encoder or inner loop, profile, card
+    and picture."""
     source = model_folder_in(source)
     for name in _BESIDE:
         found = source / name

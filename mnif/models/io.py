@@ -34,6 +34,9 @@ class OwnMemory(ModelMixin):
         return loaded
 
 
+PROFILE = "profile"
+"""The folder, in a model folder, of how held-out instances score (:mod:`mnif.latents.profile`)."""
+
 Component = TypeVar("Component", bound=ModelMixin)
 
 _WEIGHTS = "diffusion_pytorch_model"
@@ -144,9 +147,10 @@ def check_component(kind: Any, folder: Path, variant: str | None = None) -> None
 
 
 def sha256_of_model(folder: Path) -> str:
-    """The SHA-256 of a model folder's components; index, card and picture say nothing that results depend on."""
+    """The SHA-256 of a model folder's components; index, card, picture and profile say nothing that results
+    depend on."""
     digest = hashlib.sha256()
     for part in sorted(folder.iterdir()):
-        if part.is_dir() and not part.name.startswith("."):
+        if part.is_dir() and part.name != PROFILE and not part.name.startswith("."):
             digest.update(f"{part.name} {sha256_of_folder(part)}\n".encode())
     return digest.hexdigest()

@@ -14,12 +14,14 @@ from mnif.data.dataset import Dataset, Split
 from mnif.latents.inference import LatentInit, evaluate_latents, infer_latents
 from mnif.latents.inner_loop import InnerLoop
 from mnif.latents.pca import pca_metrics, pca_warnings
+from mnif.latents.profile import fit_profile
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component, save_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Signal
 from mnif.training.checkpoints import newest_checkpoint
 from mnif.training.methods import AutoDecoderMethod, LearningMethod
+from mnif.utils.errors import UserError
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import peak_memory_megabytes
 
@@ -34,7 +36,7 @@ def save_results(
     held_rows: ArrayDataset,
     refinement_steps: int,
 ) -> dict[str, float]:
-    """Writes ``model/``, ``latents.safetensors`` and ``samples/reconstructions.png`` into a run.
+    """Writes ``model/`` with its profile, ``latents.safetensors`` and ``samples/reconstructions.png`` into a run.
 
     Args:
         run: the run folder; an auto-decoder's latents are read from its last checkpoint.
@@ -71,6 +73,8 @@ def save_results(
     metrics |= pca_metrics(signal, train_rows, held_rows, decoder.config.latent_dim)
 
     _save_latent_table(run, data, splits, train_latents, first, decoder)
+    held_out = data.rows(splits == Split.HELD_OUT)
+    _save_profile(run / "model", decoder, signal, held_rows, held_out, latent_init, first, refined, refinement_steps)
     shown = (held_rows, first, refined) if len(held_rows) else (train_rows, train_latents, train_latents)
     _save_reconstructions(run, decoder, signal, *shown)
     print(f"{run / 'model'}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
@@ -103,6 +107,28 @@ def _held_out_latents(
     if latent_init is None:
         return refined, refined
     return torch.cat([*infer_latents(decoder, signal, rows, latent_init, 0)]), refined
+
+
+def _save_profile(
+    model: Path,
+    decoder: MNIFModel,
+    signal: Signal,
+    rows: ArrayDataset,
+    data: Dataset,
+    latent_init: LatentInit,
+    first: Tensor,
+    refined: Tensor,
+    steps: int,
+) -> None:
+    """Writes how held-out instances score into the model folder, or says why there is no such profile."""
+    try:
+        if latent_init is None and not steps:
+            raise UserError("nothing found the latents of held-out instances (--refinement_steps 0)")
+        search = {"refinement_steps": steps} if latent_init is None else {}
+        further = {"refined": (refined, steps)} if latent_init is not None and steps else {}
+        fit_profile(decoder, signal, rows, data.groups, first, data.name, **search, **further).save(model)
+    except UserError as error:
+        print(f"no profile of held-out instances: {error}")
 
 
 def _save_latent_table(
