@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from export.graphs.rtx_check import CompileReport
     from export.graphs.specs import GraphVariant
     from latent_prior.pipeline import MNIFPipeline
+    from mnif.latents.profile import Profile
     from mnif.models.mnif_model import MNIFModel
 
 
@@ -71,7 +72,8 @@ class ExtrasFlags:
 
     encoder: bool = False
     """Add the model's encoder: an observation to its latent, coefficients, and how far they are from it, for
-    device/encode.py. It holds all of the coefficient map, often more than the rest of the bundle."""
+    device/encode.py, with the model's reference profile where it has one. It holds the whole coefficient map, so it
+    may be larger than the rest of the bundle."""
     browser: bool = False
     """Add browser/, a page to be hosted, and its graphs: noise → coefficients, and values of those anywhere."""
     onnxruntime_web: Path | None = None
@@ -108,10 +110,8 @@ class ExportArguments(GraphsFlags, BakedFlags, ExtrasFlags):
         return (["fp32"] if chosen == "fp32" else self.precision), None
 
 
-def selection_of(
-    model: MNIFPipeline | MNIFModel, options: ExportArguments, encoder: GridEncoder | None = None
-) -> Selection:
-    """What the flags ask for, with the encoder if it is to come too.
+def selection_of(model: MNIFPipeline | MNIFModel, options: ExportArguments) -> Selection:
+    """What the flags ask for.
 
     Raises:
         UserError: a flag is out of range.
@@ -154,7 +154,6 @@ def selection_of(
         ids=options.ids,
         pad_channels=options.pad_channels,
         browser=options.browser,
-        encoder=encoder,
     )
 
 
@@ -169,13 +168,14 @@ def main(arguments: list[str]) -> None:
 def _export(options: ExportArguments) -> None:
     """Exports, unless that was done before."""
     from mnif.latents.table import data_of_table
-    from mnif.models.io import sha256_of_model
+    from mnif.models.io import PROFILE, model_folder_in, sha256_of_model
     from mnif.models.mnif_model import MNIFModel
 
     _check_output(options.output_dir)
     model = load_model(options.model)
     decoder = model if isinstance(model, MNIFModel) else model.decoder
     encoder = load_encoder(options.model, decoder) if options.encoder else None
+    profile = load_profile_of_encoder(options.model, decoder) if options.encoder else None
     if isinstance(model, MNIFModel) and options.latents is None:
         beside = options.model.parent / "latents.safetensors"
         options.latents = beside if beside.is_file() else None
@@ -183,11 +183,15 @@ def _export(options: ExportArguments) -> None:
     inputs |= {"version": __version__, "model_sha256": sha256_of_model(options.model)}
     if options.latents is not None and options.latents.is_file():
         inputs["latents_sha256"] = sha256_of_file(options.latents)
+    if profile is not None:
+        inputs["profile_sha256"] = "".join(
+            sha256_of_file(path) for path in sorted((model_folder_in(options.model) / PROFILE).iterdir())
+        )
     if _holds(options.output_dir, inputs):
         print(f"{options.output_dir}: exported here before from this model with these flags; nothing to do")
         return
     trained_on = data_of_table(options.model.parent / "latents.safetensors", decoder.fingerprint())
-    export_bundle(model, options, inputs, trained_on, encoder)
+    export_bundle(model, options, inputs, trained_on, encoder, profile)
 
 
 def load_model(folder: Path) -> MNIFPipeline | MNIFModel:
@@ -227,6 +231,25 @@ def load_encoder(folder: Path, decoder: MNIFModel) -> GridEncoder:
     return encoder
 
 
+def load_profile_of_encoder(folder: Path, decoder: MNIFModel) -> Profile | None:
+    """The reference profile of a model folder, if it has one and that is of what the encoder finds by itself.
+
+    Raises:
+        UserError: it is damaged, or another decoder's.
+    """
+    from mnif.latents.profile import load_profile
+    from mnif.models.io import PROFILE, model_folder_in
+
+    if not (model_folder_in(folder) / PROFILE).is_dir():
+        print("no reference profile in the model folder: the bundle will not judge what it encodes")
+        return None
+    profile = load_profile(folder, decoder)
+    if profile.record.refinement_steps:
+        print(f"the profile is of latents refined in {profile.record.refinement_steps} steps: not in the bundle")
+        return None
+    return profile
+
+
 def _holds(output: Path, inputs: dict[str, str]) -> bool:
     """Whether a bundle of the same inputs lies there, each file as it was written; others may lie there too."""
     from export.bundle import MANIFEST, WrittenManifest, is_as_written
@@ -245,6 +268,7 @@ def export_bundle(
     inputs: dict[str, str] | None = None,
     trained_on: str | None = None,
     encoder: GridEncoder | None = None,
+    profile: Profile | None = None,
 ) -> None:
     """Writes a bundle to ``options.output_dir``, whole or not at all; it takes the place of an older one.
 
@@ -256,6 +280,7 @@ def export_bundle(
         inputs: what the bundle depends on, noted in the manifest.
         trained_on: the data's name, where it is known.
         encoder: the model's, if it is to come too; ``options.encoder`` is not read.
+        profile: the model's reference profile, which comes with the encoder.
 
     Raises:
         UserError: a flag is out of range, the folder holds something else or a file in the way, the scheduler cannot
@@ -265,7 +290,7 @@ def export_bundle(
     from export.manifest import manifest_of
     from latent_prior.model_card import public_name
 
-    selection = selection_of(model, options, encoder)
+    selection = replace(selection_of(model, options), encoder=encoder, profile=profile)
     compiles = options.compile_rtx == "on" or (options.compile_rtx == "auto" and rtx_is_installed())
     if options.compile_rtx == "on" and not rtx_is_installed():
         mend = "pip install 'mnif-diffusion[rtx]', or --compile_rtx off"
@@ -294,7 +319,7 @@ def _write_bundle(
     selection: Selection, options: ExportArguments, manifest: dict[str, Any], compiles: bool
 ) -> list[str]:
     """Writes the bundle beside its place and moves it there, and completes its manifest; gives others' files there."""
-    from export.bundle import MANIFEST, put_in_place, write_device_files
+    from export.bundle import MANIFEST, put_in_place, write_device_files, write_profile
     from export.readme import bundle_readme
     from export.triton import write_model_repository
 
@@ -303,6 +328,8 @@ def _write_bundle(
         (folder / "onnx").mkdir()
         reference = _write_graphs(selection, options, folder, manifest, compiles)
         np.savez_compressed(folder / "reference.npz", **reference)
+        if selection.profile is not None:
+            write_profile(folder, selection.profile)
         if options.weights:
             _write_weights(selection.decoder, folder / "weights.safetensors")
         write_device_files(folder)

@@ -30,7 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--mask", type=Path, help="what was seen: a picture (white is seen), or an .npy with one mask or one for each"
     )
     parser.add_argument(
-        "--false_alarm_rate", type=float, metavar="SHARE", help="of what is like the held-out instances (the profile's)"
+        "--false_alarm_rate",
+        type=float,
+        metavar="SHARE",
+        help="of what is like the held-out instances (the profile's)",
     )
     parser.add_argument("--batch_size", type=number(1), default=16)
     parser.add_runtime()
@@ -51,7 +54,8 @@ def _encode(options: Any) -> int:
     encoded = encoder(observed.values, mask, options.batch_size)
     seconds = time.perf_counter() - begun
     verdicts = [] if gate is None else gate(encoded)
-    _write(options, bundle, observed, encoded, verdicts)
+    _write(options.output_dir, bundle, " ".join(map(str, options.data)), observed, encoded)
+    write_json(options.output_dir / f"{_SCORES}.json", _scores(observed, encoded, gate, verdicts))
     error = float(encoded.residual.mean(dtype=np.float64))
     print(
         f"{options.output_dir}: {len(observed.ids)} latents, mean squared error {error:.2g} on average, "
@@ -75,12 +79,16 @@ def _gate(options: Any, bundle: Bundle, encoder: Encoder) -> Gate | None:
     return gate
 
 
+def _counts(verdicts: list[Verdict]) -> dict[str, int]:
+    counted = Counter(each.verdict for each in verdicts)
+    return {name: counted[name] for name in VERDICTS}
+
+
 def _tell(ids: list[str], verdicts: list[Verdict]) -> None:
     """Prints how many are trusted, and why others are not, the most doubtful first."""
     if not verdicts:
         return
-    counted = Counter(each.verdict for each in verdicts)
-    print(", ".join(f"{counted[name]} {name}" for name in VERDICTS))
+    print(", ".join(f"{count} {name}" for name, count in _counts(verdicts).items()))
     doubted = sorted((each.p_value, name, each) for name, each in zip(ids, verdicts) if each.verdict != "in")
     rows = [(name, each.verdict, f"p {p_value:.3g}", describe(each)) for p_value, name, each in doubted[:_SHOWN]]
     print("".join(f"{printable(line)}\n" for line in columns(rows)) if rows else "", end="")
@@ -104,20 +112,23 @@ def _check_output(folder: Path) -> None:
                 raise BundleError(f"{folder / name} is of something else; choose another --output_dir")
 
 
-def _write(
-    options: Any, bundle: Bundle, observed: Observations, encoded: Encoded, verdicts: list[Verdict]
-) -> None:
-    """Writes latents, coefficients and scores."""
-    data = " ".join(map(str, options.data))
-    fingerprint = bundle.manifest["decoder_fingerprint"]
-    write_latents(options.output_dir / _WRITTEN[0], encoded.latents, observed.ids, fingerprint, data)
-    content = io.BytesIO()
-    np.save(content, encoded.coefficients)
-    write_atomically(options.output_dir / _WRITTEN[1], content.getvalue())
-    scores: dict[str, dict[str, Any]] = {
+def _scores(observed: Observations, encoded: Encoded, gate: Gate | None, verdicts: list[Verdict]) -> dict[str, Any]:
+    """Collects by instance what is not in arrays, and the verdicts as `mnif encode --gate` has them."""
+    instances: dict[str, dict[str, Any]] = {
         name: {"residual": float(whole), "cell_residuals": [float(each) for each in cells]}
         for name, whole, cells in zip(observed.ids, encoded.residual, encoded.cell_residuals)
     }
+    if gate is None:
+        return {"instances": instances}
     for name, verdict in zip(observed.ids, verdicts):
-        scores[name].update(verdict._asdict())
-    write_json(options.output_dir / f"{_SCORES}.json", scores)
+        instances[name].update(verdict._asdict())
+    return {"false_alarm_rate": gate.rate, "counts": _counts(verdicts), "instances": instances}
+
+
+def _write(folder: Path, bundle: Bundle, data: str, observed: Observations, encoded: Encoded) -> None:
+    """Writes latents and coefficients."""
+    fingerprint = bundle.manifest["decoder_fingerprint"]
+    write_latents(folder / _WRITTEN[0], encoded.latents, observed.ids, fingerprint, data)
+    content = io.BytesIO()
+    np.save(content, encoded.coefficients)
+    write_atomically(folder / _WRITTEN[1], content.getvalue())

@@ -19,7 +19,7 @@ PROFILE = "profile.npz"
 
 _STRIKING = 3.0  # standard deviations from which on a patch is named
 
-_NAMED = 5  # patches, at most
+_NAMED = 4  # patches, at most
 
 
 class Verdict(NamedTuple):
@@ -29,14 +29,14 @@ class Verdict(NamedTuple):
         verdict: ``"in"``, ``"doubtful"`` or ``"out"``.
         p_value: conformal, in (0, 1].
         reason: the most surprising score.
-        surprises: of every score, −log of the share of held-out instances that score as high.
+        scores: all of them.
         patches: those of which the field misses unusually much, the worst first: the place of each along every axis.
     """
 
     verdict: str
     p_value: float
     reason: str
-    surprises: dict[str, float]
+    scores: dict[str, float]
     patches: list[list[int]]
 
 
@@ -74,16 +74,18 @@ class Gate:
         p_values = surprise.p_values_of(self._arrays, surprise.alarms_of(self._arrays, surprises))
         verdicts = surprise.verdicts_of(self._arrays, p_values, self.rate)
         deviations = surprise.patch_deviations(self._arrays, statistics["residual"])
-        return [self._verdict(*row) for row in zip(verdicts, p_values, surprises, deviations)]
+        return [self._verdict(*row) for row in zip(verdicts, p_values, surprises, scores, deviations)]
 
-    def _verdict(self, verdict: int, p_value: float, surprises: np.ndarray, deviations: np.ndarray) -> Verdict:
+    def _verdict(
+        self, verdict: int, p_value: float, surprises: np.ndarray, scores: np.ndarray, deviations: np.ndarray
+    ) -> Verdict:
         names = list(surprise.SCORES)
         worst = [int(each) for each in np.argsort(-deviations, kind="stable")[:_NAMED] if deviations[each] > _STRIKING]
         return Verdict(
             surprise.VERDICTS[verdict],
             float(p_value),
             names[int(surprises.argmax())],
-            {name: float(each) for name, each in zip(names, surprises)},
+            {name: float(each) for name, each in zip(names, scores)},
             [[int(place) for place in np.unravel_index(each, self.patches)] for each in worst],
         )
 
@@ -116,4 +118,3 @@ def describe(verdict: Verdict) -> str:
     """Says in words why an instance is not trusted, and where."""
     places = ", ".join("(" + ", ".join(map(str, place)) + ")" for place in verdict.patches)
     return surprise.SCORES[verdict.reason] + (f"; patches {places}" if places else "")
-
