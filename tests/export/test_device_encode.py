@@ -1,7 +1,9 @@
-"""device/encode.py: what a board finds in an observation is what `mnif encode` finds, and so is what it thinks of it."""
+"""device/encode.py: a board finds in an observation what `mnif encode` finds, and thinks the same of it."""
 
+import hashlib
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from PIL import Image
 from export.commands.export import ExportArguments, export_bundle
 from export.device import encode, pictures, surprise
 from export.device.bundle import BundleError, manifest_digest
+from export.device.latent_file import write_latents
 from export.device.observations import Form, read_mask, read_observations
 from export.device.runtime import Encoder, load_bundle, write_png
 from mnif.cli import main
@@ -23,7 +26,7 @@ from mnif.latents import surprise as surprise_of_mnif
 from mnif.latents.inference import infer_latents
 from mnif.latents.profile import fit_profile
 from mnif.latents.table import LatentTable
-from mnif.models.encoders import PatchEncoder, TokenEncoder
+from mnif.models.encoders import PatchEncoder, TokenEncoder, ViewsEncoder
 from mnif.models.io import save_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.registry import signal_of_model
@@ -34,7 +37,7 @@ from tests.export.test_device import run
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path) -> Path:
-    """A model of 12×16 pictures with tokens and an encoder for them, and its profile on 48 pictures."""
+    """A model of 12×16 pictures with tokens and an encoder for them, and its profile on 38 pictures."""
     folder = tmp_path_factory.mktemp("run") / "model"
     torch.manual_seed(0)
     settings: dict[str, Any] = {"resolution": [12, 16], "latent_dim": 16, "tokens": 2}
@@ -43,9 +46,9 @@ def model(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path) -> Pat
     save_component(folder, "decoder", decoder)
     save_component(folder, "encoder", encoder)
     data, signal = load_images(str(picture_folder), (12, 16)), signal_of_model(decoder)
-    rows = array_dataset(data.arrays())
+    rows = array_dataset(data.arrays()).subset(np.arange(10, 48))
     latents = torch.cat([*infer_latents(decoder, signal, rows, encoder, 0)])
-    fit_profile(decoder, signal, rows, data.ids, latents, "pictures").save(folder)
+    fit_profile(decoder, signal, rows, data.ids[10:], latents, "pictures").save(folder)
     return folder
 
 
@@ -59,7 +62,7 @@ def bundle(model: Path) -> Path:
 
 @pytest.fixture
 def strange(tmp_path: Path, picture_folder: Path) -> Path:
-    """Ten of the pictures, and three of noise."""
+    """The ten other pictures, and three of noise."""
     folder = Path(shutil.copytree(picture_folder, tmp_path / "strange"))
     for path in sorted(folder.iterdir())[10:]:
         path.unlink()
@@ -137,8 +140,6 @@ def test_a_board_needs_neither_mnif_nor_pillow(bundle: Path, tmp_path: Path) -> 
         "from export.device.encode import main; code = main(sys.argv[1:]); "
         "print(code, sorted({'torch', 'diffusers', 'mnif', 'onnx', 'safetensors'} & set(sys.modules)))"
     )
-    import subprocess
-
     flags = ["--data", str(tmp_path / "seen"), "--output_dir", str(tmp_path / "bare"), "--backend", "onnxruntime"]
     bare = subprocess.run(
         [sys.executable, "-c", code, *flags], cwd=bundle, capture_output=True, text=True, check=False
@@ -153,8 +154,6 @@ def test_a_board_needs_neither_mnif_nor_pillow(bundle: Path, tmp_path: Path) -> 
 def test_the_table_is_mnifs_to_the_byte(tmp_path: Path) -> None:
     latents, ids = torch.randn(5, 7) * 3, ["a.png", "ü.png", "", "b", "c"]
     LatentTable(latents, ids, torch.zeros(5, dtype=torch.bool), "f" * 64, "pictures").save(tmp_path / "theirs")
-    from export.device.latent_file import write_latents
-
     write_latents(tmp_path / "ours", latents.numpy(), ids, "f" * 64, "pictures")
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
@@ -193,13 +192,13 @@ def test_png_files_without_pillow(mode: str, tmp_path: Path) -> None:
 
 
 def test_png_files_that_only_pillow_reads_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    path = tmp_path / "picture.png"
-    for mode, words in (("P", "a palette"), ("RGB", r"30 × 20 of 3, not 12 × 16 × 3")):
-        drawing(mode).save(path)
-        with pytest.raises(BundleError, match=words):
-            pictures.read_picture(path, (12, 16), 3)
+    path, palette = tmp_path / "picture.png", tmp_path / "palette.png"
     drawing("RGB").save(path)
+    drawing("P").save(palette)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    for each, words in ((palette, "a palette"), (path, r"30 × 20 of 3, not 12 × 16 × 3")):
+        with pytest.raises(BundleError, match=words):
+            pictures.read_picture(each, (12, 16), 3)
     whole = path.read_bytes()
     for content in (b"", b"no picture", whole[:40], whole[:60] + b"\xff" * 20 + whole[80:]):
         path.write_bytes(content)
@@ -299,7 +298,7 @@ def test_mistakes_are_one_line(
 
 
 def test_models_and_bundles_without_an_encoder_say_so(
-    decoder: MNIFModel, tmp_path: Path, capsys: pytest.CaptureFixture[str], ball_run: Path
+    decoder: MNIFModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_component(tmp_path / "model", "decoder", decoder)
     export = ["export", "--compile_rtx", "off", "--num_baked", "0", "--precision", "fp32"]
@@ -313,7 +312,19 @@ def test_models_and_bundles_without_an_encoder_say_so(
     assert on_board(tmp_path / "bundle", tmp_path / "a.npy", tmp_path / "out") == 2
     told = capsys.readouterr().err
     assert "no graph of kind encoder; none was exported: `mnif export --encoder` adds it" in told
-    save_component(tmp_path / "views", "decoder", MNIFModel.from_pretrained(ball_run / "model", subfolder="decoder"))
+
+
+def test_encoders_of_views_are_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings: dict[str, Any] = {"signal": "radiance", "signal_settings": {"resolution": 8, "samples": 4}}
+    decoder = MNIFModel(channels=4, dimensions=3, num_bases=2, width=4, depth=0, latent_dim=6, cells=1, **settings)
+    save_component(tmp_path / "model", "decoder", decoder)
+    views = ViewsEncoder(resolution=8, latent_dim=6, patches=2, patch_width=4, patch_features=2, width=8)
+    save_component(tmp_path / "model", "encoder", views)
+    command = ["export", "--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "bundle"), "--encoder"]
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert "--encoder: that of posed views takes any number of them" in told
+    assert told.count("\n") == 1
 
 
 def test_an_encoder_without_a_profile_judges_nothing(exported: Path, tmp_path: Path) -> None:
@@ -333,8 +344,6 @@ def test_an_encoder_without_a_profile_judges_nothing(exported: Path, tmp_path: P
 
 
 def test_damaged_profiles_are_one_line(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import hashlib
-
     write_png(tmp_path / "a.png", np.zeros((12, 16, 3), np.uint8))
     with np.load(bundle / "profile.npz") as stored:
         arrays = dict(stored)
