@@ -27,13 +27,13 @@ def manifest_of(selection: Selection, trained_on: str | None = None) -> dict[str
         selection: what is exported.
         trained_on: the data's name, where it is known.
     """
-    config, pipeline = selection.decoder.config, selection.pipeline
+    decoder, config, pipeline = selection.decoder, selection.decoder.config, selection.pipeline
     return {
         "schema": SCHEMA,
         "package": {"name": "mnif-diffusion", "version": __version__},
         "source_revision": source_revision(),
         "command": command_line(),
-        "decoder_fingerprint": selection.decoder.fingerprint(),
+        "decoder_fingerprint": decoder.fingerprint(),
         "trained_on": trained_on,
         "signal": config.signal,
         "grid": {
@@ -49,6 +49,10 @@ def manifest_of(selection: Selection, trained_on: str | None = None) -> dict[str
             "padded_channels": max(CHANNELS, config.channels) if selection.pad_channels else config.channels,
             "range": [-1.0, 1.0],
             "pixel": "round(clip(value, -1, 1) * 127.5 + 127.5)",
+        },
+        "field": {
+            "sizes": [decoder.shapes[0].inputs, *(shape.outputs for shape in decoder.shapes)],
+            "last_layer": "sine" if config.output_sine else "linear",
         },
         "radiance": _radiance(selection),
         "sampling": None

@@ -127,7 +127,8 @@ _SAMPLE = """
 _ENCODE = """
     python3 device/encode.py --data PICTURES --output_dir latents
 
-writes `latents.safetensors` (a latent table, for `mnif decode` too), `coefficients.npy` for the decoder, and
+writes `latents.safetensors` (a latent table, for `mnif decode` too), `coefficients.npy` for the decoder,
+`fields.npy` with the parameters of every cell's network (`Field` of `export.device.runtime` evaluates them), and
 `scores.json`: how far what they decode to is from what was observed, of each cell and of all. {judged}
 """
 

@@ -186,6 +186,7 @@ _MANIFEST = {
     "radiance": (_RADIANCE, None),
     "sampling": ({"latent_dim": range(1, 1 << 20), "num_inference_steps": [range(1, 10001)]}, None),
     "profile": (_PROFILE, None),
+    "field": ({"sizes": _AXES, "last_layer": str}, None),
     "graphs": {str: _GRAPH},
     "files": {str: {"sha256": str, "bytes": range(1 << 40)}},
 }
@@ -312,7 +313,8 @@ class BundleFolder:
             raise BundleError(f"{file}: not a bundle of schema {SCHEMA}; export again with this version")
         if manifest.get("digest") != manifest_digest(manifest):
             raise BundleError(f"{file}: was changed after the export; export the bundle again")
-        manifest.setdefault("profile", None)  # those of earlier versions say nothing of it
+        for later in ("profile", "field"):
+            manifest.setdefault(later, None)  # earlier versions say nothing of these
         try:
             check_form(manifest, _MANIFEST)
             _check_manifest(manifest)

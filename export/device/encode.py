@@ -100,7 +100,7 @@ _SCORES = "scores"
 
 _SHOWN = 20  # instances that are not trusted
 
-_WRITTEN = ("latents.safetensors", "coefficients.npy")
+_WRITTEN = ("latents.safetensors", "coefficients.npy", "fields.npy")
 
 
 def _check_output(folder: Path) -> None:
@@ -126,9 +126,10 @@ def _scores(observed: Observations, encoded: Encoded, gate: Gate | None, verdict
 
 
 def _write(folder: Path, bundle: Bundle, data: str, observed: Observations, encoded: Encoded) -> None:
-    """Writes latents and coefficients."""
+    """Writes latents, coefficients and fields."""
     fingerprint = bundle.manifest["decoder_fingerprint"]
     write_latents(folder / _WRITTEN[0], encoded.latents, observed.ids, fingerprint, data)
-    content = io.BytesIO()
-    np.save(content, encoded.coefficients)
-    write_atomically(folder / _WRITTEN[1], content.getvalue())
+    for name, array in zip(_WRITTEN[1:], (encoded.coefficients, encoded.fields)):
+        content = io.BytesIO()
+        np.save(content, array)
+        write_atomically(folder / name, content.getvalue())

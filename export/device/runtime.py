@@ -191,6 +191,7 @@ class Encoded(NamedTuple):
     Attributes:
         latents: [N, latent_dim].
         coefficients: [N, cells, layers, bases], for :class:`Decoder`.
+        fields: [N, cells, parameters], for :class:`Field`.
         cell_residuals: [N, cells], mean squared errors of what they decode to over what was seen of each cell.
         residual: [N], the same over all that was seen.
         patch_statistics: [N, 4, patches], for :class:`export.device.gate.Gate`; None without a reference profile.
@@ -198,6 +199,7 @@ class Encoded(NamedTuple):
 
     latents: np.ndarray
     coefficients: np.ndarray
+    fields: np.ndarray
     cell_residuals: np.ndarray
     residual: np.ndarray
     patch_statistics: np.ndarray | None = None
@@ -242,6 +244,42 @@ class Encoder:
             for begin in range(0, len(values), batch_size)
         ]
         return Encoded(*(np.concatenate(each) for each in zip(*parts)))
+
+
+class Field:
+    """One instance's baked networks, evaluated by NumPy alone at any resolution.
+
+    Args:
+        manifest: of the bundle.
+        parameters: [cells, parameters], of :class:`Encoded`.
+
+    Raises:
+        BundleError: they are not of this bundle's fields.
+    """
+
+    def __init__(self, manifest: dict[str, Any], parameters: np.ndarray):
+        self._grid = entry(manifest, "grid", kind=dict)
+        field = entry(manifest, "field", kind=dict)
+        sizes, self._output_sine = entry(field, "sizes", kind=list), entry(field, "last_layer", kind=str) == "sine"
+        self._layers = []
+        at = 0
+        for inputs, outputs in zip(sizes, sizes[1:]):
+            weights, at = parameters[:, at : at + inputs * outputs], at + inputs * outputs
+            biases, at = parameters[:, at : at + outputs], at + outputs
+            self._layers.append((weights, biases, inputs, outputs))
+        if parameters.shape != (self._grid["cells"] ** self._grid["dimensions"], at):
+            raise BundleError(f"parameters {list(parameters.shape)} are not those of a field of this bundle")
+
+    def __call__(self, resolution: int | list[int]) -> np.ndarray:
+        """Evaluates values [resolution, ..., channels] in about [-1, 1]; one number is pixels along every axis."""
+        sizes = [resolution] * self._grid["dimensions"] if isinstance(resolution, int) else resolution
+        axes = [axis_cells(size, self._grid["cells"], float(self._grid["overlap"])) for size in sizes]
+        hidden = cell_points(axes)
+        for index, (weights, biases, inputs, outputs) in enumerate(self._layers):
+            hidden = hidden @ weights.reshape(-1, inputs, outputs) + biases[:, None]
+            if self._output_sine or index + 1 < len(self._layers):
+                hidden = np.sin(hidden)
+        return blend(hidden, axes)
 
 
 class Sampler:

@@ -36,11 +36,12 @@ _SEEN = 0.7  # share of the grid that is seen of the further instances of the re
 
 
 def encoder_graph(encoder: GridEncoder, decoder: MNIFModel, patches: Sequence[int] | None = None) -> onnx.ModelProto:
-    """Builds ``values``, ``mask`` → ``latents``, ``coefficients``, ``cell_residuals``, ``residual``; batch dynamic.
+    """Builds ``values``, ``mask`` → ``latents``, ``coefficients``, ``fields`` and two residuals; batch dynamic.
 
     They are [batch, *resolution, channels], [batch, *resolution], [batch, latent_dim], [batch, cells, layers, bases],
-    [batch, cells] and [batch]. Residuals are mean squared errors over what was seen, of each cell's own box of the
-    grid and of all of it; 0 where nothing was seen. The resolution is the encoder's.
+    [batch, cells, parameters] as :class:`mnif.models.siren.BakedField` has them, and ``cell_residuals`` [batch, cells]
+    and ``residual`` [batch]: mean squared errors over what was seen, of each cell's own box of the grid and of all of
+    it; 0 where nothing was seen. The resolution is the encoder's.
 
     Args:
         encoder: the model's.
@@ -62,6 +63,7 @@ def encoder_graph(encoder: GridEncoder, decoder: MNIFModel, patches: Sequence[in
     results: dict[str, tuple[str, Shape]] = {
         "latents": (latents, ["batch", config.latent_dim]),
         "coefficients": (coefficients, shape),
+        "fields": (_fields(builder, decoder), ["batch", decoder.num_cells, _parameters(decoder)]),
         "cell_residuals": (by_cell, ["batch", decoder.num_cells]),
         "residual": (whole, ["batch"]),
     }
@@ -206,6 +208,24 @@ def _normalized(builder: GraphBuilder, value: str, name: str) -> str:
     return builder.add("Div", [centred, builder.add("Sqrt", [shifted], f"{name}/deviation")], name)
 
 
+def _fields(builder: GraphBuilder, decoder: MNIFModel) -> str:
+    """Lays the parameters that were mixed for decoding out by cell, behind those of a layer that all fields share."""
+    parts = []
+    for index in decoder.mixed_layers:
+        shape = (-1, decoder.num_cells, decoder.shapes[index].parameters)
+        parts.append(builder.reshape(f"layer_{index}/rows", shape, f"fields/layer_{index}"))
+    if decoder.shared:
+        largest = builder.add("ReduceMax", [parts[0]], "fields/largest", axes=[-1], keepdims=1)
+        blank = builder.add("Mul", [largest, builder.number(0.0)], "fields/blank")
+        shared = builder.constant("decoder.shared.0", decoder.shared[0])
+        parts.insert(0, builder.add("Add", [blank, shared], "fields/layer_0"))
+    return builder.add("Concat", parts, "fields/all", axis=2)
+
+
+def _parameters(decoder: MNIFModel) -> int:
+    return sum(shape.parameters for shape in decoder.shapes)
+
+
 def _residuals(builder: GraphBuilder, decoder: MNIFModel, decoded: str, axes: Sequence[int]) -> tuple[str, str]:
     """Compares decoded values with those observed: mean squares by cell, [batch, cells], and of all, [batch]."""
     difference = builder.add("Sub", [decoded, "values"], "residuals/difference")
@@ -335,6 +355,7 @@ def encode_exactly(
     results = {
         "latents": latents,
         "coefficients": coefficients,
+        "fields": decoder.bake(coefficients).params.view(len(values), decoder.num_cells, -1),
         "cell_residuals": squares @ boxes / (seen @ boxes).clamp_min(1),
         "residual": squares.sum(dim=1) / seen.sum(dim=1).clamp_min(1),
     }

@@ -76,7 +76,8 @@ KINDS = {
     "decoder": GraphKind("mixture coefficients to values on the grid, {grid} points.", served=True),
     "encoder": GraphKind(
         "an observation at the training resolution, and where it was seen, to its latent, its mixture coefficients, "
-        "and the mean squared error of what these decode to: of each of {cells} cell(s), and of the whole.",
+        "the fields baked of these, and the mean squared error of what they show: of each of {cells} cell(s), and of "
+        "the whole.",
         served=True,
     ),
     "rays": GraphKind(

@@ -18,7 +18,7 @@ from export.device import encode, pictures, surprise
 from export.device.bundle import BundleError, manifest_digest
 from export.device.latent_file import write_latents
 from export.device.observations import Form, read_mask, read_observations
-from export.device.runtime import Encoder, load_bundle, write_png
+from export.device.runtime import Encoder, Field, load_bundle, write_png
 from mnif.cli import main
 from mnif.data.batches import array_dataset
 from mnif.data.images import load_images
@@ -106,6 +106,12 @@ def test_latents_and_verdicts_are_those_of_mnif_encode(
     coefficients = np.load(tmp_path / "onnxruntime/coefficients.npy")
     expected = decoder.coefficients(theirs.latents).detach().numpy()
     np.testing.assert_allclose(coefficients, expected, atol=1e-5)
+    manifest, fields = load_bundle(bundle).manifest, np.load(tmp_path / "onnxruntime/fields.npy")
+    for size in ((12, 16), (7, 30)):
+        drawn = Field(manifest, fields[2])(list(size))
+        np.testing.assert_allclose(drawn, decoder(theirs.latents[2:3], size)[0].detach().numpy(), atol=1e-4)
+    with pytest.raises(BundleError, match="not those of a field"):
+        Field(manifest, fields[2, :1])
 
 
 def test_the_boards_scores_are_the_same_code() -> None:
@@ -147,7 +153,7 @@ def test_a_board_needs_neither_mnif_nor_pillow(bundle: Path, tmp_path: Path) -> 
     assert bare.stdout.endswith("0 []\n"), bare.stdout + bare.stderr
     whole = run(bundle, sys.executable, "encode", *flags[:3], str(tmp_path / "whole"), *flags[4:])
     assert whole.returncode == 0, whole.stderr
-    for name in ("latents.safetensors", "coefficients.npy", "scores.json"):
+    for name in ("latents.safetensors", "coefficients.npy", "fields.npy", "scores.json"):
         assert (tmp_path / "bare" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 

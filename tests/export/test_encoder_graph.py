@@ -93,7 +93,9 @@ def test_the_graph_is_the_model(form: str) -> None:
         seen = inputs["mask"].reshape(count, -1)
         squares = np.square(decoded - inputs["values"]).mean(axis=-1).reshape(count, -1) * seen
         whole = squares.sum(axis=1) / np.maximum(seen.sum(axis=1), 1)
-        expected = [latents.numpy(), decoder.coefficients(latents).numpy(), np.stack(by_cell), whole]
+        coefficients = decoder.coefficients(latents)
+        fields = decoder.bake(coefficients).params.view(count, decoder.num_cells, -1)
+        expected = [latents.numpy(), coefficients.numpy(), fields.numpy(), np.stack(by_cell), whole]
         expected.append(np.stack([statistics[name].numpy() for name in STATISTICS], axis=1))
         backends = [run(model, inputs), list(evaluate(model, inputs).values())]
         for answers in backends if count == 1 else [*backends, openvino(inputs)]:
