@@ -73,6 +73,25 @@ def _compare(axes: Axes, evaluations: Mapping[str, Mapping[str, Any]], quality: 
     axes.grid(alpha=0.3)
 
 
+def histogram_chart(known: Sequence[float], now: Sequence[float], horizontal: str) -> Figure:
+    """Draws the density of numbers now over that of known ones, outlined; both in the same bins.
+
+    Args:
+        known: at least one number.
+        now: likewise.
+        horizontal: label of the horizontal axis.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _panel()
+        low, high = min(*known, *now), max(*known, *now)
+        bins = [low + (high - low + 1e-9) * step / 30 for step in range(31)]
+        axes.hist(now, bins, density=True, color=_COLOURS[1], alpha=0.55, label="now")
+        axes.hist(known, bins, density=True, histtype="step", color=_COLOURS[0], linewidth=1.8, label="held out")
+        axes.set(xlabel=horizontal, ylabel="density")
+        axes.legend(frameon=False)
+    return figure
+
+
 def curve_chart(
     rows: Sequence[Mapping[str, Any]], stage: str, names: Sequence[str], vertical: str, logarithmic: bool = False
 ) -> Figure | None:

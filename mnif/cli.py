@@ -33,6 +33,7 @@ COMMANDS = {
     "bench": ("export.commands.bench", "make_parser", "time a bundle's graphs in every backend"),
     "inspect": ("export.commands.inspect", "make_parser", "show what is in a bundle and what its plans are made of"),
     "eval": ("evals.commands.eval", "EvalArguments", "measure samples and reconstructions beside their controls"),
+    "monitor": ("evals.commands.monitor", "MonitorArguments", "tell whether data are still of the kind a model knows"),
     "report": ("evals.commands.report", "ReportArguments", "write one HTML page that shows a run"),
 }
 """Each command: its module, what stands there for its flags (a dataclass, or on boards a parser), and its purpose."""

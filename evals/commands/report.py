@@ -18,7 +18,6 @@ from mnif.utils.files import check_writable, written_atomically
 from mnif.utils.json_files import check_type, read_object
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
     from markupsafe import Markup
     from matplotlib.figure import Figure
 
@@ -75,6 +74,7 @@ def report(arguments: ReportArguments) -> None:
     import torch
 
     from evals.report.provenance import commands_of, provenance
+    from evals.report.templates import page_templates
     from latent_prior.pipeline import load_pipeline
 
     run, output = arguments.run, _output_of(arguments)
@@ -87,7 +87,7 @@ def report(arguments: ReportArguments) -> None:
     evaluation = arguments.eval_dir or run / "eval"
     samples = arguments.samples or run / "pictures"
     page = (
-        _environment()
+        page_templates()
         .get_template("report.html.jinja")
         .render(
             title=run.resolve().name,
@@ -162,18 +162,6 @@ class Comparison(msgspec.Struct):
     """A ``comparison.json``."""
 
     evaluations: list[ComparedEvaluation] = []
-
-
-def _environment() -> Environment:
-    """Makes the templates' environment; ``source`` puts a style sheet or script into the page as it stands."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(loader=PackageLoader("evals.report", "page"), autoescape=True, undefined=StrictUndefined)
-    loader = environment.loader
-    assert loader is not None
-    environment.globals["source"] = lambda name: Markup(loader.get_source(environment, name)[0])
-    return environment
 
 
 def _shown(pipeline: MNIFPipeline, arguments: ReportArguments) -> dict[str, Any]:

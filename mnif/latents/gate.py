@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mnif.latents.profile import Profile, Scored, refinement_gaps
+from mnif.latents.calibration import refinement_gaps
+from mnif.latents.profile import Profile, Scored
 from mnif.latents.surprise import SCORES, VERDICTS
 from mnif.utils.errors import printable
 

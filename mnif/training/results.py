@@ -1,6 +1,7 @@
 """What a finished `mnif fit` leaves: the model, the latents, metrics, and a picture of reconstructions."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from mnif.data.batches import ArrayDataset, evenly_spaced
 from mnif.data.dataset import Dataset, Split
+from mnif.latents.calibration import fit_profile
 from mnif.latents.inference import LatentInit, evaluate_latents, infer_latents
 from mnif.latents.inner_loop import InnerLoop
 from mnif.latents.pca import pca_metrics, pca_warnings
-from mnif.latents.profile import fit_profile
 from mnif.latents.table import LatentTable
 from mnif.models.io import load_component, save_component
 from mnif.models.mnif_model import MNIFModel
@@ -124,9 +125,9 @@ def _save_profile(
     try:
         if latent_init is None and not steps:
             raise UserError("nothing found the latents of held-out instances (--refinement_steps 0)")
-        search = {"refinement_steps": steps} if latent_init is None else {}
-        further = {"refined": (refined, steps)} if latent_init is not None and steps else {}
-        fit_profile(decoder, signal, rows, data.groups, first, data.name, **search, **further).save(model)
+        search, gaps = (steps, None) if latent_init is None else (0, (refined, steps) if steps else None)
+        make = partial(fit_profile, refinement_steps=search, refined=gaps)
+        make(decoder, signal, rows, data.groups, first, data.name).save(model)
     except UserError as error:
         print(f"no profile of held-out instances: {error}")
 

@@ -34,6 +34,7 @@ _MARKS = (
     ("eval", "comparison.json", {"evaluations"}),
     ("eval", "metrics.json", {"inputs"}),
     ("encode", "metrics.json", {"fitting_badly"}),
+    ("monitor", "monitor.json", {"advice"}),
     ("fit", "decoder/config.json", {"_class_name"}),  # a model folder
 )
 
@@ -47,6 +48,7 @@ _WRITES: dict[str, tuple[str, ...]] = {
     "decode": ("decode.json", "metrics.json", "grid.png"),
     "eval": ("metrics.json", "metrics.md", "nearest.png", "comparison.json", "comparison.md", "comparison.png"),
     "encode": ("latents.safetensors", "metrics.json"),
+    "monitor": ("monitor.json", "monitor.html"),
 }
 
 

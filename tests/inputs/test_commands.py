@@ -25,6 +25,7 @@ OUTPUTS = {
     "sample": [*NOWHERE, "--output_dir"],
     "export": [*NOWHERE, "--output_dir"],
     "eval": [*NOWHERE, "--reference", "nowhere", "--output_dir"],
+    "monitor": [*NOWHERE, "--data", "nowhere", "--output_dir"],
     "verify": ["--bundle", "nowhere", "--output"],
     "bench": ["--bundle", "nowhere", "--output"],
 }
