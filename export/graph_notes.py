@@ -19,7 +19,7 @@ _TENSORS = {
     "coefficients": "Mixture coefficients [batch, cells, layers, bases]: how much of each basis network a cell takes.",
     "mask": "1 for what was seen and 0 for what was not, which is read as 0, the middle of the range.",
     "latents": "Latents [batch, latent_dim], each of mean 0 and variance 1.",
-    "fields": "Parameters of each cell's network [batch, cells, parameters]: of each layer weights [in, out] and biases.",
+    "fields": "The cells' networks [batch, cells, parameters]: of each layer weights [in, out], then biases.",
     "cell_residuals": "Mean squared errors of decoded values over what was seen of each cell, 0 where nothing was.",
     "patch_statistics": "Of each patch [batch, 4, patches]: mean squares of what the field misses, of its second "
     "differences, and of the first and second differences of the values.",

@@ -2,7 +2,7 @@
 
 What is scored is a latent, and four numbers for each patch of the instance (:data:`STATISTICS`); no search is needed,
 so a board can do the same. Everything that was learned from held-out instances is in the arrays of a profile, which
-:mod:`mnif.latents.profile` makes, reads and writes:
+:mod:`mnif.latents.calibration` makes:
 
 ====================  ================  =========================================================================
 array                 shape             meaning
@@ -75,7 +75,8 @@ def scores_of(
         "patch": np.log1p(np.maximum(patch_deviations(arrays, residual).max(axis=1), 0)),
         "latent": _log_distance(latents, arrays["latent_mean"], arrays["latent_whitening"]),
         "sharpness": np.abs(sharpness_of(statistics) - arrays["sharpness"]),
-        "grain": _log(np.quantile(curvature, _GRAIN, axis=1)),
+        # No logarithm: what is smooth has none to speak of, so that all noise would lie in one order of magnitude.
+        "grain": np.sqrt(np.maximum(np.quantile(curvature, _GRAIN, axis=1), 0)),
         "strength": _log_distance(root_features(statistics), arrays["root_mean"], arrays["root_whitening"]),
         "layout": _log_distance(log_features(statistics), arrays["log_mean"], arrays["log_whitening"]),
     }

@@ -24,7 +24,7 @@ from export.graphs.fields import (
     reference_count,
 )
 from export.graphs.specs import GraphSpec, reference_of
-from mnif.latents.profile import statistics_of
+from mnif.latents.patches import statistics_of
 from mnif.latents.surprise import STATISTICS
 from mnif.models.encoders import AttentionBlock, PatchEncoder, TokenEncoder
 from mnif.models.mnif_model import MNIFModel

@@ -23,8 +23,8 @@ from mnif.cli import main
 from mnif.data.batches import array_dataset
 from mnif.data.images import load_images
 from mnif.latents import surprise as surprise_of_mnif
+from mnif.latents.calibration import fit_profile
 from mnif.latents.inference import infer_latents
-from mnif.latents.profile import fit_profile
 from mnif.latents.table import LatentTable
 from mnif.models.encoders import PatchEncoder, TokenEncoder, ViewsEncoder
 from mnif.models.io import save_component

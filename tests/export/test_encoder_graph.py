@@ -12,7 +12,7 @@ from export.device.backends import OpenVinoGraph
 from export.device.reference_evaluator import evaluate
 from export.graphs.encoder import GridEncoder, encoder_graph, encoder_spec
 from export.graphs.precision import convert, hidden_products
-from mnif.latents.profile import patches_of, statistics_of
+from mnif.latents.patches import patches_of, statistics_of
 from mnif.latents.surprise import STATISTICS
 from mnif.models.encoders import PatchEncoder, TokenEncoder
 from mnif.models.mnif_model import MNIFModel

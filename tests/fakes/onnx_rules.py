@@ -25,7 +25,7 @@ RENDERING = {
     "ReduceSum",
 }
 RENDERING |= {"Softplus", "Squeeze", "Unsqueeze", "Where"}
-ENCODER = {"Erf", "Max", "ReduceSum", "Softmax", "Unsqueeze"}
+ENCODER = {"Erf", "Max", "ReduceMax", "ReduceSum", "Softmax", "Unsqueeze"}
 PRECISION = {"Cast", "DequantizeLinear"}
 
 
