@@ -146,7 +146,7 @@ def test_a_robust_search_forgives_rubbish(decoder: MNIFModel) -> None:
     replaced = torch.rand(clean.shape[:-1], generator=generator)[..., None] < 0.25
     observation = signal.on_grid(torch.where(replaced, rubbish, clean))
     start = truth + 0.3 * torch.randn(truth.shape, generator=generator)
-    loss = RobustLoss(torch.zeros(12), torch.eye(12))
+    loss = RobustLoss(1e-4, torch.zeros(12), torch.eye(12))
     errors = {}
     for name, kind in {"squares": None, "robust": loss}.items():
         found = optimize_latents(decoder, signal, observation, start, 80, loss=kind)
