@@ -171,7 +171,7 @@ _UNUSED = ("reference_latents", "reference_scores", "gaps")  # of a profile's ar
 
 def write_profile(bundle: Path, profile: Profile) -> None:
     """Writes the arrays by which :class:`export.device.gate.Gate` judges into a bundle's folder."""
-    arrays = {name: array for name, array in sorted(profile.arrays.items()) if name not in _UNUSED}
+    arrays: dict[str, Any] = {name: array for name, array in sorted(profile.arrays.items()) if name not in _UNUSED}
     np.savez_compressed(bundle / PROFILE, **arrays)
 
 

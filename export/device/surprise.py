@@ -88,11 +88,13 @@ def surprises_of(arrays: Mapping[str, np.ndarray], scores: np.ndarray) -> np.nda
 
     The share is counted, and beyond ``tail_start`` that of an exponential tail, so that nothing saturates.
     """
-    counted = len(arrays["ranks"][0]) + 1
-    below = [np.searchsorted(ranks, column) for ranks, column in zip(arrays["ranks"], scores.T)]  # noqa: B905
+    ranks, start = arrays["ranks"], arrays["tail_start"]
+    counted = len(ranks[0]) + 1
+    below = [np.searchsorted(known, column) for known, column in zip(ranks, scores.T)]  # noqa: B905
     body = -np.log1p(-np.stack(below, axis=1) / counted)
-    excess = (scores - arrays["tail_start"]) / arrays["tail_scale"]
-    return np.where(excess > 0, np.maximum(excess, 0) - np.log(TAIL), body)
+    beyond = (ranks > start[:, None]).sum(axis=1) + 1  # fewer than TAIL says where many scores are the same
+    excess = (scores - start) / arrays["tail_scale"]
+    return np.where(excess > 0, np.maximum(excess, 0) - np.log(beyond / counted), body)
 
 
 def alarms_of(arrays: Mapping[str, np.ndarray], surprises: np.ndarray) -> np.ndarray:

@@ -68,7 +68,7 @@ def encoder_graph(encoder: GridEncoder, decoder: MNIFModel, patches: Sequence[in
         "residual": (whole, ["batch"]),
     }
     if patches is not None:
-        statistics = ["batch", len(STATISTICS), math.prod(patches)]
+        statistics: Shape = ["batch", len(STATISTICS), math.prod(patches)]
         results["patch_statistics"] = (_patch_statistics(builder, axes, patches), statistics)
     sources = {"values": ["batch", *axes, config.channels], "mask": ["batch", *axes]}
     return builder.model("encoder", sources, results)
@@ -328,11 +328,11 @@ def encoder_spec(
     values = decoder(latents[: reference_count(model, size)]).clamp(-1, 1)
     mask = torch.from_numpy(np.random.default_rng(seed).random(values.shape[:-1]) < _SEEN).float()
     mask[0] = 1
-    doubled = [copy.deepcopy(each).double() for each in (encoder, decoder)]
+    exact_encoder, exact_decoder = copy.deepcopy(encoder).double(), copy.deepcopy(decoder).double()
     reference = reference_of(
         "encoder",
         {"values": values.numpy(), "mask": mask.numpy()},
-        encode_exactly(*doubled, values.double(), mask.double(), patches),
+        encode_exactly(exact_encoder, exact_decoder, values.double(), mask.double(), patches),
         encode_exactly(encoder, decoder, values, mask, patches),
     )
     return GraphSpec("encoder", "encoder", model, batch_profile(model, size), reference)
