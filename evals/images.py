@@ -36,9 +36,9 @@ from mnif.data.images import ImageData, load_images
 from mnif.latents.inference import infer_latents
 from mnif.latents.inner_loop import InnerLoop
 from mnif.latents.pca import fit_pca, pca_warnings
-from mnif.models.io import sha256_of_model
 from mnif.utils.errors import UserError, require
 from mnif.utils.files import sha256_of_file
+from mnif.utils.model_folders import sha256_of_model
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import Processes
 

@@ -23,9 +23,9 @@ from evals.protocol import EvalArguments, protocol_of
 from mnif.data.batches import evenly_spaced
 from mnif.data.dataset import Split
 from mnif.data.views import ViewData, load_views
-from mnif.models.io import sha256_of_model
 from mnif.signals.radiance import RadianceField
 from mnif.utils.errors import UserError, require
+from mnif.utils.model_folders import sha256_of_model
 from mnif.utils.pixels import image_grid, save_image, to_uint8
 from mnif.utils.process import Processes, progress_bar
 

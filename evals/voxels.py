@@ -32,9 +32,9 @@ from mnif.data.batches import ArrayDataset, evenly_spaced
 from mnif.data.dataset import Split
 from mnif.data.voxels import VoxelData, load_voxels
 from mnif.latents.pca import PCA, fit_pca, pca_warnings
-from mnif.models.io import sha256_of_model
 from mnif.utils.errors import UserError
 from mnif.utils.meshes import mesh_preview, occupancy_preview
+from mnif.utils.model_folders import sha256_of_model
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import Processes
 

@@ -34,11 +34,11 @@ from latent_prior.hub import cached_folder, downloaded, upload
 from latent_prior.pipeline_folder import REMOTE_MODULE, copy_beside, read_components, write_remote_code
 from latent_prior.schedulers import check_steps, fitted, model_input, set_timesteps, starting_sigma, takes_generator
 from latent_prior.settings import INFERENCE_STEPS, Objective
-from mnif.models.io import model_folder_in
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.outputs import check_output_type, postprocess
 from mnif.signals.registry import signal_of_model
 from mnif.utils.errors import UserError
+from mnif.utils.model_folders import model_folder_in
 
 # diffusers finds the classes of an outside pipeline among the modules already imported, so both stand above.
 
@@ -283,7 +283,7 @@ class MNIFPipeline(DiffusionPipeline):
             UserError: the folder is damaged, or there is none and the hub has no such model.
         """
         named = {name: options[name] for name in inspect.signature(cls.__init__).parameters if name in options}
-        folder = Path(pretrained_model_name)
+        folder = model_folder_in(Path(pretrained_model_name))
         if not folder.is_dir():
             folder = Path(cls.download(pretrained_model_name, **options))
         with torch.random.fork_rng(devices=[]):  # components draw weights before they read them

@@ -10,11 +10,12 @@ from diffusers import DiffusionPipeline
 from latent_prior.denoisers import load_denoiser
 from latent_prior.diffusion import OBJECTIVES, objective_of
 from latent_prior.schedulers import load_scheduler
-from mnif.models.io import PROFILE, load_component, model_folder_in, weights_file
+from mnif.models.io import load_component, weights_file
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 from mnif.utils.files import written_atomically
 from mnif.utils.json_files import read_json
+from mnif.utils.model_folders import PROFILE, model_folder_in
 
 REMOTE_MODULE = "pipeline"
 """The file of a model folder, without ``.py``, that gives diffusers' own ``DiffusionPipeline`` the class."""

@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels run on the CPU then
 
 from jaxtyping import install_import_hook
 
@@ -81,7 +83,7 @@ def small_pipeline(decoder: MNIFModel) -> MNIFPipeline:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of 15×15 pictures, two of them baked, samplers of 1 and 3 steps, an encoder; who changes it copies it."""
+    """A bundle of 15×15 pictures, two baked, samplers of 1 and 3 steps, an encoder; who changes it copies it."""
     output = tmp_path_factory.mktemp("exported") / "bundle"
     options = ExportArguments(
         model=output.parent,

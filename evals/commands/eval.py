@@ -15,6 +15,7 @@ from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least, markdown_code, printable
 from mnif.utils.files import check_writable, write_json, written_atomically
 from mnif.utils.json_files import read_json
+from mnif.utils.model_folders import is_trained_model
 from mnif.utils.output_folders import BEGUN, check_output_folder, output_folder_of
 from mnif.utils.pixels import limit_image_pixels
 from mnif.utils.process import Processes, command_line, peak_memory_megabytes
@@ -202,7 +203,7 @@ def evaluate(arguments: EvalArguments) -> None:
 
 def _tell(arguments: EvalArguments, metrics: dict[str, Any], repository: str | None) -> None:
     """Writes into the model's card what was measured, and uploads it if that is asked for."""
-    if arguments.model is None:
+    if arguments.model is None or is_trained_model(arguments.model):
         return
     from evals.presentation import evaluation_markdown, metrics_of
     from latent_prior.hub import push

@@ -140,7 +140,7 @@ def _fit(arguments: MonitorArguments, decoder: MNIFModel, signal: Signal, latent
     from mnif.latents.calibration import check_enough, fit_profile
     from mnif.latents.inference import infer_latents
     from mnif.latents.profile import FALSE_ALARM_RATE
-    from mnif.models.io import PROFILE, model_folder_in
+    from mnif.utils.model_folders import PROFILE, model_folder_in
 
     data = _selected(arguments, signal, "held_out")
     rate, steps = arguments.false_alarm_rate or FALSE_ALARM_RATE, arguments.refinement_steps

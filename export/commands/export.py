@@ -93,8 +93,8 @@ class ExportArguments(GraphsFlags, BakedFlags, ExtrasFlags):
     """Write ONNX graphs, weights and the device's own tools; every graph is measured against float64 first."""
 
     model: Path
-    """The model folder, RUN/model. Without a prior there is no sampler, and rows of RUN/latents.safetensors are
-    baked."""
+    """The model folder, RUN/model, or avatars, which comes along. Without a prior there is no sampler, and rows of
+    RUN/latents.safetensors are baked."""
     output_dir: Path
     """The bundle folder; the files of an older bundle there are replaced, all others stay."""
     seed: int = 0
@@ -168,8 +168,8 @@ def main(arguments: list[str]) -> None:
 def _export(options: ExportArguments) -> None:
     """Exports, unless that was done before."""
     from mnif.latents.table import data_of_table
-    from mnif.models.io import PROFILE, model_folder_in, sha256_of_model
     from mnif.models.mnif_model import MNIFModel
+    from mnif.utils.model_folders import PROFILE, model_folder_in, sha256_of_model
 
     _check_output(options.output_dir)
     model = load_model(options.model)
@@ -217,8 +217,8 @@ def load_encoder(folder: Path, decoder: MNIFModel) -> GridEncoder:
     """
     from mnif.latents.inference import load_latent_init
     from mnif.models.encoders import PatchEncoder, TokenEncoder
-    from mnif.models.io import model_folder_in
     from mnif.signals.registry import signal_of_model
+    from mnif.utils.model_folders import model_folder_in
 
     if not (model_folder_in(folder) / "encoder").is_dir():
         raise UserError(f"--encoder: {folder} has none; only models of `mnif fit --method encoder` have")
@@ -238,7 +238,7 @@ def load_profile_of_encoder(folder: Path, decoder: MNIFModel) -> Profile | None:
         UserError: it is damaged, or another decoder's.
     """
     from mnif.latents.profile import load_profile
-    from mnif.models.io import PROFILE, model_folder_in
+    from mnif.utils.model_folders import PROFILE, model_folder_in
 
     if not (model_folder_in(folder) / PROFILE).is_dir():
         print("no reference profile in the model folder: the bundle will not judge what it encodes")

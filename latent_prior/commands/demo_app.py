@@ -15,7 +15,7 @@ class DemoAppArguments:
     """Serve a local page to try a model on: samples, the way between two of them, a picture of your own."""
 
     model: Path
-    """The model folder, RUN/model, or a model on the hub, user/name."""
+    """The model folder, RUN/model, a model on the hub, user/name, or avatars, which comes along."""
     host: str = "127.0.0.1"
     """The address to listen at; 0.0.0.0 lets others in."""
     port: int = 7860

@@ -67,7 +67,7 @@ class SampleArguments(SamplingFlags, FilesFlags, PreviewFlags, OutputFlags):
     """Draw new samples; number i depends on seed and i alone, and a stopped command continues where it was."""
 
     model: Path
-    """The model folder, RUN/model, or a model on the hub, user/name."""
+    """The model folder, RUN/model, a model on the hub, user/name, or avatars, which comes along."""
     output_dir: Path
     """Gets the samples, samples.json, metrics.json and preview/."""
     num_samples: int = 64

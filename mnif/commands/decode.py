@@ -37,7 +37,7 @@ class DecodeArguments(OutputFlags):
     """Show what latents stand for: pictures, meshes, views; the same command again continues where it was stopped."""
 
     model: Path
-    """The model folder, RUN/model."""
+    """The model folder, RUN/model, or avatars, which comes along."""
     latents: Path
     """A latents.safetensors of `mnif fit` or `mnif encode`."""
     output_dir: Path

@@ -92,7 +92,7 @@ class EncodeArguments(SearchFlags, DataFlags, ObservationFlags, GateFlags):
     """Find the latents of new data on frozen bases; the same command again continues where it was stopped."""
 
     model: Path
-    """The model folder, RUN/model."""
+    """The model folder, RUN/model, or avatars, which comes along."""
     data: str
     """A built-in set, a folder or a file of what the model was trained on."""
     output_dir: Path
@@ -223,7 +223,7 @@ def _arrays(arguments: EncodeArguments, signal: Signal, data: Dataset) -> dict[s
 
 def _search(arguments: EncodeArguments, steps: int, data: Dataset) -> dict[str, Any]:
     """Names all that the latents depend on: those of another search are not taken up."""
-    from mnif.models.io import sha256_of_model
+    from mnif.utils.model_folders import sha256_of_model
 
     search = {"steps": steps, "model": sha256_of_model(arguments.model), "data": data.fingerprint()}
     search |= {name: str(value) for name, value in asdict(arguments).items() if name != "output_dir"}

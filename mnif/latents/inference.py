@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from mnif.data.batches import ArrayDataset
 from mnif.latents.inner_loop import InnerLoop
 from mnif.models.encoders import PatchEncoder, TokenEncoder, ViewsEncoder
-from mnif.models.io import load_component, model_folder_in
+from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Observation, Signal
 from mnif.utils.errors import UserError
+from mnif.utils.model_folders import model_folder_in
 from mnif.utils.process import progress_bar
 
 LatentInit = PatchEncoder | TokenEncoder | ViewsEncoder | InnerLoop | nn.Module | None

@@ -24,12 +24,12 @@ from mnif.latents import surprise
 from mnif.latents.inference import LatentInit, infer_latents
 from mnif.latents.patches import observed_grid, patch_statistics
 from mnif.latents.surprise import SCORES, STATISTICS
-from mnif.models.io import PROFILE, model_folder_in
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Signal
 from mnif.utils.errors import UserError
 from mnif.utils.files import folder_written_atomically, save_tensors, write_json
 from mnif.utils.json_files import Size, read_json
+from mnif.utils.model_folders import PROFILE, model_folder_in
 
 FALSE_ALARM_RATE = 0.05
 """The share of instances like the held-out ones that a verdict may call doubtful or out, unless told otherwise."""

@@ -1,8 +1,9 @@
 """The batched field as one operator of PyTorch: values, their gradient, and the gradient's gradient.
 
 ``field_op.cpp`` is compiled once per machine with the C++ compiler at hand (about five seconds) and kept in the
-cache folder. Where there is no compiler, or tensors are on a GPU, :class:`mnif.models.siren.BakedField` does the same
-with PyTorch's own operators, slower on CPUs. ``MNIF_NATIVE=0`` turns the compiled operator off.
+cache folder; on a GPU the kernels of :mod:`mnif.models.field_triton` do the same, if Triton is installed. Where there
+is neither, :class:`mnif.models.siren.BakedField` does it with PyTorch's own operators, slower. ``MNIF_NATIVE=0`` turns
+both off.
 """
 
 import ctypes
@@ -16,7 +17,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -57,7 +61,7 @@ def field_values(coordinates: Tensor, rows: Tensor, sizes: Sequence[int], output
     Returns:
         [fields, points, sizes[-1]], within 1e-6 of PyTorch's sines and products.
     """
-    return torch.ops.mnif.field_values(coordinates, rows, list(sizes), output_sine)
+    return torch.ops.mnif.field_values(coordinates, rows.float(), list(sizes), output_sine)
 
 
 def field_errors(
@@ -74,15 +78,20 @@ def field_errors(
         weights: [sets, points], by which a point's squared error, a mean over the channels, is multiplied; those of
             field i are set i modulo ``sets``.
     """
-    return torch.ops.mnif.field_errors(coordinates, rows, targets, weights, list(sizes), output_sine)[0]
+    return torch.ops.mnif.field_errors(coordinates, rows.float(), targets, weights, list(sizes), output_sine)[0]
 
 
-def can_evaluate(coordinates: Tensor, rows: Tensor, *targets: Tensor) -> bool:
-    """Tells whether the compiled operator takes these: float32 on the CPU, differentiated by ``rows`` alone."""
-    fixed = (coordinates, *targets)
-    plain = rows.device.type == "cpu" and all(tensor.dtype == torch.float32 for tensor in (rows, *fixed))
-    differentiated = any(tensor.requires_grad for tensor in fixed)
-    return plain and not differentiated and not torch.is_autocast_enabled("cpu") and is_compiled()
+def can_evaluate(sizes: Sequence[int], coordinates: Tensor, rows: Tensor, *targets: Tensor) -> bool:
+    """Tells whether the operator takes these: float32, differentiated by ``rows`` alone.
+
+    On a GPU it takes rows in half precision too, as autocast mixes them, and only sizes that there are kernels for.
+    """
+    fixed, device = (coordinates, *targets), rows.device.type
+    if any(tensor.dtype != torch.float32 or tensor.requires_grad for tensor in fixed):
+        return False
+    if device == "cpu":
+        return rows.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and is_compiled()
+    return device == "cuda" and (kernels := _kernels()) is not None and kernels.has_kernel(sizes)
 
 
 @torch.library.custom_op("mnif::field_values", mutates_args=(), device_types="cpu")
@@ -135,6 +144,21 @@ def _errors_hvp(
     rest: list[Tensor | int] = [rows.contiguous(), targets.contiguous(), weights.contiguous(), len(weights)]
     _call("mnif_field_errors_hvp", coordinates, rows, sizes, output_sine, [*rest, direction.contiguous(), gradient])
     return gradient
+
+
+def _register_on_gpu(operator: Any, name: str) -> None:
+    """Has an operator call the function of this name in :mod:`mnif.models.field_triton` where tensors are on a GPU."""
+    operator.register_kernel("cuda")(lambda *arguments: getattr(_kernels(), name)(*arguments))
+
+
+for _operator, _name in (
+    (_values, "values"),
+    (_vjp, "vjp"),
+    (_second_order, "second_order"),
+    (_errors, "errors"),
+    (_errors_hvp, "errors_hvp"),
+):
+    _register_on_gpu(_operator, _name)
 
 
 @_errors.register_fake
@@ -238,6 +262,14 @@ def _call(
         *[ctypes.c_long(given) if isinstance(given, int) else ctypes.c_void_p(given.data_ptr()) for given in rest],
         ctypes.c_int(torch.get_num_threads()),
     )
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> ModuleType | None:
+    """Imports the kernels for GPUs, or gives None where there is no Triton."""
+    if os.environ.get("MNIF_NATIVE") == "0" or find_spec("triton") is None:
+        return None
+    return import_module("mnif.models.field_triton")
 
 
 @lru_cache(maxsize=1)

@@ -3,7 +3,6 @@
 A model folder has one sub-folder per component, as diffusers lays out a pipeline; every stage adds its own.
 """
 
-import hashlib
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,8 +11,9 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
 
 from mnif.utils.errors import UserError
-from mnif.utils.files import folder_written_atomically, sha256_of_folder
+from mnif.utils.files import folder_written_atomically
 from mnif.utils.json_files import arguments_schema, read_object
+from mnif.utils.model_folders import model_folder_in
 
 
 class OwnMemory(ModelMixin):
@@ -34,9 +34,6 @@ class OwnMemory(ModelMixin):
         return loaded
 
 
-PROFILE = "profile"
-"""The folder, in a model folder, of how held-out instances score (:mod:`mnif.latents.profile`)."""
-
 Component = TypeVar("Component", bound=ModelMixin)
 
 _WEIGHTS = "diffusion_pytorch_model"
@@ -55,12 +52,6 @@ def save_component(folder: Path, name: str, component: ModelMixin) -> None:
     """Writes a component's weights (safetensors) and configuration to ``folder/name``, atomically."""
     with folder_written_atomically(folder / name) as temporary:
         component.save_pretrained(temporary)
-
-
-def model_folder_in(folder: Path) -> Path:
-    """Finds the model folder ``RUN/model`` of a run folder; of any other folder, it is itself."""
-    inside = folder / "model"
-    return inside if inside.is_dir() and not (folder / "decoder").is_dir() else folder
 
 
 def load_component(kind: type[Component], folder: Path, name: str, variant: str | None = None) -> Component:
@@ -144,13 +135,3 @@ def check_component(kind: Any, folder: Path, variant: str | None = None) -> None
                 raise UserError(f"{path}: {name} is {shape or 'missing'}, where config.json makes it {wanted}")
             if found[name].get_dtype() not in _REAL:
                 raise UserError(f"{path}: {name} is {found[name].get_dtype()}; floating-point numbers are needed")
-
-
-def sha256_of_model(folder: Path) -> str:
-    """The SHA-256 of a model folder's components; index, card, picture and profile say nothing that results
-    depend on."""
-    digest = hashlib.sha256()
-    for part in sorted(folder.iterdir()):
-        if part.is_dir() and part.name != PROFILE and not part.name.startswith("."):
-            digest.update(f"{part.name} {sha256_of_folder(part)}\n".encode())
-    return digest.hexdigest()

@@ -88,7 +88,7 @@ class BakedField:
         Returns:
             [fields, points, channels], within about [-1, 1] for colours and occupancies.
         """
-        if can_evaluate(coordinates, self.params):
+        if can_evaluate(self._sizes(), coordinates, self.params):
             return field_values(coordinates, self.params, self._sizes(), self.output_sine)
         return self.evaluate_layers(coordinates)
 
@@ -120,7 +120,7 @@ class BakedField:
             weights: [sets, points], by which a point's squared error, a mean over the channels, is multiplied; again
                 set i modulo ``sets``.
         """
-        if can_evaluate(coordinates, self.params, targets, weights):
+        if can_evaluate(self._sizes(), coordinates, self.params, targets, weights):
             return field_errors(coordinates, self.params, targets, weights, self._sizes(), self.output_sine)
         squares = (self(coordinates) - targets).square().mean(dim=2)
         return (squares.view(-1, *weights.shape) * weights).sum(dim=2).flatten()

@@ -21,6 +21,7 @@ import tyro
 
 from mnif.utils.errors import UserError
 from mnif.utils.flag_files import laid_over, read_config, typed_value
+from mnif.utils.model_folders import model_folder_in
 from mnif.utils.process import plain_output
 
 T = TypeVar("T")
@@ -45,7 +46,7 @@ def parse_arguments(command: type[T], arguments: list[str], program: str) -> T:
 def parse_given(command: type, arguments: list[str], program: str) -> dict[str, Any]:
     """Reads a command's flags as :func:`parse_arguments` does, but gives only those that are given.
 
-    That is on the command line, or in the file that ``--config`` names. ``--model RUN`` is taken as RUN/model.
+    That is on the command line, or in the file that ``--config`` names; :func:`model_folder_in` finds ``--model``.
 
     Raises:
         UserError: an unknown flag, a missing one, or a value of the wrong kind.
@@ -56,8 +57,8 @@ def parse_given(command: type, arguments: list[str], program: str) -> dict[str, 
     needed = (field.name for field in fields(command) if field.default is field.default_factory is MISSING)
     if missing := [f"--{name}" for name in needed if name not in given]:
         raise UserError(f"{', '.join(missing)}: needed and not given")
-    if isinstance(folder := given.get("model"), Path) and not (folder / "decoder").is_dir():
-        given["model"] = folder / "model" if (folder / "model").is_dir() else folder
+    if isinstance(folder := given.get("model"), Path):
+        given["model"] = model_folder_in(folder)
     return given
 
 

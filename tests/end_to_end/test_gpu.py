@@ -7,7 +7,11 @@ import pytest
 import torch
 
 from mnif.cli import main
+from mnif.models.field_op import field_errors, field_values
 from mnif.models.mnif_model import MNIFModel
+from tests.mnif.test_field_op import SHAPES, random_rows
+
+field_shapes = {name: shape for name, shape in SHAPES.items() if len({*shape[0][1:-1]}) == 1 and shape[0][1] <= 64}
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,6 +30,28 @@ def test_decoder_on_a_gpu_equals_the_cpu(decoder: MNIFModel) -> None:
         found = decoder(latents), decoder.values_at(decoder.coefficients(latents), points)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.cpu(), b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", field_shapes)
+def test_kernels_of_fields_equal_the_cpu(name: str) -> None:
+    pytest.importorskip("triton")
+    sizes, output_sine, fields, sets, points = field_shapes[name]
+    torch.manual_seed(0)
+    coordinates, rows = torch.rand(sets, points, sizes[0]) * 2 - 1, random_rows(fields, sizes)
+    targets, weights = torch.randn(fields, points, sizes[-1]), torch.rand(sets, points)
+    direction, found = torch.randn_like(rows), []
+    for device in ("cuda", "cpu"):
+        parameters = rows.to(device).requires_grad_()
+        given = coordinates.to(device), parameters, targets.to(device), weights.to(device), sizes, output_sine
+        errors = field_errors(*given)
+        (gradient,) = torch.autograd.grad(errors.sum(), parameters, create_graph=True)
+        (product,) = torch.autograd.grad((gradient * direction.to(device)).sum(), parameters)
+        values = field_values(coordinates.to(device), parameters, sizes, output_sine)
+        (by_values,) = torch.autograd.grad((values * targets.to(device)).sum(), parameters, create_graph=True)
+        (second,) = torch.autograd.grad((by_values * direction.to(device)).sum(), parameters)
+        found.append([tensor.detach().cpu() for tensor in (errors, gradient, product, values, by_values, second)])
+    for ours, cpus in zip(*found, strict=True):
+        assert (ours - cpus).abs().max() <= 1e-5 * cpus.abs().max()
 
 
 @pytest.mark.parametrize("method", ["encoder", "auto-decoding", "meta"])

@@ -25,9 +25,10 @@ from latent_prior.schedulers import scheduler_by_name
 from latent_prior.settings import Objective
 from mnif import load_model
 from mnif.models.encoders import PatchEncoder
-from mnif.models.io import save_component, sha256_of_model
+from mnif.models.io import save_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
+from mnif.utils.model_folders import sha256_of_model
 from tests.conftest import small_decoder, small_pipeline
 from tests.latent_prior.test_schedulers import ExactDenoiser, exact_denoiser
 

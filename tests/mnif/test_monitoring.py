@@ -17,10 +17,11 @@ from mnif.latents.patches import patches_of, statistics_of
 from mnif.latents.profile import load_profile
 from mnif.latents.robust import RobustLoss
 from mnif.latents.surprise import SCORES, STATISTICS
-from mnif.models.io import load_component, sha256_of_model
+from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.registry import signal_of_model
 from mnif.utils.errors import UserError
+from mnif.utils.model_folders import sha256_of_model
 
 
 def gaussian_instances(count: int, seed: int, patches: int = 4, spread: float = 1.0) -> tuple[np.ndarray, dict]:

@@ -1,0 +1,138 @@
+"""The kernels for GPUs: interpreted on the CPU against float64, and compiled for cards that are not here."""
+
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="no Triton on this machine: its kernels are not tested")
+
+from mnif.models import field_op
+from tests.mnif.test_field_op import plain_errors, plain_values, random_rows
+
+if torch.cuda.is_available():
+    pytest.skip("a CUDA device is there: tests/end_to_end/test_gpu.py runs them", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> ModuleType:
+    return import_module("mnif.models.field_triton")  # interpreted, by tests/conftest.py
+
+
+# Sizes, output sine, fields, sets, points; the interpreter is slow.
+SHAPES = {
+    "cells of width 24": ((2, 24, 24, 24, 3), False, 4, 2, 40),
+    "voxels, one hidden layer": ((3, 20, 1), True, 2, 2, 100),
+    "width 64, as in the paper": ((2, 64, 64, 64, 3), True, 2, 1, 40),
+    "a single point": ((2, 16, 16, 3), False, 1, 1, 1),
+}
+
+
+@pytest.fixture(params=SHAPES)
+def case(request: pytest.FixtureRequest) -> tuple:
+    sizes, output_sine, fields, sets, points = SHAPES[request.param]
+    torch.manual_seed(0)
+    return sizes, output_sine, torch.rand(sets, points, sizes[0]) * 2 - 1, random_rows(fields, sizes)
+
+
+def assert_near(found: torch.Tensor, exact: torch.Tensor, bound: float = 4e-6) -> None:
+    assert (found.double() - exact).abs().max() <= bound * exact.abs().max()
+
+
+def test_values_and_both_gradients_equal_float64(kernels: ModuleType, case: tuple) -> None:
+    sizes, output_sine, coordinates, rows = case
+    exact_rows = rows.double().requires_grad_()
+    exact = plain_values(coordinates.double(), exact_rows, sizes, output_sine)
+    upstream, direction = torch.randn(exact.shape), torch.randn(rows.shape)
+    exact_upstream = upstream.double().requires_grad_()
+    (gradient,) = torch.autograd.grad((exact * exact_upstream).sum(), exact_rows, create_graph=True)
+    second = torch.autograd.grad((gradient * direction.double()).sum(), (exact_rows, exact_upstream))
+
+    assert_near(kernels.values(coordinates, rows, sizes, output_sine), exact)
+    assert_near(kernels.vjp(coordinates, rows, upstream, sizes, output_sine), gradient)
+    found = kernels.second_order(coordinates, rows, upstream, direction, sizes, output_sine)
+    for ours, theirs in zip(found, second, strict=True):
+        assert_near(ours, theirs)
+
+
+def test_errors_their_gradient_and_hessian_products_equal_float64(kernels: ModuleType, case: tuple) -> None:
+    sizes, output_sine, coordinates, rows = case
+    targets = torch.randn(len(rows), coordinates.shape[1], sizes[-1])
+    weights, direction = torch.rand(len(coordinates), coordinates.shape[1]), torch.randn(rows.shape)
+    exact_rows = rows.double().requires_grad_()
+    exact = plain_errors(coordinates.double(), exact_rows, targets.double(), weights.double(), sizes, output_sine)
+    (gradient,) = torch.autograd.grad(exact.sum(), exact_rows, create_graph=True)
+    (product,) = torch.autograd.grad((gradient * direction.double()).sum(), exact_rows)
+
+    errors, found = kernels.errors(coordinates, rows, targets, weights, sizes, output_sine)
+    assert_near(errors, exact)
+    assert_near(found, gradient)
+    assert_near(kernels.errors_hvp(coordinates, rows, targets, weights, direction, sizes, output_sine), product)
+
+
+def test_chunks_add_up_and_a_field_does_not_depend_on_the_others(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, weights = (2, 16, 16, 3), torch.ones(1, 150)
+    coordinates, rows, targets = torch.rand(1, 150, 2), random_rows(3, sizes), torch.randn(3, 150, 3)
+    whole = kernels.errors(coordinates, rows, targets, weights, sizes, False)
+    monkeypatch.setattr(kernels, "_CHUNK", 64)
+    together = kernels.errors(coordinates, rows, targets, weights, sizes, False)
+    alone = kernels.errors(coordinates, rows[1:2], targets[1:2], weights, sizes, False)
+    for one, of_chunks, of_all in zip(alone, together, whole, strict=True):
+        assert torch.equal(one[0], of_chunks[1])
+        assert_near(of_chunks, of_all.double())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "has"),
+    [((2, 24, 24, 3), True), ((3, 64, 1), True), ((2, 7, 13, 2), False), ((2, 3), False), ((2, 96, 96, 3), False)],
+)
+def test_which_fields_there_are_kernels_for(kernels: ModuleType, sizes: tuple[int, ...], has: bool) -> None:
+    assert kernels.has_kernel(sizes) is has
+
+
+def test_the_operators_know_the_kernels() -> None:
+    """Without a card nothing can be run there; that they would be called can be seen."""
+    for name in ("field_values", "field_vjp", "field_second_order", "field_errors", "field_errors_hvp"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"mnif::{name}", "CUDA")
+    assert field_op._kernels() is not None
+
+
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from mnif.models import field_triton
+import torch
+
+sizes, numbers = (2, 24, 24, 3), ("sets", "points", "chunk", "weight_sets")
+rows = torch.empty(1, sum((a + 1) * b for a, b in zip(sizes, sizes[1:])))
+for kernel, gradients in (("_values", 0), ("_first_order", 1), ("_second_order", 2)):
+    kernel = getattr(field_triton, kernel + "_kernel")
+    constants = field_triton._options(rows, sizes, False, gradients) | {"ERRORS": True, "PRECISION": "PRODUCTS"}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    kinds = {name: "i32" if name in numbers else "*fp32" for name in kernel.arg_names}
+    source = ASTSource(kernel, signature=kinds | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+    made = compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
+    print(kernel.__name__, made.metadata.shared, len(made.asm["cubin"]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("capability", "precision"), [(80, "tf32"), (90, "bf16")])
+def test_kernels_compile_for_a_card(capability: int, precision: str, tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    program = [sys.executable, "-c", COMPILE.replace("CAPABILITY", str(capability)).replace("PRODUCTS", precision)]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, _, _ in lines] == ["_values_kernel", "_first_order_kernel", "_second_order_kernel"]
+    assert all(int(shared) < 100_000 and int(size) > 0 for _, shared, size in lines)  # of 163 to 227 KiB
