@@ -11,6 +11,7 @@ import numpy as np
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least, printable
 from mnif.utils.files import write_json, written_atomically
+from mnif.utils.model_folders import is_trained_model, model_folder_in
 from mnif.utils.output_folders import check_output_folder, output_folder_of
 from mnif.utils.pixels import MAX_IMAGE_PIXELS, limit_image_pixels
 from mnif.utils.process import command_line, default_device
@@ -115,6 +116,8 @@ def _check(arguments: MonitorArguments) -> None:
             "--fit writes into the model; leave out --output_dir" if arguments.fit else "give --output_dir, or --fit"
         )
         raise UserError(given)
+    if arguments.fit and is_trained_model(model_folder_in(arguments.model)):
+        raise UserError(f"--fit: {arguments.model} came with mnif and stays as it is; copy the folder")
     if arguments.output_dir is not None:
         check_output_folder(arguments.output_dir, "monitor")
 
@@ -140,7 +143,7 @@ def _fit(arguments: MonitorArguments, decoder: MNIFModel, signal: Signal, latent
     from mnif.latents.calibration import check_enough, fit_profile
     from mnif.latents.inference import infer_latents
     from mnif.latents.profile import FALSE_ALARM_RATE
-    from mnif.utils.model_folders import PROFILE, model_folder_in
+    from mnif.utils.model_folders import PROFILE
 
     data = _selected(arguments, signal, "held_out")
     rate, steps = arguments.false_alarm_rate or FALSE_ALARM_RATE, arguments.refinement_steps

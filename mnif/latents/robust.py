@@ -20,9 +20,9 @@ class RobustLoss:
     """A maximum a posteriori loss: Geman and McClure's of residuals, and a Gaussian prior over latents.
 
     A place whose mean squared error is e² costs c² e²/(c² + e²) (Geman and McClure, 1985), so that rubbish costs c² at
-    most. Here c = 3σ, where σ² follows from the median of the instance's own squared errors in each step, and is no less
-    than what held-out instances have: of shapes, most of which is empty, the median is next to nothing. The prior adds
-    σ²/n ‖W(z − μ)‖² for n observed values.
+    most. Here c = 3σ, where σ² follows from the median of the instance's own squared errors in each step, and is no
+    less than what held-out instances have: of shapes, most of which is empty, the median is next to nothing. The prior
+    adds σ²/n ‖W(z − μ)‖² for n observed values.
 
     Args:
         least_variance: σ² at least, the mean squared error of held-out instances.

@@ -10,9 +10,6 @@ from mnif.utils.files import sha256_of_folder
 TRAINED_MODELS = {"avatars": "b1b8c8621cda885f85e44ebcbebd82443b70e41525639de02e3a3c9583326097"}
 """The trained models that come with the package: name → :func:`sha256_of_model`."""
 
-PROFILE = "profile"
-"""The folder, in a model folder, of how held-out instances score (:mod:`mnif.latents.profile`)."""
-
 _FOLDER = Path(__file__).parents[1] / "models/files"
 
 
@@ -35,9 +32,12 @@ def is_trained_model(folder: Path) -> bool:
     return folder.parent == _FOLDER
 
 
+PROFILE = "profile"
+"""The folder, in a model folder, of how held-out instances score (:mod:`mnif.latents.profile`)."""
+
+
 def sha256_of_model(folder: Path) -> str:
-    """The SHA-256 of a model folder's components; index, card, picture and profile say nothing that results
-    depend on."""
+    """The SHA-256 of a model folder's components; index, card, picture and profile say nothing of results."""
     digest = hashlib.sha256()
     for part in sorted(folder.iterdir()):
         if part.is_dir() and part.name != PROFILE and not part.name.startswith("."):

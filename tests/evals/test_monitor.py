@@ -111,6 +111,7 @@ def test_an_older_model_gets_the_profile_that_fit_makes(discs: Path, tmp_path: P
     [
         ([], "give --output_dir, or --fit"),
         (["--fit", "--output_dir", "OUT"], "leave out --output_dir"),
+        (["--fit", "--model", "avatars"], "--fit: "),
         (["--fit", "--split", "test"], "--split test: a profile is of held-out instances"),
         (["--fit", "--held_out_fraction", "0.05"], "a false-alarm rate of 0.05 needs 38 at least"),
         (["--output_dir", "OUT", "--significance", "2"], "--significance 2: must lie between 0 and 1"),
@@ -122,9 +123,10 @@ def test_mistakes_are_one_line(
 ) -> None:
     places = {"OUT": f"{tmp_path}/out", "FEW": str(discs / "few.npz")}
     flags = [places.get(flag, flag) for flag in flags]
+    model = [] if "--model" in flags else ["--model", str(discs / "run")]
     data = [] if "--data" in flags else ["--data", str(discs / "known.npz")]
     capsys.readouterr()
-    assert main(["monitor", "--model", str(discs / "run"), *data, *flags]) == 2
+    assert main(["monitor", *model, *data, *flags]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not (tmp_path / "out").exists()
