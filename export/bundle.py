@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from export.device.bundle import ENGINES, UNFINISHED
+from export.device.bundle import ENGINES, MANIFEST, UNFINISHED
 from export.device.gate import PROFILE
 from export.graphs.encoder import GridEncoder, encoder_spec
 from export.graphs.fields import Resolution, baked_specs, decoder_spec, widen_channels
@@ -175,7 +175,7 @@ def write_profile(bundle: Path, profile: Profile) -> None:
     np.savez_compressed(bundle / PROFILE, **arrays)
 
 
-COMMANDS = ("build", "sample", "encode", "verify", "bench")
+COMMANDS = ("build", "sample", "encode", "verify", "bench", "update")
 
 
 def write_device_files(bundle: Path) -> None:
@@ -186,9 +186,6 @@ def write_device_files(bundle: Path) -> None:
         shutil.copyfile(source, device / "export" / source.relative_to(here))
     for name in COMMANDS:
         shutil.copyfile(here / "device_entry.py", device / f"{name}.py")
-
-
-MANIFEST = "manifest.json"
 
 
 class WrittenFile(msgspec.Struct):

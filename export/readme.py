@@ -176,6 +176,12 @@ Copy this folder to the board. Its tools need Python 3.8, NumPy, and TensorRT or
     python3 device/verify.py
     python3 device/bench.py
 {sample}
+A newer bundle need not be sent whole: `mnif export --since` with a copy of this one writes a delta, and
+
+    python3 device/update.py --delta DELTA
+
+makes the newer one here; `--undo` goes back.
+
 ## By hand, with trtexec
 
 Build engines on the board they run on, in this folder; an engine is tied to its GPU and TensorRT version. On JetPack

@@ -7,6 +7,7 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -42,7 +43,8 @@ def ship(run: Path, folder: Path) -> str:
     if finder is not None:
         part = "encoder" if (model / "encoder").is_dir() else "inner_loop"
         shutil.rmtree(folder / part)
-        half = type(finder).from_pretrained(model / part, torch_dtype=torch.float16)
+        kind: Any = type(finder)
+        half = kind.from_pretrained(model / part, torch_dtype=torch.float16)
         half.save_pretrained(folder / part, variant=VARIANT)
     return sha256_of_model(folder)
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from export.browser import check_onnxruntime_web, write_page
-from export.device.bundle import manifest_digest
+from export.device.bundle import MANIFEST, manifest_digest
+from export.device.delta import DATA, DELTA
 from export.graphs import Precision, Storage
 from latent_prior.settings import INFERENCE_STEPS
 from mnif import __version__
@@ -97,6 +98,8 @@ class ExportArguments(GraphsFlags, BakedFlags, ExtrasFlags):
     RUN/latents.safetensors are baked."""
     output_dir: Path
     """The bundle folder; the files of an older bundle there are replaced, all others stay."""
+    since: Path | None = None
+    """An older bundle: --output_dir gets a delta and no bundle, what changed since, for device/update.py of boards."""
     seed: int = 0
     """Of the baked samples and of the reference inputs."""
 
@@ -167,11 +170,14 @@ def main(arguments: list[str]) -> None:
 
 def _export(options: ExportArguments) -> None:
     """Exports, unless that was done before."""
+    from export.delta import open_base
     from mnif.latents.table import data_of_table
     from mnif.models.mnif_model import MNIFModel
     from mnif.utils.model_folders import PROFILE, model_folder_in, sha256_of_model
 
-    _check_output(options.output_dir)
+    _check_output(options)
+    if options.since is not None:
+        open_base(options.since)
     model = load_model(options.model)
     decoder = model if isinstance(model, MNIFModel) else model.decoder
     encoder = load_encoder(options.model, decoder) if options.encoder else None
@@ -179,7 +185,7 @@ def _export(options: ExportArguments) -> None:
     if isinstance(model, MNIFModel) and options.latents is None:
         beside = options.model.parent / "latents.safetensors"
         options.latents = beside if beside.is_file() else None
-    inputs = {key: str(value) for key, value in asdict(options).items() if key != "output_dir"}
+    inputs = {key: str(value) for key, value in asdict(options).items() if key not in ("output_dir", "since")}
     inputs |= {"version": __version__, "model_sha256": sha256_of_model(options.model)}
     if options.latents is not None and options.latents.is_file():
         inputs["latents_sha256"] = sha256_of_file(options.latents)
@@ -187,7 +193,7 @@ def _export(options: ExportArguments) -> None:
         inputs["profile_sha256"] = "".join(
             sha256_of_file(path) for path in sorted((model_folder_in(options.model) / PROFILE).iterdir())
         )
-    if _holds(options.output_dir, inputs):
+    if options.since is None and _holds(options.output_dir, inputs):
         print(f"{options.output_dir}: exported here before from this model with these flags; nothing to do")
         return
     trained_on = data_of_table(options.model.parent / "latents.safetensors", decoder.fingerprint())
@@ -252,7 +258,7 @@ def load_profile_of_encoder(folder: Path, decoder: MNIFModel) -> Profile | None:
 
 def _holds(output: Path, inputs: dict[str, str]) -> bool:
     """Whether a bundle of the same inputs lies there, each file as it was written; others may lie there too."""
-    from export.bundle import MANIFEST, WrittenManifest, is_as_written
+    from export.bundle import WrittenManifest, is_as_written
 
     if not (output / MANIFEST).is_file():
         return False
@@ -303,9 +309,11 @@ def export_bundle(
     if selection.pipeline is not None:
         selection.pipeline.set_progress_bar_config(disable=True)
     with held_folder(options.output_dir):
-        _check_output(options.output_dir)
+        _check_output(options)
         manifest = manifest_of(selection, trained_on and public_name(trained_on)) | {"inputs": inputs or {}}
         others = _write_bundle(selection, options, manifest, compiles)
+    if options.since is not None:
+        return
     megabytes = sum(entry["bytes"] for entry in manifest["files"].values()) / 1e6
     count = len(manifest["graphs"])
     print(f"{options.output_dir}: {count} graphs, {megabytes:.1f} MB; README.md has the commands for a device")
@@ -318,8 +326,9 @@ def export_bundle(
 def _write_bundle(
     selection: Selection, options: ExportArguments, manifest: dict[str, Any], compiles: bool
 ) -> list[str]:
-    """Writes the bundle beside its place and moves it there, and completes its manifest; gives others' files there."""
-    from export.bundle import MANIFEST, put_in_place, write_device_files, write_profile
+    """Writes a bundle beside its place, completes its manifest, moves it (or a delta) there; gives others' files."""
+    from export.bundle import put_in_place, write_device_files, write_profile
+    from export.delta import open_base, write_delta
     from export.readme import bundle_readme
     from export.triton import write_model_repository
 
@@ -345,7 +354,10 @@ def _write_bundle(
         }
         manifest["digest"] = manifest_digest(manifest)
         write_json(folder / MANIFEST, manifest)
-        return put_in_place(folder, output)
+        if options.since is None:
+            return put_in_place(folder, output)
+        print(write_delta(open_base(options.since), folder, options.output_dir))
+        return []
 
 
 def _write_graphs(
@@ -385,15 +397,18 @@ def _write_graphs(
     return reference
 
 
-def _check_output(output: Path) -> None:
-    """Refuses a path that is neither free, nor an empty folder, nor a bundle; clears what a killed export left."""
-    from export.bundle import MANIFEST
+def _check_output(options: ExportArguments) -> None:
+    """Refuses a path that is neither free, nor an empty folder, nor a bundle (or a delta, where that is asked for).
 
-    is_bundle = check_output_folder(output, "export")
+    What a killed export left is cleared.
+    """
+    output, wanted = options.output_dir, "bundle" if options.since is None else "delta"
+    is_ours = check_output_folder(output, "export")
     remove_leftovers(output.resolve().parent, output.resolve().name)
     remove_leftovers(output, MANIFEST)
-    if not is_bundle and output.exists() and {path.name for path in output.iterdir()} - {LOCK}:
-        raise UserError(f"{output} holds something other than a bundle; choose another --output_dir")
+    there = {path.name for path in output.iterdir()} - {LOCK} if output.exists() else set()
+    if there - {DELTA, DATA} if wanted == "delta" else there and not (is_ours and MANIFEST in there):
+        raise UserError(f"{output} holds something other than a {wanted}; choose another --output_dir")
 
 
 def _line(variant: GraphVariant, report: CompileReport | None) -> str:

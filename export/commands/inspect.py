@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from export.device.bundle import ENGINES, BundleFolder, check_form, entry
+from export.device.bundle import ENGINES, BundleFolder, entry
 from export.device.cli import Parser, columns, printable, run_command
+from export.device.json_files import check_form
 from export.device.plans import PlanRefused, read_sidecar
 
 _KERNEL = {

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from .graph_file import check_graph_file
+from .json_files import check_form, read_json
 
 
 def write_atomically(path: Path, content: bytes, flush: bool = True) -> None:
@@ -77,6 +78,8 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
+MANIFEST = "manifest.json"
+
 SCHEMA = 2
 
 UNFINISHED = "unfinished"
@@ -128,30 +131,6 @@ def import_backend(name: str) -> Any:
         raise BackendMissing(f"{name} cannot be imported: {type(error).__name__}: {reason}") from None
 
 
-_JSON_BYTES = 8 << 20
-
-
-def read_json(path: Path) -> Any:
-    """Reads JSON that may be damaged or hostile.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is too large, no JSON, nested too deep, or holds NaN or a number beyond what is counted.
-    """
-    if path.stat().st_size > _JSON_BYTES:
-        raise ValueError(f"more than {_JSON_BYTES} bytes")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_int=_integer, parse_constant=_integer)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-
-
-def _integer(text: str) -> int:
-    if len(text) > 18 or text.startswith(("N", "I", "-I")):
-        raise ValueError(f"{text[:24]} is no usable number")
-    return int(text)
-
-
 _SIZE, _AXES = range(1, 1 << 24), [range(1, 1 << 16)]
 _TENSOR = {"name": str, "type": str, "shape": [(range(1, 1 << 24), str)]}
 _GRAPH = {
@@ -190,47 +169,6 @@ _MANIFEST = {
     "graphs": {str: _GRAPH},
     "files": {str: {"sha256": str, "bytes": range(1 << 40)}},
 }
-
-
-def check_form(value: Any, form: Any, where: str = "the manifest") -> None:
-    """Checks content of JSON.
-
-    Args:
-        value: the content.
-        form: a type; a range, for whole numbers in it; a tuple of forms, one of which must fit, or None; a list of one
-            form, for lists of such; an object of forms by key, all of which must be there, or with the key ``str``,
-            one form for all. ``float`` takes whole numbers too, and nothing infinite.
-        where: what it is, for the message.
-
-    Raises:
-        ValueError: it is not of that form.
-    """
-    if isinstance(form, tuple):
-        if value is None and None in form:
-            return
-        form = next((each for each in form if each is not None and isinstance(value, _kind_of(each))), form[0])
-    fits = isinstance(value, _kind_of(form)) and not isinstance(value, bool)
-    if fits and isinstance(form, range):
-        fits = value in form
-    if fits and form is float:
-        fits = math.isfinite(value)
-    if not fits:
-        raise ValueError(f"{where} is {str(value)[:40]!r}")
-    if isinstance(form, list):
-        for index, each in enumerate(value):
-            check_form(each, form[0], f"{where}[{index}]")
-    elif isinstance(form, dict):
-        for key in value if str in form else form:
-            if key not in value:
-                raise ValueError(f"{where} has no {key}")
-            check_form(value[key], form.get(str, form.get(key)), f"{where}.{key}")
-
-
-def _kind_of(form: Any) -> Any:
-    """The types of Python that a form is about."""
-    if form is float:
-        return (int, float)
-    return form if isinstance(form, type) else int if isinstance(form, range) else type(form)
 
 
 def _check_manifest(manifest: dict) -> None:
@@ -300,7 +238,7 @@ class BundleFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        file = self.path / "manifest.json"
+        file = self.path / MANIFEST
         try:
             manifest = read_json(file)
         except OSError as error:
@@ -313,10 +251,8 @@ class BundleFolder:
             raise BundleError(f"{file}: not a bundle of schema {SCHEMA}; export again with this version")
         if manifest.get("digest") != manifest_digest(manifest):
             raise BundleError(f"{file}: was changed after the export; export the bundle again")
-        for later in ("profile", "field"):
-            manifest.setdefault(later, None)  # earlier versions say nothing of these
         try:
-            check_form(manifest, _MANIFEST)
+            check_form({"profile": None, "field": None, **manifest}, _MANIFEST)  # earlier versions have neither
             _check_manifest(manifest)
         except ValueError as error:
             raise BundleError(f"{file}: {error}; export the bundle again") from None

@@ -67,7 +67,7 @@ def _encode(options: Any) -> int:
 
 def _gate(options: Any, bundle: Bundle, encoder: Encoder) -> Gate | None:
     """Opens the reference profile, or says why nothing is judged."""
-    if bundle.manifest["profile"] is None:
+    if bundle.manifest.get("profile") is None:
         if options.false_alarm_rate is not None:
             raise BundleError("--false_alarm_rate: this bundle has no reference profile to judge by")
         print("no reference profile is in this bundle: nothing is said of what to trust")

@@ -29,6 +29,7 @@ _MARKS = (
     ("fit", "run.json", {"fit", "prior", "distill"}),
     ("compare-fit", "compare.json", {"runs"}),
     ("export", "manifest.json", {"decoder_fingerprint"}),
+    ("export", "delta.json", {"base"}),
     ("sample", "samples.json", {"model_sha256"}),
     ("decode", "decode.json", {"decoder"}),
     ("eval", "comparison.json", {"evaluations"}),
