@@ -18,12 +18,12 @@ from torch import Tensor
 
 from export.device.bundle import ENGINES, MANIFEST, UNFINISHED
 from export.device.gate import PROFILE
+from export.graphs.denoisers import ExportedDenoiser, for_decoder
 from export.graphs.encoder import GridEncoder, encoder_spec
 from export.graphs.fields import Resolution, baked_specs, decoder_spec, widen_channels
 from export.graphs.radiance import baked_radiance_specs, radiance_specs
-from export.graphs.sampler import browser_specs, for_decoder, prior_spec, sampler_spec
+from export.graphs.sampler import browser_specs, prior_spec, sampler_spec
 from export.graphs.specs import GraphSpec
-from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise, sample_latents
 from mnif.latents.profile import Profile
@@ -148,7 +148,7 @@ class Selection:
         student = self.pipeline.student
         if student is not None and steps in student.config.distilled_steps:
             denoiser, scheduler = student, self.pipeline.student_scheduler
-        if not isinstance(denoiser, ResMLPDenoiser):
+        if not isinstance(denoiser, ExportedDenoiser):
             raise UserError(
                 f"{type(denoiser).__name__} cannot be exported; `mnif distill` makes a student that can, for "
                 "--num_inference_steps 1, 2 or 4"

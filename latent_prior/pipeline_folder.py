@@ -34,7 +34,7 @@ PICTURE = "samples.png"
 
 _BESIDE = ("encoder", "inner_loop", PROFILE, "README.md", PICTURE)  # no parts of the pipeline
 
-_DenoiserClass = Literal["ResMLPDenoiser", "PaperDenoiser"]
+_DenoiserClass = Literal["ResMLPDenoiser", "PaperDenoiser", "TransformerDenoiser"]
 _DenoiserModule = Literal["latent_prior.denoisers"]
 _AnyScheduler = tuple[Literal["diffusers"], str]
 

@@ -17,6 +17,7 @@ install_import_hook(
         "mnif.models.mnif_model",
         "mnif.signals.base",
         "mnif.signals.volume_rendering",
+        "latent_prior.denoiser_blocks",
         "latent_prior.denoisers",
         "latent_prior.diffusion",
         "latent_prior.distillation",

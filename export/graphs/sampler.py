@@ -8,9 +8,9 @@ residual and is refused, so no scheduler needs to be known by name.
 """
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import numpy as np
 import onnx
@@ -19,6 +19,7 @@ from diffusers import SchedulerMixin
 from torch import Tensor
 
 from export.graphs.builder import GraphBuilder
+from export.graphs.denoisers import denoise
 from export.graphs.fields import (
     Resolution,
     all_layers,
@@ -32,7 +33,6 @@ from export.graphs.fields import (
     reference_count,
 )
 from export.graphs.specs import GraphSpec, profile_of, reference_of
-from latent_prior.denoisers import ResidualBlock, ResMLPDenoiser
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
 from latent_prior.schedulers import scales_samples
@@ -166,7 +166,7 @@ def sampler_graph(
     samples = ["noise"]
     predictions: list[str] = []
     for step, timestep in enumerate(steps.timesteps):
-        predictions.append(_denoise(builder, denoiser, samples[-1], float(timestep), f"step_{step}"))
+        predictions.append(denoise(builder, denoiser, samples[-1], float(timestep), f"step_{step}"))
         samples.append(builder.weighted_sum(steps.terms(step, samples, predictions), f"step_{step}/next"))
 
     spread = builder.constant("denoiser.latent_std", denoiser.latent_std)
@@ -181,56 +181,6 @@ def sampler_graph(
         values = decode_on_grid(builder, decoder, coefficients, resolution)
         results = {"values": (values, grid_shape(decoder, resolution))}
     return builder.model("sampler", {"noise": ["batch", decoder.config.latent_dim]}, results)
-
-
-@torch.no_grad()
-def _denoise(builder: GraphBuilder, denoiser: ResMLPDenoiser, sample: str, timestep: float, name: str) -> str:
-    """Evaluates the denoiser once, [batch, latent_dim] → [batch, latent_dim]."""
-    weights = dict(denoiser.named_parameters())
-
-    def weight_named(parameter: str) -> str:
-        return builder.constant(f"denoiser.{parameter}", weights[parameter])
-
-    time = denoiser.time_embedding(timestep)
-    hidden = builder.linear(sample, weight_named("read.weight"), weight_named("read.bias"), f"{name}/read")
-    for index, block in enumerate(cast(Iterable[ResidualBlock], denoiser.blocks)):
-        here, place = f"{name}/block_{index}", f"blocks.{index}"
-        # up((normal · gain) (1 + scale) + shift) = up.weight @ (normal · factor) + up(shift), both constant at a step.
-        scale, shift = block.modulation(time).chunk(2, dim=-1)
-        factor = builder.constant(f"{here}/factor", block.norm.weight * (1 + scale))
-        offset = builder.constant(f"{here}/offset", block.up(shift))
-        inner = builder.add("Mul", [_normalize(builder, hidden, block.norm, here), factor], f"{here}/modulated")
-        inner = builder.linear(inner, weight_named(f"{place}.up.weight"), offset, f"{here}/up")
-        inner = builder.add("Mul", [inner, builder.add("Sigmoid", [inner], f"{here}/sigmoid")], f"{here}/silu")
-        inner = builder.linear(
-            inner, weight_named(f"{place}.down.weight"), weight_named(f"{place}.down.bias"), f"{here}/down"
-        )
-        hidden = builder.add("Add", [hidden, inner], f"{here}/out")
-    hidden = builder.add(
-        "Mul", [_normalize(builder, hidden, denoiser.norm, name), weight_named("norm.weight")], f"{name}/norm"
-    )
-    return builder.linear(hidden, weight_named("write.weight"), weight_named("write.bias"), f"{name}/write")
-
-
-def _normalize(builder: GraphBuilder, hidden: str, norm: torch.nn.RMSNorm, name: str) -> str:
-    """Divides by the root mean square, x / sqrt(mean(x²) + eps) over the last axis, without the gain."""
-    square = builder.add("Mul", [hidden, hidden], f"{name}/square")
-    mean = builder.add("ReduceMean", [square], f"{name}/mean", axes=[-1], keepdims=1)
-    shifted = builder.add("Add", [mean, builder.number(cast(float, norm.eps))], f"{name}/mean_and_epsilon")
-    root = builder.add("Sqrt", [shifted], f"{name}/root")
-    return builder.add("Div", [hidden, root], f"{name}/normal")
-
-
-@torch.no_grad()
-def for_decoder(denoiser: ResMLPDenoiser, decoder: MNIFModel) -> ResMLPDenoiser:
-    """Copies a denoiser for a padded decoder, whose fingerprint is another; its own decoder gets itself."""
-    fingerprint = decoder.fingerprint()
-    if denoiser.config.decoder_fingerprint == fingerprint:
-        return denoiser
-    settings = {key: value for key, value in denoiser.config.items() if not key.startswith("_")}
-    moved = ResMLPDenoiser(**settings | {"decoder_fingerprint": fingerprint, "rounded_fingerprints": ()}).eval()
-    moved.load_state_dict(denoiser.state_dict())
-    return moved
 
 
 @torch.no_grad()

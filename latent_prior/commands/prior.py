@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from latent_prior.hub_flags import HubFlags
-from latent_prior.settings import PAPER_GROUPS, DenoiserName, LossType, Objective, Weighting
+from latent_prior.settings import PAPER_GROUPS, DenoiserName, LossType, Objective, Weighting, check_heads
 from mnif.training.arguments import TrainingArguments
 from mnif.training.run_record import begin_stage, check_finished, finish_stage
 from mnif.utils.args import parse_given
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from mnif.models.mnif_model import MNIFModel
 
 PRESETS = Path(__file__).parents[1] / "presets"
+_PRESETS_OF_DENOISERS = {"transformer": "transformer-edge"}  # where none is named
 _NOT_OF_A_PRESET = {"run", "preset", "extra_latents", "push_to_hub", "hub_model_id"}
 
 
@@ -47,13 +48,14 @@ class DenoiserFlags:
     """The network."""
 
     denoiser: DenoiserName = "modulated"
-    """Blocks scaled and shifted by the time, or the paper's network."""
+    """Blocks scaled and shifted by the time, the paper's network, or a transformer over the tokens of a latent, which
+    has the size of --preset transformer-edge unless a preset is given."""
     width: int = 512
-    """Hidden units of the denoiser."""
+    """Hidden units of the denoiser; of a transformer at each token."""
     depth: int = 4
     """Residual blocks of the denoiser."""
     dropout: float = 0.1
-    """Dropout in the blocks (modulated)."""
+    """Dropout in the blocks (modulated, transformer)."""
 
 
 @dataclass(kw_only=True)
@@ -93,8 +95,8 @@ class PriorArguments(DenoiserFlags, DiffusionFlags, OptimizerFlags, TrainingArgu
     run: Path
     """The run folder of `mnif fit`."""
     preset: str | None = None
-    """Other defaults: paper (the paper's prior, exactly), edge (small enough for a board), or the path of a JSON file.
-    Flags given win over it."""
+    """Other defaults: paper (the paper's prior, exactly), edge (small enough for a board), transformer-edge or
+    transformer-gpu (over tokens), or the path of a JSON file. Flags given win over it."""
     extra_latents: list[Path] | None = None
     """More latents to learn from: tables that `mnif encode` wrote, such as of mirrored instances (--mirror)."""
     augment: bool = False
@@ -118,7 +120,8 @@ def parse_prior_arguments(arguments: list[str]) -> PriorArguments:
         UserError: a flag or the preset cannot be understood.
     """
     given, settings = parse_given(PriorArguments, arguments, "mnif prior"), {}
-    if (named := given.get("preset")) is not None:
+    of_denoiser = _PRESETS_OF_DENOISERS.get(given.get("denoiser", ""))
+    if (named := given.get("preset", of_denoiser)) is not None:
         preset = read_preset(named, PRESETS)["arguments"]
         settings = preset_values(PriorArguments, preset, named, "mnif prior", _NOT_OF_A_PRESET)
     parsed = PriorArguments(**laid_over(settings, given))
@@ -151,6 +154,8 @@ def _check(arguments: PriorArguments) -> None:
             f"--width {arguments.width} --depth {arguments.depth}: the paper's denoiser needs a width that is a "
             f"multiple of {PAPER_GROUPS} and above it, and an even depth"
         )
+    if arguments.denoiser == "transformer":
+        check_heads(arguments.width)
 
 
 def main(arguments: list[str]) -> None:
@@ -169,6 +174,7 @@ def fit_prior(arguments: PriorArguments) -> None:
     from accelerate.utils import set_seed
 
     from latent_prior.changes import changed_instances
+    from latent_prior.denoisers import settings_of_tokens
     from latent_prior.hub import push, repository_for
     from mnif.latents.table import LatentTable
     from mnif.models.io import load_component
@@ -183,6 +189,7 @@ def fit_prior(arguments: PriorArguments) -> None:
     check_finished(run, "fit")
     decoder = load_component(MNIFModel, run / "model", "decoder")
     table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint(), decoder.config.latent_dim)
+    settings_of_tokens(arguments.denoiser, decoder)  # in time: nothing has been written yet
     latents = torch.cat([table.train, *_extra_latents(arguments, table)])
     augmented = changed_instances(run, decoder, table) if arguments.augment else None
     fill_in_steps(arguments, len(latents))
@@ -195,7 +202,7 @@ def fit_prior(arguments: PriorArguments) -> None:
         return
     rows = {"latents": latents} | ({} if augmented is None else {"changed": augmented.latents()})
     set_seed(arguments.seed)
-    denoiser = make_denoiser(arguments, table)
+    denoiser = make_denoiser(arguments, table, decoder)
     _train(arguments, accelerator, decoder, denoiser, table, rows)
     if accelerator.is_main_process:
         _finish(arguments, decoder, denoiser.cpu().eval(), time.perf_counter() - started)
@@ -248,13 +255,13 @@ def _train(
     TrainLoop(accelerator, arguments, loss, [optimizer], data, run, "prior", validate, ema, keep_best, show=show).run()
 
 
-def make_denoiser(arguments: PriorArguments, table: LatentTable) -> Denoiser:
+def make_denoiser(arguments: PriorArguments, table: LatentTable, decoder: MNIFModel) -> Denoiser:
     """The denoiser, freshly drawn, with the statistics of the table's training latents."""
-    from latent_prior.denoisers import DENOISERS
+    from latent_prior.denoisers import DENOISERS, settings_of_tokens
 
     shape: dict[str, Any] = {"latent_dim": table.latents.shape[1], "width": arguments.width, "depth": arguments.depth}
-    shape["decoder_fingerprint"] = table.fingerprint
-    if arguments.denoiser == "modulated":
+    shape |= {"decoder_fingerprint": table.fingerprint} | settings_of_tokens(arguments.denoiser, decoder)
+    if arguments.denoiser != "paper":
         shape["dropout"] = arguments.dropout
     denoiser = DENOISERS[arguments.denoiser](**shape)
     mean, std = table.mean_and_std()

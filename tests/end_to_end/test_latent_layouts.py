@@ -82,6 +82,7 @@ def test_the_whole_chain_over_tokens(
     monkeypatch.setattr("latent_prior.commands.distill._COMPARED", 32)
     run, model = tmp_path / "run", ["--model", f"{tmp_path}/run/model"]
     small = ["--width", "16", "--depth", "1", *QUICK]
+    small += ["--denoiser", "transformer"] if signal == "image" else []
     flip, augment = (["--random_flip"], ["--augment"]) if method == "encoder" else ([], [])
     assert fit(signal, "--method", method, "--latent_layout", "tokens", *flip) == 0  # as many tokens as cells
     samplers = ["--num_inference_steps", "1", "2", "--sampler_precision", "fp32", "mixed", "--sampler_storage", "int8"]
@@ -99,7 +100,9 @@ def test_the_whole_chain_over_tokens(
         assert main(command) == 0, command
     manifest = json.loads((run / "bundle/manifest.json").read_text())
     sampler = onnx.load(run / "bundle" / manifest["graphs"]["sampler_2"]["file"])
-    assert "decoder.coefficient_map.write.weight" in {tensor.name for tensor in sampler.graph.initializer}
+    stored = {tensor.name for tensor in sampler.graph.initializer}
+    assert "decoder.coefficient_map.write.weight" in stored
+    assert ("denoiser.positions" in stored) == (signal == "image")
 
 
 @pytest.mark.parametrize(
