@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib as mpl
@@ -127,6 +128,60 @@ def curve_chart(
         axes.set(xlabel=f"step of mnif {stage}", ylabel=vertical)
         axes.grid(alpha=0.3, which="both")
         axes.legend(frameon=False)
+    return figure
+
+
+Points = Sequence[tuple[float, float, float]]
+"""Of a curve: where, how high, and the spread there."""
+
+
+def sizes_chart(
+    curves: Mapping[str, Points],
+    horizontal: str,
+    vertical: str,
+    dashed: Mapping[str, Points] = MappingProxyType({}),
+    marked: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+) -> Figure:
+    """Plots figures against a size, with bars of their spread; far apart, sizes stand on a logarithmic axis.
+
+    Args:
+        curves: by what they are called.
+        horizontal: label of the axis of sizes.
+        vertical: label of the other axis, with its unit.
+        dashed: further curves, without bars; in the colour of a curve if their name begins with its.
+        marked: points with a ring around them, and a word for each.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _panel()
+        for number, (name, points) in enumerate(curves.items()):
+            sizes, heights, spreads = zip(*points, strict=True)
+            axes.errorbar(
+                sizes,
+                heights,
+                spreads,
+                fmt="o-",
+                color=f"C{number}",
+                capsize=3,
+                linewidth=1.6,
+                markersize=4,
+                label=name,
+            )
+        for number, (name, points) in enumerate(dashed.items(), len(curves)):
+            sizes, heights, _ = zip(*points, strict=True)
+            same = next((f"C{other}" for other, curve in enumerate(curves) if name.startswith(curve)), f"C{number}")
+            axes.plot(sizes, heights, "--", color=same, linewidth=1.2, label=name)
+        for word, place in marked.items():
+            axes.plot(*place, "o", markersize=12, fillstyle="none", color=_INK, linewidth=1)
+            axes.annotate(
+                word, place, textcoords="offset points", xytext=(-8, 7), ha="right", fontsize="small", color=_INK
+            )
+        places = [size for points in curves.values() for size, _, _ in points]
+        if max(places) >= 4 * min(places):
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda size, _: f"{size:g}")
+        axes.set(xlabel=horizontal, ylabel=vertical)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize="small")
     return figure
 
 

@@ -17,6 +17,7 @@ COMMANDS = {
         "CompareArguments",
         "learn in several ways at equal compute, and compare",
     ),
+    "pilot": ("evals.commands.pilot", "PilotArguments", "try sizes in small runs, and say which to train"),
     "encode": ("mnif.commands.encode", "EncodeArguments", "find the latents of new data on frozen bases"),
     "decode": ("mnif.commands.decode", "DecodeArguments", "show what latents stand for: pictures, meshes, views"),
     "prior": ("latent_prior.commands.prior", "PriorArguments", "learn the distribution of the latents (stage two)"),

@@ -15,6 +15,7 @@ install_import_hook(
         "mnif.models.cell_grid",
         "mnif.models.encoders",
         "mnif.models.mnif_model",
+        "mnif.models.sparse_coefficients",
         "mnif.signals.base",
         "mnif.signals.volume_rendering",
         "latent_prior.denoiser_blocks",

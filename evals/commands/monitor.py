@@ -263,33 +263,28 @@ def _page(
     result: dict[str, Any],
 ) -> str:
     """Draws the page: what to do, histograms of the profile's scores and of these, and the worst instances."""
-    from markupsafe import Markup
-
-    from evals.charts import as_svg, histogram_chart
+    from evals.charts import histogram_chart
     from evals.drift import FAMILIES
     from evals.report.provenance import provenance
-    from evals.report.templates import page_templates
+    from evals.report.templates import as_svgs, rendered
     from evals.report.worst import worst_instances
     from mnif.latents.surprise import SCORES
 
     ids = list(result["gate"]["instances"])
     charts = {
-        name: Markup(as_svg(histogram_chart(known, now, name), name))
+        name: histogram_chart(known, now, name)
         for name, known, now in zip(SCORES, profile.arrays["reference_scores"].T, scored.scores.T, strict=True)
     }
-    return (
-        page_templates()
-        .get_template("monitor.html.jinja")
-        .render(
-            title=printable(Path(arguments.data).name),
-            model=printable(arguments.model),
-            result=result,
-            families=FAMILIES,
-            meanings=SCORES,
-            charts=charts,
-            noun=signal.noun,
-            tests=tests[:_SHOWN_TESTS],
-            worst=worst_instances(profile, decoder, signal, rows, latents, scored, ids, result["gate"]),
-            provenance=provenance(),
-        )
+    return rendered(
+        "monitor.html.jinja",
+        title=printable(Path(arguments.data).name),
+        model=printable(arguments.model),
+        result=result,
+        families=FAMILIES,
+        meanings=SCORES,
+        charts=as_svgs(charts),
+        noun=signal.noun,
+        tests=tests[:_SHOWN_TESTS],
+        worst=worst_instances(profile, decoder, signal, rows, latents, scored, ids, result["gate"]),
+        provenance=provenance(),
     )

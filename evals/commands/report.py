@@ -18,7 +18,6 @@ from mnif.utils.files import check_writable, written_atomically
 from mnif.utils.json_files import check_type, read_object
 
 if TYPE_CHECKING:
-    from markupsafe import Markup
     from matplotlib.figure import Figure
 
     from latent_prior.pipeline import MNIFPipeline
@@ -74,7 +73,7 @@ def report(arguments: ReportArguments) -> None:
     import torch
 
     from evals.report.provenance import commands_of, provenance
-    from evals.report.templates import page_templates
+    from evals.report.templates import rendered
     from latent_prior.pipeline import load_pipeline
 
     run, output = arguments.run, _output_of(arguments)
@@ -86,20 +85,17 @@ def report(arguments: ReportArguments) -> None:
     manifest = _manifest_of(bundle) if (bundle / "manifest.json").exists() else None
     evaluation = arguments.eval_dir or run / "eval"
     samples = arguments.samples or run / "pictures"
-    page = (
-        page_templates()
-        .get_template("report.html.jinja")
-        .render(
-            title=run.resolve().name,
-            seed=arguments.seed,
-            steps=arguments.num_inference_steps,
-            **_shown(pipeline, arguments),
-            **_measured(pipeline, arguments, manifest),
-            commands=commands_of(run, samples / "metrics.json", bundle / "manifest.json", evaluation / "metrics.json"),
-            sizes=_sizes(run / "model", bundle),
-            provenance=provenance(),
-            threads=torch.get_num_threads(),
-        )
+    page = rendered(
+        "report.html.jinja",
+        title=run.resolve().name,
+        seed=arguments.seed,
+        steps=arguments.num_inference_steps,
+        **_shown(pipeline, arguments),
+        **_measured(pipeline, arguments, manifest),
+        commands=commands_of(run, samples / "metrics.json", bundle / "manifest.json", evaluation / "metrics.json"),
+        sizes=_sizes(run / "model", bundle),
+        provenance=provenance(),
+        threads=torch.get_num_threads(),
     )
     with written_atomically(output) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
@@ -201,6 +197,7 @@ def _measured(pipeline: MNIFPipeline, arguments: ReportArguments, manifest: dict
     from evals.charts import comparison_chart, steps_chart
     from evals.presentation import EvaluationFile, check_metrics, protocol_line, read_evaluation, table_rows
     from evals.report.findings import findings_of
+    from evals.report.templates import as_svgs
     from evals.timing import measured_latencies
     from mnif.signals.registry import signal_of_model
 
@@ -228,7 +225,7 @@ def _measured(pipeline: MNIFPipeline, arguments: ReportArguments, manifest: dict
         "compared_rows": table_rows(list(columns.values())),
         "findings": findings_of(_present({**figures, **metrics}), distances, latencies, noun),
         "latencies": latencies,
-        "charts": _as_svgs(
+        "charts": as_svgs(
             {
                 **_curves(read_metrics_log(log) if log.exists() else []),
                 "steps": steps_chart(distances),
@@ -252,14 +249,6 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, Figure | None]:
             rows, "prior", ["validation_loss_train", "validation_loss"], "denoising loss", logarithmic=True
         ),
     }
-
-
-def _as_svgs(charts: Mapping[str, Figure | None]) -> dict[str, Markup]:
-    from markupsafe import Markup
-
-    from evals.charts import as_svg
-
-    return {name: Markup(as_svg(chart, name)) for name, chart in charts.items() if chart is not None}
 
 
 def _manifest_of(bundle: Path) -> dict[str, Any]:

@@ -1,15 +1,31 @@
-"""The templates of pages: those of the report, and those of another package that build upon them."""
+"""Pages from the templates in ``page/``: one file each, with styles, scripts and charts inside."""
 
-from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from evals.charts import as_svg
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+    from matplotlib.figure import Figure
 
 
-def page_templates(*packages: str) -> Environment:
-    """Makes the environment of the templates in ``evals/report/page`` and in the folder ``page`` of other packages.
+def rendered(template: str, **context: Any) -> str:
+    """Fills in a template of ``page/``; ``source`` puts a style sheet or script into the page as it stands."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
 
-    In them ``source`` puts a style sheet or script into the page as it stands.
-    """
-    loader = ChoiceLoader([PackageLoader(package, "page") for package in ("evals.report", *packages)])
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment = Environment(loader=PackageLoader("evals.report", "page"), autoescape=True, undefined=StrictUndefined)
+    loader = environment.loader
+    assert loader is not None
     environment.globals["source"] = lambda name: Markup(loader.get_source(environment, name)[0])
-    return environment
+    return environment.get_template(template).render(**context)
+
+
+def as_svgs(charts: Mapping[str, Figure | None]) -> dict[str, Markup]:
+    """Draws the charts that there are as elements of a page."""
+    from markupsafe import Markup
+
+    return {name: Markup(as_svg(chart, name)) for name, chart in charts.items() if chart is not None}

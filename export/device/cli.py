@@ -99,13 +99,7 @@ def printable(text: str) -> str:
 
 
 _OF_OTHER_COMMANDS = (
-    "run",
-    "compare",
-    "manifest",
-    "samples",
-    "decode",
-    "comparison",
-    "metrics",
+    *("run", "compare", "pilot", "manifest", "delta", "samples", "decode", "comparison", "metrics", "monitor"),
     "scores",
 )  # their JSON files
 

@@ -25,6 +25,7 @@ from export.graphs.specs import PROFILE_SIZES, REFERENCED_BAKED, GraphSpec, Prof
 from mnif.models.cell_grid import CellGrid, axis_cells
 from mnif.models.mnif_model import MNIFModel
 from mnif.models.siren import BakedField, LayerShape
+from mnif.models.sparse_coefficients import FADE, floor_of
 from mnif.models.token_map import TokenMap
 from mnif.utils.pixels import as_axes
 
@@ -132,8 +133,8 @@ def coefficients_of(builder: GraphBuilder, decoder: MNIFModel, latents: str) -> 
         factor = builder.number(scale)
         if config.mixing == "average":
             latents = builder.add("Add", [latents, builder.number(1.0)], "coefficients/shifted")
-        return builder.add("Mul", [latents, factor], "coefficients/flat")
-    if isinstance(mapping, TokenMap):
+        mapped = builder.add("Mul", [latents, factor], "coefficients/flat")
+    elif isinstance(mapping, TokenMap):
         mapped = builder.add(
             "Mul", [_map_tokens(builder, mapping, latents), builder.number(scale)], "coefficients/flat"
         )
@@ -145,10 +146,28 @@ def coefficients_of(builder: GraphBuilder, decoder: MNIFModel, latents: str) -> 
             "coefficients/flat",
             scale=scale,
         )
-    if config.coefficient_form == "layer":
+    if config.coefficient_sparsity is not None:
+        mapped = _keep_largest(builder, mapped, config.num_bases, config.coefficient_sparsity)
+    if config.coefficient_form != "shared":
         return mapped
     by_cell = builder.reshape(mapped, (-1, 1, config.num_bases), "coefficients/shared")
     return builder.add("Concat", [by_cell] * len(decoder.bases), "coefficients/by_layer", axis=1)
+
+
+def _keep_largest(builder: GraphBuilder, coefficients: str, num_bases: int, active: int) -> str:
+    """Shrinks all but ``active`` of each ``num_bases`` to zero, as :mod:`mnif.models.sparse_coefficients` does."""
+    name = "coefficients/sparse"
+    rows = builder.reshape(coefficients, (-1, num_bases), f"{name}/rows")
+    sizes = builder.add("Abs", [rows], f"{name}/sizes")
+    place = builder.constant(f"{name}/place", np.array([active], dtype=np.int64))
+    largest = builder.largest(sizes, active + 1, f"{name}/largest")
+    threshold = builder.add("Gather", [largest, place], f"{name}/threshold", axis=1)
+    above = builder.add("Sub", [sizes, threshold], f"{name}/above")
+    least = builder.add("Max", [threshold, builder.number(floor_of(torch.float32))], f"{name}/divisor")
+    faded = builder.add("Mul", [least, builder.number(FADE)], f"{name}/faded")
+    share = builder.add("Div", [above, faded], f"{name}/share")
+    share = builder.add("Clip", [share, builder.scalar(0.0), builder.scalar(1.0)], f"{name}/kept")
+    return builder.add("Mul", [rows, share], name)
 
 
 def _map_tokens(builder: GraphBuilder, mapping: TokenMap, latents: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -48,6 +48,7 @@ _COUNTS = (
     "latent_dim",
     "cells",
     "tokens",
+    "coefficient_sparsity",
     "max_train_steps",
     "num_train_epochs",
     "train_batch_size",
@@ -103,12 +104,20 @@ class ModelFlags:
     """How far a cell's field reaches over its borders, as a fraction of its width (0 to 0.5)."""
     omega: float = 10.0
     """Frequency w0 of the sines."""
+    output_sine: bool = False
+    """A sine after the last layer too, as the paper's image fields have it."""
+
+
+@dataclass(kw_only=True)
+class MixingFlags:
+    """How bases become fields."""
+
     mixing: Literal["delta", "average"] = "delta"
     """Mean network plus mixed differences, or the paper's plain weighted average."""
     coefficient_form: Literal["layer", "shared", "direct"] = "layer"
     """Coefficients for each layer, one vector for all layers, or the latent itself."""
-    output_sine: bool = False
-    """A sine after the last layer too, as the paper's image fields have it."""
+    coefficient_sparsity: int | None = None
+    """Bases that a layer of a cell takes at most, of --num_bases; unless given, all. Needs --mixing delta."""
 
 
 @dataclass(kw_only=True)
@@ -177,7 +186,7 @@ class OptimizerFlags:
 
 
 @dataclass(kw_only=True)
-class FitArguments(DataFlags, ModelFlags, MethodFlags, RadianceFlags, OptimizerFlags, TrainingArguments):
+class FitArguments(DataFlags, ModelFlags, MixingFlags, MethodFlags, RadianceFlags, OptimizerFlags, TrainingArguments):
     """Learn basis networks and latents from data; the same command again continues or reuses the run."""
 
     data: str
@@ -201,7 +210,10 @@ class FitArguments(DataFlags, ModelFlags, MethodFlags, RadianceFlags, OptimizerF
 
 
 DECODER_SETTINGS = tuple(
-    field.name for field in fields(ModelFlags) if field.name not in ("latent_dim", "latent_layout")
+    field.name
+    for group in (ModelFlags, MixingFlags)
+    for field in fields(group)
+    if field.name not in ("latent_dim", "latent_layout")
 )
 """The flags that the decoder is made with as they are."""
 
@@ -265,6 +277,12 @@ def _check(arguments: FitArguments) -> None:
         raise UserError(f"--held_out_fraction {arguments.held_out_fraction}: must be at least 0 and below 1")
     if arguments.tokens is not None and arguments.latent_layout != "tokens":
         raise UserError(f"--tokens {arguments.tokens}: needs --latent_layout tokens")
+    if arguments.coefficient_sparsity is not None:
+        given = f"--coefficient_sparsity {arguments.coefficient_sparsity}"
+        if arguments.mixing != "delta":
+            raise UserError(f"{given}: needs --mixing delta, whose layers are their means where coefficients are zero")
+        if arguments.coefficient_sparsity >= arguments.num_bases:
+            raise UserError(f"{given}: must be below --num_bases, {arguments.num_bases}; leave it out to take all")
     for flag in AUGMENTATIONS:
         if values[flag] and arguments.method != "encoder":
             raise UserError(f"--{flag} needs --method encoder: otherwise an instance has one latent, not several")
@@ -497,3 +515,14 @@ def train_loop(
     return TrainLoop(
         accelerator, arguments, method, optimizers, rows, run, "fit", validate, None, None, latent_embedding, show
     )
+
+
+def bare_steps(arguments: FitArguments, signal: Signal, train_data: Dataset) -> Generator[int]:
+    """Takes the optimizer steps of `mnif fit` alone, to be timed: nothing is validated, and no results are saved."""
+    from mnif.data.batches import array_dataset
+    from mnif.training.loop import make_accelerator
+
+    accelerator = make_accelerator(arguments, arguments.output_dir)
+    decoder = make_decoder(arguments, signal)
+    method = make_method(arguments, decoder, signal, len(train_data), accelerator).to(accelerator.device)
+    yield from train_loop(arguments, accelerator, method, array_dataset(train_data.arrays()), validate=dict).steps()

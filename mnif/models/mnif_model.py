@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mnif.models.cell_grid import CellGrid, assign_points, cell_grid
 from mnif.models.io import OwnMemory
 from mnif.models.siren import BakedField, layer_shapes, siren_params
+from mnif.models.sparse_coefficients import check_sparsity, gathering_pays, keep_largest, mix_gathered
 from mnif.models.token_map import TokenMap, check_tokens
 from mnif.utils.json_files import Depth, Size
 from mnif.utils.pixels import as_axes
@@ -64,6 +65,8 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         signal: what the fields show, by its name in :mod:`mnif.signals.registry`.
         signal_settings: of the signal; default: pictures of this resolution and these channels.
         tokens: along each axis, a divisor of ``cells``; D is a multiple of their number. None: the latent is global.
+        coefficient_sparsity: bases that a layer of a cell takes at most, below M; the coefficients of the others are
+            zero (:func:`mnif.models.sparse_coefficients.keep_largest`). For ``"delta"``. None: all bases.
 
     Raises:
         ValueError: an argument is out of range.
@@ -88,9 +91,11 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         signal: str = "image",
         signal_settings: dict[str, Any] | None = None,
         tokens: Size | None = None,
+        coefficient_sparsity: Size | None = None,
     ):
         super().__init__()
         _check_form(mixing, coefficient_form, overlap)
+        check_sparsity(coefficient_sparsity, num_bases, mixing)
         if signal_settings is None:
             self.register_to_config(signal_settings={"resolution": resolution, "channels": channels})
         if math.prod(as_axes(resolution, dimensions)) > MOST_POINTS or cells**dimensions > _MOST_CELLS:
@@ -131,16 +136,21 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         return self.config.cells**self.config.dimensions
 
     def coefficients(self, latents: Float[Tensor, "batch latent_dim"]) -> Float[Tensor, "batch cells layers bases"]:
-        """Maps latents [B, D] to mixture coefficients [B, cells, layers, M], scaled by 1/sqrt(M)."""
+        """Maps latents [B, D] to mixture coefficients [B, cells, layers, M], scaled by 1/sqrt(M).
+
+        Of a sparse model all but ``coefficient_sparsity`` of each M are zero.
+        """
         config = self.config
         mapped = latents if self.coefficient_map is None else self.coefficient_map(latents)
         if self.coefficient_map is None and config.mixing == "average":
             mapped = mapped + 1  # zero latents then mean the average of all bases, as the map's bias has it elsewhere
         mapped = mapped.view(len(latents), self.num_cells, -1, config.num_bases)
+        if config.coefficient_sparsity is not None:
+            mapped = keep_largest(mapped, config.coefficient_sparsity)
         return mapped.expand(-1, -1, len(self.bases), -1) / math.sqrt(config.num_bases)
 
     def bake(self, coefficients: Float[Tensor, "batch cells layers bases"]) -> BakedField:
-        """Mixes the bases into plain networks, one matrix product per layer.
+        """Mixes the bases into plain networks, one matrix product per layer, or of sparse ones a gathered sum.
 
         Args:
             coefficients: [B, cells, layers, M].
@@ -151,11 +161,23 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         flat = coefficients.reshape(-1, *coefficients.shape[2:])
         rows = [row.expand(len(flat), -1) for row in self.shared]
         for index, bases in enumerate(self.bases):
-            if self.means:
+            if self._gathers(flat, bases):
+                rows.append(self.means[index] + mix_gathered(flat[:, index], bases))
+            elif self.means:
                 rows.append(torch.addmm(self.means[index], flat[:, index], bases))
             else:
                 rows.append(flat[:, index] @ bases)
         return BakedField(self.shapes, torch.cat(rows, dim=1), self.config.output_sine)
+
+    def _gathers(self, coefficients: Tensor, bases: Tensor) -> bool:
+        """Whether few enough bases are taken for gathering them to be quicker than a product with all.
+
+        Gradients are those of products, and what is compiled has shapes that do not depend on values.
+        """
+        active, differentiated = self.config.coefficient_sparsity, torch.is_grad_enabled()
+        if active is None or differentiated or coefficients.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return gathering_pays(active, len(coefficients), *bases.shape)
 
     def grid(
         self,
@@ -215,8 +237,9 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         """
         digest = hashlib.sha256()
         settings = {key: value for key, value in self.config.items() if not key.startswith("_")}
-        if self.config.tokens is None:
-            del settings["tokens"]  # unknown to the folders of earlier versions, whose fingerprints stay
+        for name in ("tokens", "coefficient_sparsity"):
+            if settings[name] is None:
+                del settings[name]  # unknown to the folders of earlier versions, whose fingerprints stay
         digest.update(json.dumps(settings, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())

@@ -28,6 +28,7 @@ BEGUN = ".begun.json"
 _MARKS = (
     ("fit", "run.json", {"fit", "prior", "distill"}),
     ("compare-fit", "compare.json", {"runs"}),
+    ("pilot", "pilot.json", {"recommendations"}),
     ("export", "manifest.json", {"decoder_fingerprint"}),
     ("export", "delta.json", {"base"}),
     ("sample", "samples.json", {"model_sha256"}),
@@ -44,6 +45,7 @@ _MARKS = (
 _WRITES: dict[str, tuple[str, ...]] = {
     "fit": ("run.json", "config.yaml", "metrics.json", "metrics.jsonl", "latents.safetensors", "model", "checkpoints"),
     "compare-fit": ("compare.json", "config.yaml", "compare.md", "curves.png"),
+    "pilot": ("pilot.json", "config.yaml", "pilot.md", "pilot.html"),
     "export": (),
     "sample": ("samples.json", "metrics.json", "preview"),
     "decode": ("decode.json", "metrics.json", "grid.png"),

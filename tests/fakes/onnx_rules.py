@@ -26,6 +26,7 @@ RENDERING = {
 }
 RENDERING |= {"Softplus", "Squeeze", "Unsqueeze", "Where"}
 ENCODER = {"Erf", "Max", "ReduceMax", "ReduceSum", "Softmax", "Unsqueeze"}
+SPARSE = {"Abs", "Clip", "Div", "Max", "TopK"}
 PRECISION = {"Cast", "DequantizeLinear"}
 
 

@@ -20,6 +20,7 @@ NOWHERE = ["--model", "nowhere"]
 OUTPUTS = {
     "fit": ["--data", "nowhere", "--signal", "image", "--output_dir"],
     "compare-fit": ["--data", "nowhere", "--signal", "image", "--output_dir"],
+    "pilot": ["--data", "nowhere", "--signal", "image", "--output_dir"],
     "encode": [*NOWHERE, "--data", "nowhere", "--output_dir"],
     "decode": [*NOWHERE, "--latents", "nowhere", "--output_dir"],
     "sample": [*NOWHERE, "--output_dir"],

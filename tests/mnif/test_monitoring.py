@@ -71,7 +71,7 @@ def test_surprise_is_counted_in_the_body_and_exponential_in_the_tail() -> None:
 def test_false_alarms_of_fresh_instances_are_those_of_the_beta_distribution() -> None:
     """Split conformal: over calibration sets of m, the rate of false alarms at level a is Beta(k, m + 1 − k)."""
     rates = []
-    for seed in range(60):
+    for seed in range(40):
         arrays = fitted(160, seed)
         rates.append((p_values(arrays, *gaussian_instances(2000, 1000 + seed)) <= 0.05).mean())
     m = len(arrays["alarms"])
