@@ -57,7 +57,7 @@ class Mixture:
 
     @cached_property
     def by_coefficients(self) -> MNIFModel:
-        """The model that draws the same from coefficients in the place of latents (:meth:`as_latents`), sparse or not."""
+        """The dense model that draws the same from coefficients in the place of latents (:meth:`as_latents`)."""
         config = {name: self.decoder.config[name] for name in (*_SHAPE, *_FORM)}
         direct = MNIFModel(**config, coefficient_form="direct", latent_dim=None)
         for name in ("shared", "means", "bases"):
