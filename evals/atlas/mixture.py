@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import GridSignal, Observation, Signal
@@ -60,8 +60,8 @@ class Mixture:
         """The dense model that draws the same from coefficients in the place of latents (:meth:`as_latents`)."""
         config = {name: self.decoder.config[name] for name in (*_SHAPE, *_FORM)}
         direct = MNIFModel(**config, coefficient_form="direct", latent_dim=None)
-        for name in ("shared", "means", "bases"):
-            setattr(direct, name, getattr(self.decoder, name))
+        direct.shared, direct.means = self.decoder.shared, self.decoder.means
+        direct.bases = nn.ParameterList(bases.detach() for bases in self.decoder.all_bases())
         return direct.to(self.decoder.device)
 
     def as_latents(self, coefficients: Float[Tensor, "batch cells layers bases"]) -> Tensor:
