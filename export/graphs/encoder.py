@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.graphs.builder import GraphBuilder, Shape
+from export.graphs.coefficients import coefficients_of
 from export.graphs.fields import (
     batch_profile,
     coefficient_shape,

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from mnif.commands.fit import AUGMENTATIONS, FitArguments, bare_steps, fit, with_preset
+from mnif.commands.fit import fit
 from mnif.comparison.engine import BUDGETS, ComparisonFlags, Run, StageOne, opened, settle_budget
+from mnif.training.assembly import bare_steps
+from mnif.training.fit_arguments import AUGMENTATIONS, FitArguments, with_preset
 from mnif.training.run_record import read_metrics_log
 from mnif.utils.args import parse_given
 from mnif.utils.errors import UserError
