@@ -24,7 +24,7 @@ _TRAIN_SECONDS = 480.0
 # What is compared on, and what the process can have only once: no variant may differ in it.
 _COMMON = {*BUDGETS, "data", "output_dir", "signal", "preset", "dry_run", "resolution", "channels", "method"}
 _COMMON |= {"held_out_fraction", "test_fraction", "held_out_views", "max_views", "near", "far", "background"}
-_COMMON |= {"mixed_precision", "resume_from_checkpoint", "report_to", "tracker_project_name"}
+_COMMON |= {"mixed_precision", "allow_tf32", "resume_from_checkpoint", "report_to", "tracker_project_name"}
 
 
 @dataclass(kw_only=True)
