@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mnif.commands.fit import AUGMENTATIONS, FitArguments, MethodFlags, OptimizerFlags, learn, make_method
 from mnif.data.dataset import Dataset, Split
 from mnif.training.arguments import TrainingArguments
+from mnif.training.assembly import learn, make_method
+from mnif.training.fit_arguments import AUGMENTATIONS, FitArguments, MethodFlags, OptimizerFlags
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least
@@ -127,6 +128,7 @@ def grow(arguments: GrowArguments) -> None:
     fill_in_steps(arguments, instances)
     fit.max_train_steps, run = arguments.max_train_steps, arguments.output_dir
     inputs = _inputs(arguments, old, data)
+    _grown(arguments, old)  # in time: nothing has been written yet
     accelerator = make_accelerator(arguments, run)
     if begin_stage(run, "grow", arguments, inputs):
         print(f"{run}: `mnif grow` has finished here before with these arguments; nothing to do")
@@ -209,15 +211,12 @@ def _train(
     splits: np.ndarray,
 ) -> dict[str, float]:
     """Learns from the new data and saves what was learned; the main process gets figures of it."""
-    from mnif.models.lineage import freeze_earlier, grown, lengthened
+    from mnif.models.lineage import freeze_earlier, lengthened
     from mnif.signals.registry import signal_of_model
     from mnif.training.inheritance import lineage_of_child
 
     before = _figures_before(old, latent_init, data, splits, arguments.refinement_steps)
-    try:
-        decoder = grown(old, arguments.add_bases, arguments.add_latents)
-    except ValueError as error:
-        raise UserError(f"{arguments.model}, --add_latents {arguments.add_latents}: {error}") from None
+    decoder = _grown(arguments, old)
     decoder.register_to_config(
         lineage=lineage_of_child(old, arguments.model, data, before, frozen=not arguments.replay)
     )
@@ -233,6 +232,20 @@ def _train(
     if replay is not None and accelerator.is_main_process:
         metrics["psnr_of_old_fields"] = _psnr_of_old_fields(replay.cpu())
     return metrics
+
+
+def _grown(arguments: GrowArguments, old: MNIFModel) -> MNIFModel:
+    """The next generation, with bases freshly drawn.
+
+    Raises:
+        UserError: the model cannot be grown so.
+    """
+    from mnif.models.lineage import grown
+
+    try:
+        return grown(old, arguments.add_bases, arguments.add_latents)
+    except ValueError as error:
+        raise UserError(f"{arguments.model}, --add_latents {arguments.add_latents}: {error}") from None
 
 
 def _method_of(latent_init: LatentInit) -> Literal["encoder", "auto-decoding", "meta"]:
