@@ -110,7 +110,7 @@ def _members(shard: Path) -> Iterator[ShardMember]:
     try:
         with _Headers(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             while (member := archive.next()) is not None:
-                archive.members.clear()  # else all of a large shard stay in memory
+                archive.members.clear()  # type: ignore[attr-defined]  # else all of a large shard stay in memory
                 if fault := _fault(member, archive.offset):
                     raise UserError(f"{shard}: {member.name!r} {fault}; make the shard anew")
                 if not member.isdir():
