@@ -24,10 +24,11 @@ import torch
 import tyro
 from PIL import Image
 
-from mnif.commands.fit import bare_steps, parse_fit_arguments
+from mnif.commands.fit import parse_fit_arguments
 from mnif.data.batches import array_dataset
 from mnif.data.images import ImageData, image_files, load_images
 from mnif.signals.image import Image as ImageSignal
+from mnif.training.assembly import bare_steps
 from mnif.training.loop import make_loader
 
 T = TypeVar("T")
