@@ -82,16 +82,21 @@ def refused(arguments: argparse.Namespace) -> str | None:
     wanted = [each for each in declared()["dependencies"] if not installed(each)]
     if wanted:
         return f"missing: {' '.join(wanted)}; install with `pip install --no-index --find-links WHEELS .`"
-    import torch
+    if arguments.device.startswith("cuda") and not finds_cuda():
+        return f"--device {arguments.device}: PyTorch finds no CUDA device here; --device cpu --tiny tries the script"
     from gpu_report import read_parts
 
-    if arguments.device.startswith("cuda") and not torch.cuda.is_available():
-        return f"--device {arguments.device}: PyTorch finds no CUDA device here; --device cpu --tiny tries the script"
     for name, part in read_parts(arguments.output_dir).items():
         if (part["device"], part["tiny"]) != (arguments.device, arguments.tiny):
             made = f"--device {part['device']}{' --tiny' * part['tiny']}"
             return f"{arguments.output_dir}/parts/{name}.json: made with {made}; choose another --output_dir"
     return None
+
+
+def finds_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def declared() -> dict:
@@ -119,7 +124,7 @@ def run_part(arguments: argparse.Namespace, name: str, seconds: float) -> str:
     until, done = time.monotonic() + seconds, -1
     signals.clear()
     while True:
-        part = read_parts(arguments.output_dir).get(name, {"rows": {}, "finished": False})
+        part = read_parts(arguments.output_dir).get(name, {"rows": [], "finished": False})
         if part["finished"]:
             return f"finished, {len(part['rows'])} results in {arguments.output_dir}/parts/{name}.json"
         if signals:

@@ -204,6 +204,7 @@ def in_a_graph(place: Place, pipeline: MNIFPipeline) -> Figures:
 
 def training(place: Place) -> Works:
     """`mnif fit`, `prior`, `distill`, `sample` and `eval` on a built-in set, as many steps as there is time for."""
+    torch.set_float32_matmul_precision("high")
     data = ["--data", "avatars:open-peeps:64" if place.tiny else "avatars"]
     if any(find_spec(name) is None for name in ("dicebear", "dicebear_styles", "resvg_py")):
         data = ["--data", "furniture-views", "--signal", "image"]
@@ -232,15 +233,15 @@ def training(place: Place) -> Works:
 
 
 def piloted(place: Place, flags: list[str], run: Path) -> Figures:
-    """The rate of steps, and how many fill half of the time left, from a short fit that is thrown away."""
+    """The rate of steps, and how many fill two fifths of the time left, from a short fit that is thrown away."""
     found = command(flags, run)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     timed = [(line["step"], line["seconds"]) for line in lines if line["stage"] == "fit"]
     (begin, started), (ended, stopped) = (timed[0] if len(timed) > 1 else (0, 0.0)), timed[-1]
     rate = (ended - begin) / max(stopped - started, 1e-3)
     shutil.rmtree(run)
-    half = (place.deadline - time.monotonic()) / 2
-    steps = 10 if place.tiny else int(min(max(rate * half, 300), 100_000))
+    seconds = 0.4 * (place.deadline - time.monotonic())
+    steps = 10 if place.tiny else int(min(max(rate * seconds, 300), 100_000))
     return {"seconds": found["seconds"], "steps/s": rate, "steps": steps}
 
 
@@ -254,8 +255,10 @@ def command(flags: list[str], folder: Path) -> Figures:
     if code:
         raise RuntimeError(f"mnif {flags[0]} ended with exit code {code}")
     figures = {"seconds": time.perf_counter() - started}
-    metrics = folder / "metrics.json"
-    return figures | {"metrics": read_json(metrics)} if metrics.is_file() else figures
+    if not (folder / "metrics.json").is_file():
+        return figures
+    metrics = read_json(folder / "metrics.json")
+    return figures | {"metrics": metrics.get(flags[0], metrics)}  # later stages have a part of their own there
 
 
 def half_precision(run: Path, folder: Path) -> Figures:
@@ -289,13 +292,19 @@ def path_of(place: Place, part: str) -> Path:
 
 def figures_of(place: Place, part: str) -> dict[str, Figures]:
     path = path_of(place, part)
-    return read_json(path)["rows"] if path.is_file() else {}
+    rows = read_json(path)["rows"] if path.is_file() else []
+    return {row.pop("work"): row for row in rows}
 
 
 def run(part: str, place: Place) -> None:
     """Does the works of a part that are missing; ends with the first that fails, which counts as done."""
     rows = figures_of(place, part)
-    kept = {"device": str(place.device), "tiny": place.tiny, "machine": machine(place.device), "finished": False}
+    kept = {"device": str(place.device), "tiny": place.tiny, "machine": machine(place.device)}
+
+    def write(finished: bool) -> None:
+        listed = [{"work": name} | figures for name, figures in rows.items()]
+        write_json(path_of(place, part), kept | {"finished": finished, "rows": listed})
+
     for name, work in WORKS[part](place):
         if name in rows:
             continue
@@ -304,11 +313,11 @@ def run(part: str, place: Place) -> None:
         except (Exception, SystemExit) as error:
             traceback.print_exc()
             rows[name] = {"failed": f"{type(error).__name__}: {error}".strip().splitlines()[0]}
-        write_json(path_of(place, part), kept | {"rows": rows})
+        write(finished=False)
         print(part, name, rows[name], flush=True)
         if "failed" in rows[name]:
             sys.exit(1)
-    write_json(path_of(place, part), kept | {"rows": rows, "finished": True})
+    write(finished=True)
 
 
 if __name__ == "__main__":

@@ -33,21 +33,25 @@ def markdown(parts: dict[str, Part]) -> str:
     lines = ["# Measured by `benchmarks/gpu.py`" + (" --tiny: figures mean nothing" if first["tiny"] else ""), ""]
     lines += [", ".join(told), ""]
     for name, part in parts.items():
-        rows = {title: flat(figures) for title, figures in part["rows"].items()}
-        columns = list(dict.fromkeys(column for figures in rows.values() for column in figures))
+        rows = [flat(row) for row in part["rows"]]
+        columns = list(dict.fromkeys(column for row in rows for column in row if column != "work"))
         lines += [f"## {name}" + ("" if part["finished"] else ", cut off"), ""]
         lines += [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-        for title, figures in rows.items():
-            lines.append(f"| {title} | {' | '.join(shown(figures.get(column, '')) for column in columns)} |")
+        for row in rows:
+            lines.append(f"| {row['work']} | {' | '.join(shown(row.get(column, '')) for column in columns)} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def flat(figures: dict[str, Any]) -> dict[str, Any]:
-    """Without what a command has written of itself, but for PSNR and Fréchet distances."""
-    metrics = figures.get("metrics", {})
-    chosen = {name: value for name, value in metrics.items() if name.startswith(("psnr_", "fd_", "fid"))}
-    return {name: value for name, value in figures.items() if name != "metrics"} | chosen
+TOLD = ("psnr_train", "psnr_heldout", "fd_lite0", "fd_lite0_floor", "fd_lite0_gaussian")
+"""Of all that commands have measured, what tables have; floor is real against real."""
+
+
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    metrics = row.get("metrics", {})
+    return {name: value for name, value in row.items() if name != "metrics"} | {
+        name: metrics[name] for name in TOLD if name in metrics
+    }
 
 
 def shown(value: Any) -> str:
@@ -58,11 +62,10 @@ def shown(value: Any) -> str:
 
 def bars(parts: dict[str, Part]) -> dict[str, tuple[float, float]]:
     """Pictures per second, ours and the plain form's (0 where it found no memory), by work."""
-    works = (part["rows"] for name, part in parts.items() if name in ("fitting", "decoding"))
+    rows = [row for name in ("fitting", "decoding") for row in parts.get(name, {"rows": []})["rows"]]
     return {
-        title: (row["ours, images/s"], row.get("plain, images/s", 0.0))
-        for rows in works
-        for title, row in rows.items()
+        row["work"]: (row["ours, images/s"], row.get("plain, images/s", 0.0))
+        for row in rows
         if "ours, images/s" in row
     }
 

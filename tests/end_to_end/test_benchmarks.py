@@ -44,9 +44,11 @@ def test_every_part_for_a_gpu_leaves_results_that_are_used_again(tmp_path: Path)
     assert first.returncode == 0, first.stdout + first.stderr
     results = read_json(tmp_path / "results.json")
     assert sorted(results) == sorted(PARTS)
-    assert not [row for part in results.values() for row in part["rows"].values() if "failed" in row]
-    assert results["fitting"]["rows"]["CAVIA second order, tiny, batch 4, bf16"]["ratio"] > 0
-    assert results["sampling"]["rows"]["the paper's prior, 1000 steps, batch 1"]["extrapolated"]
+    rows = {row["work"]: row for part in results.values() for row in part["rows"]}
+    assert not [row for row in rows.values() if "failed" in row]
+    assert rows["CAVIA second order, tiny, batch 4, bf16"]["ratio"] > 0
+    assert rows["the paper's prior, 1000 steps, batch 1"]["extrapolated"]
+    assert rows["model"]["MB"] <= rows["model"]["asked, MB"]
     for name in ("results.md", "chart.png", "model/model_index.json", "samples", "eval"):
         assert (tmp_path / name).exists(), name
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").iterdir()}
@@ -59,7 +61,7 @@ def test_every_part_for_a_gpu_leaves_results_that_are_used_again(tmp_path: Path)
 def begun(tmp_path: Path) -> Path:
     """A folder in which one part has finished."""
     part = {"device": "cpu", "tiny": True, "machine": {}, "finished": True}
-    write_json(tmp_path / "parts/tests.json", part | {"rows": {"a": {"summary": "2 passed"}}})
+    write_json(tmp_path / "parts/tests.json", part | {"rows": [{"work": "a", "summary": "2 passed"}]})
     return tmp_path
 
 
@@ -73,7 +75,7 @@ def test_a_part_that_is_cut_off_leaves_the_others(begun: Path) -> None:
     told, _ = process.communicate()
     assert process.returncode == 0  # of those that have left something, all have finished
     assert told.count("stopped; given again") == len(PARTS) - 1
-    assert read_json(begun / "results.json")["tests"]["rows"] == {"a": {"summary": "2 passed"}}
+    assert read_json(begun / "results.json")["tests"]["rows"] == [{"work": "a", "summary": "2 passed"}]
     assert "2 passed" in (begun / "results.md").read_text()
 
 
@@ -112,8 +114,9 @@ def test_a_work_that_fails_costs_no_other(
         parts.run("decoding", place)
     parts.run("decoding", place)
     part = read_json(tmp_path / "parts/decoding.json")
-    failed = {"failed": "ZeroDivisionError: integer division or modulo by zero"}
-    assert part["rows"] == {"good": {"figure": 1}, "bad": failed, "last": {"figure": 2}}
+    failed = "ZeroDivisionError: integer division or modulo by zero"
+    good, last = {"work": "good", "figure": 1}, {"work": "last", "figure": 2}
+    assert part["rows"] == [good, {"work": "bad", "failed": failed}, last]
     assert part["finished"]
 
 
@@ -126,6 +129,8 @@ def test_what_a_graph_records_is_what_the_pipeline_draws(parts: ModuleType) -> N
     (latents,) = pipeline(latents=noise, num_inference_steps=1, output_type="latent", return_dict=False)
     with torch.no_grad():
         torch.testing.assert_close(parts.one_step(pipeline, noise)(), decoder(latents))
+    drawn = parts.one_step(pipeline.to("meta"), noise.to("meta"))()
+    assert drawn.device.type == "meta"  # on the device from end to end: another one in between would be refused
 
 
 def test_the_files_with_tests_for_a_gpu_are_run(parts: ModuleType) -> None:
