@@ -33,7 +33,7 @@ demo: install
 	$(MNIF) report --run $(RUN)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: install
 	$(BIN)/ruff check .

@@ -237,7 +237,8 @@ def piloted(place: Place, flags: list[str], run: Path) -> Figures:
     found = command(flags, run)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     timed = [(line["step"], line["seconds"]) for line in lines if line["stage"] == "fit"]
-    (begin, started), (ended, stopped) = (timed[0] if len(timed) > 1 else (0, 0.0)), timed[-1]
+    (ended, stopped), begun = timed[-1], [each for each in timed if each[0] < timed[-1][0]]
+    begin, started = begun[0] if begun else (0, 0.0)
     rate = (ended - begin) / max(stopped - started, 1e-3)
     shutil.rmtree(run)
     seconds = 0.4 * (place.deadline - time.monotonic())

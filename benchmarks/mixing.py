@@ -1,48 +1,105 @@
-"""Mixing bases into fields: one matrix product per layer beside the broadcast form, which makes a [B, M, P] tensor.
+"""Mixing bases into fields, in three ways.
 
     python benchmarks/mixing.py
 
-Prints medians of alternating rounds, so that a machine whose speed drifts drifts for both.
+- One matrix product per layer beside the broadcast form, which makes a [B, M, P] tensor.
+- Of sparse coefficients: the product beside a sum of the rows that are taken, and what the model chooses layer by
+  layer.
+
+Prints medians of alternating rounds, so that a machine whose speed drifts drifts for all.
 """
 
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from mnif.models.mnif_model import MNIFModel
+from mnif.models.sparse_coefficients import mix_gathered
 
 BASES, WIDTH, BATCH, ROUNDS = 256, 64, 32, 15
+LARGE = {"num_bases": BASES, "width": WIDTH, "depth": 4, "latent_dim": 1024, "cells": 1, "omega": 30.0}
+SIZES = {"the default (M=96, width 24, 16 cells)": {}, f"M={BASES}, width {WIDTH}, one field": LARGE}
+ACTIVE, BATCHES = (4, 8, 16, 32), (1, 32)
 
 
-def broadcast_mixing(model: MNIFModel, coefficients: torch.Tensor) -> list[torch.Tensor]:
+def broadcast_mixing(model: MNIFModel, coefficients: Tensor) -> list[Tensor]:
     return [(coefficients[:, 0, layer, :, None] * bases[None]).sum(dim=1) for layer, bases in enumerate(model.bases)]
 
 
-@torch.no_grad()
-def main() -> None:
-    torch.manual_seed(0)
-    model = MNIFModel(num_bases=BASES, width=WIDTH, depth=4, latent_dim=1024, cells=1, mixing="average", omega=30.0)
+def product_mixing(model: MNIFModel, coefficients: Tensor) -> Tensor:
+    flat = coefficients.flatten(0, 1)
+    return torch.cat([torch.addmm(model.means[i], flat[:, i], bases) for i, bases in enumerate(model.bases)], dim=1)
+
+
+def gathered_mixing(model: MNIFModel, coefficients: Tensor) -> Tensor:
+    flat = coefficients.flatten(0, 1)
+    return torch.cat([model.means[i] + mix_gathered(flat[:, i], bases) for i, bases in enumerate(model.bases)], dim=1)
+
+
+def chosen_mixing(model: MNIFModel, coefficients: Tensor) -> Tensor:
+    params = model.bake(coefficients).params
+    return params[:, model.shapes[0].parameters :]  # the first layer is not mixed
+
+
+def medians(ways: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Median milliseconds of each way, after two rounds to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS + 2):
+        for name, way in ways.items():
+            started = time.perf_counter()
+            way()
+            times[name].append(time.perf_counter() - started)
+    return {name: sorted(seconds[2:])[ROUNDS // 2] * 1e3 for name, seconds in times.items()}
+
+
+def dense() -> None:
+    model = MNIFModel(**LARGE, mixing="average")
     coefficients = model.coefficients(torch.randn(BATCH, 1024))
     field = model.bake(coefficients)
     mixed = broadcast_mixing(model, coefficients)
     rows = field.params.split([shape.parameters for shape in field.shapes], dim=1)
     difference = max((a - b).abs().max().item() for a, b in zip(rows, mixed, strict=True))
-
-    times: dict[str, list[float]] = {"one matrix product per layer": [], "broadcast": []}
-    for round_number in range(ROUNDS + 2):
-        for name, function in zip(times, (model.bake, lambda c: broadcast_mixing(model, c)), strict=True):
-            started = time.perf_counter()
-            function(coefficients)
-            if round_number >= 2:
-                times[name].append(time.perf_counter() - started)
-    medians = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+    ways = {
+        "one matrix product per layer": lambda: model.bake(coefficients),
+        "broadcast": lambda: broadcast_mixing(model, coefficients),
+    }
     print(
         f"M={BASES}, W={WIDTH}, batch {BATCH}, {torch.get_num_threads()} threads; largest difference {difference:.1e}"
     )
-    for name, seconds in medians.items():
-        print(f"  {name:30} {seconds * 1e3:9.2f} ms")
-    fast, slow = medians.values()
+    times = medians(ways)
+    for name, milliseconds in times.items():
+        print(f"  {name:30} {milliseconds:9.2f} ms")
+    fast, slow = times.values()
     print(f"  ratio {slow / fast:.0f}")
+
+
+def sparse() -> None:
+    for label, settings in SIZES.items():
+        print(f"\nsparse, {label}; ms")
+        print("| active | batch | product | gathered | the model's choice | largest difference |\n|" + "---|" * 6)
+        for active in ACTIVE:
+            model = MNIFModel(**settings, coefficient_sparsity=active)
+            torch.nn.init.normal_(model.coefficient_map.weight)
+            for batch in BATCHES:
+                coefficients = model.coefficients(torch.randn(batch, model.config.latent_dim))
+                ways = {
+                    mix.__name__: partial(mix, model, coefficients)
+                    for mix in (product_mixing, gathered_mixing, chosen_mixing)
+                }
+                product = product_mixing(model, coefficients)
+                difference = (gathered_mixing(model, coefficients) - product).abs().max() / product.abs().max()
+                times = " | ".join(f"{milliseconds:.3f}" for milliseconds in medians(ways).values())
+                print(f"| {active} | {batch} | {times} | {difference:.0e} |")
+
+
+@torch.no_grad()
+def main() -> None:
+    torch.manual_seed(0)
+    dense()
+    sparse()
 
 
 if __name__ == "__main__":

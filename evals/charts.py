@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import matplotlib as mpl
@@ -73,6 +74,25 @@ def _compare(axes: Axes, evaluations: Mapping[str, Mapping[str, Any]], quality: 
     axes.grid(alpha=0.3)
 
 
+def histogram_chart(known: Sequence[float], now: Sequence[float], horizontal: str) -> Figure:
+    """Draws the density of numbers now over that of known ones, outlined; both in the same bins.
+
+    Args:
+        known: at least one number.
+        now: likewise.
+        horizontal: label of the horizontal axis.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _panel()
+        low, high = min(*known, *now), max(*known, *now)
+        bins = [low + (high - low + 1e-9) * step / 30 for step in range(31)]
+        axes.hist(now, bins, density=True, color=_COLOURS[1], alpha=0.55, label="now")
+        axes.hist(known, bins, density=True, histtype="step", color=_COLOURS[0], linewidth=1.8, label="held out")
+        axes.set(xlabel=horizontal, ylabel="density")
+        axes.legend(frameon=False)
+    return figure
+
+
 def curve_chart(
     rows: Sequence[Mapping[str, Any]], stage: str, names: Sequence[str], vertical: str, logarithmic: bool = False
 ) -> Figure | None:
@@ -111,6 +131,60 @@ def curve_chart(
     return figure
 
 
+Points = Sequence[tuple[float, float, float]]
+"""Of a curve: where, how high, and the spread there."""
+
+
+def sizes_chart(
+    curves: Mapping[str, Points],
+    horizontal: str,
+    vertical: str,
+    dashed: Mapping[str, Points] = MappingProxyType({}),
+    marked: Mapping[str, tuple[float, float]] = MappingProxyType({}),
+) -> Figure:
+    """Plots figures against a size, with bars of their spread; far apart, sizes stand on a logarithmic axis.
+
+    Args:
+        curves: by what they are called.
+        horizontal: label of the axis of sizes.
+        vertical: label of the other axis, with its unit.
+        dashed: further curves, without bars; in the colour of a curve if their name begins with its.
+        marked: points with a ring around them, and a word for each.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _panel()
+        for number, (name, points) in enumerate(curves.items()):
+            sizes, heights, spreads = zip(*points, strict=True)
+            axes.errorbar(
+                sizes,
+                heights,
+                spreads,
+                fmt="o-",
+                color=f"C{number}",
+                capsize=3,
+                linewidth=1.6,
+                markersize=4,
+                label=name,
+            )
+        for number, (name, points) in enumerate(dashed.items(), len(curves)):
+            sizes, heights, _ = zip(*points, strict=True)
+            same = next((f"C{other}" for other, curve in enumerate(curves) if name.startswith(curve)), f"C{number}")
+            axes.plot(sizes, heights, "--", color=same, linewidth=1.2, label=name)
+        for word, place in marked.items():
+            axes.plot(*place, "o", markersize=12, fillstyle="none", color=_INK, linewidth=1)
+            axes.annotate(
+                word, place, textcoords="offset points", xytext=(-8, 7), ha="right", fontsize="small", color=_INK
+            )
+        places = [size for points in curves.values() for size, _, _ in points]
+        if max(places) >= 4 * min(places):
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(lambda size, _: f"{size:g}")
+        axes.set(xlabel=horizontal, ylabel=vertical)
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
 def steps_chart(distances: Mapping[str, float]) -> Figure | None:
     """Plots how far samples lie from the training latents against denoising steps, as `mnif distill` measured it.
 
@@ -139,6 +213,44 @@ def steps_chart(distances: Mapping[str, float]) -> Figure | None:
         axes.set(xlabel="denoising steps", ylabel="energy distance from the data")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
+    return figure
+
+
+def removal_chart(shares: Sequence[float], curves: Mapping[str, Sequence[float]], horizontal: str) -> Figure:
+    """Plots what is left of quality, in dB, against the share of bases that was taken away.
+
+    Args:
+        shares: in percent, above 0.
+        curves: PSNR at each share, by the name of the order in which bases were taken.
+        horizontal: label of the horizontal axis.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _panel()
+        for name, values in curves.items():
+            axes.plot(shares, values, "o-", label=name, linewidth=1.6, markersize=4)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda share, _: f"{share:g}")
+        axes.set(xlabel=horizontal, ylabel="PSNR of what is left, dB")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    return figure
+
+
+def importance_chart(layers: Mapping[str, Sequence[float]]) -> Figure:
+    """Plots each basis's share of all that is lost without bases, in percent, in order, a colour for each layer.
+
+    Args:
+        layers: the shares of the bases of each layer, by its name.
+    """
+    with mpl.rc_context(_STYLE):
+        figure, axes = _panel()
+        order = sorted((-share, name) for name, shares in layers.items() for share in shares)
+        for name in layers:
+            places = [(place, -share) for place, (share, owner) in enumerate(order, 1) if owner == name]
+            axes.plot(*zip(*places, strict=True), "o", markersize=2.5, label=name)
+        axes.set(xlabel="rank of the basis", ylabel="share of what is lost, %")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, markerscale=2)
     return figure
 
 

@@ -46,7 +46,7 @@ def splits_of(table: LatentTable, reference: Dataset) -> np.ndarray:
 def latent_table_of(model: Path, decoder: MNIFModel) -> LatentTable | None:
     """Loads the latent table that ``mnif fit`` wrote beside the model folder, or None if it was left behind."""
     path = model.parent / "latents.safetensors"
-    return LatentTable.load(path, decoder.fingerprint(), decoder.config.latent_dim) if path.exists() else None
+    return LatentTable.load_for(decoder, path) if path.exists() else None
 
 
 @dataclass(frozen=True)

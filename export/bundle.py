@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from export.device.bundle import ENGINES, MANIFEST, UNFINISHED
+from export.graphs.denoisers import ExportedDenoiser, for_decoder
 from export.graphs.fields import Resolution, baked_specs, decoder_spec, widen_channels
 from export.graphs.radiance import baked_radiance_specs, radiance_specs
-from export.graphs.sampler import browser_specs, for_decoder, prior_spec, sampler_spec
+from export.graphs.sampler import browser_specs, prior_spec, sampler_spec
 from export.graphs.specs import GraphSpec
-from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise, sample_latents
 from mnif.latents.table import LatentTable
@@ -62,7 +62,7 @@ def instances_of_table(
     Raises:
         UserError: no such table or id, or the table belongs to another decoder.
     """
-    table = LatentTable.load(path, decoder.fingerprint(), decoder.config.latent_dim)
+    table = LatentTable.load_for(decoder, path)
     rows = list(range(min(count, len(table.ids)))) if ids is None else table.rows_of(ids, path)
     further = [row for row in range(len(table.ids)) if row not in set(rows)][: max(least - len(rows), 0)]
     return ExportedInstances(table.latents[rows + further], [{"id": table.ids[row]} for row in rows])
@@ -137,7 +137,7 @@ class Selection:
         student = self.pipeline.student
         if student is not None and steps in student.config.distilled_steps:
             denoiser, scheduler = student, self.pipeline.student_scheduler
-        if not isinstance(denoiser, ResMLPDenoiser):
+        if not isinstance(denoiser, ExportedDenoiser):
             raise UserError(
                 f"{type(denoiser).__name__} cannot be exported; `mnif distill` makes a student that can, for "
                 "--num_inference_steps 1, 2 or 4"

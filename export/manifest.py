@@ -13,6 +13,8 @@ from export.graphs.builder import IR_VERSION, OPSET
 from export.graphs.fields import CHANNELS
 from export.graphs.specs import GraphVariant
 from mnif import __version__
+from mnif.models.lineage import fingerprints
+from mnif.models.mnif_model import MNIFModel
 from mnif.signals.radiance import RadianceField
 from mnif.signals.registry import signal_of_model
 from mnif.utils.pixels import as_axes
@@ -34,6 +36,7 @@ def manifest_of(selection: Selection, trained_on: str | None = None) -> dict[str
         "command": command_line(),
         "decoder_fingerprint": selection.decoder.fingerprint(),
         "trained_on": trained_on,
+        "lineage": _lineage(selection.decoder),
         "signal": config.signal,
         "grid": {
             "dimensions": config.dimensions,
@@ -102,6 +105,13 @@ def source_revision() -> str | None:
         return subprocess.run(described, cwd=here.parent, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _lineage(decoder: MNIFModel) -> list[dict[str, Any]]:
+    """The generations of a model that was grown, each with what it added; none of one that was not."""
+    sizes = [{}, *decoder.config.growths]
+    known = zip(decoder.config.lineage, fingerprints(decoder), sizes, strict=False)
+    return [{**generation, "fingerprint": own, "added": dict(size)} for generation, own, size in known]
 
 
 def _radiance(selection: Selection) -> dict[str, Any] | None:

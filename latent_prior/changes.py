@@ -21,9 +21,9 @@ from mnif.latents.table import LatentTable
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Change, Observation, Signal
 from mnif.signals.registry import signal_of_model
-from mnif.training.run_record import read_run_record
+from mnif.training.run_record import read_run_record, stage_one_of
 from mnif.utils.errors import UserError
-from mnif.utils.process import progress_bar
+from mnif.utils.process import default_device, progress_bar
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class ChangedInstances:
 
     @torch.no_grad()
     def latents(self) -> Float[Tensor, "n ways latent_dim"]:
-        """Infers the latents of all instances in all ways, [N, ways, D], where the decoder is."""
+        """Infers the latents of all instances in all ways, [N, ways, D] on the CPU, by an accelerator if any."""
+        decoder, encoder = self.decoder.to(default_device()), self.encoder.to(default_device())
         found: list[Tensor] = []
         with progress_bar(total=len(self.ways) * len(self.rows), desc="changed", unit=self.signal.noun) as bar:
             for way in self.ways:
@@ -54,9 +55,10 @@ class ChangedInstances:
                 def changed(batch: Mapping[str, Tensor], way: list[Change] = way) -> Observation:
                     return reduce(lambda seen, change: change(seen), way, self.signal.observe(batch))
 
-                for latents in infer_latents(self.decoder, self.signal, self.rows, self.encoder, 0, observe=changed):
-                    found.append(latents)
+                for latents in infer_latents(decoder, self.signal, self.rows, encoder, 0, observe=changed):
+                    found.append(latents.cpu())
                     bar.update(len(latents))
+        decoder.cpu()  # where `mnif prior` draws its sheet of samples
         return torch.cat(found).unflatten(0, (len(self.ways), len(self.rows))).transpose(0, 1).contiguous()
 
 
@@ -74,7 +76,7 @@ def changed_instances(run: Path, decoder: MNIFModel, table: LatentTable) -> Chan
     signal = signal_of_model(decoder)
     encoder = load_latent_init(run / "model", decoder, signal, "encoder")
     assert encoder is not None
-    record = read_run_record(run).get("fit")
+    _, record = stage_one_of(read_run_record(run)) or ("", None)
     asked = {} if record is None else record.arguments
     flags = [flag for flag in signal.changes() if asked.get(flag) in (True, "True")]
     if record is None or not flags:

@@ -121,7 +121,7 @@ def _check(**numbers: int) -> None:
     check_at_least(0, **numbers)
 
 
-def launch(app: DemoApp, folder: Path, host: str, port: int, block: bool = True) -> Any:
+def launch(app: DemoApp, folder: Path, host: str, port: int, block: bool = True, atlas: Path | None = None) -> Any:
     """Serves the page.
 
     Args:
@@ -130,30 +130,44 @@ def launch(app: DemoApp, folder: Path, host: str, port: int, block: bool = True)
         host: the address to listen at.
         port: likewise.
         block: until it is stopped; else the server runs on, and its Blocks are returned to be closed.
+        atlas: the page of `mnif atlas`, which is served as /atlas and linked, if there is one.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     import gradio
 
-    page = _page(app, folder)
+    page = _page(app, folder, atlas is not None)
     theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
-        page.launch(
-            server_name=host, server_port=port, prevent_thread_lock=not block, theme=theme, allowed_paths=[str(folder)]
+        server, _, _ = page.launch(
+            server_name=host, server_port=port, prevent_thread_lock=True, theme=theme, allowed_paths=[str(folder)]
         )
     except OSError as error:
         raise UserError(f"--port {port}: {error}") from None
+    if atlas is not None:
+        _serve(server, "/atlas", atlas)
+    if block:
+        page.block_thread()
     return page
 
 
-def _page(app: DemoApp, folder: Path) -> "Blocks":
+def _serve(server: Any, address: str, page: Path) -> None:
+    """Serves a page of our own beside gradio's, which would offer it as a download."""
+    from starlette.responses import FileResponse
+    from starlette.routing import Route
+
+    server.router.routes.insert(0, Route(address, lambda request: FileResponse(page, media_type="text/html")))
+
+
+def _page(app: DemoApp, folder: Path, with_atlas: bool) -> "Blocks":
     """Lays the page out; what a model cannot do is not on it."""
     import gradio
 
     with gradio.Blocks(title="mnif", analytics_enabled=False) as page:
         decoder = app.decoder
         networks = f"{decoder.num_cells} networks for each {app.signal.noun}"
-        gradio.Markdown(f"# mnif\n{decoder.num_parameters():,} parameters, {networks}. {_WORDS}")
+        words = f"[What each basis does](/atlas) · {_WORDS}" if with_atlas else _WORDS
+        gradio.Markdown(f"# mnif\n{decoder.num_parameters():,} parameters, {networks}. {words}")
         with gradio.Tab("Samples"):
             _sample_tab(app)
         with gradio.Tab("Between two"):

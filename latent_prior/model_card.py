@@ -7,7 +7,6 @@ finds (:func:`add_evaluation`).
 import contextlib
 import os
 import re
-import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,14 +22,15 @@ from mnif.latents.table import LatentTable
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.registry import signal_class
-from mnif.training.run_record import read_run_record
+from mnif.training.run_record import read_run_record, stage_one_of
 from mnif.utils.errors import UserError, markdown_code, printable
 from mnif.utils.files import written_atomically
 from mnif.utils.json_files import read_json
+from mnif.utils.process import public_command, public_name
 
 _CARD = "README.md"
 
-_STAGES = {"fit": "stage one", "prior": "stage two", "distill": "student"}
+_STAGES = {"fit": "stage one", "grow": "stage one, grown", "prior": "stage two", "distill": "student"}
 
 _UNKNOWN = "unknown"  # the hub's word for a licence that nobody has stated
 
@@ -56,7 +56,7 @@ image = pipeline(batch_size=4).images[0]
 ## Data
 
 Of {{ data }}: {{ train }} instances to train, {{ held_out }} held out to choose weights by, the rest (if any) never
-looked at. SHA-256 of the data as read: `{{ fingerprint }}`.
+looked at. SHA-256 of the data as read: `{{ fingerprint }}`.{{ grown }}
 
 ## How it was made
 
@@ -127,7 +127,8 @@ def model_card(run: Path) -> ModelCard:
     """
     record, metrics = read_run_record(run), read_json(run / "metrics.json")
     decoder = load_component(MNIFModel, run / "model", "decoder")
-    table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint(), decoder.config.latent_dim)
+    table = LatentTable.load_for(decoder, run / "latents.safetensors")
+    stage_one = stage_one_of(record)
     signal, data = decoder.config.signal, markdown_code(public_name(table.data))
     licence, words = _licence(table.data, run / "model")
     has_picture = (run / "model" / PICTURE).is_file()
@@ -149,11 +150,20 @@ def model_card(run: Path) -> ModelCard:
         data=data,
         train=len(table.train),
         held_out=int(table.held_out.sum()),
-        fingerprint=record["fit"].inputs.get("data_fingerprint", "unknown") if "fit" in record else "unknown",
+        fingerprint=stage_one[1].inputs.get("data_fingerprint", "unknown") if stage_one else "unknown",
+        grown=_grown(decoder),
         commands="\n".join(public_command(record[stage].command) for stage in _STAGES if stage in record),
         metrics="\n".join(f"- {name}: {value}" for name, value in _metrics(metrics)),
         licence=words or f"{licence}, as the data, {data}, have it; that tells what may be done with samples.",
     )
+
+
+def _grown(decoder: MNIFModel) -> str:
+    """Says what a model was grown from, whose data it knows too; nothing of one that was not."""
+    before = [markdown_code(generation["data"] or "unknown") for generation in decoder.config.lineage[:-1]]
+    if not before:
+        return ""
+    return f"\n\nIt was grown from a model of other data, {', '.join(before)}, whose licences count too."
 
 
 def add_evaluation(model: Path, figures: Sequence[Figure], reference: str, words: str) -> bool:
@@ -230,21 +240,6 @@ def _public_data_set(data: str) -> str | None:
     if data.startswith("hf:"):
         return data.split(":")[1]
     return data.partition(":")[0] if builtin_licence(data) is not None else None
-
-
-def public_command(command: str) -> str:
-    """A command as others may see it, on one line: of paths outside the working folder the last name alone."""
-    try:
-        words = shlex.split(command)
-    except ValueError:  # a quote without its end
-        return printable(command)
-    return printable(shlex.join(map(public_name, words)))
-
-
-def public_name(word: str) -> str:
-    """A path outside the working folder without the folders that it is in, which are nobody else's business."""
-    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    return f"{flag}{equals}{Path(value).name}" if value.startswith(("/", "~", "..")) else word
 
 
 def _metrics(recorded: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -15,7 +15,7 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 from mnif.utils.files import written_atomically
 from mnif.utils.json_files import read_json
-from mnif.utils.model_folders import model_folder_in
+from mnif.utils.model_folders import PROFILE, model_folder_in
 
 REMOTE_MODULE = "pipeline"
 """The file of a model folder, without ``.py``, that gives diffusers' own ``DiffusionPipeline`` the class."""
@@ -32,9 +32,9 @@ except ImportError as error:
 
 PICTURE = "samples.png"
 
-_BESIDE = ("encoder", "inner_loop", "README.md", PICTURE)  # no parts of the pipeline
+_BESIDE = ("encoder", "inner_loop", PROFILE, "README.md", PICTURE)  # no parts of the pipeline
 
-_DenoiserClass = Literal["ResMLPDenoiser", "PaperDenoiser"]
+_DenoiserClass = Literal["ResMLPDenoiser", "PaperDenoiser", "TransformerDenoiser"]
 _DenoiserModule = Literal["latent_prior.denoisers"]
 _AnyScheduler = tuple[Literal["diffusers"], str]
 
@@ -115,7 +115,8 @@ def write_remote_code(folder: Path) -> None:
 
 
 def copy_beside(source: Path, folder: Path) -> None:
-    """Copies what a model folder holds beside the parts of its pipeline: encoder or inner loop, card and picture."""
+    """Copies what a model folder holds beside the parts of its pipeline: encoder or inner loop, profile, card
+    and picture."""
     source = model_folder_in(source)
     for name in _BESIDE:
         found = source / name

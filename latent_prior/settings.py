@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from mnif.utils.errors import UserError
+
 Objective = Literal["x0", "v", "flow"]
 
 PredictionType = Literal["sample", "v_prediction", "flow_prediction"]
@@ -11,12 +13,25 @@ Weighting = Literal["plain", "snr-plus-one", "min-snr"]
 
 LossType = Literal["mse", "pseudo-huber"]
 
-DenoiserName = Literal["modulated", "paper"]
+DenoiserName = Literal["modulated", "paper", "transformer"]
 
 PAPER_GROUPS = 16
 """Of the normalisation in the paper's denoiser: its width is a multiple of it."""
+
+HEAD_WIDTH = 32
+"""Numbers in a token that one head of a transformer attends by."""
 
 TRAIN_TIMESTEPS = 1000
 
 INFERENCE_STEPS = 8
 """The default of sampling: samples of emoji are as near to the data with 8 steps as with 20 (docs/performance.md)."""
+
+
+def check_heads(width: int) -> None:
+    """Makes sure that heads can share the width of a transformer; one that is narrower has a single head.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if width > HEAD_WIDTH and width % HEAD_WIDTH:
+        raise UserError(f"--width {width}: a transformer's is a multiple of {HEAD_WIDTH}, or below")

@@ -17,6 +17,9 @@ COMMANDS = {
         "CompareArguments",
         "learn in several ways at equal compute, and compare",
     ),
+    "grow": ("mnif.commands.grow", "GrowArguments", "add bases to a model for new data, and keep what it knows"),
+    "lineage": ("mnif.commands.lineage", "LineageArguments", "show what a model was grown from, and go back to it"),
+    "pilot": ("evals.commands.pilot", "PilotArguments", "try sizes in small runs, and say which to train"),
     "encode": ("mnif.commands.encode", "EncodeArguments", "find the latents of new data on frozen bases"),
     "decode": ("mnif.commands.decode", "DecodeArguments", "show what latents stand for: pictures, meshes, views"),
     "prior": ("latent_prior.commands.prior", "PriorArguments", "learn the distribution of the latents (stage two)"),
@@ -33,7 +36,9 @@ COMMANDS = {
     "bench": ("export.commands.bench", "make_parser", "time a bundle's graphs in every backend"),
     "inspect": ("export.commands.inspect", "make_parser", "show what is in a bundle and what its plans are made of"),
     "eval": ("evals.commands.eval", "EvalArguments", "measure samples and reconstructions beside their controls"),
+    "monitor": ("evals.commands.monitor", "MonitorArguments", "tell whether data are still of the kind a model knows"),
     "report": ("evals.commands.report", "ReportArguments", "write one HTML page that shows a run"),
+    "atlas": ("evals.commands.atlas", "AtlasArguments", "write one HTML page that shows what each basis does"),
 }
 """Each command: its module, what stands there for its flags (a dataclass, or on boards a parser), and its purpose."""
 

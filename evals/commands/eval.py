@@ -207,7 +207,8 @@ def _tell(arguments: EvalArguments, metrics: dict[str, Any], repository: str | N
         return
     from evals.presentation import evaluation_markdown, metrics_of
     from latent_prior.hub import push
-    from latent_prior.model_card import Figure, add_evaluation, public_command, public_name
+    from latent_prior.model_card import Figure, add_evaluation
+    from mnif.utils.process import public_command, public_name
 
     figures = [
         Figure(metric.key, metric.label, metric.value, metric.std)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,6 @@ from mnif.utils.files import check_writable, written_atomically
 from mnif.utils.json_files import check_type, read_object
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
-    from markupsafe import Markup
     from matplotlib.figure import Figure
 
     from latent_prior.pipeline import MNIFPipeline
@@ -75,6 +74,7 @@ def report(arguments: ReportArguments) -> None:
     import torch
 
     from evals.report.provenance import commands_of, provenance
+    from evals.report.templates import rendered
     from latent_prior.pipeline import load_pipeline
 
     run, output = arguments.run, _output_of(arguments)
@@ -86,20 +86,18 @@ def report(arguments: ReportArguments) -> None:
     manifest = _manifest_of(bundle) if (bundle / "manifest.json").exists() else None
     evaluation = arguments.eval_dir or run / "eval"
     samples = arguments.samples or run / "pictures"
-    page = (
-        _environment()
-        .get_template("report.html.jinja")
-        .render(
-            title=run.resolve().name,
-            seed=arguments.seed,
-            steps=arguments.num_inference_steps,
-            **_shown(pipeline, arguments),
-            **_measured(pipeline, arguments, manifest),
-            commands=commands_of(run, samples / "metrics.json", bundle / "manifest.json", evaluation / "metrics.json"),
-            sizes=_sizes(run / "model", bundle),
-            provenance=provenance(),
-            threads=torch.get_num_threads(),
-        )
+    page = rendered(
+        "report.html.jinja",
+        title=run.resolve().name,
+        seed=arguments.seed,
+        steps=arguments.num_inference_steps,
+        **_shown(pipeline, arguments),
+        **_measured(pipeline, arguments, manifest),
+        commands=commands_of(run, samples / "metrics.json", bundle / "manifest.json", evaluation / "metrics.json"),
+        sizes=_sizes(run / "model", bundle),
+        atlas=os.path.relpath(run / "atlas.html", output.parent) if (run / "atlas.html").is_file() else None,
+        provenance=provenance(),
+        threads=torch.get_num_threads(),
     )
     with written_atomically(output) as temporary:
         temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
@@ -164,18 +162,6 @@ class Comparison(msgspec.Struct):
     evaluations: list[ComparedEvaluation] = []
 
 
-def _environment() -> Environment:
-    """Makes the templates' environment; ``source`` puts a style sheet or script into the page as it stands."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    environment = Environment(loader=PackageLoader("evals.report", "page"), autoescape=True, undefined=StrictUndefined)
-    loader = environment.loader
-    assert loader is not None
-    environment.globals["source"] = lambda name: Markup(loader.get_source(environment, name)[0])
-    return environment
-
-
 def _shown(pipeline: MNIFPipeline, arguments: ReportArguments) -> dict[str, Any]:
     """Draws the page's pictures, and takes in those that other commands left."""
     import torch
@@ -213,6 +199,7 @@ def _measured(pipeline: MNIFPipeline, arguments: ReportArguments, manifest: dict
     from evals.charts import comparison_chart, steps_chart
     from evals.presentation import EvaluationFile, check_metrics, protocol_line, read_evaluation, table_rows
     from evals.report.findings import findings_of
+    from evals.report.templates import as_svgs
     from evals.timing import measured_latencies
     from mnif.signals.registry import signal_of_model
 
@@ -240,7 +227,7 @@ def _measured(pipeline: MNIFPipeline, arguments: ReportArguments, manifest: dict
         "compared_rows": table_rows(list(columns.values())),
         "findings": findings_of(_present({**figures, **metrics}), distances, latencies, noun),
         "latencies": latencies,
-        "charts": _as_svgs(
+        "charts": as_svgs(
             {
                 **_curves(read_metrics_log(log) if log.exists() else []),
                 "steps": steps_chart(distances),
@@ -256,22 +243,17 @@ def _present(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 def _curves(rows: list[dict[str, Any]]) -> dict[str, Figure | None]:
     from evals.charts import curve_chart
+    from mnif.training.run_record import STAGE_ONE
 
+    learned = {row["stage"] for row in rows}
+    stage = next((name for name in STAGE_ONE if name in learned), "fit")
     return {
-        "fit_loss": curve_chart(rows, "fit", ["loss"], "mean squared error", logarithmic=True),
-        "fit_psnr": curve_chart(rows, "fit", ["psnr_train", "psnr_heldout"], "PSNR of the encoder, dB"),
+        "fit_loss": curve_chart(rows, stage, ["loss"], "mean squared error", logarithmic=True),
+        "fit_psnr": curve_chart(rows, stage, ["psnr_train", "psnr_heldout"], "PSNR of the encoder, dB"),
         "prior_loss": curve_chart(
             rows, "prior", ["validation_loss_train", "validation_loss"], "denoising loss", logarithmic=True
         ),
     }
-
-
-def _as_svgs(charts: Mapping[str, Figure | None]) -> dict[str, Markup]:
-    from markupsafe import Markup
-
-    from evals.charts import as_svg
-
-    return {name: Markup(as_svg(chart, name)) for name, chart in charts.items() if chart is not None}
 
 
 def _manifest_of(bundle: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ _WIDEST = 1600  # pixels of a picture from a file
 
 def lossless_uri(picture: np.ndarray) -> str:
     """Writes a picture [H, W, 3] as a data URI, exactly as it is."""
-    return _webp_uri(Image.fromarray(picture), lossless=True)
+    return webp_uri(Image.fromarray(picture), lossless=True)
 
 
 def file_uri(path: Path) -> str:
@@ -37,7 +37,7 @@ def file_uri(path: Path) -> str:
     if picture.width > _WIDEST:
         height = max(round(picture.height * _WIDEST / picture.width), 1)
         picture = picture.resize((_WIDEST, height), Image.Resampling.LANCZOS)
-    return _webp_uri(picture, quality=85)
+    return webp_uri(picture, quality=85)
 
 
 def gallery(exhibits: Sequence[Exhibit], limit: int = GALLERY_BYTES) -> list[dict[str, Any]]:
@@ -60,8 +60,8 @@ def _entry(exhibit: Exhibit, quality: int) -> dict[str, Any]:
         "empty": exhibit.is_empty,
         "width": width,
         "height": height,
-        "picture": _webp_uri(Image.fromarray(exhibit.picture), quality=quality),
-        "nearest": None if exhibit.nearest is None else _webp_uri(Image.fromarray(exhibit.nearest), quality=quality),
+        "picture": webp_uri(Image.fromarray(exhibit.picture), quality=quality),
+        "nearest": None if exhibit.nearest is None else webp_uri(Image.fromarray(exhibit.nearest), quality=quality),
         "nearest_id": exhibit.nearest_id,
         "walk": _film(exhibit.walk, quality),
         "turntable": None if exhibit.turntable is None else _film(exhibit.turntable, quality),
@@ -79,7 +79,7 @@ def _film(frames: np.ndarray, quality: int) -> dict[str, Any]:
     columns = math.ceil(math.sqrt(len(frames)))
     sheet = image_grid(frames, columns, gap=0)
     return {
-        "sheet": _webp_uri(sheet, quality=quality),
+        "sheet": webp_uri(sheet, quality=quality),
         "columns": columns,
         "frames": len(frames),
         "width": frames.shape[2],
@@ -93,7 +93,8 @@ def _volume(values: np.ndarray) -> dict[str, Any]:
     return {"size": len(values), "data": base64.b64encode(packed).decode()}
 
 
-def _webp_uri(picture: Image.Image, **options: Any) -> str:
+def webp_uri(picture: Image.Image, **options: Any) -> str:
+    """Writes a picture as a data URI of WebP, with Pillow's ``quality`` or ``lossless``."""
     buffer = io.BytesIO()
     picture.save(buffer, format="WEBP", method=4, **options)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -41,12 +41,16 @@ class Easel(ABC):
         self.decoder, self.signal = decoder, signal_of_model(decoder)
 
     @abstractmethod
+    def drawn(self, latents: Tensor, pixels: int) -> np.ndarray:
+        """Draws latents [B, D] with so many pixels along the longer side, or of views along the height."""
+
     def large(self, latents: Tensor) -> np.ndarray:
         """Draws latents [B, D] to be looked at closely."""
+        return self.drawn(latents, LARGE)
 
-    @abstractmethod
     def small(self, latents: Tensor) -> np.ndarray:
         """Draws latents [B, D] as frames of an animation."""
+        return self.drawn(latents, _SMALL)
 
     def resolutions(self, latents: Tensor) -> dict[str, np.ndarray]:
         """Draws latents [B, D] at several resolutions, by what these are called; nothing where there is only one."""
@@ -67,34 +71,24 @@ class ImageEasel(Easel):
     samples = 48
     frames = 8
 
-    def large(self, latents: Tensor) -> np.ndarray:
-        """Draws 256 pixels along the longer side."""
-        return self._drawn(latents, LARGE)
-
-    def small(self, latents: Tensor) -> np.ndarray:
-        """Draws 128 pixels along the longer side."""
-        return self._drawn(latents, _SMALL)
+    def drawn(self, latents: Tensor, pixels: int) -> np.ndarray:
+        """Asks the fields at so many points."""
+        images = pictures_of_size(self.decoder, latents, pixels)
+        return np.stack([np.asarray(to_mode(image, 3)) for image in images])
 
     def resolutions(self, latents: Tensor) -> dict[str, np.ndarray]:
         """Draws 32, 64 and 256 pixels along the longer side, and as many as were trained on."""
         sizes = sorted({32, 64, LARGE, min(max(as_axes(self.signal.grid_resolution, 2)), LARGE)})
-        each = [self._drawn(latents, size) for size in sizes]
+        each = [self.drawn(latents, size) for size in sizes]
         return {f"{pictures.shape[2]} × {pictures.shape[1]}": pictures for pictures in each}
-
-    def _drawn(self, latents: Tensor, longer: int) -> np.ndarray:
-        return np.stack([np.asarray(to_mode(image, 3)) for image in pictures_of_size(self.decoder, latents, longer)])
 
 
 class ShapeEasel(Easel):
     """Draws the shaded surfaces of shapes."""
 
-    def large(self, latents: Tensor) -> np.ndarray:
+    def drawn(self, latents: Tensor, pixels: int) -> np.ndarray:
         """Shades the surface at the training resolution."""
-        return self._shaded(latents, LARGE)
-
-    def small(self, latents: Tensor) -> np.ndarray:
-        """Shades the same, smaller."""
-        return self._shaded(latents, _SMALL)
+        return self._shaded(latents, pixels)
 
     def resolutions(self, latents: Tensor) -> dict[str, np.ndarray]:
         """Shades surfaces of half as many voxels per axis as were trained on, as many, and twice as many."""
@@ -121,17 +115,22 @@ class ViewEasel(Easel):
 
     frames = 5
 
-    def large(self, latents: Tensor) -> np.ndarray:
-        """Renders a view 256 pixels high."""
-        return self._views(latents, LARGE)
+    def drawn(self, latents: Tensor, pixels: int) -> np.ndarray:
+        """Renders a view from the second of eight cameras on the circle, as :meth:`Signal.images` does."""
+        second = slice(1, 2)
+        views = (
+            self._radiance.turntable(self.decoder, latent, 8, resolution=pixels, chosen=second)
+            for latent in latents.split(1)
+        )
+        return np.concatenate([view[:, 0] for view in views])
 
     def small(self, latents: Tensor) -> np.ndarray:
         """Renders a view at the training resolution, or 64 pixels high if that is less."""
-        return self._views(latents, None)
+        return self.drawn(latents, self._height)
 
     def resolutions(self, latents: Tensor) -> dict[str, np.ndarray]:
         """Renders views 32, 64 and 256 pixels high."""
-        each = [self._views(latents, height) for height in (32, 64, LARGE)]
+        each = [self.drawn(latents, height) for height in (32, 64, LARGE)]
         return {f"{views.shape[2]} × {views.shape[1]}": views for views in each}
 
     def turntable(self, latent: Tensor) -> np.ndarray | None:
@@ -147,28 +146,15 @@ class ViewEasel(Easel):
     def _height(self) -> int:
         return min(self._radiance.size[0], 64)
 
-    def _views(self, latents: Tensor, height: int | None) -> np.ndarray:
-        # The second of eight cameras on the circle, the same that pictures of objects are taken from elsewhere.
-        height, second = height or self._height, slice(1, 2)
-        views = (
-            self._radiance.turntable(self.decoder, latent, 8, resolution=height, chosen=second)
-            for latent in latents.split(1)
-        )
-        return np.concatenate([view[:, 0] for view in views])
-
 
 class PreviewEasel(Easel):
     """Draws whatever picture a signal of one's own makes of a latent."""
 
     samples = 24
 
-    def large(self, latents: Tensor) -> np.ndarray:
-        """Draws the signal's picture."""
+    def drawn(self, latents: Tensor, pixels: int) -> np.ndarray:
+        """Draws the signal's picture, whose size is its own."""
         return np.concatenate([self.signal.images(self.decoder, latent) for latent in latents.split(1)])
-
-    def small(self, latents: Tensor) -> np.ndarray:
-        """Draws the same."""
-        return self.large(latents)
 
 
 _EASELS: dict[str, type[Easel]] = {"image": ImageEasel, "voxels": ShapeEasel, "radiance": ViewEasel}

@@ -69,6 +69,6 @@ class _Commanded(msgspec.Struct):
 def commands_of(run: Path, *files: Path) -> list[str]:
     """Lists the commands that made a run and other files that say so, in order, and the one that runs now."""
     record = read_run_record(run)
-    commands = [record[stage].command for stage in ("fit", "prior", "distill") if stage in record]
+    commands = [record[stage].command for stage in ("fit", "grow", "prior", "distill") if stage in record]
     commands += [read_json(path, _Commanded).command for path in files if path.exists()]
     return [*filter(None, commands), command_line()]

@@ -237,7 +237,7 @@ def export_bundle(
     """
     from export.graphs.rtx_check import rtx_is_installed
     from export.manifest import manifest_of
-    from latent_prior.model_card import public_name
+    from mnif.utils.process import public_name
 
     selection = selection_of(model, options)
     compiles = options.compile_rtx == "on" or (options.compile_rtx == "auto" and rtx_is_installed())
@@ -367,9 +367,10 @@ def _line(variant: GraphVariant, report: CompileReport | None) -> str:
 
 def _write_weights(decoder: MNIFModel, path: Path) -> None:
     """The decoder, its large matrices in float16 but for the first layer's; the denoiser stands in the samplers."""
-    large = {f"bases.{mixed}" for mixed, layer in enumerate(decoder.mixed_layers) if layer > 0}
     state = decoder.state_dict()
-    large |= {name for name, tensor in state.items() if name.startswith("coefficient_map.") and tensor.ndim == 2}
+    bases = tuple(f"bases.{mixed}" for mixed, layer in enumerate(decoder.mixed_layers) if layer > 0)
+    large = {name for name in state if name.endswith(bases)}
+    large |= {name for name, tensor in state.items() if "coefficient_map." in name and tensor.ndim == 2}
     tensors = {
         f"decoder.{name}": (tensor.half() if name in large else tensor).contiguous() for name, tensor in state.items()
     }

@@ -13,7 +13,8 @@ from typing import Any
 # What exports are made of: nothing here loops, calls another graph, or makes a tensor of a size that is data.
 _OPERATOR_NAMES = (
     "Abs Add Cast Clip Concat DequantizeLinear Div Exp Gather Gemm Greater Less MatMul Max Min Mul Neg ReduceMax "
-    "ReduceMean ReduceMin ReduceSum Reshape Sigmoid Sin Softplus Split Sqrt Squeeze Sub Transpose Unsqueeze Where"
+    "ReduceMean ReduceMin ReduceSum Reshape Sigmoid Sin Softmax Softplus Split Sqrt Squeeze Sub TopK Transpose "
+    "Unsqueeze Where"
 )
 _OPERATORS = frozenset(_OPERATOR_NAMES.split())
 _ITEM_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8}  # of ONNX's types, by their numbers

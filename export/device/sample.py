@@ -17,12 +17,14 @@ from .runtime import Bundle, Camera, Sampler, load_bundle, to_uint8, write_png
 _OF_OTHER_COMMANDS = (
     "run",
     "compare",
+    "pilot",
     "manifest",
     "delta",
     "samples",
     "decode",
     "comparison",
     "metrics",
+    "monitor",
 )  # their JSON
 
 

@@ -45,8 +45,16 @@ class GraphBuilder:
         self._nodes.append(helper.make_node("Split", inputs, outputs, name=f"{outputs[0]}/cut", axis=-1))
         return outputs
 
-    def linear(self, tensor: str, weight: str, bias: str, output: str, scale: float = 1.0) -> str:
-        """(tensor @ weightᵀ + bias) · scale, with the weight [out, in] as torch keeps it."""
+    def largest(self, tensor: str, count: int, output: str) -> str:
+        """The ``count`` largest numbers along the last axis, the largest first."""
+        inputs, places = [tensor, self._shape(f"{output}/count", [count])], f"{output}/places"
+        self._nodes.append(helper.make_node("TopK", inputs, [output, places], name=output, axis=-1))
+        return output
+
+    def linear(self, tensor: str, weight: str, bias: str | None, output: str, scale: float = 1.0) -> str:
+        """(tensor @ weightᵀ + bias) · scale, with the weight [out, in] as torch keeps it; a bias may be missing."""
+        if bias is None:
+            return self.add("Gemm", [tensor, weight], output, transB=1, alpha=scale)
         return self.add("Gemm", [tensor, weight, bias], output, transB=1, alpha=scale, beta=scale)
 
     def weighted_sum(self, terms: list[tuple[str, float]], output: str) -> str:

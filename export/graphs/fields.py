@@ -69,8 +69,8 @@ def widen_channels(decoder: MNIFModel) -> MNIFModel:
     wide = MNIFModel(**settings | {"channels": CHANNELS}).eval()
     narrow, last = decoder.shapes[-1], len(decoder.bases) - 1
     state = decoder.state_dict()
-    for name in (f"bases.{last}", f"means.{last}"):
-        if name in state:
+    for name in state:
+        if name.endswith((f"bases.{last}", f"means.{last}")):
             state[name] = _pad_params(state[name], narrow)
     wide.load_state_dict(state)
     return wide
@@ -133,19 +133,25 @@ def baked_layers(builder: GraphBuilder, field: BakedField) -> Layers:
 
 
 def mixed_layers(builder: GraphBuilder, decoder: MNIFModel, coefficients: str) -> Layers:
-    """Mixes layers by coefficients: weights [batch, cells, in, out] and biases [batch, cells, 1, out]."""
+    """Mixes layers by coefficients: weights [batch, cells, in, out] and biases [batch, cells, 1, out].
+
+    As in the model, what later generations add comes to the first one's sum, so that zeros change no bit of it.
+    """
     by_cell = builder.reshape(coefficients, (-1, len(decoder.bases), decoder.config.num_bases), "coefficients_by_cell")
     layers = {}
     for mixed, index in enumerate(decoder.mixed_layers):
         shape, name = decoder.shapes[index], f"layer_{index}"
         place = builder.constant(f"{name}/index", np.array(mixed, dtype=np.int64))
-        operands = [
-            builder.add("Gather", [by_cell, place], f"{name}/coefficients", axis=1),
-            builder.constant(f"decoder.bases.{mixed}", decoder.bases[mixed]),
-        ]
+        taken = builder.add("Gather", [by_cell, place], f"{name}/coefficients", axis=1)
+        parts = [f"{name}/coefficients/{number}" for number in range(len(decoder.generations))]
+        first, *later = builder.split(taken, decoder.generations, parts) if decoder.later else [taken]
+        operands = [first, builder.constant(f"decoder.bases.{mixed}", decoder.bases[mixed])]
         if decoder.means:
             operands.append(builder.constant(f"decoder.means.{mixed}", decoder.means[mixed]))
         params = builder.add("Gemm", operands, f"{name}/rows")
+        for number, (growth, part) in enumerate(zip(decoder.later, later, strict=True)):
+            bases = builder.constant(f"decoder.later.{number}.bases.{mixed}", growth.bases[mixed])
+            params = builder.add("Gemm", [part, bases, params], f"{name}/rows/{number + 1}")
         sizes = (shape.inputs * shape.outputs, shape.outputs)
         weight, bias = builder.split(params, sizes, [f"{name}/weight_rows", f"{name}/bias_rows"])
         layers[index] = (

@@ -34,7 +34,8 @@ _HIDDEN = re.compile(r"layer_[1-9]\d*/product|step_\d+/.+")
 
 _LARGE = 4096  # numbers; smaller matrices are not worth a node
 
-_INT8_WEIGHTS = ("denoiser.blocks.", "decoder.coefficient_map.")  # what int8 holds; all else is float16 then
+# What int8 holds; all else is float16 then.
+_INT8_WEIGHTS = re.compile(r"denoiser\.blocks\.|decoder\.(later\.\d+\.)?coefficient_map\.")
 
 
 def hidden_products(model: onnx.ModelProto) -> list[str]:
@@ -115,7 +116,7 @@ def quantize_weights(model: onnx.ModelProto, storage: Storage) -> onnx.ModelProt
         if array.dtype != np.float32 or array.ndim != 2 or array.size < _LARGE or name in first:
             continue
         widened[name] = f"{name}/float32"
-        if storage == "int8" and name.startswith(_INT8_WEIGHTS):
+        if storage == "int8" and _INT8_WEIGHTS.match(name):
             integers, scale = quantize_matrix(array)
             _replace(tensor, integers)
             result.graph.initializer.append(numpy_helper.from_array(scale, f"{name}/scale"))

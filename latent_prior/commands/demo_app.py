@@ -20,6 +20,8 @@ class DemoAppArguments:
     """The address to listen at; 0.0.0.0 lets others in."""
     port: int = 7860
     """The port to listen at."""
+    atlas: Path | None = None
+    """A page of `mnif atlas` to link to; default: atlas.html in the folder around the model, if it is there."""
 
 
 def main(arguments: list[str]) -> None:
@@ -29,9 +31,14 @@ def main(arguments: list[str]) -> None:
     if not 1 <= options.port <= 65535:
         raise UserError(f"--port {options.port}: must lie between 1 and 65535")
 
+    if options.atlas is not None and not options.atlas.is_file():
+        raise UserError(f"--atlas {options.atlas}: no such file; `mnif atlas` writes one")
+
     from latent_prior.demo_app import DemoApp, launch
     from latent_prior.hub import model_folder
 
-    app = DemoApp(model_folder(options.model))
+    model = model_folder(options.model)
+    atlas = options.atlas or model.parent / "atlas.html"
+    app = DemoApp(model)
     with tempfile.TemporaryDirectory(prefix="mnif-demo-app-") as folder:
-        launch(app, Path(folder), options.host, options.port)
+        launch(app, Path(folder), options.host, options.port, atlas=atlas if atlas.is_file() else None)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from latent_prior.hub_flags import HubFlags
-from latent_prior.settings import TRAIN_TIMESTEPS, LossType
+from latent_prior.settings import TRAIN_TIMESTEPS, LossType, check_heads
 from mnif.training.arguments import TrainingArguments
 from mnif.training.run_record import begin_stage, check_finished, finish_stage
 from mnif.utils.args import parse_arguments
@@ -24,10 +24,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch import Tensor
 
-    from latent_prior.denoisers import Denoiser, ResMLPDenoiser
+    from latent_prior.denoisers import Denoiser
     from latent_prior.distillation import Pairs
     from latent_prior.pipeline import MNIFPipeline
     from mnif.latents.table import LatentTable
+    from mnif.models.mnif_model import MNIFModel
 
 _HELD_OUT_SHARE = 0.05  # of the pairs
 _COMPARED = 2000  # samples and latents that distances are taken over
@@ -39,8 +40,10 @@ class StudentFlags:
 
     student_steps: tuple[int, ...] = (1, 2, 4)
     """The numbers of steps that the student is to sample with; one student serves all."""
+    denoiser: Literal["modulated", "transformer"] | None = None
+    """Of what form it is, as of `mnif prior`; unless given: modulated, whatever the teacher is."""
     width: int = 256
-    """Hidden units of the student."""
+    """Hidden units of the student; of a transformer at each token."""
     depth: int = 4
     """Residual blocks of the student."""
     dropout: float = 0.0
@@ -101,6 +104,7 @@ def distill(arguments: DistillArguments) -> None:
     """
     from accelerate.utils import set_seed
 
+    from latent_prior.denoisers import settings_of_tokens
     from latent_prior.distillation import student_timesteps, teacher_pairs
     from latent_prior.hub import push, repository_for
     from latent_prior.pipeline import load_pipeline
@@ -115,9 +119,8 @@ def distill(arguments: DistillArguments) -> None:
     check_machine(arguments)
     check_finished(run, "prior")
     pipeline = load_pipeline(model)
-    table = LatentTable.load(
-        run / "latents.safetensors", pipeline.decoder.fingerprint(), pipeline.decoder.config.latent_dim
-    )
+    table = LatentTable.load_for(pipeline.decoder, run / "latents.safetensors")
+    settings_of_tokens(arguments.denoiser or "modulated", pipeline.decoder)  # in time: nothing has been written yet
     fill_in_steps(arguments, arguments.num_pairs - _held_out(arguments))
     repository = repository_for(arguments, model)
     accelerator = make_accelerator(arguments, run)
@@ -137,7 +140,7 @@ def distill(arguments: DistillArguments) -> None:
     )
     drawn = time.perf_counter() - started
     set_seed(arguments.seed)
-    student = make_student(arguments, pipeline.denoiser)
+    student = make_student(arguments, pipeline.denoiser, pipeline.decoder)
     _train(arguments, accelerator, student, pairs)
     if accelerator.is_main_process:
         seconds = {"seconds_of_pairs": round(drawn, 1), "seconds": round(time.perf_counter() - started, 1)}
@@ -151,7 +154,7 @@ def _held_out(arguments: DistillArguments) -> int:
     return max(int(_HELD_OUT_SHARE * arguments.num_pairs), 1)
 
 
-def _train(arguments: DistillArguments, accelerator: Accelerator, student: ResMLPDenoiser, pairs: Pairs) -> None:
+def _train(arguments: DistillArguments, accelerator: Accelerator, student: Denoiser, pairs: Pairs) -> None:
     """Leaves in ``student`` what was learned of the pairs."""
     import torch
     from diffusers.training_utils import EMAModel
@@ -180,11 +183,14 @@ def _train(arguments: DistillArguments, accelerator: Accelerator, student: ResML
     TrainLoop(accelerator, arguments, loss, [optimizer], rows, run, "distill", validate, ema, keep_best).run()
 
 
-def make_student(arguments: DistillArguments, teacher: Denoiser) -> ResMLPDenoiser:
+def make_student(arguments: DistillArguments, teacher: Denoiser, decoder: MNIFModel) -> Denoiser:
     """The student, freshly drawn, with the statistics of the latents that the teacher learned from."""
-    from latent_prior.denoisers import ResMLPDenoiser
+    from latent_prior.denoisers import DENOISERS, settings_of_tokens
 
-    student = ResMLPDenoiser(
+    name = arguments.denoiser or "modulated"
+    kind: Any = DENOISERS[name]
+    student: Denoiser = kind(
+        **settings_of_tokens(name, decoder),
         latent_dim=teacher.config.latent_dim,
         width=arguments.width,
         depth=arguments.depth,
@@ -215,6 +221,8 @@ def _check(arguments: DistillArguments) -> None:
         train_batch_size=arguments.train_batch_size,
         validation_steps=arguments.validation_steps,
     )
+    if arguments.denoiser == "transformer":
+        check_heads(arguments.width)
     if not 0 <= arguments.dropout < 1:
         raise UserError(f"--dropout {arguments.dropout}: must be at least 0 and below 1")
     if arguments.num_pairs < 2:
@@ -224,7 +232,7 @@ def _check(arguments: DistillArguments) -> None:
 def _finish(
     arguments: DistillArguments,
     pipeline: MNIFPipeline,
-    student: ResMLPDenoiser,
+    student: Denoiser,
     table: LatentTable,
     seconds: dict[str, float],
 ) -> None:
@@ -250,7 +258,7 @@ def _finish(
     print(f"{run / 'model'}: student and student_scheduler added")
 
 
-def add_student(folder: Path, pipeline: MNIFPipeline, student: ResMLPDenoiser) -> None:
+def add_student(folder: Path, pipeline: MNIFPipeline, student: Denoiser) -> None:
     """Adds student and scheduler to a model folder that holds the teacher; the index is written last."""
     from latent_prior.diffusion import student_scheduler
     from latent_prior.pipeline import MNIFPipeline
@@ -266,7 +274,7 @@ def add_student(folder: Path, pipeline: MNIFPipeline, student: ResMLPDenoiser) -
 
 
 def energy_distances(
-    arguments: DistillArguments, teacher: MNIFPipeline, student: ResMLPDenoiser, table: LatentTable
+    arguments: DistillArguments, teacher: MNIFPipeline, student: Denoiser, table: LatentTable
 ) -> dict[str, float]:
     """Distances from the training latents: of both models by number of steps, and of two controls.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,12 +14,12 @@ import msgspec
 import numpy as np
 
 from latent_prior.hub_flags import HubFlags
-from latent_prior.settings import PAPER_GROUPS, DenoiserName, LossType, Objective, Weighting
+from latent_prior.settings import PAPER_GROUPS, DenoiserName, LossType, Objective, Weighting, check_heads
 from mnif.training.arguments import TrainingArguments
-from mnif.training.run_record import begin_stage, check_finished, finish_stage
+from mnif.training.run_record import STAGE_ONE, begin_stage, check_finished, finish_stage
 from mnif.utils.args import parse_given
 from mnif.utils.errors import UserError, check_at_least
-from mnif.utils.files import folder_written_atomically, sha256_of_file
+from mnif.utils.files import folder_written_atomically, sha256_of_file, sha256_of_folder
 from mnif.utils.flag_files import laid_over, preset_values, read_preset
 from mnif.utils.json_files import merge_json, read_object
 from mnif.utils.output_folders import holds_folder
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from mnif.models.mnif_model import MNIFModel
 
 PRESETS = Path(__file__).parents[1] / "presets"
+_PRESETS_OF_DENOISERS = {"transformer": "transformer-edge"}  # where none is named
 _NOT_OF_A_PRESET = {"run", "preset", "extra_latents", "push_to_hub", "hub_model_id"}
 
 
@@ -47,13 +48,14 @@ class DenoiserFlags:
     """The network."""
 
     denoiser: DenoiserName = "modulated"
-    """Blocks scaled and shifted by the time, or the paper's network."""
+    """Blocks scaled and shifted by the time, the paper's network, or a transformer over the tokens of a latent, which
+    has the size of --preset transformer-edge unless a preset is given."""
     width: int = 512
-    """Hidden units of the denoiser."""
+    """Hidden units of the denoiser; of a transformer at each token."""
     depth: int = 4
     """Residual blocks of the denoiser."""
     dropout: float = 0.1
-    """Dropout in the blocks (modulated)."""
+    """Dropout in the blocks (modulated, transformer)."""
 
 
 @dataclass(kw_only=True)
@@ -93,13 +95,15 @@ class PriorArguments(DenoiserFlags, DiffusionFlags, OptimizerFlags, TrainingArgu
     run: Path
     """The run folder of `mnif fit`."""
     preset: str | None = None
-    """Other defaults: paper (the paper's prior, exactly), edge (small enough for a board), or the path of a JSON file.
-    Flags given win over it."""
+    """Other defaults: paper (the paper's prior, exactly), edge (small enough for a board), transformer-edge or
+    transformer-gpu (over tokens), or the path of a JSON file. Flags given win over it."""
     extra_latents: list[Path] | None = None
     """More latents to learn from: tables that `mnif encode` wrote, such as of mirrored instances (--mirror)."""
     augment: bool = False
     """Learn from instances mirrored and recoloured too, in all ways of the fit's --random_flip and --random_colours;
     told in which, the denoiser draws them as they are."""
+    from_scratch: bool = False
+    """Of a model that was grown: begin with a fresh denoiser, in place of the old model's, whose shape is kept."""
 
     train_batch_size: int = 256
     """Latents per step, over all processes together."""
@@ -118,7 +122,8 @@ def parse_prior_arguments(arguments: list[str]) -> PriorArguments:
         UserError: a flag or the preset cannot be understood.
     """
     given, settings = parse_given(PriorArguments, arguments, "mnif prior"), {}
-    if (named := given.get("preset")) is not None:
+    of_denoiser = _PRESETS_OF_DENOISERS.get(given.get("denoiser", ""))
+    if (named := given.get("preset", of_denoiser)) is not None:
         preset = read_preset(named, PRESETS)["arguments"]
         settings = preset_values(PriorArguments, preset, named, "mnif prior", _NOT_OF_A_PRESET)
     parsed = PriorArguments(**laid_over(settings, given))
@@ -151,6 +156,8 @@ def _check(arguments: PriorArguments) -> None:
             f"--width {arguments.width} --depth {arguments.depth}: the paper's denoiser needs a width that is a "
             f"multiple of {PAPER_GROUPS} and above it, and an even depth"
         )
+    if arguments.denoiser == "transformer":
+        check_heads(arguments.width)
 
 
 def main(arguments: list[str]) -> None:
@@ -169,10 +176,12 @@ def fit_prior(arguments: PriorArguments) -> None:
     from accelerate.utils import set_seed
 
     from latent_prior.changes import changed_instances
+    from latent_prior.denoisers import settings_of_tokens
     from latent_prior.hub import push, repository_for
     from mnif.latents.table import LatentTable
     from mnif.models.io import load_component
     from mnif.models.mnif_model import MNIFModel
+    from mnif.training.inheritance import inherited_tables
     from mnif.training.loop import check_machine, fill_in_steps, make_accelerator
 
     started = time.perf_counter()
@@ -180,22 +189,30 @@ def fit_prior(arguments: PriorArguments) -> None:
     if not run.is_dir():
         raise UserError(f"--run {run}: no such run folder; `mnif fit --output_dir {run}` makes it")
     check_machine(arguments)
-    check_finished(run, "fit")
+    for stage in STAGE_ONE:
+        check_finished(run, stage)
     decoder = load_component(MNIFModel, run / "model", "decoder")
-    table = LatentTable.load(run / "latents.safetensors", decoder.fingerprint(), decoder.config.latent_dim)
-    latents = torch.cat([table.train, *_extra_latents(arguments, table)])
+    table = _with_inherited(arguments, LatentTable.load_for(decoder, run / "latents.safetensors"), decoder)
+    settings_of_tokens(arguments.denoiser, decoder)  # in time: nothing has been written yet
+    latents = torch.cat([table.train, *_extra_latents(arguments, decoder)])
     augmented = changed_instances(run, decoder, table) if arguments.augment else None
     fill_in_steps(arguments, len(latents))
     repository = repository_for(arguments, run / "model")
     accelerator = make_accelerator(arguments, run)
     extra = {f"extra_latents_{i}": sha256_of_file(path) for i, path in enumerate(arguments.extra_latents or [])}
+    extra |= {f"inherited_latents_{i}": sha256_of_file(path) for i, path in enumerate(inherited_tables(run))}
+    if (old := _inherited_model(arguments, decoder)) is not None:
+        extra["inherited_denoiser"] = sha256_of_folder(old / "denoiser")
     if begin_stage(run, "prior", arguments, {"decoder_fingerprint": table.fingerprint} | extra):
         print(f"{run}: `mnif prior` has finished here before with these arguments; nothing to do")
         push(run / "model", repository)
         return
     rows = {"latents": latents} | ({} if augmented is None else {"changed": augmented.latents()})
     set_seed(arguments.seed)
-    denoiser = make_denoiser(arguments, table)
+    if old is None:
+        denoiser = make_denoiser(arguments, table, decoder)
+    else:
+        denoiser = _continued_denoiser(run, decoder, table, old)
     _train(arguments, accelerator, decoder, denoiser, table, rows)
     if accelerator.is_main_process:
         _finish(arguments, decoder, denoiser.cpu().eval(), time.perf_counter() - started)
@@ -248,19 +265,69 @@ def _train(
     TrainLoop(accelerator, arguments, loss, [optimizer], data, run, "prior", validate, ema, keep_best, show=show).run()
 
 
-def make_denoiser(arguments: PriorArguments, table: LatentTable) -> Denoiser:
+def make_denoiser(arguments: PriorArguments, table: LatentTable, decoder: MNIFModel) -> Denoiser:
     """The denoiser, freshly drawn, with the statistics of the table's training latents."""
-    from latent_prior.denoisers import DENOISERS
+    from latent_prior.denoisers import DENOISERS, settings_of_tokens
 
     shape: dict[str, Any] = {"latent_dim": table.latents.shape[1], "width": arguments.width, "depth": arguments.depth}
-    shape["decoder_fingerprint"] = table.fingerprint
-    if arguments.denoiser == "modulated":
+    shape |= {"decoder_fingerprint": table.fingerprint} | settings_of_tokens(arguments.denoiser, decoder)
+    if arguments.denoiser != "paper":
         shape["dropout"] = arguments.dropout
     denoiser = DENOISERS[arguments.denoiser](**shape)
     mean, std = table.mean_and_std()
     denoiser.latent_mean.copy_(mean)
     denoiser.latent_std.copy_(std)
     return denoiser
+
+
+def _with_inherited(arguments: PriorArguments, table: LatentTable, decoder: MNIFModel) -> LatentTable:
+    """Joins the latents of a run that was grown with those of the generations before, so that a prior learns all.
+
+    Raises:
+        UserError: instances are to be changed too, which nobody can do with those before.
+    """
+    import torch
+
+    from mnif.latents.table import LatentTable
+    from mnif.training.inheritance import inherited_tables
+
+    every = [table, *(LatentTable.load_for(decoder, path) for path in inherited_tables(arguments.run))]
+    if len(every) == 1:
+        return table
+    if arguments.augment:
+        raise UserError("--augment: of latents from before the growth the instances are not here; leave it out")
+    latents, held_out = (torch.cat([getattr(one, name) for one in every]) for name in ("latents", "held_out"))
+    return replace(table, latents=latents, held_out=held_out, ids=[id for one in every for id in one.ids])
+
+
+def _inherited_model(arguments: PriorArguments, decoder: MNIFModel) -> Path | None:
+    """The old model's folder, if the run was grown from one with a prior to go on with.
+
+    Raises:
+        UserError: its denoiser predicts something else than is to be learned now.
+    """
+    from latent_prior.diffusion import objective_of
+    from latent_prior.schedulers import load_scheduler
+    from mnif.models.lineage import fingerprints
+    from mnif.training.inheritance import inherited_folder
+
+    if arguments.from_scratch or not decoder.later:
+        return None
+    old = inherited_folder(arguments.run, fingerprints(decoder)[-2]) / "model"
+    if not (old / "denoiser").is_dir():
+        return None
+    if (before := objective_of(load_scheduler(old / "scheduler"))) != arguments.objective:
+        reason = f"the old model's denoiser was trained with {before}; take that, or --from_scratch"
+        raise UserError(f"--objective {arguments.objective}: {reason}")
+    return old
+
+
+def _continued_denoiser(run: Path, decoder: MNIFModel, table: LatentTable, old: Path) -> Denoiser:
+    """The old model's denoiser, for longer latents; of what has mean and spread now, its own numbers keep theirs."""
+    from latent_prior.denoisers import continued, load_denoiser
+
+    print(f"{run}: the denoiser of decoder {old.parent.name} goes on learning")
+    return continued(load_denoiser(old), decoder, *table.mean_and_std())
 
 
 def _validation_losses(loss: DenoisingLoss, table: LatentTable, device: torch.device) -> dict[str, float]:
@@ -272,7 +339,7 @@ def _validation_losses(loss: DenoisingLoss, table: LatentTable, device: torch.de
     return {name: validation_loss(loss, latents.to(device)) for name, latents in probes.items()}
 
 
-def _extra_latents(arguments: PriorArguments, table: LatentTable) -> list[Tensor]:
+def _extra_latents(arguments: PriorArguments, decoder: MNIFModel) -> list[Tensor]:
     """The training latents of the further tables.
 
     Raises:
@@ -280,10 +347,7 @@ def _extra_latents(arguments: PriorArguments, table: LatentTable) -> list[Tensor
     """
     from mnif.latents.table import LatentTable
 
-    return [
-        LatentTable.load(path, table.fingerprint, table.latents.shape[1]).train
-        for path in arguments.extra_latents or []
-    ]
+    return [LatentTable.load_for(decoder, path).train for path in arguments.extra_latents or []]
 
 
 def _finish(arguments: PriorArguments, decoder: MNIFModel, denoiser: Denoiser, seconds: float) -> None:

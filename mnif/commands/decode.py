@@ -73,7 +73,7 @@ def decode(arguments: DecodeArguments) -> None:
     signal = signal_of_model(decoder)
     writer = writer_from_flags(arguments, signal)
     fingerprint = decoder.fingerprint()
-    table = LatentTable.load(arguments.latents, fingerprint, decoder.config.latent_dim)
+    table = LatentTable.load_for(decoder, arguments.latents)
     rows = _rows(arguments, table)
     names = safe_names(table.ids)
     decoder.to(default_device())

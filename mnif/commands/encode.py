@@ -15,6 +15,7 @@ from mnif.data.dataset import Dataset, Split
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least, printable
 from mnif.utils.files import sha256_of_file, write_json
+from mnif.utils.json_files import merge_json
 from mnif.utils.output_folders import check_output_folder, output_folder_of
 from mnif.utils.pixels import MAX_IMAGE_PIXELS, limit_image_pixels
 from mnif.utils.process import command_line, default_device, peak_memory_megabytes, progress_bar
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from mnif.data.batches import ArrayDataset
     from mnif.latents.masks import Observe
+    from mnif.latents.profile import Profile
+    from mnif.models.mnif_model import MNIFModel
     from mnif.signals.base import Signal
 
 REFINEMENT_STEPS = {"fast": 0, "balanced": 60, "best": 300}
@@ -42,6 +45,8 @@ class SearchFlags:
     """Adam steps on each latent, in place of the preset's; a search from zero takes five times as many."""
     refinement_learning_rate: float = 0.05
     """Of the first of these steps."""
+    robust: bool = False
+    """Refine by a loss that forgives rubbish, with latents kept likely by the model's profile (docs/monitoring.md)."""
     batch_size: int = 256
     """Instances at a time; changes speed and memory, not the result."""
 
@@ -73,7 +78,17 @@ class ObservationFlags:
 
 
 @dataclass(kw_only=True)
-class EncodeArguments(SearchFlags, DataFlags, ObservationFlags):
+class GateFlags:
+    """Whether instances are of the kind that the model knows."""
+
+    gate: bool = False
+    """Judge every instance by the model's profile: in, doubtful or out, and why (docs/monitoring.md)."""
+    false_alarm_rate: float | None = None
+    """Share of instances like the held-out ones that may be called doubtful or out; default: the profile's."""
+
+
+@dataclass(kw_only=True)
+class EncodeArguments(SearchFlags, DataFlags, ObservationFlags, GateFlags):
     """Find the latents of new data on frozen bases; the same command again continues where it was stopped."""
 
     model: Path
@@ -99,6 +114,8 @@ def encode(arguments: EncodeArguments) -> None:
 
     from mnif.data.batches import array_dataset
     from mnif.latents.inference import evaluate_latents, infer_latents, load_latent_init
+    from mnif.latents.profile import load_profile
+    from mnif.latents.robust import RobustLoss
     from mnif.latents.table import LatentTable
     from mnif.models.io import load_component
     from mnif.models.mnif_model import MNIFModel
@@ -111,19 +128,25 @@ def encode(arguments: EncodeArguments) -> None:
     check_at_least(0, refinement_steps=steps)
     if not 0 < arguments.refinement_learning_rate < math.inf:
         raise UserError(f"--refinement_learning_rate {arguments.refinement_learning_rate:g}: must be above 0")
+    _check_gate(arguments, steps)
     check_output_folder(arguments.output_dir, "encode")
     device = default_device()
     decoder = load_component(MNIFModel, arguments.model, "decoder").to(device)
     signal = signal_of_model(decoder)
     latent_init = load_latent_init(arguments.model, decoder, signal, arguments.method)
     latent_init = None if latent_init is None else latent_init.to(device)
+    profile = load_profile(arguments.model, decoder) if arguments.gate or arguments.robust else None
+    if profile is not None and arguments.gate:
+        profile.rate(arguments.false_alarm_rate)
+    loss = RobustLoss.of(profile, device) if profile is not None and arguments.robust else None
     data = _selected_data(arguments, signal)
     rows = array_dataset(_arrays(arguments, signal, data))
     observe = _observation(arguments, signal, data, rows)
 
     def infer(batch: ArrayDataset) -> Tensor:
         rate = arguments.refinement_learning_rate
-        return torch.cat([*infer_latents(decoder, signal, batch, latent_init, steps, rate, len(batch), observe)])
+        found = infer_latents(decoder, signal, batch, latent_init, steps, rate, len(batch), observe, loss=loss)
+        return torch.cat([*found])
 
     with output_folder_of(arguments.output_dir, "encode"):
         started = time.perf_counter()
@@ -132,10 +155,49 @@ def encode(arguments: EncodeArguments) -> None:
         seconds = time.perf_counter() - started
         metrics = evaluate_latents(decoder, signal, rows, latents)
         held_out = torch.zeros(len(latents), dtype=torch.bool)
-        table = LatentTable(latents, data.ids, held_out, decoder.fingerprint(), data.name)
+        table = LatentTable.of(decoder, latents, data.ids, held_out, data.name)
         table.save(arguments.output_dir / "latents.safetensors")
         _report(arguments.output_dir, data.ids, metrics, seconds)
+        if arguments.gate and profile is not None:
+            _judge(arguments, profile, decoder, signal, rows, data.ids, latents, steps)
         chunks.remove()
+
+
+def _check_gate(arguments: EncodeArguments, steps: int) -> None:
+    """Refuses what the model's profile says nothing of."""
+    if arguments.robust and not steps:
+        raise UserError("--robust: refines latents; give --preset balanced or --refinement_steps")
+    if arguments.false_alarm_rate is not None and not arguments.gate:
+        raise UserError(f"--false_alarm_rate {arguments.false_alarm_rate:g}: needs --gate")
+    for flag in ("mask", "views", "mirror"):
+        if arguments.gate and getattr(arguments, flag) not in (None, False):
+            raise UserError(f"--gate: the profile is of whole instances as the data have them; leave out --{flag}")
+
+
+def _judge(
+    arguments: EncodeArguments,
+    profile: Profile,
+    decoder: MNIFModel,
+    signal: Signal,
+    rows: ArrayDataset,
+    ids: list[str],
+    latents: Tensor,
+    steps: int,
+) -> None:
+    """Adds verdicts on the instances to metrics.json, and prints how many are in, doubtful and out."""
+    from mnif.latents.gate import add_gaps, judge, summary
+    from mnif.latents.inference import load_latent_init
+    from mnif.latents.profile import score_rows
+
+    latent_init = load_latent_init(arguments.model, decoder, signal)
+    latent_init = None if latent_init is None else latent_init.to(decoder.device)
+    first, scored = score_rows(profile, decoder, signal, rows, latent_init)
+    judged = judge(profile, scored, ids, profile.rate(arguments.false_alarm_rate))
+    as_known = arguments.method == "auto" and not arguments.robust and steps == profile.record.gap_steps
+    if as_known and steps and arguments.refinement_learning_rate == SearchFlags.refinement_learning_rate:
+        add_gaps(judged, profile, first, latents)
+    merge_json(arguments.output_dir / "metrics.json", {"gate": judged})
+    print(summary(judged))
 
 
 def _selected_data(arguments: EncodeArguments, signal: Signal) -> Dataset:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mnif.data.batches import ArrayDataset
+    from mnif.latents.inference import LatentInit
     from mnif.models.mnif_model import MNIFModel
     from mnif.signals.base import Augmentation, Signal
     from mnif.training.loop import TrainLoop
     from mnif.training.methods import LearningMethod
+    from mnif.training.replay import Replay
 
 PRESETS = Path(__file__).parents[1] / "presets"
 
@@ -48,6 +50,7 @@ _COUNTS = (
     "latent_dim",
     "cells",
     "tokens",
+    "coefficient_sparsity",
     "max_train_steps",
     "num_train_epochs",
     "train_batch_size",
@@ -103,12 +106,20 @@ class ModelFlags:
     """How far a cell's field reaches over its borders, as a fraction of its width (0 to 0.5)."""
     omega: float = 10.0
     """Frequency w0 of the sines."""
+    output_sine: bool = False
+    """A sine after the last layer too, as the paper's image fields have it."""
+
+
+@dataclass(kw_only=True)
+class MixingFlags:
+    """How bases become fields."""
+
     mixing: Literal["delta", "average"] = "delta"
     """Mean network plus mixed differences, or the paper's plain weighted average."""
     coefficient_form: Literal["layer", "shared", "direct"] = "layer"
     """Coefficients for each layer, one vector for all layers, or the latent itself."""
-    output_sine: bool = False
-    """A sine after the last layer too, as the paper's image fields have it."""
+    coefficient_sparsity: int | None = None
+    """Bases that a layer of a cell takes at most, of --num_bases; unless given, all. Needs --mixing delta."""
 
 
 @dataclass(kw_only=True)
@@ -177,7 +188,7 @@ class OptimizerFlags:
 
 
 @dataclass(kw_only=True)
-class FitArguments(DataFlags, ModelFlags, MethodFlags, RadianceFlags, OptimizerFlags, TrainingArguments):
+class FitArguments(DataFlags, ModelFlags, MixingFlags, MethodFlags, RadianceFlags, OptimizerFlags, TrainingArguments):
     """Learn basis networks and latents from data; the same command again continues or reuses the run."""
 
     data: str
@@ -201,7 +212,10 @@ class FitArguments(DataFlags, ModelFlags, MethodFlags, RadianceFlags, OptimizerF
 
 
 DECODER_SETTINGS = tuple(
-    field.name for field in fields(ModelFlags) if field.name not in ("latent_dim", "latent_layout")
+    field.name
+    for group in (ModelFlags, MixingFlags)
+    for field in fields(group)
+    if field.name not in ("latent_dim", "latent_layout")
 )
 """The flags that the decoder is made with as they are."""
 
@@ -265,6 +279,12 @@ def _check(arguments: FitArguments) -> None:
         raise UserError(f"--held_out_fraction {arguments.held_out_fraction}: must be at least 0 and below 1")
     if arguments.tokens is not None and arguments.latent_layout != "tokens":
         raise UserError(f"--tokens {arguments.tokens}: needs --latent_layout tokens")
+    if arguments.coefficient_sparsity is not None:
+        given = f"--coefficient_sparsity {arguments.coefficient_sparsity}"
+        if arguments.mixing != "delta":
+            raise UserError(f"{given}: needs --mixing delta, whose layers are their means where coefficients are zero")
+        if arguments.coefficient_sparsity >= arguments.num_bases:
+            raise UserError(f"{given}: must be below --num_bases, {arguments.num_bases}; leave it out to take all")
     for flag in AUGMENTATIONS:
         if values[flag] and arguments.method != "encoder":
             raise UserError(f"--{flag} needs --method encoder: otherwise an instance has one latent, not several")
@@ -360,13 +380,37 @@ def _train(
     arguments: FitArguments, accelerator: Accelerator, signal: Signal, data: Dataset, splits: np.ndarray
 ) -> dict[str, float]:
     """Learns from the data and saves what was learned; the main process gets figures of it."""
+    decoder = make_decoder(arguments, signal)
+    method = make_method(arguments, decoder, signal, int((splits == Split.TRAIN).sum()), accelerator)
+    return learn(arguments, accelerator, method.to(accelerator.device), data, splits)
+
+
+def learn(
+    arguments: FitArguments,
+    accelerator: Accelerator,
+    method: LearningMethod,
+    data: Dataset,
+    splits: np.ndarray,
+    stage: str = "fit",
+    replay: Replay | None = None,
+) -> dict[str, float]:
+    """Trains ``method`` on the training part of the data and saves what it learned; the main process gets figures.
+
+    Args:
+        arguments: how to learn, and where to.
+        accelerator: of the run.
+        method: on the accelerator's device.
+        data: all instances.
+        splits: for each of them a :class:`~mnif.data.dataset.Split`.
+        stage: the command's name.
+        replay: keeps what a decoder knew before.
+    """
     from mnif.data.batches import array_dataset
     from mnif.training.methods import AutoDecoderMethod, mean_psnr, validation_rows
     from mnif.training.results import reconstructions_sheet, save_results
 
     rows, held_rows = (array_dataset(data.rows(splits == part).arrays()) for part in (Split.TRAIN, Split.HELD_OUT))
-    decoder = make_decoder(arguments, signal)
-    method = make_method(arguments, decoder, signal, len(rows), accelerator).to(accelerator.device)
+    decoder, signal = method.decoder, method.signal
     accelerator.print(
         f"{data.name}: {len(rows)} {signal.noun}s to train, {len(held_rows)} held out, "
         f"{(splits == Split.TEST).sum()} kept for a test; decoder {decoder.num_parameters():,} parameters"
@@ -381,12 +425,12 @@ def _train(
     def show() -> Image:
         return reconstructions_sheet(method, held_rows if "psnr_heldout" in probes else rows)
 
-    train_loop(arguments, accelerator, method, rows, validate, show).run()
+    train_loop(arguments, accelerator, method, rows, validate, show, stage, replay).run()
     if not accelerator.is_main_process:
         return {}
-    method.to("cpu").eval()
+    method.eval()
     steps = arguments.refinement_steps
-    return save_results(arguments.output_dir, method, arguments.method, data, splits, rows, held_rows, steps)
+    return save_results(arguments.output_dir, method, arguments.method, data, splits, rows, held_rows, steps, stage)
 
 
 def cells_and_tokens(arguments: FitArguments, signal: Signal) -> tuple[int, int | None]:
@@ -428,9 +472,17 @@ def make_decoder(arguments: FitArguments, signal: Signal) -> MNIFModel:
 
 
 def make_method(
-    arguments: FitArguments, decoder: MNIFModel, signal: Signal, instances: int, accelerator: Accelerator | None = None
+    arguments: FitArguments,
+    decoder: MNIFModel,
+    signal: Signal,
+    instances: int,
+    accelerator: Accelerator | None = None,
+    latent_init: LatentInit = None,
 ) -> LearningMethod:
-    """The way of learning that ``arguments.method`` names, for ``instances`` rows."""
+    """The way of learning that ``arguments.method`` names, for ``instances`` rows.
+
+    Encoder or inner loop are ``latent_init``; unless given, they are freshly drawn.
+    """
     from mnif.latents.embedding import LatentEmbedding
     from mnif.latents.inner_loop import InnerLoop
     from mnif.training.loop import batch_size_of
@@ -439,12 +491,16 @@ def make_method(
     latent_dim = decoder.config.latent_dim
     if arguments.method == "encoder":
         tokens, width = decoder.config.tokens, arguments.encoder_width
-        encoder = (
+        encoder = latent_init or (
             signal.encoder(latent_dim, width) if tokens is None else signal.token_encoder(latent_dim, tokens, width)
         )
         return EncoderMethod(decoder, signal, encoder, arguments.latent_noise, _augmentations(arguments, signal))
     if arguments.method == "meta":
-        inner_loop = InnerLoop(latent_dim, arguments.inner_steps, arguments.inner_learning_rate)
+        inner_loop = (
+            latent_init
+            if isinstance(latent_init, InnerLoop)
+            else InnerLoop(latent_dim, arguments.inner_steps, arguments.inner_learning_rate)
+        )
         return MetaMethod(decoder, signal, inner_loop, arguments.inner_order == "second")
     process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     latent_embedding = LatentEmbedding(
@@ -480,6 +536,8 @@ def train_loop(
     rows: ArrayDataset,
     validate: Callable[[], dict[str, float]],
     show: Callable[[], Image] | None = None,
+    stage: str = "fit",
+    replay: Replay | None = None,
 ) -> TrainLoop:
     """The loop that trains ``method`` on ``rows``, with the optimizers that the flags ask for."""
     from mnif.training.loop import TrainLoop
@@ -491,9 +549,32 @@ def train_loop(
         arguments.basis_learning_rate,
         arguments.adam_beta2,
         use_muon=arguments.matrix_optimizer == "muon",
+        earlier_rate=1.0 if replay is None else replay.earlier_rate,
     )
     latent_embedding = method.rows if isinstance(method, AutoDecoderMethod) else None
     run = arguments.output_dir
     return TrainLoop(
-        accelerator, arguments, method, optimizers, rows, run, "fit", validate, None, None, latent_embedding, show
+        accelerator,
+        arguments,
+        replay or method,
+        optimizers,
+        rows,
+        run,
+        stage,
+        validate,
+        None,
+        None,
+        latent_embedding,
+        show,
     )
+
+
+def bare_steps(arguments: FitArguments, signal: Signal, train_data: Dataset) -> Generator[int]:
+    """Takes the optimizer steps of `mnif fit` alone, to be timed: nothing is validated, and no results are saved."""
+    from mnif.data.batches import array_dataset
+    from mnif.training.loop import make_accelerator
+
+    accelerator = make_accelerator(arguments, arguments.output_dir)
+    decoder = make_decoder(arguments, signal)
+    method = make_method(arguments, decoder, signal, len(train_data), accelerator).to(accelerator.device)
+    yield from train_loop(arguments, accelerator, method, array_dataset(train_data.arrays()), validate=dict).steps()

@@ -1,1 +1,1 @@
-"""What `mnif compare-fit` measures of each way of learning beside its quality, and how people read it."""
+"""How runs are compared: trained at equal compute, measured alike, chosen from, and shown as people read it."""

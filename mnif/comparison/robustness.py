@@ -1,7 +1,8 @@
 """How well a model finds instances that are spoilt (pixels missing, noise, a shift), and how long finding takes."""
 
+import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
@@ -20,7 +21,13 @@ CONDITIONS = {  # what latents are found in
     "missing": "a random half of its values",
     "noise": "the instance with Gaussian noise of standard deviation 0.2 on values in [-1, 1]",
     "shift": "the instance moved around its last axis by an eighth of it (and compared with the same)",
+    "few": "a random sixteenth of its values (of views: one alone)",
 }
+
+FURTHER = ("few",)
+"""Conditions beyond those that every comparison measures."""
+
+_SEEN = {"missing": 1 / 2, "few": 1 / 16}  # share of the values
 
 _NOISE = 0.2
 _SHIFT = 8  # one eighth of the axis
@@ -30,8 +37,9 @@ _PATIENCE = 10.0  # seconds after which no further batch is timed
 
 
 def conditions_of(signal: Signal) -> list[str]:
-    """The conditions that make sense for a signal: only a grid can be shifted."""
-    return [name for name in CONDITIONS if name != "shift" or isinstance(signal, GridSignal)]
+    """The conditions of every comparison that make sense for a signal: only a grid can be shifted."""
+    impossible = () if isinstance(signal, GridSignal) else ("shift",)
+    return [name for name in CONDITIONS if name not in (*FURTHER, *impossible)]
 
 
 def spoilt(signal: Signal, condition: str, seed: int) -> Observe:
@@ -42,13 +50,15 @@ def spoilt(signal: Signal, condition: str, seed: int) -> Observe:
     """
 
     def observe(batch: Mapping[str, Tensor]) -> Observation:
+        if condition == "few" and signal.num_views(batch):
+            return signal.observe_views(batch, [0])
         observation = signal.observe(batch)
         values = observation.values
         if condition == "shift":
             return replace(observation, values=values.roll(max(values.shape[-2] // _SHIFT, 1), dims=-2))
         draws = [np.random.default_rng([seed, row]) for row in batch["row"].tolist()]
-        if condition == "missing":
-            seen = np.stack([_half_of(values.shape[1:-1], draw) for draw in draws])
+        if condition in _SEEN:
+            seen = np.stack([_part_of(values.shape[1:-1], _SEEN[condition], draw) for draw in draws])
             mask = torch.from_numpy(seen).to(values)
             return replace(observation, values=values * mask[..., None], mask=mask)
         if condition == "noise":
@@ -60,7 +70,13 @@ def spoilt(signal: Signal, condition: str, seed: int) -> Observe:
 
 
 def robustness(
-    decoder: MNIFModel, signal: Signal, rows: ArrayDataset, latent_init: LatentInit, steps: int, seed: int
+    decoder: MNIFModel,
+    signal: Signal,
+    rows: ArrayDataset,
+    latent_init: LatentInit,
+    steps: int,
+    seed: int,
+    conditions: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Mean PSNR in dB against the clean original, ``psnr_heldout_<condition>``, of latents found in spoilt instances.
 
@@ -71,9 +87,10 @@ def robustness(
         latent_init: of the run; None searches from zero.
         steps: refinement steps of the run.
         seed: of masks and noise.
+        conditions: some of :data:`CONDITIONS`; default: those of every comparison.
     """
     metrics = {}
-    for name in conditions_of(signal):
+    for name in conditions_of(signal) if conditions is None else conditions:
         observe = spoilt(signal, name, seed)
         found = infer_latents(
             decoder, signal, rows, latent_init, steps, batch_size=_BATCH, observe=observe, progress=True
@@ -137,7 +154,7 @@ def _quality_of_shifted(
     return torch.cat(quality)
 
 
-def _half_of(shape: torch.Size, draw: np.random.Generator) -> np.ndarray:
-    """True for half of the places (the larger one if they are odd), anywhere."""
+def _part_of(shape: torch.Size, share: float, draw: np.random.Generator) -> np.ndarray:
+    """True for a share of the places (rounded up), anywhere."""
     count = shape.numel()
-    return (draw.permutation(count) >= count // 2).reshape(tuple(shape))
+    return (draw.permutation(count) >= count - math.ceil(count * share)).reshape(tuple(shape))

@@ -4,6 +4,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mnif.latents.pca import pca_warnings
 from mnif.utils.errors import markdown_code, printable
 
 _SHORT = {"whole": "whole", "missing": "half missing", "noise": "noise 0.2", "shift": "shifted"}
@@ -27,8 +28,9 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
         f"{budget} each on {machine['threads']} thread(s) of {machine['device']}: {count['train']:,} {unit}s to learn "
         f"from, {count['heldout']:,} held out.",
         "",
-        *_markdown(_quality_rows(comparison)),
+        *markdown_table(_quality_rows(comparison)),
         "",
+        *_pca_lines(comparison),
         "Means over instances; PSNR in dB. *finder*: the latent that encoder or inner loop names at once. "
         f"*refined*: improved by Adam on the latent alone, steps: {steps} (from zero where there is no finder, and "
         "five times as many).",
@@ -36,7 +38,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
         + ", or ".join(comparison["conditions"].values())
         + ".",
         "",
-        *_markdown(_cost_rows(runs, unit)),
+        *markdown_table(_cost_rows(runs, unit)),
         "",
         f"*training s* has validations in it. *ms per new {unit}*: the median of three batches of 1 / 32, divided by "
         "their size. *peak MB* is of the whole process.",
@@ -102,11 +104,22 @@ def _quality_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
         *((f"control: PCA, {pca['components']} components", pca) for pca in controls["pca"]),
         *([("control: mean instance", controls["mean"])] if "mean" in controls else []),
     ]:
-        row = [label]
+        row, is_known_by_heart = [label], bool(_warnings_of(control, comparison))
         for figure in metrics:
-            row += [_quality(figure, control.get(f"{figure}_{part}")) for part in ("train", "none", "heldout")]
+            train, held_out = (_quality(figure, control.get(f"{figure}_{part}")) for part in ("train", "heldout"))
+            row += [f"({train})" if is_known_by_heart else train, "–", held_out]
         rows.append(row + ["–"] * len(comparison["conditions"]))
     return rows
+
+
+def _warnings_of(control: Mapping[str, Any], comparison: Mapping[str, Any]) -> list[str]:
+    """Says so where a control's figures on training instances mean nothing."""
+    return pca_warnings(control["components"], comparison["instances"]["train"]) if "components" in control else []
+
+
+def _pca_lines(comparison: Mapping[str, Any]) -> list[str]:
+    lines = [line for control in comparison["controls"]["pca"] for line in _warnings_of(control, comparison)]
+    return [*(f"In brackets: {line}." for line in lines), *([""] if lines else [])]
 
 
 def _cost_rows(runs: Sequence[Mapping[str, Any]], unit: str) -> list[list[str]]:
@@ -151,8 +164,8 @@ def _milliseconds(run: Mapping[str, Any], kind: str) -> str:
     return " / ".join(f"{1000 * seconds:.3g}" for seconds in found if seconds is not None) or "–"
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table with its columns aligned in the source too, numbers to the right."""
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Writes a table, its head the first row, with columns aligned in the source too, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
 
     def line(cells: Sequence[str]) -> str:

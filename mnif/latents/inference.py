@@ -17,6 +17,8 @@ from mnif.utils.model_folders import model_folder_in
 from mnif.utils.process import progress_bar
 
 LatentInit = PatchEncoder | TokenEncoder | ViewsEncoder | InnerLoop | nn.Module | None
+Loss = Callable[[MNIFModel, Signal, Tensor, Observation], Tensor]
+"""Of latents [B, D] and an observation: one number for each instance, [B]."""
 _FROM_ZERO = 5  # a search from zero takes this many times the steps of one that starts near
 
 
@@ -37,6 +39,7 @@ def optimize_latents(
     start: Tensor,
     steps: int,
     learning_rate: float = 0.05,
+    loss: Loss | None = None,
 ) -> Tensor:
     """Improves latents by Adam on the latents alone.
 
@@ -50,6 +53,7 @@ def optimize_latents(
         start: latents to start from, [B, D].
         steps: Adam steps; the rate falls to zero as a cosine. 0 returns ``start``.
         learning_rate: the first step's.
+        loss: default: the signal's own, the mean squared error.
 
     Returns:
         [B, D].
@@ -64,7 +68,11 @@ def optimize_latents(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
         with torch.enable_grad():
-            errors = signal.per_instance_loss(decoder, latents, signal.subsample(observation, _generator(step)))
+            part = signal.subsample(observation, _generator(step))
+            if loss is None:
+                errors = signal.per_instance_loss(decoder, latents, part)
+            else:
+                errors = loss(decoder, signal, latents, part)
             (latents.grad,) = torch.autograd.grad(errors.sum(), latents)
         optimizer.step()
         schedule.step()
@@ -83,6 +91,7 @@ def infer_latents(
     batch_size: int = 256,
     observe: Callable[[Mapping[str, Tensor]], Observation] | None = None,
     progress: bool = False,
+    loss: Loss | None = None,
 ) -> Iterator[Tensor]:
     """Yields the latents of new instances on frozen bases, a batch at a time.
 
@@ -96,13 +105,14 @@ def infer_latents(
         batch_size: instances at a time; changes speed and memory only.
         observe: what is known of a batch; default: everything.
         progress: show a bar.
+        loss: of :func:`optimize_latents`.
     """
     steps = refinement_steps * (1 if latent_init is not None else _FROM_ZERO)
     with progress_bar(total=len(rows), desc="finding latents", unit=signal.noun, disable=not progress) as bar:
         for batch in rows.batches(batch_size, decoder.device):
             observation = (observe or signal.observe)(batch)
             start = initial_latents(decoder, signal, latent_init, observation)
-            latents = optimize_latents(decoder, signal, observation, start, steps, refinement_learning_rate)
+            latents = optimize_latents(decoder, signal, observation, start, steps, refinement_learning_rate, loss)
             yield latents
             bar.update(len(latents))
 

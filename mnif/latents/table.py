@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mnif.models.lineage import fingerprints, widened
+from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 from mnif.utils.files import save_tensors, written_atomically
 
@@ -30,6 +32,7 @@ class LatentTable:
         held_out: [N] bool, rows kept out of training.
         fingerprint: of the decoder (:meth:`mnif.models.mnif_model.MNIFModel.fingerprint`).
         data: what the instances came from, as the user named it.
+        ancestors: fingerprints of the generations that the decoder was grown from, the first one first.
     """
 
     latents: Tensor
@@ -37,6 +40,7 @@ class LatentTable:
     held_out: Tensor
     fingerprint: str
     data: str
+    ancestors: tuple[str, ...] = ()
 
     @property
     def train(self) -> Tensor:
@@ -83,8 +87,41 @@ class LatentTable:
             "mean": mean,
             "std": std,
         }
+        metadata = {"format": _FORMAT, "fingerprint": self.fingerprint, "data": self.data}
+        if self.ancestors:
+            metadata["ancestors"] = " ".join(self.ancestors)
         with written_atomically(path) as temporary:
-            save_tensors(tensors, temporary, {"format": _FORMAT, "fingerprint": self.fingerprint, "data": self.data})
+            save_tensors(tensors, temporary, metadata)
+
+    @classmethod
+    def of(cls, decoder: MNIFModel, latents: Tensor, ids: list[str], held_out: Tensor, data: str) -> "LatentTable":
+        """Makes the table of latents that were found for ``decoder``, which names it and what it was grown from."""
+        *ancestors, own = fingerprints(decoder)
+        return cls(latents, ids, held_out, own, data, tuple(ancestors))
+
+    @classmethod
+    def load_for(cls, decoder: MNIFModel, path: Path | str) -> "LatentTable":
+        """Reads a table of this decoder, or of a generation that it was grown from.
+
+        Latents of an earlier generation get zeros for the numbers that they lack, and decode to what they did.
+
+        Raises:
+            UserError: as :meth:`load`; or the table is of a model that was grown from this decoder.
+        """
+        table, known = cls.load(path), fingerprints(decoder)
+        own, latent_dim = known[-1], decoder.config.latent_dim
+        if own in table.ancestors:
+            raise UserError(
+                f"{path}: these latents belong to decoder {table.fingerprint[:12]}, which was grown from the one at "
+                f"hand ({own[:12]}); take the model that was grown"
+            )
+        table.check(path, own if table.fingerprint not in known else table.fingerprint)
+        later = decoder.config.growths[known.index(table.fingerprint) :]
+        table.check(path, latent_dim=latent_dim - sum(growth["latent_dim"] for growth in later))
+        if later:
+            table.latents = widened(decoder, table.latents)
+            table.fingerprint, table.ancestors = own, tuple(known[:-1])
+        return table
 
     @classmethod
     def load(cls, path: Path | str, fingerprint: str | None = None, latent_dim: int | None = None) -> "LatentTable":
@@ -113,23 +150,33 @@ class LatentTable:
             ids = _checked_ids(tensors)
         except (SafetensorError, ValueError) as error:
             raise UserError(f"{path}: damaged latent table ({error})") from None
-        if fingerprint is not None and metadata["fingerprint"] != fingerprint:
-            raise UserError(
-                f"{path}: these latents belong to decoder {metadata['fingerprint'][:12]}, not to the one at hand "
-                f"({fingerprint[:12]}); encode the data again with `mnif encode`"
-            )
-        if latent_dim not in (None, tensors["latents"].shape[1]):
-            found = tensors["latents"].shape[1]
-            raise UserError(
-                f"{path}: damaged latent table (latents of {found} numbers; the decoder's have {latent_dim})"
-            )
-        return cls(
+        table = cls(
             latents=tensors["latents"],
             ids=ids,
             held_out=tensors["held_out"].bool(),
             fingerprint=metadata["fingerprint"],
             data=metadata["data"],
+            ancestors=tuple(metadata.get("ancestors", "").split()),
         )
+        table.check(path, fingerprint, latent_dim)
+        return table
+
+    def check(self, path: Path | str, fingerprint: str | None = None, latent_dim: int | None = None) -> None:
+        """Makes sure that the table, read from ``path``, is of a decoder; None skips a check.
+
+        Raises:
+            UserError: it belongs to another decoder, or its latents have another length.
+        """
+        if fingerprint not in (None, self.fingerprint):
+            raise UserError(
+                f"{path}: these latents belong to decoder {self.fingerprint[:12]}, not to the one at hand "
+                f"({fingerprint[:12]}); encode the data again with `mnif encode`"
+            )
+        found = self.latents.shape[1]
+        if latent_dim not in (None, found):
+            raise UserError(
+                f"{path}: damaged latent table (latents of {found} numbers; the decoder's have {latent_dim})"
+            )
 
 
 def data_of_table(path: Path, fingerprint: str) -> str | None:

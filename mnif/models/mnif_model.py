@@ -8,8 +8,8 @@ cell → blended values on a grid. You et al., *Generative Neural Fields by Mixt
 import hashlib
 import json
 import math
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -19,8 +19,10 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from mnif.models.cell_grid import CellGrid, assign_points, cell_grid
+from mnif.models.growth import Generation, Growth, GrowthShape
 from mnif.models.io import OwnMemory
 from mnif.models.siren import BakedField, layer_shapes, siren_params
+from mnif.models.sparse_coefficients import check_sparsity, gathering_pays, keep_largest, mix_gathered
 from mnif.models.token_map import TokenMap, check_tokens
 from mnif.utils.json_files import Depth, Size
 from mnif.utils.pixels import as_axes
@@ -64,6 +66,10 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         signal: what the fields show, by its name in :mod:`mnif.signals.registry`.
         signal_settings: of the signal; default: pictures of this resolution and these channels.
         tokens: along each axis, a divisor of ``cells``; D is a multiple of their number. None: the latent is global.
+        coefficient_sparsity: bases that a layer of a cell takes at most, below M; the coefficients of the others are
+            zero (:func:`mnif.models.sparse_coefficients.keep_largest`). For ``"delta"``. None: all bases.
+        growths: what the model was grown by, in order; M and D count all of it (:mod:`mnif.models.growth`).
+        lineage: of a model that was grown, what is known of each generation, the first one first.
 
     Raises:
         ValueError: an argument is out of range.
@@ -88,9 +94,13 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         signal: str = "image",
         signal_settings: dict[str, Any] | None = None,
         tokens: Size | None = None,
+        coefficient_sparsity: Size | None = None,
+        growths: Sequence[GrowthShape] = (),
+        lineage: Sequence[Generation] = (),
     ):
         super().__init__()
         _check_form(mixing, coefficient_form, overlap)
+        check_sparsity(coefficient_sparsity, num_bases, mixing)
         if signal_settings is None:
             self.register_to_config(signal_settings={"resolution": resolution, "channels": channels})
         if math.prod(as_axes(resolution, dimensions)) > MOST_POINTS or cells**dimensions > _MOST_CELLS:
@@ -108,39 +118,97 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         self.shared = nn.ParameterList([rows(0, 1)] if delta else [])
         self.mixed_layers = list(range(len(self.shared), len(shapes)))
         self.means = nn.ParameterList([rows(index, 1) for index in self.mixed_layers] if delta else [])
-        self.bases = nn.ParameterList([rows(index, num_bases) for index in self.mixed_layers])
         if tokens is not None:
             check_tokens(tokens, cells, dimensions, latent_dim, coefficient_form)
+        self.generations = [num_bases - sum(growth["num_bases"] for growth in growths)]
         vectors = self.num_cells * (1 if coefficient_form == "shared" else len(self.mixed_layers))
         if coefficient_form == "direct":
             if latent_dim not in (None, vectors * num_bases):
                 raise ValueError(f"latent_dim {latent_dim}: direct coefficients make it {vectors * num_bases}")
             self.register_to_config(latent_dim=vectors * num_bases)
-            self.coefficient_map: nn.Linear | TokenMap | None = None
         elif latent_dim is None:
             raise ValueError("latent_dim: a number is needed unless coefficients are direct")
-        elif tokens is None:
-            self.coefficient_map = _coefficient_map(latent_dim, vectors * num_bases, bias=0.0 if delta else 1.0)
-        else:
-            of_a_cell = vectors // self.num_cells * num_bases
-            self.coefficient_map = TokenMap(latent_dim, dimensions, tokens, cells, of_a_cell, 0.0 if delta else 1.0)
+        self._check_growths(vectors)
+        self.bases = nn.ParameterList([rows(index, self.generations[0]) for index in self.mixed_layers])
+        bias = 0.0 if delta else 1.0
+        self.coefficient_map = self._map(self.latent_parts[0] * self.num_tokens, vectors * self.generations[0], bias)
+        later = []
+        for growth in growths:
+            self.generations.append(growth["num_bases"])
+            new = [rows(index, growth["num_bases"]) for index in self.mixed_layers]
+            said = self._map(growth["latent_dim"], vectors * sum(self.generations), None)
+            later.append(Growth(new, said))
+        self.later = cast(Sequence[Growth], nn.ModuleList(later))
+
+    def _check_growths(self, vectors: int) -> None:
+        """Makes sure that bases and numbers of a latent are shared out among the generations, and among tokens."""
+        config, count = self.config, self.num_tokens
+        added = [growth["latent_dim"] for growth in config.growths]
+        first = config.latent_dim - sum(added)
+        if min(self.generations[0], first, *added) < 1 or any(numbers % count for numbers in added):
+            raise ValueError(f"growths {[*config.growths]}: bases or numbers cannot be shared out so")
+        if added and config.coefficient_sparsity is not None:
+            raise ValueError(
+                "coefficient_sparsity: a sparse model cannot be grown, as what is added speaks of all bases"
+            )
+        if config.coefficient_form == "direct" and added != [vectors * g["num_bases"] for g in config.growths]:
+            raise ValueError(f"growths: direct coefficients make latent_dim {vectors} times num_bases")
+        self.latent_parts = [numbers // count for numbers in (first, *added)]
+
+    def _map(self, latent_dim: int, coefficients: int, bias: float | None) -> nn.Linear | TokenMap | None:
+        """Makes the map from the numbers of one generation; None if they are the coefficients themselves."""
+        config = self.config
+        if config.coefficient_form == "direct":
+            return None
+        if config.tokens is None:
+            return _coefficient_map(latent_dim, coefficients, bias)
+        of_a_cell = coefficients // self.num_cells
+        return TokenMap(latent_dim, config.dimensions, config.tokens, config.cells, of_a_cell, bias)
 
     @property
     def num_cells(self) -> int:
         """Cells of the whole domain, each with a field of its own."""
         return self.config.cells**self.config.dimensions
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of a latent; 1 of a global one."""
+        return 1 if self.config.tokens is None else self.config.tokens**self.config.dimensions
+
+    @property
+    def coefficient_scale(self) -> float:
+        """What coefficients are divided by: the square root of the number of bases of the first generation."""
+        return math.sqrt(self.generations[0])
+
+    def split_latents(self, latents: Float[Tensor, "batch latent_dim"]) -> list[Float[Tensor, "batch part"]]:
+        """Splits latents [B, D] into the numbers of each generation; each token has some of every one."""
+        if not self.later:
+            return [latents]
+        parts = latents.view(len(latents), self.num_tokens, -1).split(self.latent_parts, dim=2)
+        return [part.flatten(1).contiguous() for part in parts]  # products round by how their numbers lie
+
     def coefficients(self, latents: Float[Tensor, "batch latent_dim"]) -> Float[Tensor, "batch cells layers bases"]:
-        """Maps latents [B, D] to mixture coefficients [B, cells, layers, M], scaled by 1/sqrt(M)."""
+        """Maps latents [B, D] to mixture coefficients [B, cells, layers, M], scaled by 1/sqrt(M).
+
+        M counts all bases, for the scale those of the first generation.
+        Of a sparse model all but ``coefficient_sparsity`` of each M are zero.
+        """
         config = self.config
-        mapped = latents if self.coefficient_map is None else self.coefficient_map(latents)
+        first, *later = self.split_latents(latents)
+        mapped = first if self.coefficient_map is None else self.coefficient_map(first)
         if self.coefficient_map is None and config.mixing == "average":
             mapped = mapped + 1  # zero latents then mean the average of all bases, as the map's bias has it elsewhere
-        mapped = mapped.view(len(latents), self.num_cells, -1, config.num_bases)
-        return mapped.expand(-1, -1, len(self.bases), -1) / math.sqrt(config.num_bases)
+        mapped = mapped.view(len(latents), self.num_cells, -1, self.generations[0])
+        if config.coefficient_sparsity is not None:
+            mapped = keep_largest(mapped, config.coefficient_sparsity)
+        for growth, numbers in zip(self.later, later, strict=True):
+            mapped = growth(numbers, mapped)
+        return mapped.expand(-1, -1, len(self.bases), -1) / self.coefficient_scale
 
     def bake(self, coefficients: Float[Tensor, "batch cells layers bases"]) -> BakedField:
-        """Mixes the bases into plain networks, one matrix product per layer.
+        """Mixes the bases into plain networks, one matrix product per layer and generation, or of sparse ones a sum.
+
+        The products of later generations are added to the first one's, so that coefficients of zero change no bit.
 
         Args:
             coefficients: [B, cells, layers, M].
@@ -149,13 +217,32 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
             B · cells fields, instance-major.
         """
         flat = coefficients.reshape(-1, *coefficients.shape[2:])
+        parts = [flat]
+        if self.later:  # products round by how their numbers lie
+            parts = [part.contiguous() for part in flat.split(self.generations, dim=2)]
+        first, *later = parts
         rows = [row.expand(len(flat), -1) for row in self.shared]
         for index, bases in enumerate(self.bases):
-            if self.means:
-                rows.append(torch.addmm(self.means[index], flat[:, index], bases))
+            if self._gathers(first, bases):
+                mixed = self.means[index] + mix_gathered(first[:, index], bases)
+            elif self.means:
+                mixed = torch.addmm(self.means[index], first[:, index], bases)
             else:
-                rows.append(flat[:, index] @ bases)
+                mixed = first[:, index] @ bases
+            for growth, part in zip(self.later, later, strict=True):
+                mixed = torch.addmm(mixed, part[:, index], growth.bases[index])
+            rows.append(mixed)
         return BakedField(self.shapes, torch.cat(rows, dim=1), self.config.output_sine)
+
+    def _gathers(self, coefficients: Tensor, bases: Tensor) -> bool:
+        """Whether few enough bases are taken for gathering them to be quicker than a product with all.
+
+        Gradients are those of products, and what is compiled has shapes that do not depend on values.
+        """
+        active, differentiated = self.config.coefficient_sparsity, torch.is_grad_enabled()
+        if active is None or differentiated or coefficients.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return gathering_pays(active, len(coefficients), *bases.shape)
 
     def grid(
         self,
@@ -213,17 +300,8 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         Args:
             dtypes: as if the weights had been cast to these, one after another.
         """
-        digest = hashlib.sha256()
         settings = {key: value for key, value in self.config.items() if not key.startswith("_")}
-        if self.config.tokens is None:
-            del settings["tokens"]  # unknown to the folders of earlier versions, whose fingerprints stay
-        digest.update(json.dumps(settings, sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            for dtype in dtypes:
-                tensor = tensor.to(dtype)
-            digest.update(tensor.detach().float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return decoder_fingerprint(settings, self.state_dict(), *dtypes)
 
     def rounded_fingerprints(self) -> list[str]:
         """Computes the fingerprints of this model in half precision.
@@ -232,6 +310,21 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         """
         half, brain = torch.float16, torch.bfloat16
         return [self.fingerprint(*dtypes) for dtypes in ((half,), (brain,), (half, brain), (brain, half))]
+
+
+def decoder_fingerprint(settings: Mapping[str, Any], state: Mapping[str, Tensor], *dtypes: torch.dtype) -> str:
+    """Computes the fingerprint of a decoder of these settings and weights (:meth:`MNIFModel.fingerprint`)."""
+    settings = {key: value for key, value in settings.items() if key != "lineage"}
+    for name in ("tokens", "growths", "coefficient_sparsity"):
+        if not settings[name]:
+            del settings[name]  # unknown to the folders of earlier versions, whose fingerprints stay
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(name.encode())
+        for dtype in dtypes:
+            tensor = tensor.to(dtype)
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_form(mixing: str, coefficient_form: str, overlap: float) -> None:
@@ -243,9 +336,10 @@ def _check_form(mixing: str, coefficient_form: str, overlap: float) -> None:
         raise ValueError(f"overlap {overlap}: must lie between 0 and 0.5")
 
 
-def _coefficient_map(latent_dim: int, coefficients: int, bias: float) -> nn.Linear:
+def _coefficient_map(latent_dim: int, coefficients: int, bias: float | None) -> nn.Linear:
     """Makes the map from latents; it starts small, so that all fields start as one well-scaled network."""
-    layer = nn.Linear(latent_dim, coefficients)
+    layer = nn.Linear(latent_dim, coefficients, bias=bias is not None)
     nn.init.normal_(layer.weight, std=0.1 / math.sqrt(latent_dim))
-    nn.init.constant_(layer.bias, bias)
+    if bias is not None:
+        nn.init.constant_(layer.bias, bias)
     return layer

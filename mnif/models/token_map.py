@@ -57,21 +57,24 @@ class TokenMap(nn.Module):
         tokens: along each axis.
         cells: along each axis.
         coefficients: of one cell.
-        bias: that all coefficients start with.
+        bias: that all coefficients start with; None: there is none, and none of the hidden units either, so that
+            tokens of zeros give zeros.
     """
 
     around: Int64[Tensor, "tokens neighbours"]
     order: Int64[Tensor, " cells"]
 
-    def __init__(self, latent_dim: int, dimensions: int, tokens: int, cells: int, coefficients: int, bias: float):
+    def __init__(
+        self, latent_dim: int, dimensions: int, tokens: int, cells: int, coefficients: int, bias: float | None
+    ):
         super().__init__()
         around, order = neighbourhoods(tokens, dimensions), cell_order(tokens, cells // tokens, dimensions)
         self.register_buffer("around", torch.from_numpy(around), persistent=False)
         self.register_buffer("order", torch.from_numpy(order), persistent=False)
-        self.read = nn.Linear(around.shape[1] * latent_dim // len(around), _HIDDEN)
+        self.read = nn.Linear(around.shape[1] * latent_dim // len(around), _HIDDEN, bias=bias is not None)
         self.write = nn.Linear(_HIDDEN, len(order) // len(around) * coefficients, bias=False)
         nn.init.normal_(self.write.weight, std=0.1 / math.sqrt(_HIDDEN))
-        self.bias = nn.Parameter(torch.full((len(order) * coefficients,), bias))
+        self.bias = None if bias is None else nn.Parameter(torch.full((len(order) * coefficients,), bias))
 
     def forward(self, latents: Float[Tensor, "batch latent_dim"]) -> Float[Tensor, "batch coefficients"]:
         """Maps latents [B, D] to the coefficients of all cells [B, cells · coefficients of one]."""
@@ -80,7 +83,8 @@ class TokenMap(nn.Module):
         mapped = self.write(F.silu(self.read(heard))).view(len(latents), len(self.order), -1)
         if len(self.order) > len(self.around):
             mapped = mapped.index_select(1, self.order)
-        return mapped.flatten(1) + self.bias
+        mapped = mapped.flatten(1)
+        return mapped if self.bias is None else mapped + self.bias
 
 
 def neighbourhoods(tokens: int, dimensions: int) -> np.ndarray:

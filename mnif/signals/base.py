@@ -365,15 +365,21 @@ class GridSignal(Signal):
         errors. That is the squared error of the blended value and what the fields differ by, so neighbours learn to
         agree; see docs/experiments.md.
         """
+        return self.errors_of_cells(decoder, decoder.coefficients(latents), observation).sum(dim=1)
+
+    def errors_of_cells(
+        self, decoder: MNIFModel, coefficients: Float[Tensor, "batch cells layers bases"], observation: Observation
+    ) -> Float[Tensor, "batch cells"]:
+        """Computes the part of every cell's field, [B, cells], in the squared error of :meth:`per_instance_loss`."""
         stride, phase = observation.query
         grid = decoder.grid(self.resolution, stride, phase)
-        field = decoder.bake(decoder.coefficients(latents))
+        field = decoder.bake(coefficients)
         weights = grid.weights[None]
         if observation.mask is not None:
             weights = weights * grid.gather_points(observation.mask[..., None].to(weights.dtype))[..., 0]
         weights = weights / weights.sum(dim=(1, 2), keepdim=True).clamp_min(1e-12)
         targets = grid.gather_points(observation.values).flatten(0, 1)
-        return field.errors(grid.coordinates, targets, weights.flatten(0, 1)).view(len(latents), -1).sum(dim=1)
+        return field.errors(grid.coordinates, targets, weights.flatten(0, 1)).view(len(coefficients), -1)
 
     def encoder(self, latent_dim: int, width: int) -> nn.Module:
         """Makes a network over patches of the grid."""

@@ -1,7 +1,7 @@
 """The three ways of learning bases: what each minimises in a step of training, what moves it, and how good it is."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from accelerate import Accelerator
@@ -136,7 +136,12 @@ class MetaMethod(LearningMethod):
 
 
 def make_optimizers(
-    method: LearningMethod, learning_rate: float, basis_learning_rate: float, adam_beta2: float, use_muon: bool
+    method: LearningMethod,
+    learning_rate: float,
+    basis_learning_rate: float,
+    adam_beta2: float,
+    use_muon: bool,
+    earlier_rate: float = 1.0,
 ) -> list[torch.optim.Optimizer]:
     """Adam with a rate for the bases and one for everything else; Muon in its place for narrow matrices.
 
@@ -146,20 +151,33 @@ def make_optimizers(
         basis_learning_rate: of the bases.
         adam_beta2: of Adam.
         use_muon: whether Muon moves the narrow matrices.
+        earlier_rate: of a decoder that was grown, multiplies the rates of the generations before the last; what is
+            frozen does not move at all.
     """
-    decoder = method.decoder
-    fields = [*decoder.shared, *decoder.means, *decoder.bases]
-    groups = [{"params": fields, "lr": basis_learning_rate}]
-    others = method.others()
-    if decoder.coefficient_map is not None:
-        others += decoder.coefficient_map.parameters()
-    by_muon = [parameter for parameter in others if use_muon and _is_narrow(parameter)]
-    chosen = {id(parameter) for parameter in by_muon}
-    by_adam = [parameter for parameter in others if id(parameter) not in chosen]
-    if by_adam:
-        groups.append({"params": by_adam, "lr": learning_rate})
-    adam = torch.optim.AdamW(groups, betas=(0.9, adam_beta2), weight_decay=0.0, fused=True)
-    return [adam, Muon(by_muon, learning_rate)] if by_muon else [adam]
+    adam, by_muon = [], []
+    for rate, fields, others in _by_generation(method, earlier_rate):
+        matrices = [parameter for parameter in others if use_muon and _is_narrow(parameter)]
+        chosen = {id(parameter) for parameter in matrices}
+        by_adam = [parameter for parameter in others if id(parameter) not in chosen]
+        adam += [(fields, rate * basis_learning_rate), (by_adam, rate * learning_rate)]
+        by_muon.append((matrices, rate * learning_rate))
+    groups = [{"params": parameters, "lr": rate} for parameters, rate in adam if parameters]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, betas=(0.9, adam_beta2), weight_decay=0.0, fused=True)
+    ]
+    return optimizers + [Muon(matrices, rate) for matrices, rate in by_muon if matrices]
+
+
+def _by_generation(method: LearningMethod, earlier_rate: float) -> Iterator[tuple[float, list, list]]:
+    """Yields what moves at one rate: the rate, parameters of fields, and all others; what came last comes first."""
+    decoder, others = method.decoder, method.others()
+    parts = [([*decoder.shared, *decoder.means, *decoder.bases], decoder.coefficient_map)]
+    parts += [([*growth.bases], growth.coefficient_map) for growth in decoder.later]
+    for number, (fields, mapping) in enumerate(reversed(parts)):
+        others = others if number == 0 else []
+        others += [] if mapping is None else mapping.parameters()
+        fields, others = ([each for each in part if each.requires_grad] for part in (fields, others))
+        yield earlier_rate if number else 1.0, fields, others
 
 
 def _is_narrow(parameter: Tensor) -> bool:

@@ -1,6 +1,7 @@
-"""What a finished `mnif fit` leaves: the model, the latents, metrics, and a picture of reconstructions."""
+"""What a finished `mnif fit` or `mnif grow` leaves: model, latents, metrics, and a picture of reconstructions."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mnif.data.batches import ArrayDataset, evenly_spaced
 from mnif.data.dataset import Dataset, Split
+from mnif.latents.calibration import fit_profile
 from mnif.latents.inference import LatentInit, evaluate_latents, infer_latents
 from mnif.latents.inner_loop import InnerLoop
 from mnif.latents.pca import pca_metrics, pca_warnings
@@ -20,6 +22,7 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Signal
 from mnif.training.checkpoints import newest_checkpoint
 from mnif.training.methods import AutoDecoderMethod, LearningMethod
+from mnif.utils.errors import UserError
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import peak_memory_megabytes
 
@@ -33,18 +36,20 @@ def save_results(
     train_rows: ArrayDataset,
     held_rows: ArrayDataset,
     refinement_steps: int,
+    stage: str = "fit",
 ) -> dict[str, float]:
-    """Writes ``model/``, ``latents.safetensors`` and ``samples/reconstructions.png`` into a run.
+    """Writes ``model/`` with its profile, ``latents.safetensors`` and ``samples/reconstructions.png`` into a run.
 
     Args:
         run: the run folder; an auto-decoder's latents are read from its last checkpoint.
-        method: what was trained, on the CPU.
+        method: what was trained, where it computes.
         method_name: such as ``encoder``, for the names of metrics.
         data: all instances, with their ids.
         splits: for each of them a :class:`~mnif.data.dataset.Split`.
         train_rows: those trained on.
         held_rows: those held out; may be empty.
         refinement_steps: Adam steps that refine the held-out latents.
+        stage: the command's name.
 
     Returns:
         Mean metrics of each split, of PCA with as many numbers, and what the model costs.
@@ -52,9 +57,9 @@ def save_results(
     signal = method.signal
     latent_init = _save_model(run / "model", method)
     # Through the file and back, so that the fingerprint is that of what later commands will load.
-    decoder = load_component(MNIFModel, run / "model", "decoder")
+    decoder = load_component(MNIFModel, run / "model", "decoder").to(method.decoder.device)
     if isinstance(method, AutoDecoderMethod):
-        train_latents = method.rows.read_all(newest_checkpoint(run / "checkpoints" / "fit"))
+        train_latents = method.rows.read_all(newest_checkpoint(run / "checkpoints" / stage))
     else:
         train_latents = torch.cat([*infer_latents(decoder, signal, train_rows, latent_init, 0)])
     first, refined = _held_out_latents(decoder, signal, held_rows, latent_init, refinement_steps)
@@ -71,6 +76,8 @@ def save_results(
     metrics |= pca_metrics(signal, train_rows, held_rows, decoder.config.latent_dim)
 
     _save_latent_table(run, data, splits, train_latents, first, decoder)
+    held_out = data.rows(splits == Split.HELD_OUT)
+    _save_profile(run / "model", decoder, signal, held_rows, held_out, latent_init, first, refined, refinement_steps)
     shown = (held_rows, first, refined) if len(held_rows) else (train_rows, train_latents, train_latents)
     _save_reconstructions(run, decoder, signal, *shown)
     print(f"{run / 'model'}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
@@ -105,6 +112,28 @@ def _held_out_latents(
     return torch.cat([*infer_latents(decoder, signal, rows, latent_init, 0)]), refined
 
 
+def _save_profile(
+    model: Path,
+    decoder: MNIFModel,
+    signal: Signal,
+    rows: ArrayDataset,
+    data: Dataset,
+    latent_init: LatentInit,
+    first: Tensor,
+    refined: Tensor,
+    steps: int,
+) -> None:
+    """Writes how held-out instances score into the model folder, or says why there is no such profile."""
+    try:
+        if latent_init is None and not steps:
+            raise UserError("nothing found the latents of held-out instances (--refinement_steps 0)")
+        search, gaps = (steps, None) if latent_init is None else (0, (refined, steps) if steps else None)
+        make = partial(fit_profile, refinement_steps=search, refined=gaps)
+        make(decoder, signal, rows, data.groups, first, data.name).save(model)
+    except UserError as error:
+        print(f"no profile of held-out instances: {error}")
+
+
 def _save_latent_table(
     run: Path, data: Dataset, splits: np.ndarray, train: Tensor, held_out: Tensor, decoder: MNIFModel
 ) -> None:
@@ -112,15 +141,15 @@ def _save_latent_table(
     kept = splits != Split.TEST
     is_held_out = torch.from_numpy(splits[kept] == Split.HELD_OUT)
     latents = torch.empty(len(is_held_out), decoder.config.latent_dim)
-    latents[~is_held_out], latents[is_held_out] = train, held_out
+    latents[~is_held_out], latents[is_held_out] = train.cpu(), held_out.cpu()
     ids = [id for id, keep in zip(data.ids, kept.tolist(), strict=True) if keep]
-    LatentTable(latents, ids, is_held_out, decoder.fingerprint(), data.name).save(run / "latents.safetensors")
+    LatentTable.of(decoder, latents, ids, is_held_out, data.name).save(run / "latents.safetensors")
 
 
 def _costs(decoder: MNIFModel) -> dict[str, float]:
     """Counts what the model and one of its fields are made of, and the memory that it took to come here."""
     config = decoder.config
-    field = decoder.bake(decoder.coefficients(torch.zeros(1, config.latent_dim)))
+    field = decoder.bake(decoder.coefficients(torch.zeros(1, config.latent_dim, device=decoder.device)))
     return {
         "peak_rss_mb": peak_memory_megabytes(),
         "decoder_parameters": decoder.num_parameters(),
@@ -167,10 +196,10 @@ def _save_reconstructions(
 ) -> None:
     """Rows of originals, of what the first latents show, and of what refined ones show."""
     pick = np.linspace(0, len(rows) - 1, min(_SHOWN, len(rows))).astype(int)
-    (batch,) = rows.subset(pick).batches(len(pick))
+    (batch,) = rows.subset(pick).batches(len(pick), decoder.device)
     images = [
         signal.original_images(batch),
-        signal.reconstruction_images(decoder, latents[pick], batch),
-        signal.reconstruction_images(decoder, refined[pick], batch),
+        signal.reconstruction_images(decoder, latents[pick].to(decoder.device), batch),
+        signal.reconstruction_images(decoder, refined[pick].to(decoder.device), batch),
     ]
     save_image(run / "samples" / "reconstructions.png", _sheet(images))

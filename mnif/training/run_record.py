@@ -121,6 +121,15 @@ class StageRecord(msgspec.Struct):
     finished: bool = False
 
 
+STAGE_ONE = ("grow", "fit")
+"""The commands that learn bases; a run folder has one of them."""
+
+
+def stage_one_of(record: Mapping[str, StageRecord]) -> tuple[str, StageRecord] | None:
+    """Finds which command learned the bases of a run, and what is recorded of it; None if it is not known."""
+    return next(((stage, record[stage]) for stage in STAGE_ONE if stage in record), None)
+
+
 def read_run_record(run: Path) -> dict[str, StageRecord]:
     """Reads ``run.json``: what the run folder holds of each stage, by the command's name.
 

@@ -32,11 +32,15 @@ def is_trained_model(folder: Path) -> bool:
     return folder.parent == _FOLDER
 
 
+PROFILE = "profile"
+"""The folder, in a model folder, of how held-out instances score (:mod:`mnif.latents.profile`)."""
+
+
 def sha256_of_model(folder: Path) -> str:
-    """The SHA-256 of a model folder's components; index, card and picture say nothing that results depend on."""
+    """The SHA-256 of a model folder's components; index, card, picture and profile say nothing of results."""
     digest = hashlib.sha256()
     for part in sorted(folder.iterdir()):
-        if part.is_dir() and not part.name.startswith("."):
+        if part.is_dir() and part.name != PROFILE and not part.name.startswith("."):
             digest.update(f"{part.name} {sha256_of_folder(part)}\n".encode())
     return digest.hexdigest()
 

@@ -26,8 +26,10 @@ BEGUN = ".begun.json"
 # Whose a folder is by a file in it that has one of these entries; the first that is found counts. Names alone do not
 # tell: a web page has a manifest.json too, and several commands leave figures in a metrics.json.
 _MARKS = (
+    ("grow", "run.json", {"grow"}),
     ("fit", "run.json", {"fit", "prior", "distill"}),
     ("compare-fit", "compare.json", {"runs"}),
+    ("pilot", "pilot.json", {"recommendations"}),
     ("export", "manifest.json", {"decoder_fingerprint"}),
     ("export", "delta.json", {"base"}),
     ("sample", "samples.json", {"model_sha256"}),
@@ -35,6 +37,7 @@ _MARKS = (
     ("eval", "comparison.json", {"evaluations"}),
     ("eval", "metrics.json", {"inputs"}),
     ("encode", "metrics.json", {"fitting_badly"}),
+    ("monitor", "monitor.json", {"advice"}),
     ("fit", "decoder/config.json", {"_class_name"}),  # a model folder
 )
 
@@ -42,18 +45,30 @@ _MARKS = (
 # What a command writes whatever it is asked; in a folder without a mark they are somebody else's.
 _WRITES: dict[str, tuple[str, ...]] = {
     "fit": ("run.json", "config.yaml", "metrics.json", "metrics.jsonl", "latents.safetensors", "model", "checkpoints"),
+    "grow": (
+        "run.json",
+        "config.yaml",
+        "metrics.json",
+        "metrics.jsonl",
+        "latents.safetensors",
+        "model",
+        "checkpoints",
+    ),
     "compare-fit": ("compare.json", "config.yaml", "compare.md", "curves.png"),
+    "pilot": ("pilot.json", "config.yaml", "pilot.md", "pilot.html"),
     "export": (),
     "sample": ("samples.json", "metrics.json", "preview"),
     "decode": ("decode.json", "metrics.json", "grid.png"),
     "eval": ("metrics.json", "metrics.md", "nearest.png", "comparison.json", "comparison.md", "comparison.png"),
     "encode": ("latents.safetensors", "metrics.json"),
+    "monitor": ("monitor.json", "monitor.html"),
 }
 
 
 # Folders inside that belong to what is around them.
 _INSIDE = {
     "fit": ("model", "checkpoints", "samples", "pairs"),
+    "grow": ("model", "checkpoints", "samples", "pairs", "inherited"),
     "export": ("onnx", "device", "engines", "triton"),
     "sample": ("preview", "parts"),
 }

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from tqdm import tqdm
@@ -242,6 +243,21 @@ def command_line() -> str:
     """The command this process runs, as a user would type it."""
     text = shlex.join(["mnif", *sys.argv[1:]])
     return text.encode("utf-8", "backslashreplace").decode()  # of names of files, which may be no UTF-8
+
+
+def public_command(command: str) -> str:
+    """A command as others may see it, on one line: of paths outside the working folder the last name alone."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # a quote without its end
+        return printable(command)
+    return printable(shlex.join(map(public_name, words)))
+
+
+def public_name(word: str) -> str:
+    """A path outside the working folder without the folders that it is in, which are nobody else's business."""
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{flag}{equals}{Path(value).name}" if value.startswith(("/", "~", "..")) else word
 
 
 def peak_memory_megabytes() -> float:

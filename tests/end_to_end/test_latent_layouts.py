@@ -1,4 +1,5 @@
-"""Every signal in every layout of its latents, learned in every way that there is; and the whole chain over tokens."""
+"""Every signal in every layout of its latents, learned in every way that there is; the whole chain over tokens, and
+over sparse coefficients."""
 
 import json
 from collections.abc import Callable
@@ -75,15 +76,17 @@ def test_every_signal_in_every_layout_learned_in_every_way(
 
 
 @pytest.mark.parametrize(("signal", "method"), [("image", "encoder"), ("voxels", "encoder"), ("radiance", "meta")])
-def test_the_whole_chain_over_tokens(
+def test_the_whole_chain_over_tokens_and_sparse_coefficients(
     signal: str, method: str, fit: Callable, data: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prior, student, samples, an exported bundle with everything measured in it, evaluation and report."""
     monkeypatch.setattr("latent_prior.commands.distill._COMPARED", 32)
     run, model = tmp_path / "run", ["--model", f"{tmp_path}/run/model"]
     small = ["--width", "16", "--depth", "1", *QUICK]
+    small += ["--denoiser", "transformer"] if signal == "image" else []
     flip, augment = (["--random_flip"], ["--augment"]) if method == "encoder" else ([], [])
-    assert fit(signal, "--method", method, "--latent_layout", "tokens", *flip) == 0  # as many tokens as cells
+    sparse = ["--coefficient_sparsity", "2"] if signal != "voxels" else []
+    assert fit(signal, "--method", method, "--latent_layout", "tokens", *flip, *sparse) == 0  # as many tokens as cells
     samplers = ["--num_inference_steps", "1", "2", "--sampler_precision", "fp32", "mixed", "--sampler_storage", "int8"]
     evaluate = ["eval", "--reference", str(data[signal]), "--held_out_fraction", "0.25", "--num_samples", "8"]
     commands = [
@@ -99,7 +102,10 @@ def test_the_whole_chain_over_tokens(
         assert main(command) == 0, command
     manifest = json.loads((run / "bundle/manifest.json").read_text())
     sampler = onnx.load(run / "bundle" / manifest["graphs"]["sampler_2"]["file"])
-    assert "decoder.coefficient_map.write.weight" in {tensor.name for tensor in sampler.graph.initializer}
+    stored = {tensor.name for tensor in sampler.graph.initializer}
+    assert "decoder.coefficient_map.write.weight" in stored
+    assert ("denoiser.positions" in stored) == (signal == "image")
+    assert ("TopK" in {node.op_type for node in sampler.graph.node}) == bool(sparse)
 
 
 @pytest.mark.parametrize(
@@ -111,6 +117,9 @@ def test_the_whole_chain_over_tokens(
         (["--latent_layout", "tokens", "--latent_dim", "30"], "--latent_dim 30: 16 tokens share it evenly"),
         (["--latent_layout", "tokens", "--coefficient_form", "direct"], "--coefficient_form direct: the latent is"),
         (["--latent_layout", "tokens", "--tokens", "0"], "--tokens 0: must be at least 1"),
+        (["--coefficient_sparsity", "0"], "--coefficient_sparsity 0: must be at least 1"),
+        (["--coefficient_sparsity", "6"], "--coefficient_sparsity 6: must be below --num_bases, 6"),
+        (["--coefficient_sparsity", "2", "--mixing", "average"], "--coefficient_sparsity 2: needs --mixing delta"),
     ],
 )
 def test_layouts_that_cannot_be(flags: list[str], words: str, fit: Callable, tmp_path: Path, capsys) -> None:

@@ -68,7 +68,8 @@ def test_saved_folders_name_these_modules(pipeline: MNIFPipeline, tmp_path: Path
     for component, name in (("decoder", "MNIFModel"), ("denoiser", "ResMLPDenoiser")):
         assert json.loads((tmp_path / component / "config.json").read_text())["_class_name"] == name
     denoisers = import_module("latent_prior.denoisers")
-    assert denoisers.PaperDenoiser.__module__ == "latent_prior.denoisers"
+    for kind in (denoisers.PaperDenoiser, denoisers.TransformerDenoiser):
+        assert kind.__module__ == "latent_prior.denoisers"
 
 
 def test_line_of_the_change_log_mends_an_older_folder(pipeline: MNIFPipeline, tmp_path: Path) -> None:

@@ -191,6 +191,17 @@ def test_a_page_is_no_wider_than_a_phone_and_says_first_what_matters(
     assert "Samples have not been measured" in found["words"]
 
 
+def test_an_atlas_in_the_run_is_linked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = '<a href="../a%20run/atlas.html">Atlas of bases</a>'
+    run, elsewhere = tmp_path / "a run", tmp_path / "pages"
+    elsewhere.mkdir()
+    run_folder(run, "image", IMAGE)
+    (run / "atlas.html").write_text("an atlas")
+    monkeypatch.setattr("evals.timing.measured_latencies", lambda *_: [])
+    report(ReportArguments(run=run, num_inference_steps=2, output=elsewhere / "report.html"))
+    assert link in (elsewhere / "report.html").read_text()
+
+
 @needs_browser
 def test_shapes_turn_and_are_called_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = page_of(tmp_path, "voxels", VOXELS, monkeypatch)

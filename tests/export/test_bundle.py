@@ -15,8 +15,8 @@ from export.bundle import sample_instances
 from export.commands.export import ExportArguments, export_bundle
 from export.device import runtime
 from export.graphs import fields
+from export.graphs.denoisers import for_decoder
 from export.graphs.fields import decoder_graph
-from export.graphs.sampler import for_decoder
 from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import student_scheduler
 from latent_prior.pipeline import MNIFPipeline

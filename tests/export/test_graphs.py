@@ -9,14 +9,14 @@ from export.bundle import Selection
 from export.graphs.fields import baked_graph, decoder_graph
 from export.graphs.sampler import linear_scheduler_table, sampler_graph
 from export.graphs.specs import GraphSpec
-from latent_prior.denoisers import ResMLPDenoiser
+from latent_prior.denoisers import Denoiser, ResMLPDenoiser, TransformerDenoiser
 from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 from tests.fakes import onnx_rules
-from tests.fakes.onnx_rules import check_output_type
+from tests.fakes.onnx_rules import DENOISER, FIELDS, SPARSE, check_output_type
 
 SHAPES = {
     "delta, 4 cells": ({"cells": 4}, 32),
@@ -119,26 +119,66 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("mixing", ["delta", "average"])
+@pytest.mark.parametrize("mixing", ["delta", "average", "delta, sparse"])
 @pytest.mark.parametrize("form", FORMS)
 def test_sampler_graph_of_other_forms_of_coefficients(form: str, mixing: str) -> None:
     torch.manual_seed(0)
     settings = {"num_bases": 4, "width": 8, "depth": 1, "cells": 2, "latent_dim": 6, "mixing": mixing}
+    sparse = mixing == "delta, sparse"
+    if sparse:
+        settings |= {"mixing": "delta", "coefficient_sparsity": 2}
     decoder = MNIFModel(**settings | FORMS[form]).eval()
     _let_latents_matter(decoder, 0.5)
     size = decoder.config.latent_dim
     denoiser = ResMLPDenoiser(latent_dim=size, width=16, depth=1, decoder_fingerprint=decoder.fingerprint())
-    for parameter in denoiser.parameters():
-        torch.nn.init.normal_(parameter, std=0.1)
-    denoiser.latent_mean.normal_()
-    pipeline = MNIFPipeline(decoder, denoiser, sampling_scheduler("x0"))
+    pipeline = MNIFPipeline(decoder, _lively(denoiser), sampling_scheduler("x0"))
     pipeline.set_progress_bar_config(disable=True)
     model = sampler_graph(pipeline, linear_scheduler_table(pipeline.scheduler, 4), resolution=11)
-    check_output_type(model)
+    check_output_type(model, FIELDS | DENOISER | (SPARSE if sparse else set()))
+    assert sum(node.op_type == "TopK" for node in model.graph.node) == sparse
     for batch in (1, 5):
         noise = initial_noise(0, range(batch), size)
         start = torch.from_numpy(noise)
         pictures = pipeline(latents=start, num_inference_steps=4, resolution=11, output_type="np").images
+        np.testing.assert_allclose((run(model, noise) / 2 + 0.5).clip(0, 1), pictures, atol=1e-4)
+        assert pictures.std() > 0.05
+    if sparse:
+        coefficients = run(sampler_graph(pipeline, linear_scheduler_table(pipeline.scheduler, 4), None), noise)
+        assert coefficients.shape == (5, decoder.num_cells, 2, 4)
+        assert ((coefficients != 0).sum(axis=-1) == 2).all()
+
+
+def _lively(denoiser: Denoiser) -> Denoiser:
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    denoiser.latent_mean.normal_()
+    return denoiser.eval()
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "scheduler", "count"), [(64, 2, "x0", 4), (16, 1, "flow", 3), (96, 1, "v", 1)]
+)
+def test_sampler_graph_of_a_transformer_equals_the_pipeline(
+    width: int, depth: int, scheduler: str, count: int
+) -> None:
+    """Of several heads and of one, with attention that is sure of itself."""
+    torch.manual_seed(0)
+    decoder = MNIFModel(num_bases=4, width=8, depth=1, cells=4, tokens=2, latent_dim=24).eval()
+    _let_latents_matter(decoder, 0.5)
+    denoiser = _lively(TransformerDenoiser(24, 4, width, depth, decoder_fingerprint=decoder.fingerprint()))
+    for block in denoiser.blocks:
+        torch.nn.init.normal_(block.attend.weight, std=2 * width**-0.5)
+    pipeline = MNIFPipeline(decoder, denoiser, sampling_scheduler(scheduler))
+    pipeline.set_progress_bar_config(disable=True)
+    model = sampler_graph(pipeline, linear_scheduler_table(pipeline.scheduler, count), resolution=11)
+    check_output_type(model)
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    assert sum(node.op_type == "Softmax" for node in model.graph.node) == count * depth
+    np.testing.assert_array_equal(stored["denoiser.positions"], denoiser.positions.detach().numpy())
+    for batch in (1, 5):
+        noise = initial_noise(0, range(batch), 24)
+        start = torch.from_numpy(noise)
+        pictures = pipeline(latents=start, num_inference_steps=count, resolution=11, output_type="np").images
         np.testing.assert_allclose((run(model, noise) / 2 + 0.5).clip(0, 1), pictures, atol=1e-4)
         assert pictures.std() > 0.05
 

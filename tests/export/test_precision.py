@@ -13,7 +13,7 @@ from export.graphs.fields import baked_graph, decoder_graph
 from export.graphs.precision import convert, hidden_products, quantize_matrix, quantize_weights
 from export.graphs.sampler import linear_scheduler_table, sampler_graph
 from export.graphs.specs import run
-from latent_prior.denoisers import ResMLPDenoiser
+from latent_prior.denoisers import Denoiser, ResMLPDenoiser, TransformerDenoiser
 from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
 from mnif.models.cell_grid import cell_grid
@@ -105,6 +105,20 @@ def large() -> MNIFPipeline:
     decoder = MNIFModel(resolution=8, num_bases=32, width=16, depth=1, latent_dim=64, cells=2, mixing="average").eval()
     torch.nn.init.normal_(decoder.coefficient_map.weight, std=0.05)
     denoiser = ResMLPDenoiser(latent_dim=64, width=128, depth=1, decoder_fingerprint=decoder.fingerprint()).eval()
+    return _pipeline_of(decoder, denoiser)
+
+
+@pytest.fixture(scope="module")
+def over_tokens() -> MNIFPipeline:
+    """Likewise, of a transformer."""
+    torch.manual_seed(0)
+    decoder = MNIFModel(resolution=8, num_bases=32, width=16, depth=1, latent_dim=64, cells=2, tokens=2).eval()
+    torch.nn.init.normal_(decoder.coefficient_map.write.weight, std=0.05)
+    denoiser = TransformerDenoiser(64, 4, 96, 1, decoder_fingerprint=decoder.fingerprint()).eval()
+    return _pipeline_of(decoder, denoiser)
+
+
+def _pipeline_of(decoder: MNIFModel, denoiser: Denoiser) -> MNIFPipeline:
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     return MNIFPipeline(decoder, denoiser, sampling_scheduler("x0"))
@@ -129,6 +143,25 @@ def test_fewer_bits_make_a_smaller_file_of_nearly_the_same_values(
     assert stored_as["denoiser.read.weight"] == stored_as["denoiser.write.weight"] == np.float16
     assert stored_as["decoder.bases.1"] == np.float16
     assert stored_as["decoder.bases.0"] == np.float32  # of the first layer
+
+
+@pytest.mark.parametrize(("storage", "least"), [("fp16", 75.0), ("int8", 50.0)])
+def test_products_of_a_transformer_in_half_precision(over_tokens: MNIFPipeline, storage: str, least: float) -> None:
+    """Scores and what is heard are products too; the shares in between are counted in float32."""
+    model = sampler_graph(over_tokens, linear_scheduler_table(over_tokens.scheduler, 2), 8)
+    mixed = convert(model, "mixed", storage)
+    check_output_type(mixed, FIELDS | DENOISER | PRECISION)
+    noise = {"noise": np.random.default_rng(0).standard_normal((3, 64), dtype=np.float32)}
+    assert least < psnr(evaluate(mixed, noise)["values"], evaluate(model, noise)["values"]) < 120
+    known = shape_inference.infer_shapes(mixed, strict_mode=True).graph
+    kinds = {value.name: value.type.tensor_type.elem_type for value in known.value_info}
+    for name in ("scores", "heard", "attend", "merge", "up", "down"):
+        assert f"step_1/block_0/{name}" in hidden_products(model)
+    for node in mixed.graph.node:
+        if node.op_type in ("Softmax", "ReduceMean", "Sigmoid"):
+            assert {kinds[name] for name in (*node.input, *node.output)} == {TensorProto.FLOAT}
+    stored_as = {tensor.name: numpy_helper.to_array(tensor).dtype for tensor in mixed.graph.initializer}
+    assert stored_as["denoiser.blocks.0.attend.weight"] == {"fp16": np.float16, "int8": np.int8}[storage]
 
 
 def test_full_storage_changes_nothing(large: MNIFPipeline) -> None:

@@ -6,7 +6,9 @@ import pytest
 
 from export.bundle import Selection
 from export.graphs.rtx_check import compile_with_rtx
+from export.graphs.sampler import sampler_spec
 from export.graphs.specs import make_variants
+from latent_prior.denoisers import TransformerDenoiser
 from latent_prior.pipeline import MNIFPipeline
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
@@ -22,15 +24,20 @@ def test_every_graph_compiles_without_a_gpu(pipeline: MNIFPipeline, tmp_path: Pa
     ).eval()
     pictures = Selection(pipeline.decoder, pipeline, resolution=16, steps=[2], num_baked=1, seed=0)
     objects = Selection(radiance, None, resolution=6, steps=[], num_baked=0, seed=0)
+    decoder = MNIFModel(num_bases=4, width=8, depth=1, latent_dim=8, cells=2, tokens=2).eval()
+    denoiser = TransformerDenoiser(8, 4, 64, 1, decoder_fingerprint=decoder.fingerprint()).eval()
+    over_tokens = MNIFPipeline(decoder, denoiser, pipeline.scheduler)
+    over_tokens.set_progress_bar_config(disable=True)
+    transformer = sampler_spec(over_tokens, 2, 16, seed=0)
     names = []
-    for spec in (*pictures.specs(), *objects.specs()):
+    for spec in (*pictures.specs(), *objects.specs(), transformer):
         for form in make_variants(spec, ["fp32", "mixed"]):
             onnx.save_model(form.model, tmp_path / "graph.onnx")
             report = compile_with_rtx(tmp_path / "graph.onnx", spec.profile)
             assert report.plan_bytes > 0
             assert "8.6" in report.compute_capabilities
             names.append(form.name)
-    kinds = ["decoder", "sampler_2", "baked_0000", "decoder", "rays", "points"]
+    kinds = ["decoder", "sampler_2", "baked_0000", "decoder", "rays", "points", "sampler_2"]
     assert names == [name for kind in kinds for name in (kind, f"{kind}_mixed")]
 
 

@@ -9,7 +9,7 @@ from onnx import helper
 
 # All that graphs are made of; each is known to ONNX since opset 17 or before, and to TensorRT's parser since 8.5.
 FIELDS = {"Add", "Concat", "Gather", "Gemm", "MatMul", "Mul", "Reshape", "Sin", "Split", "Sub", "Transpose"}
-DENOISER = {"Div", "ReduceMean", "Sigmoid", "Sqrt"}
+DENOISER = {"Div", "ReduceMean", "Sigmoid", "Softmax", "Sqrt"}
 RENDERING = {
     "Abs",
     "Clip",
@@ -25,6 +25,7 @@ RENDERING = {
     "ReduceSum",
 }
 RENDERING |= {"Softplus", "Squeeze", "Unsqueeze", "Where"}
+SPARSE = {"Abs", "Clip", "Div", "Max", "TopK"}
 PRECISION = {"Cast", "DequantizeLinear"}
 
 

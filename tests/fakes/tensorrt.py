@@ -115,6 +115,7 @@ _OPERATORS = {
     "Mul": "ELEMENTWISE",
     "Div": "ELEMENTWISE",
     "Sigmoid": "ACTIVATION",
+    "Softmax": "SOFTMAX",
     "ReduceMean": "REDUCE",
     "Gather": "GATHER",
     "Cast": "CAST",

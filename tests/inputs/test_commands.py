@@ -20,11 +20,15 @@ NOWHERE = ["--model", "nowhere"]
 OUTPUTS = {
     "fit": ["--data", "nowhere", "--signal", "image", "--output_dir"],
     "compare-fit": ["--data", "nowhere", "--signal", "image", "--output_dir"],
+    "grow": [*NOWHERE, "--data", "nowhere", "--output_dir"],
+    "pilot": ["--data", "nowhere", "--signal", "image", "--output_dir"],
     "encode": [*NOWHERE, "--data", "nowhere", "--output_dir"],
     "decode": [*NOWHERE, "--latents", "nowhere", "--output_dir"],
     "sample": [*NOWHERE, "--output_dir"],
     "export": [*NOWHERE, "--output_dir"],
     "eval": [*NOWHERE, "--reference", "nowhere", "--output_dir"],
+    "atlas": [*NOWHERE, "--output_dir"],
+    "monitor": [*NOWHERE, "--data", "nowhere", "--output_dir"],
     "verify": ["--bundle", "nowhere", "--output"],
     "bench": ["--bundle", "nowhere", "--output"],
 }

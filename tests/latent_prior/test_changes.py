@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from latent_prior.changes import changed_instances
-from latent_prior.denoisers import Denoiser, PaperDenoiser, ResMLPDenoiser
+from latent_prior.denoisers import Denoiser, PaperDenoiser, ResMLPDenoiser, TransformerDenoiser
 from latent_prior.diffusion import UNCHANGED, DenoisingLoss, sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from latent_prior.sampling import sample_latents
@@ -69,12 +69,14 @@ def test_the_denoiser_is_told_how_a_latent_was_changed() -> None:
     torch.testing.assert_close(shares, torch.tensor([UNCHANGED] + 3 * [(1 - UNCHANGED) / 3]), atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("denoiser", [ResMLPDenoiser(5, 16, 1), PaperDenoiser(5, 32, 2)])
+@pytest.mark.parametrize(
+    "denoiser", [ResMLPDenoiser(6, 16, 1), PaperDenoiser(6, 32, 2), TransformerDenoiser(6, 3, 16, 1)]
+)
 def test_told_zeros_is_untold(denoiser: Denoiser) -> None:
     torch.manual_seed(0)
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    sample, zeros = torch.randn(3, 5), torch.zeros(3, denoiser.config.time_width)
+    sample, zeros = torch.randn(3, 6), torch.zeros(3, denoiser.config.time_width)
     torch.testing.assert_close(denoiser(sample, 500.0, None, zeros), denoiser(sample, 500.0))
     assert (denoiser(sample, 500.0, None, zeros + 1) - denoiser(sample, 500.0)).abs().max() > 1e-2
 

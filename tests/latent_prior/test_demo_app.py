@@ -3,6 +3,7 @@
 import socket
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.request import urlopen
 
 import numpy as np
 import pytest
@@ -76,14 +77,42 @@ def test_without_gradio_there_is_one_line(
     assert capsys.readouterr().err == expected
 
 
+def test_an_atlas_that_is_not_there_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("latent_prior.commands.demo_app.require", lambda *_: None)
+    assert main(["demo-app", "--model", "nowhere", "--atlas", str(tmp_path / "atlas.html")]) == 2
+    expected = f"mnif demo-app: --atlas {tmp_path / 'atlas.html'}: no such file; `mnif atlas` writes one\n"
+    assert capsys.readouterr().err == expected
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_atlas_beside_the_model_is_found(model: Path, beside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[object] = []
+    monkeypatch.setattr("latent_prior.commands.demo_app.require", lambda *_: None)
+    monkeypatch.setattr(demo_app, "launch", lambda *_, atlas: served.append(atlas))
+    page = model.parent / "atlas.html"
+    if beside:
+        page.write_text("an atlas")
+    assert main(["demo-app", "--model", str(model)]) == 0
+    assert served == [page if beside else None]
+
+
 @pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed; it wants an older Pillow")
 @pytest.mark.filterwarnings("default")
 def test_the_page_answers_over_http(app: DemoApp, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    page = demo_app.launch(app, tmp_path, "127.0.0.1", port, block=False)
+    (tmp_path / "atlas.html").write_text("<!doctype html>an atlas")
+    page = demo_app.launch(app, tmp_path, "127.0.0.1", port, block=False, atlas=tmp_path / "atlas.html")
     try:
+        with urlopen(f"http://127.0.0.1:{port}/atlas") as answer:
+            assert answer.headers.get_content_type() == "text/html"
+            assert "Content-Disposition" not in answer.headers
+            assert answer.read() == b"<!doctype html>an atlas"
+        with urlopen(f"http://127.0.0.1:{port}/") as answer:
+            assert b"(/atlas)" in answer.read()
         from gradio_client import Client, handle_file
 
         client = Client(f"http://127.0.0.1:{port}", verbose=False, download_files=str(tmp_path / "got"))

@@ -46,6 +46,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_student(model, pipeline, student)
     (model / "README.md").write_text("---\nlicense: mit\n---\n\n# emoji\n")
     (model / "samples.png").write_bytes(b"a picture")
+    (model / "profile").mkdir()
+    for name in ("profile.json", "arrays.safetensors"):
+        (model / "profile" / name).write_bytes(b"of held-out instances")
     return folder
 
 
@@ -191,7 +194,12 @@ def test_save_pretrained_keeps_everything(model: Path, tmp_path: Path) -> None:
         load(model, trust_remote_code=True).save_pretrained(saved)
         names = [sorted(str(path.relative_to(folder)) for path in folder.rglob("*")) for folder in (model, saved)]
         assert names[0] == names[1]
-        for name in ("README.md", "samples.png", "encoder/diffusion_pytorch_model.safetensors", "pipeline.py"):
+        for name in (
+            "README.md",
+            "samples.png",
+            "encoder/diffusion_pytorch_model.safetensors",
+            "profile/profile.json",
+        ):
             assert (saved / name).read_bytes() == (model / name).read_bytes()
         assert str(tmp_path) not in (saved / "model_index.json").read_text()
     pipeline = MNIFPipeline.from_pretrained(saved)
@@ -205,6 +213,7 @@ def test_what_lies_beside_the_parts_does_not_change_the_model(model: Path, tmp_p
     copy = Path(shutil.copytree(model, tmp_path / "copy"))
     (copy / "README.md").write_text("other")
     (copy / "samples.png").unlink()
+    shutil.rmtree(copy / "profile")
     assert sha256_of_model(copy) == sha256_of_model(model)
     (copy / "scheduler/scheduler_config.json").write_text("{}")
     assert sha256_of_model(copy) != sha256_of_model(model)

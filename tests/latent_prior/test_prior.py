@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from latent_prior.commands.prior import parse_prior_arguments
-from latent_prior.denoisers import Denoiser, PaperDenoiser, ResMLPDenoiser
+from latent_prior.denoisers import Denoiser, PaperDenoiser, ResMLPDenoiser, TransformerDenoiser
 from latent_prior.diffusion import (
     OBJECTIVES,
     DenoisingLoss,
@@ -161,12 +161,14 @@ def test_skips_of_the_papers_denoiser() -> None:
         torch.testing.assert_close(into[index], out[index - 1] + skip)
 
 
-@pytest.mark.parametrize("denoiser", [ResMLPDenoiser(5, 16, 2), PaperDenoiser(5, 64, 2)])
+@pytest.mark.parametrize(
+    "denoiser", [ResMLPDenoiser(6, 16, 2), PaperDenoiser(6, 64, 2), TransformerDenoiser(6, 3, 16, 2)]
+)
 def test_one_time_for_all_is_as_good_as_one_for_each(denoiser: Denoiser) -> None:
     torch.manual_seed(0)
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    sample = torch.randn(3, 5)
+    sample = torch.randn(3, 6)
     together = denoiser(sample, torch.tensor([700, 700, 700]))
     torch.testing.assert_close(denoiser(sample, 700), together, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(denoiser(sample, 100), together)
@@ -284,7 +286,10 @@ def test_a_run_stands_for_its_model_and_its_flags_for_another_run(
         (["--snr_limit", "0"], "--snr_limit 0.0: must be above 0"),
         (["--objective", "flow", "--sampler", "ancestral"], "a flow is sampled without noise"),
         (["--denoiser", "paper", "--width", "40"], "a multiple of 16 and above it, and an even depth"),
-        (["--preset", "poster"], "--preset poster: neither a JSON file nor one of edge, paper"),
+        (
+            ["--preset", "poster"],
+            "--preset poster: neither a JSON file nor one of edge, paper, transformer-edge, transformer-gpu",
+        ),
         (["--learning_rate", "1e30", *QUICK], "not finite at step 4; no checkpoint was written yet; lower --learning"),
     ],
 )

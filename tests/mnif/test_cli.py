@@ -49,7 +49,7 @@ def test_help_has_its_flags_in_groups() -> None:
             groups[line.split()[1]] = []
         elif line.startswith("│ --"):
             groups[list(groups)[-1]].append(line.split()[1].strip(","))
-    names = ["options", "data", "model", "method", "radiance", "optimizer", "learning", "saving", "machine"]
+    names = ["options", "data", "model", "mixing", "method", "radiance", "optimizer", "learning", "saving", "machine"]
     assert list(groups) == names
     assert "--output_dir" in groups["options"]
     assert groups["model"][:2] == ["--num_bases", "--width"]

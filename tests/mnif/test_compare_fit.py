@@ -11,6 +11,7 @@ from PIL import Image as Picture
 
 from mnif.cli import main
 from mnif.comparison.robustness import robustness, spoilt
+from mnif.comparison.summary import comparison_table
 from mnif.data.batches import ArrayDataset, array_dataset
 from mnif.latents.inference import LatentInit, infer_latents
 from mnif.latents.inner_loop import InnerLoop
@@ -77,6 +78,16 @@ def test_every_method_has_its_row_of_finite_numbers(compared: Path) -> None:
     assert [row.count("–") for row in rows[:3]] == [0, 1, 0]  # only auto-decoding has no finder
     with Picture.open(compared / "curves.png") as picture:
         assert picture.width > 600
+
+
+def test_the_table_marks_a_control_that_knows_its_training_set(compared: Path) -> None:
+    comparison = json.loads((compared / "compare.json").read_text())
+    for instances, train, lines in ((14, "26.00", 0), (13, "(26.00)", 1)):  # twelve components and the mean
+        comparison["instances"]["train"] = instances
+        comparison["controls"]["pca"][0]["psnr_train"] = 26
+        text = comparison_table(comparison)
+        assert [row[1] for row in table_rows(text) if row[0] == "control: PCA, 12 components"] == [train]
+        assert text.count("holds all of the 13 training instances: its figures on them mean nothing") == lines
 
 
 def test_same_command_reuses_runs_and_measurements(

@@ -235,11 +235,11 @@ class Interrupted:
     def __init__(self, stop: int):
         self.stop, self.batches = stop, 0
 
-    def __call__(self, *arguments: object) -> Iterator[Tensor]:
+    def __call__(self, *arguments: object, **options: object) -> Iterator[Tensor]:
         if self.batches == self.stop:
             raise KeyboardInterrupt
         self.batches += 1
-        return infer_latents(*arguments)
+        return infer_latents(*arguments, **options)
 
 
 def test_a_stopped_command_continues(

@@ -23,7 +23,7 @@ from mnif.utils.output_folders import BEGUN, LOCK, check_output_folder, held_fol
 SMALL = ["--resolution", "16", "--cells", "2", "--num_bases", "6", "--width", "8", "--depth", "1"]
 SMALL += ["--latent_dim", "12", "--encoder_width", "16"]
 QUICK = ["--max_train_steps", "2", "--train_batch_size", "8", "--refinement_steps", "0", "--compile", "off"]
-COMMANDS = ["fit", "compare-fit", "encode", "decode", "sample", "export", "eval"]
+COMMANDS = ["fit", "compare-fit", "pilot", "encode", "decode", "sample", "export", "eval"]
 
 
 def command(name: str, output: Path, source: Path, pictures: Path) -> list[str]:
@@ -32,6 +32,7 @@ def command(name: str, output: Path, source: Path, pictures: Path) -> list[str]:
     flags = {
         "fit": ["--data", str(pictures), *SMALL, *QUICK],
         "compare-fit": ["--data", str(pictures), *SMALL, *QUICK, "--methods", "auto-decoding", "--probes", "2"],
+        "pilot": ["--data", str(pictures), *SMALL, *QUICK, "--num_bases", "2", "3", "--probes", "2"],
         "encode": [*model, "--data", str(pictures), "--preset", "fast"],
         "decode": [*model, "--latents", f"{source}/latents.safetensors", "--num", "2"],
         "sample": [*model, "--num_samples", "2", "--num_inference_steps", "2"],
@@ -126,6 +127,7 @@ def test_parts_of_a_folder_belong_to_what_is_around_them(
         ("fit", "metrics.json"),
         ("fit", "model"),
         ("compare-fit", "curves.png"),
+        ("pilot", "pilot.html"),
         ("encode", "latents.safetensors"),
         ("decode", "metrics.json"),
         ("sample", "metrics.json"),

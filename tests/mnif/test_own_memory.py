@@ -7,7 +7,7 @@ import torch
 from diffusers import ModelMixin
 from safetensors.torch import load_file, save_file
 
-from latent_prior.denoisers import PaperDenoiser, ResMLPDenoiser
+from latent_prior.denoisers import PaperDenoiser, ResMLPDenoiser, TransformerDenoiser
 from mnif.latents.inner_loop import InnerLoop
 from mnif.latents.table import LatentTable
 from mnif.models.encoders import PatchEncoder, TokenEncoder, ViewsEncoder
@@ -28,6 +28,7 @@ ALIGNMENT = 64  # bytes, of PyTorch's memory on a CPU
         InnerLoop(latent_dim=7),
         ResMLPDenoiser(latent_dim=7, width=9, depth=1),
         PaperDenoiser(latent_dim=7, width=32, depth=2),
+        TransformerDenoiser(latent_dim=6, num_tokens=3, width=9, depth=1),
     ],
     ids=lambda component: type(component).__name__,
 )

@@ -1,0 +1,274 @@
+"""Scores, thresholds and verdicts against closed forms, and `mnif encode --gate` and `--robust`."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from mnif.cli import main
+from mnif.latents import surprise
+from mnif.latents.calibration import check_enough, fit_arrays
+from mnif.latents.inference import optimize_latents
+from mnif.latents.patches import patches_of, statistics_of
+from mnif.latents.profile import load_profile
+from mnif.latents.robust import RobustLoss
+from mnif.latents.surprise import SCORES, STATISTICS
+from mnif.models.io import load_component
+from mnif.models.mnif_model import MNIFModel
+from mnif.signals.registry import signal_of_model
+from mnif.utils.errors import UserError
+from mnif.utils.model_folders import sha256_of_model
+
+
+def gaussian_instances(count: int, seed: int, patches: int = 4, spread: float = 1.0) -> tuple[np.ndarray, dict]:
+    """Latents of a Gaussian, and patches' statistics whose logarithms are."""
+    draw = np.random.default_rng(seed)
+    mixing = np.array([[2.0, 0.0, 0.0], [1.0, 0.5, 0.0], [0.0, 0.3, 1.5]])
+    latents = draw.standard_normal((count, 3)) @ mixing.T * spread + [1.0, -2.0, 0.5]
+    logs = spread * 0.5 * draw.standard_normal((len(STATISTICS), count, patches))
+    return latents, dict(zip(STATISTICS, 0.01 * np.exp(logs), strict=True))
+
+
+def own_groups(count: int) -> list[str]:
+    return [str(number) for number in range(count)]
+
+
+def fitted(count: int, seed: int = 0) -> dict[str, np.ndarray]:
+    return fit_arrays(*gaussian_instances(count, seed), own_groups(count), 0.05)[0]
+
+
+def p_values(arrays: dict[str, np.ndarray], latents: np.ndarray, statistics: dict) -> np.ndarray:
+    scores = surprise.scores_of(arrays, latents, statistics)
+    return surprise.p_values_of(arrays, surprise.alarms_of(arrays, surprise.surprises_of(arrays, scores)))
+
+
+def test_latent_score_is_the_density_of_a_gaussian() -> None:
+    """−2 log of the density, but for a constant, by SciPy and the covariance that latents were drawn with."""
+    arrays = fitted(8000)
+    latents, statistics = gaussian_instances(200, 1)
+    mixing = np.array([[2.0, 0.0, 0.0], [1.0, 0.5, 0.0], [0.0, 0.3, 1.5]])
+    density = stats.multivariate_normal([1.0, -2.0, 0.5], mixing @ mixing.T)
+    distances = -2 * (density.logpdf(latents) - density.logpdf(density.mean))
+    found = np.exp(surprise.scores_of(arrays, latents, statistics)[:, list(SCORES).index("latent")])
+    np.testing.assert_allclose(found, distances, rtol=0.1, atol=0.05)
+
+
+def test_surprise_is_counted_in_the_body_and_exponential_in_the_tail() -> None:
+    draw = np.random.default_rng(0)
+    arrays = fitted(2000)
+    columns = np.repeat(draw.exponential(size=(4000, 1)), len(SCORES), axis=1)
+    arrays |= {"ranks": np.sort(columns, axis=0).T, "tail_start": np.quantile(columns, 0.8, axis=0)}
+    arrays |= {"tail_scale": np.full(len(SCORES), 1.0)}
+    asked = np.linspace(0.1, 12, 30)
+    found = surprise.surprises_of(arrays, np.repeat(asked[:, None], len(SCORES), axis=1))
+    np.testing.assert_allclose(found[:, 0], asked, rtol=0.1, atol=0.05)  # −log of the share beyond x is x itself
+
+
+def test_false_alarms_of_fresh_instances_are_those_of_the_beta_distribution() -> None:
+    """Split conformal: over calibration sets of m, the rate of false alarms at level a is Beta(k, m + 1 − k)."""
+    rates = []
+    for seed in range(40):
+        arrays = fitted(160, seed)
+        rates.append((p_values(arrays, *gaussian_instances(2000, 1000 + seed)) <= 0.05).mean())
+    m = len(arrays["alarms"])
+    k = int(0.05 * (m + 1))
+    expected = stats.beta(k, m + 1 - k)
+    assert abs(np.mean(rates) - expected.mean()) < 4 * expected.std() / np.sqrt(len(rates))
+    assert stats.kstest(rates, expected.cdf).pvalue > 1e-3
+    assert expected.mean() <= 0.05
+
+
+def test_verdicts_follow_the_rank_of_the_threshold() -> None:
+    """The threshold at rate a is the alarm of rank ⌈(m + 1)(1 − a)⌉."""
+    alarms = np.sort(np.random.default_rng(0).standard_normal(199))
+    rank = int(np.ceil(200 * 0.95))
+    asked = np.array([alarms[rank - 1] + 1e-9, alarms[rank - 1] - 1e-9, alarms[-1] + 1])
+    found = surprise.p_values_of({"alarms": alarms}, asked)
+    np.testing.assert_allclose(found, [10 / 200, 11 / 200, 1 / 200])
+    assert surprise.verdicts_of({"alarms": alarms}, found, 0.05).tolist() == [1, 0, 2]
+
+
+def test_groups_are_not_divided_and_too_few_instances_are_refused() -> None:
+    latents, statistics = gaussian_instances(100, 0)
+    groups = [str(number // 2) for number in range(100)]
+    _, calibrating = fit_arrays(latents, statistics, groups, 0.05)
+    assert len(calibrating) == len({groups[row] for row in calibrating}) == 25  # half of 50, one instance of each
+    with pytest.raises(UserError, match="1 groups among 100 held-out instances"):
+        fit_arrays(latents, statistics, ["one"] * 100, 0.05)
+    check_enough(38, 0.05)
+    with pytest.raises(UserError, match=r"37 held-out instances: a false-alarm rate of 0.05 needs 38 at least"):
+        check_enough(37, 0.05)
+
+
+@pytest.mark.parametrize("shape", [(2, 12, 3), (2, 8, 12, 3), (2, 9, 8, 10, 1), (2, 3, 8, 8, 3)])
+def test_statistics_of_patches_are_those_of_loops(shape: tuple[int, ...]) -> None:
+    values, predictions = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).double()
+    views = shape[1] == 3
+    grid = shape[2:-1] if views else shape[1:-1]
+    patches = patches_of(grid)
+    found = statistics_of(values, predictions, patches)
+    axes = tuple(range(2 if views else 1, values.ndim - 1))
+    padded = np.pad(values.numpy(), [(1, 1) if axis in axes else (0, 0) for axis in range(values.ndim)], mode="edge")
+    inner = tuple(slice(1, -1) if axis in axes else slice(None) for axis in range(values.ndim))
+
+    def moved(axis: int, by: int) -> np.ndarray:
+        return np.roll(padded, -by, axis)[inner]
+
+    here = values.numpy()
+    expected = {
+        "residual": np.square(predictions.numpy() - here),
+        "slope": sum(np.square(moved(axis, 1) - here) for axis in axes),
+        "curvature": np.square(sum(moved(axis, 1) + moved(axis, -1) - 2 * here for axis in axes)),
+    }
+    owners = [np.arange(pixels) * count // pixels for pixels, count in zip(grid, patches, strict=True)]
+    for name, squares in expected.items():
+        means = squares.mean(axis=-1)
+        means = means.mean(axis=1) if views else means
+        for number, place in enumerate(np.ndindex(*patches)):
+            chosen = np.ix_(*[np.flatnonzero(owner == at) for owner, at in zip(owners, place, strict=True)])
+            by_hand = np.stack([one[chosen].mean() for one in means])
+            np.testing.assert_allclose(found[name][:, number], by_hand, err_msg=name)
+
+
+def test_a_robust_search_forgives_rubbish(decoder: MNIFModel) -> None:
+    """A quarter of the pixels are rubbish: the latent that drew the others is found again, by squares it is not."""
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.4, generator=torch.Generator().manual_seed(len(parameter)))
+    signal = signal_of_model(decoder)
+    generator = torch.Generator().manual_seed(1)
+    truth = torch.randn(4, 12, generator=generator)
+    with torch.no_grad():
+        clean = decoder(truth)
+    rubbish = torch.rand(clean.shape, generator=generator) * 4 - 2
+    replaced = torch.rand(clean.shape[:-1], generator=generator)[..., None] < 0.25
+    observation = signal.on_grid(torch.where(replaced, rubbish, clean))
+    start = truth + 0.3 * torch.randn(truth.shape, generator=generator)
+    loss = RobustLoss(1e-4, torch.zeros(12), torch.eye(12))
+    errors = {}
+    for name, kind in {"squares": None, "robust": loss}.items():
+        found = optimize_latents(decoder, signal, observation, start, 80, loss=kind)
+        with torch.no_grad():
+            errors[name] = (decoder(found) - clean).square().mean().item()
+    assert errors["robust"] < errors["squares"] / 10
+
+
+SMALL = ["--resolution", "16", "--num_bases", "12", "--width", "12", "--depth", "1", "--latent_dim", "16"]
+TRAINING = ["--train_batch_size", "24", "--encoder_width", "48", "--compile", "off", "--cells", "2"]
+
+
+@pytest.fixture(scope="module")
+def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 pictures of a disc on a ground, and beside them the last 16 with a quarter hidden."""
+    folder = tmp_path_factory.mktemp("drawings")
+    draw = np.random.default_rng(0)
+    rows, columns = np.mgrid[0:16, 0:16]
+    images = []
+    for _ in range(160):
+        ground, colour = draw.integers(0, 256, (2, 3))
+        centre, radius = draw.uniform(5, 11, 2), draw.uniform(3, 5)
+        disc = (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < radius**2
+        images.append(np.where(disc[..., None], colour, ground).astype(np.uint8))
+    np.savez(folder / "sound.npz", images=images, ids=[f"disc {number:03d}" for number in range(160)])
+    hidden = np.stack(images[-16:])
+    hidden[:, 8:, 8:] = draw.integers(0, 256, (16, 8, 8, 3))
+    np.savez(folder / "hidden.npz", images=hidden, ids=[f"hidden {number:02d}" for number in range(16)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "discs"
+    fit = ["fit", "--data", str(drawings / "sound.npz"), "--output_dir", str(output), *SMALL, *TRAINING]
+    fit += ["--held_out_fraction", "0.5", "--test_fraction", "0.25", "--refinement_steps", "4"]
+    assert main([*fit, "--max_train_steps", "150"]) == 0
+    return output
+
+
+def error_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    assert main(command) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "%|" not in line and line.strip()]
+    return line
+
+
+def test_fit_leaves_a_profile_and_the_gate_judges_by_it(
+    run: Path, drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = load_profile(run, load_component(MNIFModel, run, "decoder"))
+    assert profile.record.patches == [4, 4]
+    assert profile.record.gap_steps == 4
+    encode = ["encode", "--model", str(run), "--gate", "--refinement_steps", "4"]
+    encode += ["--held_out_fraction", "0.5", "--test_fraction", "0.25"]
+    hidden, sound = tmp_path / "hidden", tmp_path / "sound"
+    assert main([*encode, "--data", str(drawings / "hidden.npz"), "--output_dir", str(hidden)]) == 0
+    assert "gate: 0 in, " in capsys.readouterr().out
+    gates = {"hidden": json.loads((hidden / "metrics.json").read_text())["gate"]}
+    assert main([*encode, "--data", f"{drawings / 'sound.npz'}", "--split", "test", "--output_dir", str(sound)]) == 0
+    gates["sound"] = json.loads((sound / "metrics.json").read_text())["gate"]
+    assert gates["hidden"]["counts"]["in"] == 0
+    assert gates["sound"]["counts"]["in"] >= 0.75 * sum(gates["sound"]["counts"].values())
+    patches = [tuple(patch) for one in gates["hidden"]["instances"].values() for patch in one["patches"]]
+    assert patches
+    assert np.mean([row >= 2 and column >= 2 for row, column in patches]) > 0.8  # the quarter that was hidden
+    one = gates["hidden"]["instances"]["hidden 00"]
+    assert set(one["scores"]) == set(SCORES)
+    assert 0 < one["gap_p_value"] <= 1
+
+
+def test_a_profile_goes_with_its_decoder(
+    run: Path, drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(run / "model", model)
+    encode = ["encode", "--model", str(model), "--data", str(drawings / "hidden.npz"), "--preset", "fast", "--gate"]
+    encode += ["--output_dir", f"{tmp_path}/out"]
+    decoder = load_component(MNIFModel, model, "decoder")
+    half = decoder.half()
+    assert half.fingerprint() in load_profile(model, decoder).record.fingerprints
+    assert load_profile(model, half).arrays["alarms"].size >= 19
+    before = sha256_of_model(model)
+    arrays = model / "profile/arrays.safetensors"
+    arrays.write_bytes(arrays.read_bytes()[:-40])
+    assert "damaged profile" in error_of(encode, capsys)
+    shutil.rmtree(model / "profile")
+    assert sha256_of_model(model) == before  # latents do not depend on it
+    assert "no profile; `mnif monitor --fit --model" in error_of(encode, capsys)
+    other = load_component(MNIFModel, run, "decoder")
+    with torch.no_grad():
+        other.bases[0].add_(0.1)
+    with pytest.raises(UserError, match="the profile of another decoder"):
+        load_profile(run, other)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--gate", "--mirror"],
+            "--gate: the profile is of whole instances as the data have them; leave out --mirror",
+        ),
+        (["--gate", "--views", "1"], "leave out --views"),
+        (["--false_alarm_rate", "0.1"], "--false_alarm_rate 0.1: needs --gate"),
+        (["--gate", "--false_alarm_rate", "0.001"], "held-out instances allow 0.0"),
+        (["--gate", "--false_alarm_rate", "0"], "--false_alarm_rate 0: the profile's"),
+        (["--robust", "--preset", "fast"], "--robust: refines latents"),
+    ],
+)
+def test_gates_that_mean_nothing_are_refused(
+    flags: list[str], message: str, run: Path, drawings: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode = ["encode", "--model", str(run), "--data", str(drawings / "hidden.npz"), "--output_dir", f"{tmp_path}/out"]
+    assert message in error_of([*encode, *flags], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_robust_encode_keeps_more_of_what_was_there(run: Path, drawings: Path, tmp_path: Path) -> None:
+    for name, flags in {"plain": [], "robust": ["--robust"]}.items():
+        encode = ["encode", "--model", str(run), "--data", str(drawings / "hidden.npz"), "--refinement_steps", "5"]
+        assert main([*encode, "--output_dir", f"{tmp_path}/{name}", *flags]) == 0
+    plain, robust = ((tmp_path / name / "latents.safetensors").read_bytes() for name in ("plain", "robust"))
+    assert plain != robust
