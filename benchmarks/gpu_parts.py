@@ -55,8 +55,9 @@ class Place:
 
     def settings(self) -> list[Setting]:
         """Precisions to measure in: TF32 and bfloat16 on a GPU."""
-        size, least = (128, 1e-4) if self.tiny else (8192, 0.05)
-        first = "tf32" if self.device.type == "cuda" else "float32"
+        is_gpu = self.device.type == "cuda"
+        size, least = (128, 1e-4) if self.tiny else (8192 if is_gpu else 1536, 0.05)
+        first = "tf32" if is_gpu else "float32"
         return [Setting(self.device, precision, size, least) for precision in (first, "bf16")]
 
     @property
@@ -80,8 +81,8 @@ def tested(path: str) -> Figures:
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(found.stdout, found.stderr, flush=True)
     lines = (found.stdout + found.stderr).splitlines() or [""]
-    failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
-    return {"summary": lines[-1], "passed": found.returncode in (0, 5), "failed": failed}
+    failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+    return {"summary": lines[-1], "passed": found.returncode in (0, 5), "failures": failures}
 
 
 Sizes = tuple[int, int, int, int]
@@ -90,18 +91,14 @@ SMALL, S, TINY = (32, 4, 32, 128), (256, 4, 64, 1024), (4, 1, 16, 8)
 """Bases, depth, width and numbers in a latent; S are those of the paper's small models of pictures."""
 
 
-def fitting(place: Place) -> Works:
-    """Steps of learning in the paper's form, ours beside the plain form."""
+def fields(place: Place) -> Works:
+    """Steps of learning in the paper's form, and latents to pictures, ours beside the plain form."""
     sized: list[tuple[str, Sizes, int, int]] = [("S, 64×64", S, 64, 32), ("K32 L4 W32 H128, 32×32", SMALL, 32, 256)]
     ways = {"CAVIA second order": meta_learning, "auto-decoding": auto_decoding, "encoder": encoding}
     for size, sizes, resolution, batch in [("tiny", TINY, 16, 4)] if place.tiny else sized:
         for way, make in ways.items():
             name = f"{way}, {size}, batch {batch}"
             yield from beside_plain(place, name, partial(make, name, *sizes, resolution, batch))
-
-
-def decodings(place: Place) -> Works:
-    """Latents to pictures, ours beside the plain form."""
     size, sizes, resolution = ("tiny", TINY, 16) if place.tiny else ("S, 64×64", S, 64)
     for batch in (1, 4) if place.tiny else (1, 32, 1024):
         name = f"decode {size}, batch {batch}"
@@ -284,7 +281,7 @@ def machine(device: torch.device) -> Figures:
     return found | {"device": platform.processor() or platform.machine()}
 
 
-WORKS = {"tests": tests, "fitting": fitting, "decoding": decodings, "sampling": sampling, "training": training}
+WORKS = {"tests": tests, "fields": fields, "sampling": sampling, "training": training}
 
 
 def path_of(place: Place, part: str) -> Path:

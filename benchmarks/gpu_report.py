@@ -62,7 +62,7 @@ def shown(value: Any) -> str:
 
 def bars(parts: dict[str, Part]) -> dict[str, tuple[float, float]]:
     """Pictures per second, ours and the plain form's (0 where it found no memory), by work."""
-    rows = [row for name in ("fitting", "decoding") for row in parts.get(name, {"rows": []})["rows"]]
+    rows = parts.get("fields", {"rows": []})["rows"]
     return {
         row["work"]: (row["ours, images/s"], row.get("plain, images/s", 0.0))
         for row in rows

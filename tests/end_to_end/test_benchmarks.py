@@ -17,7 +17,7 @@ from mnif.utils.json_files import read_json
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks"
-PARTS = ["tests", "fitting", "decoding", "sampling", "training"]
+PARTS = ["tests", "fields", "sampling", "training"]
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.rglob("*.py")), ids=lambda path: path.stem)
@@ -46,6 +46,7 @@ def test_every_part_for_a_gpu_leaves_results_that_are_used_again(tmp_path: Path)
     assert sorted(results) == sorted(PARTS)
     rows = {row["work"]: row for part in results.values() for row in part["rows"]}
     assert not [row for row in rows.values() if "failed" in row]
+    assert rows["pytest -m gpu tests/end_to_end/test_gpu.py"]["passed"]
     assert rows["CAVIA second order, tiny, batch 4, bf16"]["ratio"] > 0
     assert rows["the paper's prior, 1000 steps, batch 1"]["extrapolated"]
     assert rows["model"]["MB"] <= rows["model"]["asked, MB"]
@@ -80,9 +81,9 @@ def test_a_part_that_is_cut_off_leaves_the_others(begun: Path) -> None:
 
 
 def test_a_part_whose_time_is_up_says_so(begun: Path) -> None:
-    command = command_of(begun, "--minutes", "0.01", "--parts", "tests", "decoding")
+    command = command_of(begun, "--minutes", "0.01", "--parts", "tests", "sampling")
     found = subprocess.run(command, capture_output=True, text=True)
-    assert "decoding: its time is up" in found.stdout
+    assert "sampling: its time is up" in found.stdout
     assert read_json(begun / "parts/tests.json")["finished"]
 
 
@@ -108,12 +109,12 @@ def test_a_work_that_fails_costs_no_other(
         yield "bad", lambda: {"figure": 1 // 0}
         yield "last", lambda: {"figure": 2}
 
-    monkeypatch.setitem(parts.WORKS, "decoding", works)
+    monkeypatch.setitem(parts.WORKS, "fields", works)
     place = parts.Place(tmp_path, torch.device("cpu"), True, time.monotonic() + 60)
     with pytest.raises(SystemExit):  # a device may be of no more use to this process
-        parts.run("decoding", place)
-    parts.run("decoding", place)
-    part = read_json(tmp_path / "parts/decoding.json")
+        parts.run("fields", place)
+    parts.run("fields", place)
+    part = read_json(tmp_path / "parts/fields.json")
     failed = "ZeroDivisionError: integer division or modulo by zero"
     good, last = {"work": "good", "figure": 1}, {"work": "last", "figure": 2}
     assert part["rows"] == [good, {"work": "bad", "failed": failed}, last]
