@@ -42,7 +42,7 @@ def by_gradient(mixture: Mixture, subject: Subject) -> Tensor:
     """The gradient of the error times the coefficient, its absolute value: one pass backward."""
     seen = mixture.observed(subject, 1, 0)
     coefficients = subject.coefficients[None].clone().requires_grad_()
-    values = mixture.signal.predict(mixture.decoder, mixture.of_all_layers(coefficients), seen)
+    values = mixture.signal.predict(mixture.by_coefficients, mixture.of_all_layers(coefficients), seen)
     (gradient,) = torch.autograd.grad(seen.errors(values).sum(), coefficients)
     return (gradient[0] * (subject.coefficients - mixture.baseline)).abs()
 

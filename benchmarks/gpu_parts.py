@@ -201,12 +201,12 @@ def in_a_graph(place: Place, pipeline: MNIFPipeline) -> Figures:
 
 def training(place: Place) -> Works:
     """`mnif fit`, `prior`, `distill`, `sample` and `eval` on a built-in set, as many steps as there is time for."""
-    torch.set_float32_matmul_precision("high")
+    tf32 = ["--allow_tf32"] if place.device.type == "cuda" else []
     data = ["--data", "avatars:open-peeps:64" if place.tiny else "avatars"]
     if any(find_spec(name) is None for name in ("dicebear", "dicebear_styles", "resvg_py")):
         data = ["--data", "furniture-views", "--signal", "image"]
     size = ["--num_bases", "4", "--width", "8", "--latent_dim", "8", "--cells", "2"] if place.tiny else []
-    fit = ["fit", *data, "--resolution", "16" if place.tiny else "64", "--latent_noise", "0.1", *size]
+    fit = ["fit", *data, "--resolution", "16" if place.tiny else "64", "--latent_noise", "0.1", *size, *tf32]
     run, pilot = place.output_dir / "training", place.output_dir / "pilot"
     few = 10 if place.tiny else 300
     yield "pilot", partial(piloted, place, [*fit, "--output_dir", str(pilot), "--max_train_steps", str(few)], pilot)
@@ -214,10 +214,10 @@ def training(place: Place) -> Works:
     yield "fit", partial(command, [*fit, "--output_dir", str(run), "--max_train_steps", str(many)], run)
     sizes = ["--width", "16", "--depth", "1"] if place.tiny else []
     steps = ["--max_train_steps", "10" if place.tiny else "4000"]
-    prior = ["prior", "--run", str(run), "--preset", "edge", "--dropout", "0", "--learning_rate", "2e-3"]
+    prior = ["prior", "--run", str(run), "--preset", "edge", "--dropout", "0", "--learning_rate", "2e-3", *tf32]
     yield "prior", partial(command, [*prior, *sizes, *steps], run)
     pairs = ["--num_pairs", "64", *steps] if place.tiny else []
-    yield "distill", partial(command, ["distill", "--run", str(run), *sizes, *pairs], run)
+    yield "distill", partial(command, ["distill", "--run", str(run), *sizes, *pairs, *tf32], run)
     model = ["--model", str(run / "model")]
     num = ["--num_samples", "4" if place.tiny else "64"]
     for kind, more in (("samples", []), ("samples_1_step", ["--num_inference_steps", "1"])):

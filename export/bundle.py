@@ -12,17 +12,21 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 from torch import Tensor
 
 from export.device.bundle import ENGINES, MANIFEST, UNFINISHED
+from export.device.gate import PROFILE
 from export.graphs.denoisers import ExportedDenoiser, for_decoder
+from export.graphs.encoder import GridEncoder, encoder_spec
 from export.graphs.fields import Resolution, baked_specs, decoder_spec, widen_channels
 from export.graphs.radiance import baked_radiance_specs, radiance_specs
 from export.graphs.sampler import browser_specs, prior_spec, sampler_spec
 from export.graphs.specs import GraphSpec
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise, sample_latents
+from mnif.latents.profile import Profile
 from mnif.latents.table import LatentTable
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.radiance import RadianceField
@@ -91,6 +95,8 @@ class Selection:
         ids: which of its rows.
         pad_channels: values get four channels.
         browser: the graphs of the page come too; they need a pipeline.
+        encoder: the model's, if it is to come too.
+        profile: the model's reference profile, for what the encoder finds.
     """
 
     decoder: MNIFModel
@@ -103,9 +109,11 @@ class Selection:
     ids: Sequence[str] | None = None
     pad_channels: bool = False
     browser: bool = False
+    encoder: GridEncoder | None = None
+    profile: Profile | None = None
 
     def specs(self) -> Iterator[GraphSpec]:
-        """Yields decoder, samplers, what radiance fields have besides, and the baked instances.
+        """Yields decoder, encoder, samplers, what radiance fields have besides, and the baked instances.
 
         Raises:
             UserError: the latent table does not fit, the scheduler cannot be exported, or float32 is not enough.
@@ -114,6 +122,9 @@ class Selection:
         signal, instances = signal_of_model(decoder), self._instances()
         shown = instances.latents[:_REFERENCES]
         yield decoder_spec(decoder, shown, self.resolution)
+        if self.encoder is not None:
+            patches = None if self.profile is None else self.profile.record.patches
+            yield encoder_spec(self.encoder, self.decoder, shown, self.seed, patches)
         if self.pipeline is not None:
             resolution = None if isinstance(signal, RadianceField) else self.resolution
             for count in self.steps:
@@ -155,7 +166,16 @@ class Selection:
         return ExportedInstances(reference_latents(self.decoder, _REFERENCES, self.seed), [])
 
 
-COMMANDS = ("build", "sample", "verify", "bench", "update")
+_UNUSED = ("reference_latents", "reference_scores", "gaps")  # of a profile's arrays: for batches and refined latents
+
+
+def write_profile(bundle: Path, profile: Profile) -> None:
+    """Writes the arrays by which :class:`export.device.gate.Gate` judges into a bundle's folder."""
+    arrays: dict[str, Any] = {name: array for name, array in sorted(profile.arrays.items()) if name not in _UNUSED}
+    np.savez_compressed(bundle / PROFILE, **arrays)
+
+
+COMMANDS = ("build", "sample", "encode", "verify", "bench", "update")
 
 
 def write_device_files(bundle: Path) -> None:

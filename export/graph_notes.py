@@ -17,6 +17,13 @@ _TENSORS = {
     "noise": "Standard normal noise [batch, latent_dim]; that of sample i of seed s is "
     "numpy.random.default_rng([s, i]).standard_normal(latent_dim, dtype='float32').",
     "coefficients": "Mixture coefficients [batch, cells, layers, bases]: how much of each basis network a cell takes.",
+    "mask": "1 for what was seen and 0 for what was not, which is read as 0, the middle of the range.",
+    "latents": "Latents [batch, latent_dim], each of mean 0 and variance 1.",
+    "fields": "The cells' networks [batch, cells, parameters]: of each layer weights [in, out], then biases.",
+    "cell_residuals": "Mean squared errors of decoded values over what was seen of each cell, 0 where nothing was.",
+    "patch_statistics": "Of each patch [batch, 4, patches]: mean squares of what the field misses, of its second "
+    "differences, and of the first and second differences of the values.",
+    "residual": "The mean squared error over all that was seen.",
     "coordinates": "Points of each cell [cells, points, dimensions], in the cell's own [-1, 1].",
     "points": "Points in world coordinates.",
     "origins": "Where rays begin, in world coordinates.",

@@ -12,6 +12,7 @@ from export.device.bundle import SCHEMA
 from export.graphs.builder import IR_VERSION, OPSET
 from export.graphs.fields import CHANNELS
 from export.graphs.specs import GraphVariant
+from latent_prior.model_card import public_name
 from mnif import __version__
 from mnif.models.lineage import fingerprints
 from mnif.models.mnif_model import MNIFModel
@@ -28,13 +29,13 @@ def manifest_of(selection: Selection, trained_on: str | None = None) -> dict[str
         selection: what is exported.
         trained_on: the data's name, where it is known.
     """
-    config, pipeline = selection.decoder.config, selection.pipeline
+    decoder, config, pipeline = selection.decoder, selection.decoder.config, selection.pipeline
     return {
         "schema": SCHEMA,
         "package": {"name": "mnif-diffusion", "version": __version__},
         "source_revision": source_revision(),
         "command": command_line(),
-        "decoder_fingerprint": selection.decoder.fingerprint(),
+        "decoder_fingerprint": decoder.fingerprint(),
         "trained_on": trained_on,
         "lineage": _lineage(selection.decoder),
         "signal": config.signal,
@@ -52,6 +53,10 @@ def manifest_of(selection: Selection, trained_on: str | None = None) -> dict[str
             "range": [-1.0, 1.0],
             "pixel": "round(clip(value, -1, 1) * 127.5 + 127.5)",
         },
+        "field": {
+            "sizes": [decoder.shapes[0].inputs, *(shape.outputs for shape in decoder.shapes)],
+            "last_layer": "sine" if config.output_sine else "linear",
+        },
         "radiance": _radiance(selection),
         "sampling": None
         if pipeline is None
@@ -61,6 +66,7 @@ def manifest_of(selection: Selection, trained_on: str | None = None) -> dict[str
             "scheduler": type(pipeline.scheduler).__name__,
             "seed": selection.seed,
         },
+        "profile": _profile(selection),
         "precision": {},
         "graphs": {},
         "measured": {},
@@ -127,6 +133,18 @@ def _radiance(selection: Selection) -> dict[str, Any] | None:
         "size": list(signal.size),
         "intrinsics": list(signal.intrinsics),
         "camera_distance": signal.camera_distance,
+    }
+
+
+def _profile(selection: Selection) -> dict[str, Any] | None:
+    if selection.profile is None:
+        return None
+    record = selection.profile.record
+    return {
+        "data": public_name(record.data),
+        "instances": record.instances,
+        "false_alarm_rate": record.false_alarm_rate,
+        "patches": record.patches,
     }
 
 

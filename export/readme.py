@@ -28,7 +28,7 @@ def bundle_readme(manifest: dict[str, Any], with_weights: bool = False) -> str:
         values=_values(manifest),
         precision=" ".join(_PRECISIONS[name] for name in manifest["precision"]),
         weights=_WEIGHTS if with_weights else "",
-        sample=_SAMPLE if manifest["sampling"] else "",
+        sample=(_SAMPLE if manifest["sampling"] else "") + _encode(manifest),
         loss=_loss(shown, manifest),
         opting=opting.title,
         oldest=oldest.title,
@@ -70,6 +70,15 @@ def pixel_steps(graph: Mapping[str, Any], manifest: Mapping[str, Any], error: fl
     output = graph["outputs"][0]["name"]
     is_pixel = output == "colours" or (output == "values" and manifest["grid"]["dimensions"] == 2)
     return error * 127.5 if is_pixel else None
+
+
+def _encode(manifest: Mapping[str, Any]) -> str:
+    """Tells of device/encode.py, where there is an encoder."""
+    if not any(graph["kind"] == "encoder" for graph in manifest["graphs"].values()):
+        return ""
+    profile = manifest["profile"]
+    judged = _UNJUDGED if profile is None else _JUDGED.format(**profile, rate=profile["false_alarm_rate"])
+    return _ENCODE.format(judged=judged)
 
 
 def _further(count: int) -> str:
@@ -114,6 +123,23 @@ _WEIGHTS = "`weights.safetensors` has the decoder's weights by name.\n"
 _SAMPLE = """
     python3 device/sample.py --num 16 --seed 0 --output_dir out
 """
+
+_ENCODE = """
+    python3 device/encode.py --data PICTURES --output_dir latents
+
+writes `latents.safetensors` (a latent table, for `mnif decode` too), `coefficients.npy` for the decoder,
+`fields.npy` with the parameters of every cell's network (`Field` of `export.device.runtime` evaluates them), and
+`scores.json`: how far what they decode to is from what was observed, of each cell and of all. {judged}
+"""
+
+_JUDGED = """\
+The profile in
+`profile.npz` ({instances} held-out instances of {data}) judges whether each instance is of the kind that the model
+knows: in, doubtful or out, and why. Of instances like those, {rate:.0%} or fewer are doubtful or out."""
+
+_UNJUDGED = """\
+There is no
+reference profile in this bundle, so nothing is said of what to trust."""
 
 _TEXT = """\
 # mnif bundle

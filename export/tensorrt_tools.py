@@ -68,8 +68,8 @@ def trtexec_command(name: str, graph: Mapping[str, Any], generation: Generation)
 def polygraphy_commands(graph: Mapping[str, Any], generation: Generation) -> list[str]:
     """Writes Polygraphy's lines for a graph: what it is made of, and what TensorRT answers beside ONNX Runtime.
 
-    Inputs are uniform in [-1, 1], TF32 is off unasked, and the answers may differ by the manifest's tolerance. A mixed
-    graph under TensorRT 8 has the first line alone: Polygraphy would let TensorRT choose its types.
+    Inputs are uniform in [-1, 1], masks in [0, 1], TF32 is off unasked, and the answers may differ by the manifest's
+    tolerance. A mixed graph under TensorRT 8 has the first line alone: Polygraphy would let TensorRT choose its types.
 
     Args:
         graph: the manifest's entry, with a reference.
@@ -87,7 +87,8 @@ def polygraphy_commands(graph: Mapping[str, Any], generation: Generation) -> lis
         ("trt-max-shapes", "maximum"),
     ):
         words += [f"--{flag}", *(f"{source}:{_listed(shapes[size])}" for source, shapes in profile.items())]
-    words += ["--val-range", "[-1,1]", "--check-error-stat", "max", "--rtol", "0"]
+    masks = ["mask:[0,1]"] if "mask" in profile else []
+    words += ["--val-range", *masks, "[-1,1]", "--check-error-stat", "max", "--rtol", "0"]
     return [inspect, shlex.join([*words, "--atol", f"{graph['tolerance']['max_abs']:.1e}"])]
 
 

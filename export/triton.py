@@ -60,9 +60,10 @@ def _zeros(tensor: dict[str, Any]) -> str:
 
 
 def _kind(tensor: dict[str, Any]) -> str:
-    """Writes type and shape without the batch, which Triton puts in front."""
+    """Writes type and shape without the batch, which Triton puts in front; it has no tensors without other axes."""
     sizes = [size if isinstance(size, int) else -1 for size in tensor["shape"][1:]]
-    return f"data_type: {_TYPES[tensor['type']]} dims: {sizes}"
+    shape = f"dims: {sizes}" if sizes else "dims: [1] reshape: { shape: [] }"
+    return f"data_type: {_TYPES[tensor['type']]} {shape}"
 
 
 _CONFIGURATION = """\

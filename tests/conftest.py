@@ -42,6 +42,7 @@ from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
 from mnif.cli import main
+from mnif.models.encoders import PatchEncoder
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.volume_rendering import turntable_poses
 
@@ -56,6 +57,11 @@ def decoder() -> MNIFModel:
 def small_decoder() -> MNIFModel:
     torch.manual_seed(0)
     return MNIFModel(resolution=16, num_bases=6, width=8, depth=1, latent_dim=12, cells=2)
+
+
+def small_encoder() -> PatchEncoder:
+    torch.manual_seed(2)
+    return PatchEncoder(3, 16, latent_dim=12, patches=2, patch_width=16, patch_features=8, width=32).eval()
 
 
 @pytest.fixture
@@ -79,7 +85,7 @@ def small_pipeline(decoder: MNIFModel) -> MNIFPipeline:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of 15×15 pictures, two of them baked, samplers of 1 and 3 steps; who changes it copies it first."""
+    """A bundle of 15×15 pictures, two baked, samplers of 1 and 3 steps, an encoder; who changes it copies it."""
     output = tmp_path_factory.mktemp("exported") / "bundle"
     options = ExportArguments(
         model=output.parent,
@@ -90,7 +96,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sampler_precision=["fp32", "mixed"],
         compile_rtx="off",
     )
-    export_bundle(small_pipeline(small_decoder()), options)
+    export_bundle(small_pipeline(small_decoder()), options, encoder=small_encoder())
     return output
 
 

@@ -28,7 +28,7 @@ from evals.features.extractor import extract_features
 from evals.features.resize import bicubic_antialias
 from evals.metrics.frechet import frechet_distance_from_features
 from evals.metrics.reconstruction import border_step_ratio
-from mnif.commands.fit import DECODER_SETTINGS, cells_and_tokens, make_method, parse_fit_arguments
+from mnif.commands.fit import parse_fit_arguments
 from mnif.data.batches import ArrayDataset, ShuffledBatches, array_dataset, evenly_spaced, instance_keys
 from mnif.data.dataset import Split
 from mnif.latents.inference import evaluate_latents, infer_latents
@@ -37,6 +37,8 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import GridSignal, Observation, Signal
 from mnif.signals.image import Image
 from mnif.signals.registry import signal_class
+from mnif.training.assembly import cells_and_tokens, make_method
+from mnif.training.fit_arguments import DECODER_SETTINGS
 from mnif.training.methods import LearningMethod, make_optimizers
 from mnif.utils.pixels import to_uint8
 from mnif.utils.process import progress_bar

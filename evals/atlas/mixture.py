@@ -6,7 +6,7 @@ from functools import cached_property
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import GridSignal, Observation, Signal
@@ -57,11 +57,11 @@ class Mixture:
 
     @cached_property
     def by_coefficients(self) -> MNIFModel:
-        """The model that draws the same from coefficients in the place of latents (:meth:`as_latents`)."""
+        """The dense model that draws the same from coefficients in the place of latents (:meth:`as_latents`)."""
         config = {name: self.decoder.config[name] for name in (*_SHAPE, *_FORM)}
         direct = MNIFModel(**config, coefficient_form="direct", latent_dim=None)
-        for name in ("shared", "means", "bases"):
-            setattr(direct, name, getattr(self.decoder, name))
+        direct.shared, direct.means = self.decoder.shared, self.decoder.means
+        direct.bases = nn.ParameterList(bases.detach() for bases in self.decoder.all_bases())
         return direct.to(self.decoder.device)
 
     def as_latents(self, coefficients: Float[Tensor, "batch cells layers bases"]) -> Tensor:
@@ -92,7 +92,7 @@ class Mixture:
         if not subject.is_sample:
             return seen
         itself = self.of_all_layers(subject.coefficients[None]).expand(copies, -1, -1, -1)
-        return replace(seen, values=self.signal.predict(self.decoder, itself, seen))
+        return replace(seen, values=self.signal.predict(self.by_coefficients, itself, seen))
 
     @torch.no_grad()
     def errors(
@@ -102,7 +102,7 @@ class Mixture:
         parts = []
         for some in coefficients.split(AT_ONCE):
             seen = self.observed(subject, len(some), look)
-            parts.append(seen.errors(self.signal.predict(self.decoder, self.of_all_layers(some), seen)))
+            parts.append(seen.errors(self.signal.predict(self.by_coefficients, self.of_all_layers(some), seen)))
         return torch.cat(parts)
 
     @torch.no_grad()
@@ -115,7 +115,7 @@ class Mixture:
         parts = []
         for some in coefficients.split(AT_ONCE):
             seen = self.observed(subject, len(some), look)
-            parts.append(self.signal.errors_of_cells(self.decoder, self.of_all_layers(some), seen))
+            parts.append(self.signal.errors_of_cells(self.by_coefficients, self.of_all_layers(some), seen))
         return torch.cat(parts)
 
     def without(self, coefficients: Tensor, chosen: Tensor) -> Tensor:

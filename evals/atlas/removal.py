@@ -70,7 +70,7 @@ def estimated_rises(mixture: Mixture, subject: Subject, look: int = 0) -> Float[
     generator = torch.Generator().manual_seed(look)
     with torch.enable_grad():
         coefficients = subject.coefficients[None].clone().requires_grad_()
-        values = mixture.signal.predict(mixture.decoder, mixture.of_all_layers(coefficients), seen)
+        values = mixture.signal.predict(mixture.by_coefficients, mixture.of_all_layers(coefficients), seen)
         (gradient,) = torch.autograd.grad(seen.errors(values).sum(), coefficients, retain_graph=True)
         squares = torch.zeros_like(taken)
         for _ in range(_PROBES):

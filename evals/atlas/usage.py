@@ -81,11 +81,11 @@ def average_coefficients(batches: Iterable[Tensor]) -> Float[Tensor, "cells laye
 
 def basis_norms(decoder: MNIFModel, layers: int) -> Float[Tensor, "layers bases"]:
     """Computes the norm ‖B‖ of every basis's weights; with ``layers`` 1, that of all of its layers together."""
-    norms = torch.stack([bases.detach().norm(dim=1) for bases in decoder.bases])
+    norms = torch.stack([bases.detach().norm(dim=1) for bases in decoder.all_bases()])
     return norms if layers == len(norms) else norms.square().sum(dim=0, keepdim=True).sqrt()
 
 
 def _likeness(decoder: MNIFModel, layers: int) -> Tensor:
-    each = [bases.detach() for bases in decoder.bases]
+    each = [bases.detach() for bases in decoder.all_bases()]
     whole = [torch.cat(each, dim=1)] if layers == 1 else each
     return torch.block_diag(*(rows @ rows.T for rows in (normalize(bases, dim=1) for bases in whole)))

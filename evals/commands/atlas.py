@@ -160,7 +160,7 @@ def _table(arguments: AtlasArguments, model: Path, decoder: MNIFModel) -> Latent
             f"{path}: no latents beside the model; give --run, a folder with those of its data, which "
             f"`mnif encode --model {model} --data DATA --output_dir FOLDER` finds"
         )
-    return LatentTable.load(path, decoder.fingerprint(), decoder.config.latent_dim)
+    return LatentTable.load_for(decoder, path)
 
 
 def _samples(arguments: AtlasArguments, pipeline: MNIFPipeline | None, table: LatentTable) -> Tensor:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from mnif.commands.compare_fit import STAGE_ONE, run_of
-from mnif.commands.fit import FitArguments, with_preset
 from mnif.comparison.choice import KNEE_RULE, Candidate, candidates_of, knee, quality_name, recommendations
 from mnif.comparison.engine import BUDGETS, ComparisonFlags, Engine, Run, Subject, opened, settle_budget
+from mnif.training.fit_arguments import FitArguments, with_preset
 from mnif.utils.args import parse_given
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import write_json, written_atomically

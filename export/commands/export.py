@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,9 +29,11 @@ from mnif.utils.output_folders import LOCK, check_output_folder, held_folder
 
 if TYPE_CHECKING:
     from export.bundle import Selection
+    from export.graphs.encoder import GridEncoder
     from export.graphs.rtx_check import CompileReport
     from export.graphs.specs import GraphVariant
     from latent_prior.pipeline import MNIFPipeline
+    from mnif.latents.profile import Profile
     from mnif.models.mnif_model import MNIFModel
 
 
@@ -69,6 +71,10 @@ class BakedFlags:
 class ExtrasFlags:
     """What else a bundle gets."""
 
+    encoder: bool = False
+    """Add the model's encoder: an observation to its latent, coefficients, and how far they are from it, for
+    device/encode.py, with the model's reference profile where it has one. It holds the whole coefficient map, so it
+    may be larger than the rest of the bundle."""
     browser: bool = False
     """Add browser/, a page to be hosted, and its graphs: noise → coefficients, and values of those anywhere."""
     onnxruntime_web: Path | None = None
@@ -167,12 +173,15 @@ def _export(options: ExportArguments) -> None:
     from export.delta import open_base
     from mnif.latents.table import data_of_table
     from mnif.models.mnif_model import MNIFModel
-    from mnif.utils.model_folders import sha256_of_model
+    from mnif.utils.model_folders import PROFILE, model_folder_in, sha256_of_model
 
     _check_output(options)
     if options.since is not None:
         open_base(options.since)
     model = load_model(options.model)
+    decoder = model if isinstance(model, MNIFModel) else model.decoder
+    encoder = load_encoder(options.model, decoder) if options.encoder else None
+    profile = load_profile_of_encoder(options.model, decoder) if options.encoder else None
     if isinstance(model, MNIFModel) and options.latents is None:
         beside = options.model.parent / "latents.safetensors"
         options.latents = beside if beside.is_file() else None
@@ -180,12 +189,15 @@ def _export(options: ExportArguments) -> None:
     inputs |= {"version": __version__, "model_sha256": sha256_of_model(options.model)}
     if options.latents is not None and options.latents.is_file():
         inputs["latents_sha256"] = sha256_of_file(options.latents)
+    if profile is not None:
+        inputs["profile_sha256"] = "".join(
+            sha256_of_file(path) for path in sorted((model_folder_in(options.model) / PROFILE).iterdir())
+        )
     if options.since is None and _holds(options.output_dir, inputs):
         print(f"{options.output_dir}: exported here before from this model with these flags; nothing to do")
         return
-    decoder = model if isinstance(model, MNIFModel) else model.decoder
     trained_on = data_of_table(options.model.parent / "latents.safetensors", decoder.fingerprint())
-    export_bundle(model, options, inputs, trained_on)
+    export_bundle(model, options, inputs, trained_on, encoder, profile)
 
 
 def load_model(folder: Path) -> MNIFPipeline | MNIFModel:
@@ -201,6 +213,47 @@ def load_model(folder: Path) -> MNIFPipeline | MNIFModel:
     if (folder / "denoiser").is_dir():
         return load_pipeline(folder)
     return load_component(MNIFModel, folder, "decoder")
+
+
+def load_encoder(folder: Path, decoder: MNIFModel) -> GridEncoder:
+    """The encoder of a model folder.
+
+    Raises:
+        UserError: the model has none, it is damaged, or it is none of grids.
+    """
+    from mnif.latents.inference import load_latent_init
+    from mnif.models.encoders import PatchEncoder, TokenEncoder
+    from mnif.signals.registry import signal_of_model
+    from mnif.utils.model_folders import model_folder_in
+
+    if not (model_folder_in(folder) / "encoder").is_dir():
+        raise UserError(f"--encoder: {folder} has none; only models of `mnif fit --method encoder` have")
+    encoder = load_latent_init(folder, decoder, signal_of_model(decoder), "encoder")
+    if not isinstance(encoder, (PatchEncoder, TokenEncoder)):
+        raise UserError(
+            "--encoder: that of posed views takes any number of them, and its score is a rendering of them all, no "
+            "graph of fixed size; leave the flag out"
+        )
+    return encoder
+
+
+def load_profile_of_encoder(folder: Path, decoder: MNIFModel) -> Profile | None:
+    """The reference profile of a model folder, if it has one and that is of what the encoder finds by itself.
+
+    Raises:
+        UserError: it is damaged, or another decoder's.
+    """
+    from mnif.latents.profile import load_profile
+    from mnif.utils.model_folders import PROFILE, model_folder_in
+
+    if not (model_folder_in(folder) / PROFILE).is_dir():
+        print("no reference profile in the model folder: the bundle will not judge what it encodes")
+        return None
+    profile = load_profile(folder, decoder)
+    if profile.record.refinement_steps:
+        print(f"the profile is of latents refined in {profile.record.refinement_steps} steps: not in the bundle")
+        return None
+    return profile
 
 
 def _holds(output: Path, inputs: dict[str, str]) -> bool:
@@ -220,6 +273,8 @@ def export_bundle(
     options: ExportArguments,
     inputs: dict[str, str] | None = None,
     trained_on: str | None = None,
+    encoder: GridEncoder | None = None,
+    profile: Profile | None = None,
 ) -> None:
     """Writes a bundle to ``options.output_dir``, whole or not at all; it takes the place of an older one.
 
@@ -230,6 +285,8 @@ def export_bundle(
         options: the command's flags; ``options.model`` is not read.
         inputs: what the bundle depends on, noted in the manifest.
         trained_on: the data's name, where it is known.
+        encoder: the model's, if it is to come too; ``options.encoder`` is not read.
+        profile: the model's reference profile, which comes with the encoder.
 
     Raises:
         UserError: a flag is out of range, the folder holds something else or a file in the way, the scheduler cannot
@@ -239,7 +296,7 @@ def export_bundle(
     from export.manifest import manifest_of
     from mnif.utils.process import public_name
 
-    selection = selection_of(model, options)
+    selection = replace(selection_of(model, options), encoder=encoder, profile=profile)
     compiles = options.compile_rtx == "on" or (options.compile_rtx == "auto" and rtx_is_installed())
     if options.compile_rtx == "on" and not rtx_is_installed():
         mend = "pip install 'mnif-diffusion[rtx]', or --compile_rtx off"
@@ -270,7 +327,7 @@ def _write_bundle(
     selection: Selection, options: ExportArguments, manifest: dict[str, Any], compiles: bool
 ) -> list[str]:
     """Writes a bundle beside its place, completes its manifest, moves it (or a delta) there; gives others' files."""
-    from export.bundle import put_in_place, write_device_files
+    from export.bundle import put_in_place, write_device_files, write_profile
     from export.delta import open_base, write_delta
     from export.readme import bundle_readme
     from export.triton import write_model_repository
@@ -280,6 +337,8 @@ def _write_bundle(
         (folder / "onnx").mkdir()
         reference = _write_graphs(selection, options, folder, manifest, compiles)
         np.savez_compressed(folder / "reference.npz", **reference)
+        if selection.profile is not None:
+            write_profile(folder, selection.profile)
         if options.weights:
             _write_weights(selection.decoder, folder / "weights.safetensors")
         write_device_files(folder)

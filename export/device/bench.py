@@ -184,13 +184,14 @@ def _subjects(folder: BundleFolder, name: str, backend: str, batch_sizes: list[i
 
 
 def _inputs(graph: dict[str, Any], size: int) -> dict[str, np.ndarray]:
-    """Draws uniform numbers in [-1, 1] of the best shapes, ``size`` along the batch."""
+    """Draws uniform numbers in [-1, 1], in masks ones, of the best shapes, ``size`` along the batch."""
     random = np.random.default_rng(0)
     arrays = {}
     for tensor in graph["inputs"]:
         best = graph["profile"][tensor["name"]]["optimum"]
         shape = [size if axis == "batch" else best[place] for place, axis in enumerate(tensor["shape"])]
-        arrays[tensor["name"]] = random.uniform(-1, 1, shape).astype(np.float32)
+        drawn = np.ones(shape) if tensor["name"] == "mask" else random.uniform(-1, 1, shape)
+        arrays[tensor["name"]] = drawn.astype(np.float32)
     return arrays
 
 

@@ -100,6 +100,14 @@ ENGINES = "engines"  # where plans lie; the manifest does not list what a device
 _GRAPH_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
+_WHY_NOT = {
+    "sampler": "samplers need a model with a prior",
+    "rays": "rays and points need a model of radiance fields",
+    "points": "rays and points need a model of radiance fields",
+    "encoder": "`mnif export --encoder` adds it, for models of `mnif fit --method encoder`",
+}
+
+
 class BundleError(Exception):
     """A bundle that is incomplete, changed or unusable, or a wish it cannot meet: one line for the user."""
 
@@ -142,6 +150,12 @@ _GRAPH = {
     "tolerance": ({"max_abs": float, "psnr": float}, None),
 }
 _RADIANCE = {"size": _AXES, "intrinsics": [float], "camera_distance": float}
+_PROFILE = {
+    "data": str,
+    "instances": _SIZE,
+    "false_alarm_rate": float,
+    "patches": [range(1, 1 << 12)],
+}
 _MANIFEST = {
     "signal": str,
     "decoder_fingerprint": str,
@@ -150,6 +164,8 @@ _MANIFEST = {
     "values": {"channels": range(1, 65), "padded_channels": range(1, 65)},
     "radiance": (_RADIANCE, None),
     "sampling": ({"latent_dim": range(1, 1 << 20), "num_inference_steps": [range(1, 10001)]}, None),
+    "profile": (_PROFILE, None),
+    "field": ({"sizes": _AXES, "last_layer": str}, None),
     "graphs": {str: _GRAPH},
     "files": {str: {"sha256": str, "bytes": range(1 << 40)}},
 }
@@ -236,7 +252,7 @@ class BundleFolder:
         if manifest.get("digest") != manifest_digest(manifest):
             raise BundleError(f"{file}: was changed after the export; export the bundle again")
         try:
-            check_form(manifest, _MANIFEST)
+            check_form({"profile": None, "field": None, **manifest}, _MANIFEST)  # earlier versions have neither
             _check_manifest(manifest)
         except ValueError as error:
             raise BundleError(f"{file}: {error}; export the bundle again") from None
@@ -269,7 +285,7 @@ class BundleFolder:
         found = [name for name in names if all(graphs[name].get(key) == each for key, each in conditions.items())]
         if not found:
             wish = "".join(f", {key} {value}" for key, value in conditions.items())
-            none = "none was exported: samplers need a model with a prior, rays and points one of radiance fields"
+            none = "none was exported: " + _WHY_NOT.get(kind, "another model, or other flags of `mnif export`")
             there = f"there are {', '.join(names)}" if names else none
             raise BundleError(f"{self.path}: no graph of kind {kind}{wish}; {there}")
         return found
@@ -294,7 +310,15 @@ class BundleFolder:
 
     def reference(self) -> dict[str, np.ndarray]:
         """Reads fixed inputs and their outputs in float64, by the names the manifest explains."""
-        content = io.BytesIO(self.read("reference.npz"))
+        return self.arrays("reference.npz")
+
+    def arrays(self, file: str) -> dict[str, np.ndarray]:
+        """Reads the arrays of an ``.npz`` file, by name.
+
+        Raises:
+            BundleError: it is damaged, or its hash is not the manifest's.
+        """
+        content = io.BytesIO(self.read(file))
         try:
             with zipfile.ZipFile(content) as archive:
                 for member in archive.infolist():
@@ -303,7 +327,7 @@ class BundleFolder:
             with np.load(content, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
         except _DAMAGED_ARCHIVE as error:
-            raise BundleError(f"{self.path / 'reference.npz'}: damaged ({error}); export the bundle again") from None
+            raise BundleError(f"{self.path / file}: damaged ({error}); export the bundle again") from None
 
     def read(self, file: str) -> bytes:
         """Reads a file's bytes, the very ones that were hashed.

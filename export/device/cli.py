@@ -10,7 +10,8 @@ import threading
 from pathlib import Path
 from typing import Any, Callable, NoReturn, Sequence
 
-from .bundle import BundleError
+from .backends import BACKENDS
+from .bundle import BundleError, check_writable
 
 MOST_THREADS = 1024  # backends fail in ways of their own above what a machine can start
 
@@ -48,6 +49,14 @@ class Parser(argparse.ArgumentParser):
         """Adds the flag for the bundle; a copy inside one has it by itself."""
         alone = self._bundle is None
         self.add_argument("--bundle", type=Path, default=self._bundle, required=alone, help="the bundle's folder")
+
+    def add_runtime(self) -> None:
+        """Adds the flags of what runs a graph."""
+        self.add_argument("--precision", choices=("fp32", "mixed"), help="default: what is there, fp32 first")
+        self.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
+        self.add_argument(
+            "--threads", type=number(0, MOST_THREADS), default=0, help="of a backend on the CPU; 0 lets it choose"
+        )
 
     def error(self, message: str) -> NoReturn:
         """Raises what :func:`run_command` shows."""
@@ -87,6 +96,24 @@ def _end(number: int, frame: Any) -> NoReturn:
 def printable(text: str) -> str:
     """Makes one line of a text that may hold a name from a manifest: what is no visible character is escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+_OF_OTHER_COMMANDS = (
+    *("run", "compare", "pilot", "manifest", "delta", "samples", "decode", "comparison", "metrics", "monitor"),
+    "scores",
+)  # their JSON files
+
+
+def check_output_folder(folder: Path, own: str | None = None) -> None:
+    """Makes sure, before any work is done, that a command may fill a folder; ``own`` is its JSON file, without suffix.
+
+    Raises:
+        BundleError: it is of another command, or nothing can be written there.
+    """
+    for name in _OF_OTHER_COMMANDS:
+        if name != own and (folder / f"{name}.json").exists():
+            raise BundleError(f"{folder} is of another command ({name}.json); choose another --output_dir")
+    check_writable(folder)
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

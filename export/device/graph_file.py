@@ -12,7 +12,7 @@ from typing import Any
 
 # What exports are made of: nothing here loops, calls another graph, or makes a tensor of a size that is data.
 _OPERATOR_NAMES = (
-    "Abs Add Cast Clip Concat DequantizeLinear Div Exp Gather Gemm Greater Less MatMul Max Min Mul Neg ReduceMax "
+    "Abs Add Cast Clip Concat DequantizeLinear Div Erf Exp Gather Gemm Greater Less MatMul Max Min Mul Neg ReduceMax "
     "ReduceMean ReduceMin ReduceSum Reshape Sigmoid Sin Softmax Softplus Split Sqrt Squeeze Sub TopK Transpose "
     "Unsqueeze Where"
 )

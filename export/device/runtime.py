@@ -185,6 +185,103 @@ class Decoder:
         return self._bundle.cut(self._bundle.run(self.name, coefficients)[0])
 
 
+class Encoded(NamedTuple):
+    """What an encoder makes of N observations.
+
+    Attributes:
+        latents: [N, latent_dim].
+        coefficients: [N, cells, layers, bases], for :class:`Decoder`.
+        fields: [N, cells, parameters], for :class:`Field`.
+        cell_residuals: [N, cells], mean squared errors of what they decode to over what was seen of each cell.
+        residual: [N], the same over all that was seen.
+        patch_statistics: [N, 4, patches], for :class:`export.device.gate.Gate`; None without a reference profile.
+    """
+
+    latents: np.ndarray
+    coefficients: np.ndarray
+    fields: np.ndarray
+    cell_residuals: np.ndarray
+    residual: np.ndarray
+    patch_statistics: np.ndarray | None = None
+
+
+class Encoder:
+    """Observations → latents, coefficients, and what these miss of the observations.
+
+    Args:
+        bundle: what to run.
+        precision: ``"fp32"`` or ``"mixed"``; None takes what is there, float32 first.
+
+    Attributes:
+        shape: of one observation, the points of each axis and then the channels.
+        latent_dim: numbers in a latent.
+
+    Raises:
+        BundleError: the bundle has no encoder.
+    """
+
+    def __init__(self, bundle: Bundle, precision: str | None = None):
+        self._bundle, self.name = bundle, bundle.folder.find_graphs("encoder", precision=precision)[0]
+        graph = bundle.folder.graph(self.name)
+        self.shape = tuple(entry(graph, "inputs", kind=list)[0]["shape"][1:])
+        self.latent_dim = entry(graph, "outputs", kind=list)[0]["shape"][-1]
+
+    def __call__(self, values: np.ndarray, mask: np.ndarray | None = None, batch_size: int = 16) -> Encoded:
+        """Encodes observations.
+
+        Args:
+            values: [N, *grid, channels] in [-1, 1].
+            mask: [1 or N, *grid], 1 for what was seen; None: all of it.
+            batch_size: at a time; changes speed and memory, not the result.
+
+        Raises:
+            BundleError: a shape does not fit, or the graph's file is missing or changed.
+        """
+        check_at_least("batch_size", batch_size, 1)
+        seen = np.broadcast_to(np.float32(1) if mask is None else mask, values.shape[:-1])
+        parts = [
+            self._bundle.run(self.name, values[begin : begin + batch_size], seen[begin : begin + batch_size])
+            for begin in range(0, len(values), batch_size)
+        ]
+        return Encoded(*(np.concatenate(each) for each in zip(*parts)))
+
+
+class Field:
+    """One instance's baked networks, evaluated by NumPy alone at any resolution.
+
+    Args:
+        manifest: of the bundle.
+        parameters: [cells, parameters], of :class:`Encoded`.
+
+    Raises:
+        BundleError: they are not of this bundle's fields.
+    """
+
+    def __init__(self, manifest: dict[str, Any], parameters: np.ndarray):
+        self._grid = entry(manifest, "grid", kind=dict)
+        field = entry(manifest, "field", kind=dict)
+        sizes, self._output_sine = entry(field, "sizes", kind=list), entry(field, "last_layer", kind=str) == "sine"
+        self._layers = []
+        at = 0
+        for inputs, outputs in zip(sizes, sizes[1:]):
+            weights, at = parameters[:, at : at + inputs * outputs], at + inputs * outputs
+            biases, at = parameters[:, at : at + outputs], at + outputs
+            self._layers.append((weights, biases, inputs, outputs))
+        if parameters.shape != (self._grid["cells"] ** self._grid["dimensions"], at):
+            raise BundleError(f"parameters {list(parameters.shape)} are not those of a field of this bundle")
+
+    def __call__(self, resolution: int | list[int]) -> np.ndarray:
+        """Evaluates values [resolution, ..., channels] in about [-1, 1]; one number is pixels along every axis."""
+        sizes = [resolution] * self._grid["dimensions"] if isinstance(resolution, int) else resolution
+        axes = [axis_cells(size, self._grid["cells"], float(self._grid["overlap"])) for size in sizes]
+        hidden = cell_points(axes)
+        for index, (weights, biases, inputs, outputs) in enumerate(self._layers):
+            hidden = hidden @ weights.reshape(-1, inputs, outputs) + biases[:, None]
+            if self._output_sine or index + 1 < len(self._layers):
+                hidden = np.sin(hidden)
+        return blend(hidden, axes)
+
+
 class Sampler:
     """Noise → new instances.
 

@@ -9,23 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from .backends import BACKENDS
-from .bundle import BundleError, check_writable, write_atomically
-from .cli import MOST_THREADS, Parser, number, run_command
+from .bundle import write_atomically
+from .cli import Parser, check_output_folder, number, run_command
 from .runtime import Bundle, Camera, Sampler, load_bundle, to_uint8, write_png
-
-_OF_OTHER_COMMANDS = (
-    "run",
-    "compare",
-    "pilot",
-    "manifest",
-    "delta",
-    "samples",
-    "decode",
-    "comparison",
-    "metrics",
-    "monitor",
-)  # their JSON
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,21 +22,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=number(0), default=0)
     parser.add_argument("--start", type=number(0), default=0, help="number of the first sample")
     parser.add_argument("--batch_size", type=number(1), default=16)
-    parser.add_argument("--precision", choices=("fp32", "mixed"), help="default: what is there, fp32 first")
     parser.add_argument("--steps", type=number(1), help="evaluations of the denoiser (default: the most)")
-    parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
-    parser.add_argument(
-        "--threads", type=number(0, MOST_THREADS), default=0, help="of a backend on the CPU; 0 lets it choose"
-    )
+    parser.add_runtime()
     parser.add_argument("--output_dir", type=Path, default=Path("samples"))
     return run_command(parser, arguments, _sample)
 
 
 def _sample(options: Any) -> int:
-    for name in _OF_OTHER_COMMANDS:
-        if (options.output_dir / f"{name}.json").exists():
-            raise BundleError(f"{options.output_dir} is of another command ({name}.json); choose another --output_dir")
-    check_writable(options.output_dir)
+    check_output_folder(options.output_dir)
     bundle = load_bundle(options.bundle, options.backend, options.threads)
     sampler = Sampler(bundle, options.precision, options.steps)
     begun = time.perf_counter()

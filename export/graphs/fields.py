@@ -36,9 +36,9 @@ _BATCHES = (1, 8, 64)
 _MOST_VALUES = 1 << 22  # of one batch; large grids come in smaller batches
 
 
-def batch_profile(model: onnx.ModelProto) -> Profile:
-    """Profiles a graph with one input and one output, whose first axis is the batch."""
-    most = _MOST_VALUES // int(np.prod([axis.dim_value for axis in axes_of(model.graph.output[0])[1:]]))
+def batch_profile(model: onnx.ModelProto, largest: onnx.ValueInfoProto | None = None) -> Profile:
+    """Profiles a graph whose first axes are the batch; ``largest`` is its largest tensor, default: the output."""
+    most = _MOST_VALUES // _numbers_of_one(largest or model.graph.output[0])
     return profile_of(
         model, **{size: {"batch": min(n, max(most, 1))} for size, n in zip(PROFILE_SIZES, _BATCHES, strict=True)}
     )
@@ -294,7 +294,10 @@ def _bake_each(decoder: MNIFModel, latents: Tensor) -> Iterator[BakedField]:
             yield BakedField(fields.shapes, params, fields.output_sine)
 
 
-def reference_count(model: onnx.ModelProto) -> int:
-    """Counts the instances in the reference of a graph whose first axis is the batch."""
-    values = np.prod([axis.dim_value for axis in model.graph.output[0].type.tensor_type.shape.dim[1:]])
-    return int(np.clip(_REFERENCE_VALUES // values, 1, _REFERENCES))
+def reference_count(model: onnx.ModelProto, largest: onnx.ValueInfoProto | None = None) -> int:
+    """Counts the instances in the reference of a graph whose first axes are the batch, as :func:`batch_profile`."""
+    return int(np.clip(_REFERENCE_VALUES // _numbers_of_one(largest or model.graph.output[0]), 1, _REFERENCES))
+
+
+def _numbers_of_one(tensor: onnx.ValueInfoProto) -> int:
+    return int(np.prod([axis.dim_value for axis in axes_of(tensor)[1:]]))

@@ -30,7 +30,7 @@ PARTS: dict[Precision, dict[str, str]] = {
     "mixed": {"products": "float16", "first_layer": "float32", "biases": "float32", "sines": "float32"},
 }
 
-_HIDDEN = re.compile(r"layer_[1-9]\d*/product|step_\d+/.+")
+_HIDDEN = re.compile(r"layer_[1-9]\d*/product|step_\d+/.+|encoder/(?!read$).+")
 
 _LARGE = 4096  # numbers; smaller matrices are not worth a node
 
@@ -39,7 +39,7 @@ _INT8_WEIGHTS = re.compile(r"denoiser\.blocks\.|decoder\.(later\.\d+\.)?coeffici
 
 
 def hidden_products(model: onnx.ModelProto) -> list[str]:
-    """Names the products that *mixed* takes in float16: hidden layers of fields, and those of the denoiser."""
+    """Names the products that *mixed* takes in float16: hidden layers of fields and encoder, and the denoiser's."""
     return [
         node.name for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and _HIDDEN.fullmatch(node.name)
     ]

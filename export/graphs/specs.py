@@ -74,6 +74,12 @@ class GraphKind:
 KINDS = {
     "sampler": GraphKind("standard normal noise to {end}, {steps} unrolled.", precision="sampler", served=True),
     "decoder": GraphKind("mixture coefficients to values on the grid, {grid} points.", served=True),
+    "encoder": GraphKind(
+        "an observation at the training resolution, and where it was seen, to its latent, its mixture coefficients, "
+        "the fields baked of these, and the mean squared error of what they show: of each of {cells} cell(s), and of "
+        "the whole.",
+        served=True,
+    ),
     "rays": GraphKind(
         "origins and directions (of length one) to colours, in world coordinates, the volume rendering inside."
     ),

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from mnif.commands.fit import AUGMENTATIONS, FitArguments, bare_steps, fit, with_preset
+from mnif.commands.fit import fit
 from mnif.comparison.engine import BUDGETS, ComparisonFlags, Run, StageOne, opened, settle_budget
+from mnif.training.assembly import bare_steps
+from mnif.training.fit_arguments import AUGMENTATIONS, FitArguments, with_preset
 from mnif.training.run_record import read_metrics_log
 from mnif.utils.args import parse_given
 from mnif.utils.errors import UserError
@@ -22,7 +24,7 @@ _TRAIN_SECONDS = 480.0
 # What is compared on, and what the process can have only once: no variant may differ in it.
 _COMMON = {*BUDGETS, "data", "output_dir", "signal", "preset", "dry_run", "resolution", "channels", "method"}
 _COMMON |= {"held_out_fraction", "test_fraction", "held_out_views", "max_views", "near", "far", "background"}
-_COMMON |= {"mixed_precision", "resume_from_checkpoint", "report_to", "tracker_project_name"}
+_COMMON |= {"mixed_precision", "allow_tf32", "resume_from_checkpoint", "report_to", "tracker_project_name"}
 
 
 @dataclass(kw_only=True)

@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mnif.commands.fit import AUGMENTATIONS, FitArguments, MethodFlags, OptimizerFlags, learn, make_method
 from mnif.data.dataset import Dataset, Split
 from mnif.training.arguments import TrainingArguments
+from mnif.training.assembly import learn, make_method
+from mnif.training.fit_arguments import AUGMENTATIONS, FitArguments, MethodFlags, OptimizerFlags
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least

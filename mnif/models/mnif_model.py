@@ -180,6 +180,13 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         """What coefficients are divided by: the square root of the number of bases of the first generation."""
         return math.sqrt(self.generations[0])
 
+    def all_bases(self) -> list[Float[Tensor, "bases parameters"]]:
+        """Gives the bases of all generations, [M, parameters] for each mixed layer."""
+        return [
+            torch.cat([bases, *(growth.bases[index] for growth in self.later)])
+            for index, bases in enumerate(self.bases)
+        ]
+
     def split_latents(self, latents: Float[Tensor, "batch latent_dim"]) -> list[Float[Tensor, "batch part"]]:
         """Splits latents [B, D] into the numbers of each generation; each token has some of every one."""
         if not self.later:

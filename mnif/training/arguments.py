@@ -54,6 +54,8 @@ class MachineFlags:
 
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Precision of autocast; default: what `accelerate launch` says, by its flag or `accelerate config`; else no."""
+    allow_tf32: bool = False
+    """Let an NVIDIA GPU round what it multiplies to TensorFloat-32: float32 products several times as fast."""
     dataloader_num_workers: int = 0
     """Worker processes that load data; 0 loads in the training process."""
     compile: Literal["auto", "on", "off"] = "auto"

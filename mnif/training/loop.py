@@ -72,6 +72,8 @@ def check_machine(arguments: TrainingArguments) -> None:
         raise UserError(f"--mixed_precision {precision}{whose}: must be one of no, fp16, bf16")
     if precision == "fp16" and default_device().type == "cpu":
         raise UserError(f"--mixed_precision fp16{whose}: needs a GPU, and there is none here; take bf16 or no")
+    if arguments.allow_tf32 and default_device().type != "cuda":
+        raise UserError("--allow_tf32: needs an NVIDIA GPU, and there is none here; leave it out")
     arguments.mixed_precision = cast(Literal["no", "fp16", "bf16"], precision)
 
 
@@ -82,6 +84,8 @@ def make_accelerator(arguments: TrainingArguments, folder: Path) -> Accelerator:
         UserError: as :func:`check_machine`.
     """
     check_machine(arguments)
+    if arguments.allow_tf32:
+        torch.set_float32_matmul_precision("high")  # the fields' kernels go by it too
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # else processes on CPUs stay apart
         mixed_precision=arguments.mixed_precision,

@@ -1,5 +1,6 @@
 """The three ways of learning bases: what each minimises in a step of training, what moves it, and how good it is."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 
@@ -73,6 +74,15 @@ class EncoderMethod(LearningMethod):
         latents = self.latents(observation, row)
         latents = latents + self.latent_noise * generator.normal(latents.shape[1])
         return self.signal.per_instance_loss(self.decoder, latents, self.signal.subsample(observation)).mean()
+
+    def bits_per_instance(self) -> float:
+        """Computes what a latent carries past its noise: D/2 · log2(1 + 1/σ²) bits, infinite without noise.
+
+        That is the capacity of D Gaussian channels (Shannon, 1949), for the encoder gives its numbers unit variance.
+        """
+        if not self.latent_noise:
+            return math.inf
+        return self.decoder.config.latent_dim / 2 * math.log2(1 + self.latent_noise**-2)
 
     def latents(self, observation: Observation, row: Tensor) -> Tensor:
         """The encoder's."""

@@ -21,7 +21,7 @@ from mnif.models.io import load_component, save_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Signal
 from mnif.training.checkpoints import newest_checkpoint
-from mnif.training.methods import AutoDecoderMethod, LearningMethod
+from mnif.training.methods import AutoDecoderMethod, EncoderMethod, LearningMethod
 from mnif.utils.errors import UserError
 from mnif.utils.pixels import image_grid, save_image
 from mnif.utils.process import peak_memory_megabytes
@@ -84,6 +84,8 @@ def save_results(
     if any("_pca_" in name for name in metrics):
         for warning in pca_warnings(decoder.config.latent_dim, len(train_rows)):
             print(f"warning: {warning}")
+    if isinstance(method, EncoderMethod) and method.latent_noise:
+        metrics["bits_per_instance"] = method.bits_per_instance()
     return metrics | _costs(decoder)
 
 

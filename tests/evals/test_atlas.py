@@ -31,6 +31,7 @@ FORMS: list[dict[str, Any]] = [
     {"mixing": "average", "coefficient_form": "direct", "latent_dim": None},
     {"tokens": 2},
     {"cells": 1, "output_sine": True},
+    {"num_bases": 5, "latent_dim": 11, "growths": [{"num_bases": 2, "latent_dim": 3}]},
 ]
 
 
@@ -39,8 +40,9 @@ def small(**changes: Any) -> MNIFModel:
     torch.manual_seed(0)
     shape = {"resolution": 8, "cells": 2, "num_bases": 3, "width": 6, "depth": 1, "latent_dim": 8, "omega": 4.0}
     model = MNIFModel(**(shape | changes))
-    if isinstance(model.coefficient_map, torch.nn.Linear):
-        torch.nn.init.normal_(model.coefficient_map.weight, std=0.3)
+    for mapping in (model.coefficient_map, *(growth.coefficient_map for growth in model.later)):
+        if isinstance(mapping, torch.nn.Linear):
+            torch.nn.init.normal_(mapping.weight, std=0.3)
     return model.eval().requires_grad_(False)
 
 

@@ -19,14 +19,14 @@ from mnif.cli import main
 from mnif.latents.table import LatentTable
 from mnif.utils.json_files import read_json
 from tests.conftest import small_pipeline
-from tests.fakes.onnx_rules import DENOISER, FIELDS, PRECISION, check_output_type, run
+from tests.fakes.onnx_rules import DENOISER, ENCODER, FIELDS, PRECISION, check_output_type, run
 
 
 def test_every_graph_says_what_it_is(exported: Path) -> None:
     folder = BundleFolder(exported)
     for name, entry in folder.manifest["graphs"].items():
         model = onnx.load_from_string(folder.onnx(name))  # the board's reader takes it
-        check_output_type(model, FIELDS | DENOISER | PRECISION)
+        check_output_type(model, FIELDS | DENOISER | ENCODER | PRECISION)
         facts = {each.key: each.value for each in model.metadata_props}
         assert model.graph.name == name
         assert model.doc_string.startswith(f"{entry['kind']}: ")

@@ -17,7 +17,7 @@ from export.device import backends, build, cuda, sample, tensorrt, tensorrt_grap
 from export.device.bundle import ENGINES, BundleError, BundleFolder
 from export.device.cuda import Cuda, CudaError
 from export.device.plans import PlanRefused, plan_key, read_plan, sidecar_path, write_plan
-from export.device.runtime import Decoder, Sampler, load_bundle
+from export.device.runtime import Decoder, Encoder, Sampler, load_bundle
 from mnif.cli import main
 from tests.conftest import small_decoder, small_pipeline
 from tests.fakes.cuda import RecordedDriver
@@ -62,13 +62,17 @@ def board(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bo
 @pytest.mark.parametrize("version", VERSIONS)
 def test_engines_answer_as_onnx_runtime_does(board: Board, version: str) -> None:
     board.move(version)
-    assert board.build("--graphs", "decoder", "sampler_1", "--batch_sizes", "1", "4") == 0
+    assert board.build("--graphs", "decoder", "encoder", "sampler_1", "--batch_sizes", "1", "4") == 0
     ours, theirs = load_bundle(board.folder, "tensorrt"), load_bundle(board.folder, "onnxruntime")
     for batch in (1, 3, 4, 3, 1):
         found, expected = (Sampler(each, "fp32", 1)(batch, seed=batch) for each in (ours, theirs))
         np.testing.assert_allclose(found, expected, atol=1e-5)
     random = np.random.default_rng(0).standard_normal((2, 4, 2, 6)).astype(np.float32)
     np.testing.assert_allclose(Decoder(ours)(random), Decoder(theirs)(random), atol=1e-5)
+    values = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+    found, expected = (Encoder(each)(values)[:5] for each in (ours, theirs))
+    for answer, wanted in zip(found, expected, strict=True):
+        np.testing.assert_allclose(answer, wanted, atol=1e-5)
 
 
 def test_one_graph_launch_a_call_and_nothing_made_twice(board: Board) -> None:

@@ -12,6 +12,7 @@ from latent_prior.denoisers import TransformerDenoiser
 from latent_prior.pipeline import MNIFPipeline
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
+from tests.conftest import small_encoder
 
 PROFILE = {"noise": {"minimum": (1, 4), "optimum": (8, 4), "maximum": (64, 4)}}
 
@@ -22,7 +23,9 @@ def test_every_graph_compiles_without_a_gpu(pipeline: MNIFPipeline, tmp_path: Pa
     radiance = MNIFModel(
         channels=4, dimensions=3, num_bases=4, width=8, depth=1, latent_dim=6, cells=2, **signal
     ).eval()
-    pictures = Selection(pipeline.decoder, pipeline, resolution=16, steps=[2], num_baked=1, seed=0)
+    pictures = Selection(
+        pipeline.decoder, pipeline, resolution=16, steps=[2], num_baked=1, seed=0, encoder=small_encoder()
+    )
     objects = Selection(radiance, None, resolution=6, steps=[], num_baked=0, seed=0)
     decoder = MNIFModel(num_bases=4, width=8, depth=1, latent_dim=8, cells=2, tokens=2).eval()
     denoiser = TransformerDenoiser(8, 4, 64, 1, decoder_fingerprint=decoder.fingerprint()).eval()
@@ -37,7 +40,7 @@ def test_every_graph_compiles_without_a_gpu(pipeline: MNIFPipeline, tmp_path: Pa
             assert report.plan_bytes > 0
             assert "8.6" in report.compute_capabilities
             names.append(form.name)
-    kinds = ["decoder", "sampler_2", "baked_0000", "decoder", "rays", "points", "sampler_2"]
+    kinds = ["decoder", "encoder", "sampler_2", "baked_0000", "decoder", "rays", "points", "sampler_2"]
     assert names == [name for kind in kinds for name in (kind, f"{kind}_mixed")]
 
 

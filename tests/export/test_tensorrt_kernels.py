@@ -17,6 +17,8 @@ BUDGET = {
     "baked_0000_mixed": 5,
     "decoder": 11,
     "decoder_mixed": 11,
+    "encoder": 36,
+    "encoder_mixed": 36,
     "sampler_1": 22,
     "sampler_1_mixed": 22,
     "sampler_3": 40,

@@ -118,7 +118,7 @@ def run_polygraphy(folder: Path, *commands: list[str]) -> subprocess.CompletedPr
 def test_polygraphy_takes_the_lines(exported: Path, generation: Generation, tmp_path: Path) -> None:
     """Its own parser does, and what it would run is right: without TensorRT it writes that as Python."""
     commands, scripts = [], {}
-    for name in ("decoder", "decoder_mixed", "sampler_3_mixed"):
+    for name in ("decoder", "decoder_mixed", "encoder", "sampler_3_mixed"):
         graph = BundleFolder(exported).graph(name) | {"has_int8": name.startswith("sampler")}
         inspect, *runs = (shlex.split(line)[1:] for line in polygraphy_commands(graph, generation))
         assert len(runs) == (generation.strongly_typed or not graph["half"])
@@ -128,16 +128,17 @@ def test_polygraphy_takes_the_lines(exported: Path, generation: Generation, tmp_
         commands.append(inspect)
     done = run_polygraphy(exported, *commands)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("| Model: ") == 3 or "layer_1/product" in done.stdout
+    assert done.stdout.count("| Model: ") == 4 or "layer_1/product" in done.stdout
     for script, graph in scripts.items():
         text = script.read_text()
         ast.parse(text)
         assert ("strongly_typed=True" in text) == (generation is OPTING)
         assert "OnnxrtRunner" in text
         assert "TrtRunner" in text
-        ((source, sizes),) = graph["profile"].items()
-        assert f".add('{source}', min={sizes['minimum']}, opt={sizes['optimum']}, max={sizes['maximum']})" in text
-        assert "val_range=[(-1, 1)]" in text or "val_range={'': (-1, 1)}" in text
+        for source, sizes in graph["profile"].items():
+            assert f".add('{source}', min={sizes['minimum']}, opt={sizes['optimum']}, max={sizes['maximum']})" in text
+        ranges = "{'mask': (0, 1), '': (-1, 1)}" if "mask" in graph["profile"] else "{'': (-1, 1)}"
+        assert f"val_range={ranges}" in text or ("val_range=[(-1, 1)]" in text and "mask" not in graph["profile"])
 
 
 def test_a_flag_that_polygraphy_does_not_know_is_noticed(exported: Path) -> None:

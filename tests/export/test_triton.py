@@ -12,6 +12,7 @@ from onnx import TensorProto
 from export.commands.export import ExportArguments, export_bundle
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
+from tests.conftest import small_encoder
 
 model_config_pb2 = pytest.importorskip("tritonclient.grpc.model_config_pb2", reason="tritonclient is not installed")
 
@@ -30,7 +31,7 @@ def repository(pipeline: MNIFPipeline, tmp_path: Path) -> Path:
         triton=True,
         compile_rtx="off",
     )
-    export_bundle(pipeline, options)
+    export_bundle(pipeline, options, encoder=small_encoder())
     return options.output_dir / "triton"
 
 
@@ -42,7 +43,7 @@ def configurations(repository: Path) -> list[tuple[Path, object]]:
 
 def test_repository_holds_what_triton_looks_for(repository: Path) -> None:
     names = sorted(path.name for path in repository.iterdir())
-    assert {"decoder", "decoder_mixed", "sampler_1", "sampler_4_mixed"} <= set(names)
+    assert {"decoder", "decoder_mixed", "encoder", "sampler_1", "sampler_4_mixed"} <= set(names)
     assert not [name for name in names if name.startswith("baked")]
     for name in names:
         assert sorted(path.relative_to(repository / name).as_posix() for path in (repository / name).rglob("*.*")) == [
@@ -71,7 +72,9 @@ def test_configurations_follow_the_schema_and_the_graphs(repository: Path) -> No
                 kind = tensor.type.tensor_type
                 first, *rest = kind.shape.dim
                 assert first.dim_param  # Triton puts its batch in front of dims
-                assert list(each.dims) == [axis.dim_value for axis in rest]
+                assert list(each.dims) == ([axis.dim_value for axis in rest] or [1])  # dims are never empty
+                assert each.HasField("reshape") == (not rest)
+                assert not each.reshape.shape
                 assert model_config_pb2.DataType.Name(each.data_type) == TYPES[kind.elem_type]
 
 
@@ -101,11 +104,14 @@ def test_served_models_answer_up_to_the_largest_batch(repository: Path) -> None:
         if path.name != "config.pbtxt":
             continue
         session = onnxruntime.InferenceSession(path.parent / "1/model.onnx")
-        (source,), (result,) = config.input, config.output
         for batch in (1, config.max_batch_size):
-            noise = initial_noise(0, range(batch), int(np.prod(source.dims)))
-            (answer,) = session.run([result.name], {source.name: noise.reshape(batch, *source.dims)})
-            assert answer.shape == (batch, *result.dims)
+            inputs = {
+                each.name: initial_noise(0, range(batch), int(np.prod(each.dims))).reshape(batch, *each.dims)
+                for each in config.input
+            }
+            answers = session.run([each.name for each in config.output], inputs)
+            for answer, each in zip(answers, config.output, strict=True):
+                assert answer.shape == (batch, *([] if each.HasField("reshape") else each.dims))
 
 
 def test_schema_refuses_what_is_not_in_it(repository: Path) -> None:

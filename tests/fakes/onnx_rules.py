@@ -25,6 +25,7 @@ RENDERING = {
     "ReduceSum",
 }
 RENDERING |= {"Softplus", "Squeeze", "Unsqueeze", "Where"}
+ENCODER = {"Erf", "Max", "ReduceMax", "ReduceSum", "Softmax", "Unsqueeze"}
 SPARSE = {"Abs", "Clip", "Div", "Max", "TopK"}
 PRECISION = {"Cast", "DequantizeLinear"}
 

@@ -16,8 +16,8 @@ from evals.commands.report import RunFigures
 from evals.metrics.frechet import load_moments, moments_of, save_moments
 from latent_prior.model_card import write_model_card
 from mnif.cli import main
-from mnif.commands.fit import FitArguments
 from mnif.latents.table import LatentTable
+from mnif.training.fit_arguments import FitArguments
 from mnif.training.run_record import MetricsLog, begin_stage, read_metrics_log, read_run_record
 from mnif.utils.errors import UserError
 from mnif.utils.flag_files import preset_values, read_config, read_preset, write_config

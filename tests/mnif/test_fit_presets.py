@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from mnif.cli import main
-from mnif.commands.fit import PRESETS, parse_fit_arguments
+from mnif.commands.fit import parse_fit_arguments
 from mnif.models.mnif_model import MNIFModel
+from mnif.training.fit_arguments import PRESETS
 from mnif.utils.errors import UserError
 from mnif.utils.flag_files import preset_names
 

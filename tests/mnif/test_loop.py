@@ -456,3 +456,10 @@ def test_a_precision_that_is_not_to_be_had_is_refused(tmp_path: Path, monkeypatc
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
     with pytest.raises(UserError, match=r"--mixed_precision fp8 \(of accelerate\): must be one of no, fp16, bf16"):
         run(tmp_path / "b")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there, which rounds as it is told")
+def test_tf32_needs_a_card_that_has_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--allow_tf32: needs an NVIDIA GPU, and there is none here; leave it out"):
+        make_accelerator(TrainingArguments(allow_tf32=True), tmp_path)
+    assert torch.get_float32_matmul_precision() == "highest"

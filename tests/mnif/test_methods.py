@@ -221,3 +221,10 @@ def test_psnr_is_that_of_the_same_pictures_on_zero_to_one() -> None:
     a, b = torch.rand(1, 8, 8, 3), torch.rand(1, 8, 8, 3)
     expected = torchmetrics.PeakSignalNoiseRatio(data_range=1.0)(a, b)
     torch.testing.assert_close(psnr(a * 2 - 1, b * 2 - 1)[0], expected)
+
+
+@pytest.mark.parametrize(("noise", "bits"), [(1.0, 64.0), (0.3, 64 * 3.598259), (0.0, float("inf"))])
+def test_noise_is_a_rate(decoder: MNIFModel, signal: Image, noise: float, bits: float) -> None:
+    wide = MNIFModel(resolution=16, num_bases=2, width=8, depth=1, latent_dim=128)
+    method = EncoderMethod(wide, signal, torch.nn.Identity(), noise)
+    assert method.bits_per_instance() == pytest.approx(bits, rel=1e-6)

@@ -1,0 +1,117 @@
+"""Nodes from latents to mixture coefficients, as :class:`mnif.models.mnif_model.MNIFModel` maps them."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from export.graphs.builder import GraphBuilder
+from mnif.models.mnif_model import MNIFModel
+from mnif.models.sparse_coefficients import FADE, floor_of
+from mnif.models.token_map import TokenMap
+
+
+def coefficients_of(builder: GraphBuilder, decoder: MNIFModel, latents: str) -> str:
+    """Maps latents [batch, latent_dim] to coefficients [batch, cells · layers · bases], as the model does."""
+    scale = decoder.generations[0] ** -0.5
+    first, *later = _split_latents(builder, decoder, latents)
+    if decoder.coefficient_map is None and decoder.config.mixing == "average":
+        first = builder.add("Add", [first, builder.number(1.0)], "coefficients/shifted")
+    mapped = _mapped(builder, decoder.coefficient_map, "coefficient_map", first, scale, "coefficients/flat")
+    if (active := decoder.config.coefficient_sparsity) is not None:
+        mapped = _keep_largest(builder, mapped, decoder.generations[0], active)
+    for number, (growth, part) in enumerate(zip(decoder.later, later, strict=True)):
+        weights, name = f"later.{number}.coefficient_map", f"coefficients/{number + 1}"
+        said = _mapped(builder, growth.coefficient_map, weights, part, scale, f"{name}/said")
+        mapped = _grown_coefficients(builder, decoder, number + 1, mapped, said, name)
+    if decoder.config.coefficient_form != "shared":
+        return mapped
+    by_cell = builder.reshape(mapped, (-1, 1, decoder.config.num_bases), "coefficients/shared")
+    return builder.add("Concat", [by_cell] * len(decoder.bases), "coefficients/by_layer", axis=1)
+
+
+def _keep_largest(builder: GraphBuilder, coefficients: str, num_bases: int, active: int) -> str:
+    """Shrinks all but ``active`` of each ``num_bases`` to zero, as :mod:`mnif.models.sparse_coefficients` does."""
+    name = "coefficients/sparse"
+    rows = builder.reshape(coefficients, (-1, num_bases), f"{name}/rows")
+    sizes = builder.add("Abs", [rows], f"{name}/sizes")
+    place = builder.constant(f"{name}/place", np.array([active], dtype=np.int64))
+    largest = builder.largest(sizes, active + 1, f"{name}/largest")
+    threshold = builder.add("Gather", [largest, place], f"{name}/threshold", axis=1)
+    above = builder.add("Sub", [sizes, threshold], f"{name}/above")
+    least = builder.add("Max", [threshold, builder.number(floor_of(torch.float32))], f"{name}/divisor")
+    faded = builder.add("Mul", [least, builder.number(FADE)], f"{name}/faded")
+    share = builder.add("Div", [above, faded], f"{name}/share")
+    share = builder.add("Clip", [share, builder.scalar(0.0), builder.scalar(1.0)], f"{name}/kept")
+    return builder.add("Mul", [rows, share], name)
+
+
+def _split_latents(builder: GraphBuilder, decoder: MNIFModel, latents: str) -> list[str]:
+    """Splits latents into the numbers of each generation, [batch, numbers]; each token has some of every one."""
+    if not decoder.later:
+        return [latents]
+    count = decoder.num_tokens
+    tokens = builder.reshape(latents, (-1, count, decoder.config.latent_dim // count), "latents/tokens")
+    names = [f"latents/of_{number}" for number in range(len(decoder.latent_parts))]
+    parts = builder.split(tokens, decoder.latent_parts, names)
+    sizes = zip(parts, decoder.latent_parts, strict=True)
+    return [builder.reshape(part, (-1, count * numbers), f"{part}/flat") for part, numbers in sizes]
+
+
+def _grown_coefficients(
+    builder: GraphBuilder, decoder: MNIFModel, generation: int, before: str, said: str, name: str
+) -> str:
+    """Adds what a generation's numbers say to the coefficients before, as :class:`mnif.models.growth.Growth` does."""
+    vectors = decoder.num_cells * (1 if decoder.config.coefficient_form == "shared" else len(decoder.bases))
+    earlier, added = sum(decoder.generations[:generation]), decoder.generations[generation]
+    before = builder.reshape(before, (-1, vectors, earlier), f"{name}/before")
+    if decoder.coefficient_map is None:
+        new = builder.reshape(said, (-1, vectors, added), f"{name}/new")
+    else:
+        said = builder.reshape(said, (-1, vectors, earlier + added), f"{name}/apart")
+        old, new = builder.split(said, (earlier, added), [f"{name}/old", f"{name}/new"])
+        before = builder.add("Add", [before, old], f"{name}/sum")
+    every = builder.add("Concat", [before, new], f"{name}/all", axis=2)
+    return builder.reshape(every, (-1, vectors * (earlier + added)), f"{name}/flat")
+
+
+def _mapped(
+    builder: GraphBuilder, mapping: nn.Linear | TokenMap | None, weights: str, numbers: str, scale: float, name: str
+) -> str:
+    """Maps numbers [batch, n] to coefficients times ``scale``; ``weights`` names the map among the decoder's parts."""
+    if mapping is None:
+        return builder.add("Mul", [numbers, builder.number(scale)], name)
+    if isinstance(mapping, TokenMap):
+        return builder.add("Mul", [_map_tokens(builder, mapping, weights, numbers), builder.number(scale)], name)
+    weight = builder.constant(f"decoder.{weights}.weight", mapping.weight)
+    bias = None if mapping.bias is None else builder.constant(f"decoder.{weights}.bias", mapping.bias)
+    return builder.linear(numbers, weight, bias, name, scale=scale)
+
+
+def _map_tokens(builder: GraphBuilder, mapping: TokenMap, weights: str, latents: str) -> str:
+    """Maps latents of tokens to coefficients as :class:`mnif.models.token_map.TokenMap` does: a row is a token."""
+    parameters = dict(mapping.named_parameters())
+    place = weights.replace("coefficient_map", "tokens")
+
+    def weight_named(parameter: str) -> str | None:
+        name = f"decoder.{weights}.{parameter}"
+        return builder.constant(name, parameters[parameter]) if parameter in parameters else None
+
+    count, heard = mapping.around.shape
+    tokens = builder.reshape(latents, (-1, count, mapping.read.in_features // heard), place)
+    around = builder.constant("tokens/around", mapping.around.flatten())
+    tokens = builder.add("Gather", [tokens, around], f"{place}/heard", axis=1)
+    rows = builder.reshape(tokens, (-1, mapping.read.in_features), f"{place}/rows")
+    read = builder.constant(f"decoder.{weights}.read.weight", mapping.read.weight)
+    hidden = builder.linear(rows, read, weight_named("read.bias"), f"{place}/read")
+    hidden = builder.add("Mul", [hidden, builder.add("Sigmoid", [hidden], f"{place}/sigmoid")], f"{place}/silu")
+    write = builder.constant(f"decoder.{weights}.write.weight", mapping.write.weight)
+    mapped = builder.add("Gemm", [hidden, write], f"{place}/write", transB=1)
+    cells = len(mapping.order)
+    of_a_cell = mapping.write.out_features * count // cells
+    mapped = builder.reshape(mapped, (-1, cells, of_a_cell), f"{place}/by_cell")
+    if cells > count:
+        order = builder.constant("tokens/order", mapping.order)
+        mapped = builder.add("Gather", [mapped, order], f"{place}/in_order", axis=1)
+    mapped = builder.reshape(mapped, (-1, cells * of_a_cell), f"{place}/flat")
+    bias = weight_named("bias")
+    return mapped if bias is None else builder.add("Add", [mapped, bias], f"{place}/coefficients")
