@@ -30,12 +30,13 @@ from export.device import runtime
 from export.device.bundle import BundleError
 from export.device.runtime import Sampler, load_bundle
 from mnif.data.dataset import Split
-from mnif.data.images import ImageData, array_source, image_files, image_size, load_images
+from mnif.data.images import ImageData, array_source, holds_files, image_files, image_size, load_images, open_file
+from mnif.data.shards import ShardMember
 from mnif.data.source import DataSource, readable
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_file
-from mnif.utils.pixels import open_image, to_uint8
+from mnif.utils.pixels import to_uint8
 
 _BESIDE_SAMPLES = (".json", ".jsonl", ".safetensors", ".md", ".html", ".log")  # what commands write there themselves
 
@@ -52,13 +53,12 @@ def data_images(data: ImageData) -> IndexedImages:
 
 
 def sample_images(source: str) -> IndexedImages:
-    """Reads the pictures in a folder, ``.npz`` or ``.npy`` file, in the order of their names.
+    """Reads the pictures in a folder, tar shards, ``.npz`` or ``.npy`` file, in the order of their names.
 
     Raises:
         UserError: there are fewer than two, something else is among them, they differ in size or are not RGB.
     """
-    data = DataSource(source)
-    found = _folder_images(data) if data.path.is_dir() else _file_images(Path(source))
+    found = _images_of_files(DataSource(source)) if holds_files(source) else _array_images(Path(source))
     if found.count < 2:
         raise UserError(f"--samples {source}: {found.count} picture; at least 2 are needed")
     return found
@@ -108,42 +108,46 @@ def bundle_images(folder: Path, count: int, seed: int) -> IndexedImages:
     return IndexedImages(count, (shape[1], shape[2]), fingerprint, read)
 
 
-def _folder_images(data: DataSource) -> IndexedImages:
-    folder, files = data.path, image_files(data.name)
-    strangers = [
-        path.name
-        for path in sorted(folder.iterdir() if data.pattern is None else ())
-        if path.is_file() and not path.name.startswith(".") and path.suffix.lower() not in _BESIDE_SAMPLES
-    ]
-    for name in strangers:
-        if readable(name) not in files and not any(file.startswith(f"{name}/") for file in files):
-            raise UserError(f"{folder / name}: no picture; move it away from the samples")
+def _images_of_files(data: DataSource) -> IndexedImages:
+    files = image_files(data.name)
+    if data.path.is_dir() and data.pattern is None:
+        shards = any(isinstance(file, ShardMember) for file in files.values())
+        _refuse_strangers(data.path, set(files), _BESIDE_SAMPLES + ((".tar",) if shards else ()))
     digest, sizes = hashlib.sha256(), Counter[tuple[int, int]]()
-    for name, path in files.items():
-        with open_image(path) as image:
+    for name, file in files.items():
+        with open_file(file) as image:
             sizes[image.height, image.width] += 1
             if image.mode not in ("RGB", "P") or "transparency" in image.info:
-                raise UserError(f"{path}: a picture of mode {image.mode}; RGB without transparency is needed")
+                raise UserError(f"{file}: a picture of mode {image.mode}; RGB without transparency is needed")
             if len(sizes) > 1:
                 ((height, width), _), *_ = sizes.most_common()
                 raise UserError(
-                    f"{path}: {image.height}×{image.width} pixels where the others have {height}×{width}; "
+                    f"{file}: {image.height}×{image.width} pixels where the others have {height}×{width}; "
                     "samples of one size are needed"
                 )
-        digest.update(f"{name} {sha256_of_file(path)}\n".encode())
-    paths, (size,) = list(files.values()), sizes
+        digest.update(f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    listed, (size,) = list(files.values()), sizes
 
     def read(rows: range) -> np.ndarray:
         images = []
-        for path in paths[rows.start : rows.stop]:
-            with open_image(path) as image:
+        for file in listed[rows.start : rows.stop]:
+            with open_file(file) as image:
                 images.append(np.asarray(image.convert("RGB")))
         return np.stack(images)
 
-    return IndexedImages(len(paths), size, digest.hexdigest(), read)
+    return IndexedImages(len(listed), size, digest.hexdigest(), read)
 
 
-def _file_images(path: Path) -> IndexedImages:
+def _refuse_strangers(folder: Path, names: set[str], beside: tuple[str, ...]) -> None:
+    """Raises a UserError for a file in a folder of samples that is none of ``names`` and has another suffix."""
+    for path in sorted(folder.iterdir()):
+        if not path.is_file() or path.name.startswith(".") or path.suffix.lower() in beside:
+            continue
+        if readable(path.name) not in names and not any(name.startswith(f"{path.name}/") for name in names):
+            raise UserError(f"{path}: no picture; move it away from the samples")
+
+
+def _array_images(path: Path) -> IndexedImages:
     size = image_size(str(path))
     images = array_source(path).array
     if images is not None and images.shape[3:] != (3,):

@@ -3,7 +3,7 @@
 A source yields its pictures one at a time; each is opened and brought to a size and a number of channels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
@@ -19,6 +19,7 @@ from mnif.data.arrays import file_stamps, ids_and_groups, memmap_cached, npy_arr
 from mnif.data.builtin import avatar_drawings, builtin_names, data_file, is_avatars, twemoji_files, twemoji_group
 from mnif.data.dataset import Dataset
 from mnif.data.emoji import emoji_drawings, emoji_vendors, is_emoji
+from mnif.data.shards import ShardMember, shard_members
 from mnif.data.source import DataSource, files_by_name, readable, shared_groups
 from mnif.utils.errors import UserError, require
 from mnif.utils.pixels import as_axes, crop_and_resize, open_image
@@ -84,10 +85,10 @@ def load_images(source: str, resolution: int | tuple[int, int], channels: int = 
 
     Args:
         source: a built-in name (``avatars``, ``emoji``, ``twemoji``, ``furniture-views``); a folder of PNG, JPEG or
-            WebP files; an ``.npz`` file with ``images``, uint8 [N, H, W] or [N, H, W, 1|3|4] or float
-            [N, H, W, 1|3|4] in [0, 1], and optionally ``ids`` and ``groups``, N strings; such an array as ``.npy``,
-            memory-mapped; a folder made by ``save_to_disk`` of Hugging Face ``datasets``, or ``hf:NAME[:SPLIT]``, of
-            which the first column of pictures is taken.
+            WebP files, or of tar shards that hold such files, or one shard; an ``.npz`` file with ``images``, uint8
+            [N, H, W] or [N, H, W, 1|3|4] or float [N, H, W, 1|3|4] in [0, 1], and optionally ``ids`` and ``groups``,
+            N strings; such an array as ``.npy``, memory-mapped; a folder made by ``save_to_disk`` of Hugging Face
+            ``datasets``, or ``hf:NAME[:SPLIT]``, of which the first column of pictures is taken.
         resolution: pixels per axis, or height and width, at least 1.
         channels: 1 (luminance), 3 (RGB) or 4 (RGBA).
 
@@ -106,7 +107,7 @@ def load_images(source: str, resolution: int | tuple[int, int], channels: int = 
 
 
 def image_size(source: str) -> int:
-    """Finds the pixels per axis of a folder, ``.npz`` or ``.npy`` file of square images of one size.
+    """Finds the pixels per axis of a folder, tar, ``.npz`` or ``.npy`` file of square images of one size.
 
     Raises:
         UserError: the source is missing, or its pictures are not square or differ in size.
@@ -117,12 +118,12 @@ def image_size(source: str) -> int:
         images = array_source(path).array
         assert images is not None
         sizes[images.shape[2], images.shape[1]] = source
-    elif DataSource(source).path.is_dir():
-        for file_path in image_files(source).values():
-            with open_image(file_path) as image:
-                sizes.setdefault(image.size, str(file_path))
+    elif holds_files(source):
+        for file in image_files(source).values():
+            with open_file(file) as image:
+                sizes.setdefault(image.size, str(file))
     else:
-        raise UserError(f"--samples {source}: no such folder, .npz or .npy file")
+        raise UserError(f"--samples {source}: no such folder, .tar, .npz or .npy file")
     if len(sizes) > 1:
         (a, first), (b, second), *_ = sizes.items()
         raise UserError(f"{source}: pictures differ in size: {first} is {a[0]}×{a[1]}, {second} is {b[0]}×{b[1]}")
@@ -149,13 +150,13 @@ def _source(source: str) -> ImageSource:
         return hub_source(source.removeprefix("hf:"), source)
     if is_hub_folder(path):
         return hub_source(source, source)
-    if DataSource(source).path.is_dir():
-        files = image_files(source)
-        return file_source(files, shared_groups([*files], [id.rpartition(".")[0] for id in files]))
+    if holds_files(source):
+        images = image_files(source)
+        return file_source(images, shared_groups([*images], [_design(id, file) for id, file in images.items()]))
     if path.suffix in (".npz", ".npy") and path.is_file():
         return array_source(path)
     known = builtin_names("image", "radiance")
-    raise UserError(f"--data {source}: no such folder, .npz or .npy file or built-in set of pictures ({known})")
+    raise UserError(f"--data {source}: no such folder, .tar, .npz or .npy file or built-in set of pictures ({known})")
 
 
 def _pixels(name: str, source: ImageSource, size: tuple[int, int], channels: int) -> np.ndarray:
@@ -191,10 +192,21 @@ def _refuse_masks(name: str, images: np.ndarray) -> None:
         )
 
 
-def file_source(files: dict[str, Path], groups: list[str]) -> ImageSource:
-    """Makes a source of image files by id."""
-    paths = list(files.values())
-    return ImageSource(list(files), groups, lambda row: open_image(paths[row]), file_stamps(paths))
+def file_source(files: Mapping[str, Path | ShardMember], groups: list[str]) -> ImageSource:
+    """Makes a source of image files by id, each a file of its own or a member of a shard."""
+    listed = list(files.values())
+    paths = dict.fromkeys(file.shard if isinstance(file, ShardMember) else file for file in listed)
+    return ImageSource(list(files), groups, lambda row: open_file(listed[row]), file_stamps(paths))
+
+
+def _design(id: str, file: Path | ShardMember) -> str:
+    """Names the design of a picture: its id without the suffix, which the key of a shard's member has not."""
+    return id if isinstance(file, ShardMember) else id.rpartition(".")[0]
+
+
+def open_file(file: Path | ShardMember) -> AbstractContextManager[Image.Image]:
+    """Opens an image file or a member of a shard (:func:`mnif.utils.pixels.open_image`)."""
+    return open_image(file) if isinstance(file, Path) else open_image(BytesIO(file.read_bytes()), str(file))
 
 
 def array_source(path: Path) -> ImageSource:
@@ -354,15 +366,34 @@ def packed_images(arrays: dict[str, np.ndarray]) -> list[bytes]:
     return [content[start:stop] for start, stop in pairwise(offsets)]
 
 
-def image_files(source: str | Path) -> dict[str, Path]:
-    """Finds the image files of a folder, by name (:func:`mnif.data.source.files_by_name`); an animation is none.
+def holds_files(source: str) -> bool:
+    """Whether a source is a folder or a shard, so that :func:`image_files` finds pictures in it if there are any."""
+    data = DataSource(source)
+    return data.path.is_dir() or data.suffix == ".tar"
+
+
+def image_files(source: str | Path) -> Mapping[str, Path | ShardMember]:
+    """Finds the image files of a folder, by name (:func:`mnif.data.source.files_by_name`), or of shards, by key.
+
+    An animation in a folder is none.
 
     Raises:
-        UserError: there are none.
+        UserError: there are none, or a shard cannot be read.
     """
+    data = DataSource(str(source))
+    if data.suffix == ".tar":
+        return shard_members(data.name, [data.path], IMAGE_SUFFIXES)
+    if holds_shards(data):
+        return shard_members(data.name, files_by_name(source, (".tar",)).values(), IMAGE_SUFFIXES)
     if files := files_by_name(source, IMAGE_SUFFIXES, _animation):
         return files
     raise UserError(f"{source}: no pictures here ({', '.join(IMAGE_SUFFIXES)})")
+
+
+def holds_shards(folder: DataSource) -> bool:
+    """Whether a folder is one of tar shards: they are at least as many as the pictures, without those in previews."""
+    pictures = sum(path.suffix.lower() in IMAGE_SUFFIXES and path.parent.name != "preview" for path in folder.files)
+    return folder.file_suffixes[".tar"] > 0 and folder.file_suffixes[".tar"] >= pictures
 
 
 def _animation(path: Path) -> str | None:

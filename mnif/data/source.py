@@ -113,13 +113,18 @@ def visible_files(folder: Path, left_out: Counter[str], stop_at: tuple[str, ...]
     return sorted(found, key=lambda path: path.relative_to(folder).parts)
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is hidden, or the system's own."""
+    return name.startswith(".") or name in _OF_THE_SYSTEM
+
+
 def _entries(folder: Path, left_out: Counter[str]) -> tuple[list[str], list[Path]]:
     """Lists the files, by name, and the folders directly in a folder."""
     names, folders = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
             linked = entry.is_symlink()
-            if entry.name.startswith(".") or entry.name in _OF_THE_SYSTEM:
+            if is_hidden(entry.name):
                 left_out["hidden"] += 1
             elif os.path.isdir(entry.path) if linked else entry.is_dir():
                 folders.append(folder / entry.name)

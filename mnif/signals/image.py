@@ -86,14 +86,16 @@ class Image(GridSignal):
 
     @classmethod
     def recognizes(cls, source: DataSource) -> bool:
-        """Recognizes folders of image files, sets of Hugging Face, and arrays: ``images``, or of an image's shape."""
+        """Recognizes folders of image files or tar shards, a shard, sets of Hugging Face, and arrays: ``images``, or
+        of an image's shape."""
         shape, kind = source.array_shape, source.array_kind  # floats and bits without channels are no pictures
         return (
             source.name.startswith("hf:")
             or is_hub_folder(source.path)
             or "images" in source.array_names
             or (shape is not None and ((len(shape) == 3 and kind == "u") or shape[3:] in ((1,), (3,), (4,))))
-            or any(suffix in source.file_suffixes for suffix in IMAGE_SUFFIXES)
+            or any(suffix in source.file_suffixes for suffix in (*IMAGE_SUFFIXES, ".tar"))
+            or source.suffix == ".tar"
         )
 
     @classmethod

@@ -94,4 +94,4 @@ def _reason(data: DataSource, names: list[str]) -> str:
         )
     if data.array_shape is not None:
         return f"an array {list(data.array_shape)} may be anything; say which with --signal {' or '.join(names)}"
-    return f"a {data.suffix or 'nameless'} file; .npz, .npy, .hdf5, .h5 or a folder is needed"
+    return f"a {data.suffix or 'nameless'} file; .npz, .npy, .tar, .hdf5, .h5 or a folder is needed"

@@ -165,7 +165,7 @@ class TrainLoop:
             self.metrics_log = MetricsLog(folder / "metrics.jsonl", stage, self.progress.step)
         if arguments.report_to:
             self._start_trackers(folder)
-        loader = _loader(arguments, rows, self.progress.step, accelerator.num_processes)
+        loader = make_loader(arguments, rows, self.progress.step, accelerator.num_processes)
         self.batches = iter(accelerator.prepare(loader))
 
     def _start_trackers(self, folder: Path) -> None:
@@ -373,7 +373,7 @@ def fill_in_steps(arguments: TrainingArguments, instances: int) -> None:
         arguments.max_train_steps = steps_of_epochs(arguments.num_train_epochs, batch_size, accumulation, instances)
 
 
-def _loader(arguments: TrainingArguments, rows: ArrayDataset, step: int, processes: int) -> DataLoader:
+def make_loader(arguments: TrainingArguments, rows: ArrayDataset, step: int, processes: int) -> DataLoader:
     """Batches from ``step`` to the end; a batch is made by one indexing, so there is nothing to collate."""
     batch_size = batch_size_of(arguments, len(rows), processes)
     accumulation = arguments.gradient_accumulation_steps

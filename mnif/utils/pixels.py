@@ -72,7 +72,7 @@ def open_image(file: Path | BytesIO, where: str = "") -> Iterator[Image.Image]:
         limit = Image.MAX_IMAGE_PIXELS
         raise UserError(f"{where}: more than {limit:,} pixels; remove it or raise --max_image_pixels") from None
     except Exception as error:  # what Pillow's readers raise on damaged files is no closed list
-        reason = str(error) or type(error).__name__
+        reason = str(error).replace(repr(file), "").strip() or type(error).__name__  # which would be an address
         raise UserError(f"{where}: unreadable picture ({reason}); remove or replace it") from None
 
 

@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import signal
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -130,6 +131,17 @@ def _write_data(folder: Path) -> None:
         (folder / name).mkdir()
     Image.fromarray(images[0]).save(folder / "pictures/a.png")
     Image.fromarray(images[1].repeat(4, 0).repeat(4, 1)).save(folder / "jpegs/a.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08")
+    (folder / "shards").mkdir()
+
+    def untimed(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        member.mtime = 0
+        return member
+
+    with tarfile.open(folder / "shards/a.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        archive.add(folder / "pictures/a.png", "a.png", filter=untimed)
+        archive.add(
+            folder / "jpegs/a.jpg", f"{'b' * 120}.jpg", filter=untimed
+        )  # a name that needs a header of its own
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ def damage(path: Path, seed: int) -> None:
     path.write_bytes(damaged_bytes(path.read_bytes(), seed))
 
 
-@pytest.mark.parametrize("name", ["images.npy", "images.npz", "pictures/a.png", "jpegs/a.jpg"])
+@pytest.mark.parametrize("name", ["images.npy", "images.npz", "pictures/a.png", "jpegs/a.jpg", "shards/a.tar"])
 @pytest.mark.parametrize("seed", range(30))
 def test_pictures(name: str, seed: int, copied: Callable[[str], Path]) -> None:
     path = copied(f"data/{name}")

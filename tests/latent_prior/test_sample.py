@@ -191,6 +191,9 @@ def test_formats_hold_the_same_pictures(model: Path, tmp_path: Path) -> None:
     images = load_images(str(tmp_path / "npz/samples.npz"), 16).images
     with Image.open(io.BytesIO(folder["000139.png"])) as last:
         np.testing.assert_array_equal(images[139], np.asarray(last))
+    read_back = load_images(str(tmp_path / "tar"), 16)
+    assert read_back.ids == [f"{sample:06d}" for sample in range(140)]
+    np.testing.assert_array_equal(read_back.images, images)
     assert images.shape == (140, 16, 16, 3)
     assert images.dtype == np.uint8
     assert {path.name for path in (tmp_path / "npz").iterdir()} == {
