@@ -5,12 +5,13 @@
 Plain is what the equations say, written down in PyTorch: mixing makes a [B, M, parameters] tensor, fields are batched
 products and sines, gradients are autograd's. Ours goes through the product's own classes. Both are timed in
 alternating rounds; medians are printed, with the share of the machine's own matrix-product rate that the fields'
-products reach, which is measured in between.
+products reach, which is measured in between. `benchmarks/gpu.py` takes the same works to a GPU.
 """
 
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from statistics import median
 
 import torch
 import tyro
@@ -22,7 +23,7 @@ from mnif.latents.inner_loop import InnerLoop
 from mnif.models.mnif_model import MNIFModel
 from mnif.models.siren import BakedField
 from mnif.signals.image import Image
-from mnif.training.methods import AutoDecoderMethod, MetaMethod
+from mnif.training.methods import AutoDecoderMethod, EncoderMethod, LearningMethod, MetaMethod
 
 
 @dataclass
@@ -55,6 +56,53 @@ def main(arguments: Arguments) -> None:
             print(make.measured(arguments.rounds, arguments.plain))
 
 
+@dataclass(frozen=True)
+class Setting:
+    """Where works run, and in which precision.
+
+    Attributes:
+        device: of models and data.
+        precision: of matrix products: ``"float32"``, ``"tf32"`` where a device has it, ``"bf16"`` by autocast.
+        size: rows and columns of the matrix product that rates are set beside.
+        least: seconds that a round lasts at least.
+    """
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: str = "float32"
+    size: int = 1536
+    least: float = 0.05
+
+    def forward(self) -> torch.autocast:
+        """The context of forward passes; backward passes stand outside, as Accelerate has it."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+
+    def product(self) -> Callable[[], object]:
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        a, b = torch.randn(2, self.size, self.size, device=self.device, dtype=dtype)
+        return lambda: a @ b
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        """Of a call in a stream of calls, each waited for."""
+        return settled_seconds(lambda: (function(), self.wait()), self.least)
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def megabytes(self, function: Callable[[], object]) -> float:
+        """The most that a call holds: of the GPU's memory, on a CPU that the process ever held."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        function()
+        self.wait()
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e6
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+Prepared = tuple[Callable[[], object], Callable[[], object]]
+
+
 @dataclass
 class Work:
     """One row: how to prepare it, and the pictures, passes and multiply-adds of one call."""
@@ -62,36 +110,46 @@ class Work:
     name: str
     images: int
     operations: float
-    prepare: Callable[[], tuple[Callable[[], object], Callable[[], object]]]
+    prepare: Callable[[Setting], Prepared]
 
     def measured(self, rounds: int, with_plain: bool) -> str:
         """The row's line."""
-        ours, plain = self.prepare()
-        functions = [ours, matrix_product] + ([plain] if with_plain else [])
-        times: list[list[float]] = [[] for _ in functions]
-        ours()
-        megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
         few = max(3, rounds // 3) if with_plain and self.operations * 3 > 1e11 else rounds
-        for number in range(few + 2):
-            for function, seconds in zip(functions, times, strict=True):
-                taken = settled_seconds(function)
-                if number >= 2 or function is plain:
-                    seconds.append(taken)
-        medians = [sorted(seconds)[len(seconds) // 2] for seconds in times]
-        rate, peak = self.images / medians[0], 2 * SIZE**3 / medians[1]
-        share = self.operations / medians[0] / peak
+        found = self.figures(Setting(), few, with_plain)
         slow, ratio = "", ""
         if with_plain:
-            slow, ratio = f"{self.images / medians[2]:.1f}", f"{medians[2] / medians[0]:.1f}"
+            slow, ratio = f"{found['plain, images/s']:.1f}", f"{found['ratio']:.1f}"
+        rate, share, megabytes = (found[name] for name in ("ours, images/s", "of peak", "ours, MB"))
         return f"{self.name:48} {rate:15.1f} {slow:>16} {ratio:>6} {share:8.0%} {megabytes:8.0f}"
 
-
-SIZE = 1536
-A, B = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
-
-
-def matrix_product() -> Tensor:
-    return A @ B
+    def figures(self, setting: Setting, rounds: int, with_plain: bool) -> dict[str, float]:
+        """Medians of alternating rounds, the first two left out; of the plain form too, if its memory suffices."""
+        ours, plain = self.prepare(setting)
+        functions = {"ours": ours, "product": setting.product()}
+        megabytes = {"ours, MB": setting.megabytes(ours)}
+        if with_plain:
+            try:
+                megabytes["plain, MB"] = setting.megabytes(plain)
+                functions["plain"] = plain
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+        seconds: dict[str, list[float]] = {name: [] for name in functions}
+        for number in range(rounds + 2):
+            for name, function in functions.items():
+                taken = setting.seconds(function)
+                if number >= 2 or name == "plain":
+                    seconds[name].append(taken)
+        medians = {name: median(times) for name, times in seconds.items()}
+        peak = 2 * setting.size**3 / medians["product"]
+        found = {
+            "ours, images/s": self.images / medians["ours"],
+            "of peak": self.operations / medians["ours"] / peak,
+            "peak, TFLOP/s": peak / 1e12,
+        }
+        if "plain" in medians:
+            found["plain, images/s"] = self.images / medians["plain"]
+            found["ratio"] = medians["plain"] / medians["ours"]
+        return found | megabytes
 
 
 def paper_model(bases: int, depth: int, width: int, latent_dim: int, resolution: int) -> MNIFModel:
@@ -123,36 +181,56 @@ def plain_decode(model: MNIFModel, latents: Tensor, coordinates: Tensor) -> Tens
     return BakedField(model.shapes, plain_rows(model, latents), True).evaluate_layers(coordinates)
 
 
+def pictures(model: MNIFModel, batch: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """A batch as methods of learning take it; the coordinates and values [B, points, 3] that the plain form takes."""
+    resolution = model.config.resolution
+    images = torch.randint(0, 256, (batch, resolution, resolution, 3), dtype=torch.uint8).to(device)
+    row = torch.arange(batch, device=device)
+    targets = (images.float() / 127.5 - 1).view(batch, -1, 3)
+    return {"row": row, "key": row, "images": images}, model.grid().coordinates, targets
+
+
+def step(
+    setting: Setting, loss: Callable[[], Tensor], *optimizers: torch.optim.Optimizer | LatentEmbedding
+) -> Callable[[], None]:
+    """A step of training."""
+
+    def taken() -> None:
+        for optimizer in optimizers:
+            if isinstance(optimizer, torch.optim.Optimizer):
+                optimizer.zero_grad()
+        with setting.forward():
+            found = loss()
+        found.float().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return taken
+
+
+def adam_of(method: LearningMethod) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(method.parameters(), lr=1e-4, fused=True)
+
+
 def meta_learning(name: str, bases: int, depth: int, width: int, latent_dim: int, resolution: int, batch: int) -> Work:
     model = paper_model(bases, depth, width, latent_dim, resolution)
     steps = 3
 
-    def prepare() -> tuple[Callable[[], object], Callable[[], object]]:
-        signal = Image(resolution, 3)
-        fitting = MetaMethod(model, signal, InnerLoop(latent_dim, steps, 1 / 32), second_order=True)
-        optimizer = torch.optim.AdamW(fitting.parameters(), lr=1e-4, fused=True)
-        images = torch.randint(0, 256, (batch, resolution, resolution, 3), dtype=torch.uint8)
-        row = torch.arange(batch)
-        coordinates = model.grid().coordinates
-        targets = (images.float() / 127.5 - 1).view(batch, -1, 3)
-        rates = fitting.inner_loop.rates
+    def prepare(setting: Setting) -> Prepared:
+        inner_loop = InnerLoop(latent_dim, steps, 1 / 32)
+        fitting = MetaMethod(model, Image(resolution, 3), inner_loop, second_order=True).to(setting.device)
+        given, coordinates, targets = pictures(model, batch, setting.device)
+        optimizer, rates = adam_of(fitting), fitting.inner_loop.rates
 
-        def ours() -> None:
-            optimizer.zero_grad()
-            fitting(row=row, key=row, images=images).backward()
-            optimizer.step()
-
-        def plain() -> None:
-            optimizer.zero_grad()
-            latents = torch.zeros(batch, latent_dim, requires_grad=True)
+        def plain() -> Tensor:
+            latents = torch.zeros(batch, latent_dim, requires_grad=True, device=setting.device)
             for _ in range(steps):
                 error = (plain_decode(model, latents, coordinates) - targets).square().mean()
                 (gradient,) = torch.autograd.grad(error, latents, create_graph=True)
                 latents = latents - rates * gradient
-            (plain_decode(model, latents, coordinates) - targets).square().mean().backward()
-            optimizer.step()
+            return (plain_decode(model, latents, coordinates) - targets).square().mean()
 
-        return ours, plain
+        return step(setting, lambda: fitting(**given), optimizer), step(setting, plain, optimizer)
 
     passes = 3 + 9 * steps
     return Work(name, batch, 2.0 * multiply_adds(model) * resolution**2 * batch * passes, prepare)
@@ -161,57 +239,76 @@ def meta_learning(name: str, bases: int, depth: int, width: int, latent_dim: int
 def auto_decoding(name: str, bases: int, depth: int, width: int, latent_dim: int, resolution: int, batch: int) -> Work:
     model = paper_model(bases, depth, width, latent_dim, resolution)
 
-    def prepare() -> tuple[Callable[[], object], Callable[[], object]]:
-        rows = LatentEmbedding(4096, latent_dim, batch, 1e-2, seed=0)
-        fitting = AutoDecoderMethod(model, Image(resolution, 3), rows, 1e-4)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        images = torch.randint(0, 256, (batch, resolution, resolution, 3), dtype=torch.uint8)
-        row = torch.arange(batch)
-        coordinates = model.grid().coordinates
-        targets = (images.float() / 127.5 - 1).view(batch, -1, 3)
-        table = torch.nn.Embedding(4096, latent_dim)
+    def prepare(setting: Setting) -> Prepared:
+        rows = LatentEmbedding(4096, latent_dim, batch, 1e-2, seed=0, device=setting.device)
+        fitting = AutoDecoderMethod(model, Image(resolution, 3), rows, 1e-4).to(setting.device)
+        given, coordinates, targets = pictures(model, batch, setting.device)
+        optimizer = adam_of(fitting)
+        table = torch.nn.Embedding(4096, latent_dim, device=setting.device)
         of_table = torch.optim.Adam(table.parameters(), lr=1e-2)
 
-        def ours() -> None:
-            optimizer.zero_grad()
-            fitting(row=row, key=row, images=images).backward()
-            rows.step()
-            optimizer.step()
+        def plain() -> Tensor:
+            return (plain_decode(model, table(given["row"]), coordinates) - targets).square().mean()
 
-        def plain() -> None:
-            optimizer.zero_grad()
-            of_table.zero_grad()
-            (plain_decode(model, table(row), coordinates) - targets).square().mean().backward()
-            of_table.step()
-            optimizer.step()
-
-        return ours, plain
+        return step(setting, lambda: fitting(**given), rows, optimizer), step(setting, plain, of_table, optimizer)
 
     return Work(name, batch, 2.0 * multiply_adds(model) * resolution**2 * batch * 3, prepare)
 
 
-def decoding(name: str, batch: int) -> Work:
-    model = paper_model(256, 4, 64, 1024, 64)
+def encoding(name: str, bases: int, depth: int, width: int, latent_dim: int, resolution: int, batch: int) -> Work:
+    model = paper_model(bases, depth, width, latent_dim, resolution)
 
-    def prepare() -> tuple[Callable[[], object], Callable[[], object]]:
-        latents, coordinates = torch.randn(batch, 1024), model.grid().coordinates
-        return (
-            torch.no_grad()(lambda: model(latents)),
-            torch.no_grad()(lambda: plain_decode(model, latents, coordinates)),
-        )
+    def prepare(setting: Setting) -> Prepared:
+        signal = Image(resolution, 3)
+        fitting = EncoderMethod(model, signal, signal.encoder(latent_dim, 512), latent_noise=0.1).to(setting.device)
+        given, coordinates, targets = pictures(model, batch, setting.device)
+        optimizer = adam_of(fitting)
 
-    return Work(name, batch, 2.0 * multiply_adds(model) * 64**2 * batch, prepare)
+        def plain() -> Tensor:
+            latents = fitting.encoder(targets.view(given["images"].shape))
+            latents = latents + 0.1 * torch.randn_like(latents)
+            return (plain_decode(model, latents, coordinates) - targets).square().mean()
+
+        return step(setting, lambda: fitting(**given), optimizer), step(setting, plain, optimizer)
+
+    return Work(name, batch, 2.0 * multiply_adds(model) * resolution**2 * batch * 3, prepare)
+
+
+def drawn(setting: Setting, *functions: Callable[[], object]) -> Prepared:
+    """Works without gradients, in the setting's precision."""
+
+    def without_gradient(function: Callable[[], object]) -> Callable[[], object]:
+        def called() -> object:
+            with torch.no_grad(), setting.forward():
+                return function()
+
+        return called
+
+    ours, plain = functions
+    return without_gradient(ours), without_gradient(plain)
+
+
+def decoding(
+    name: str, batch: int, sizes: tuple[int, int, int, int] = (256, 4, 64, 1024), resolution: int = 64
+) -> Work:
+    """``sizes`` are bases, depth, width and numbers in a latent."""
+    model = paper_model(*sizes, resolution)
+
+    def prepare(setting: Setting) -> Prepared:
+        model.to(setting.device)
+        latents, coordinates = torch.randn(batch, sizes[-1]).to(setting.device), model.grid().coordinates
+        return drawn(setting, lambda: model(latents), lambda: plain_decode(model, latents, coordinates))
+
+    return Work(name, batch, 2.0 * multiply_adds(model) * resolution**2 * batch, prepare)
 
 
 def mixing(name: str, batch: int) -> Work:
     model = paper_model(256, 4, 64, 1024, 64)
 
-    def prepare() -> tuple[Callable[[], object], Callable[[], object]]:
-        latents = torch.randn(batch, 1024)
-        return (
-            torch.no_grad()(lambda: model.bake(model.coefficients(latents))),
-            torch.no_grad()(lambda: plain_rows(model, latents)),
-        )
+    def prepare(setting: Setting) -> Prepared:
+        model.to(setting.device)
+        latents = torch.randn(batch, 1024).to(setting.device)
+        return drawn(setting, lambda: model.bake(model.coefficients(latents)), lambda: plain_rows(model, latents))
 
     return Work(name, batch, 2.0 * sum(each.numel() for each in model.parameters()) * batch, prepare)
 
@@ -220,12 +317,11 @@ def baked(name: str, batch: int) -> Work:
     model = paper_model(256, 4, 64, 1024, 64)
 
     @torch.no_grad()
-    def prepare() -> tuple[Callable[[], object], Callable[[], object]]:
-        field, coordinates = model.bake(model.coefficients(torch.randn(batch, 1024))), model.grid().coordinates
-        return (
-            torch.no_grad()(lambda: field(coordinates)),
-            torch.no_grad()(lambda: field.evaluate_layers(coordinates)),
-        )
+    def prepare(setting: Setting) -> Prepared:
+        model.to(setting.device)
+        latents = torch.randn(batch, 1024).to(setting.device)
+        field, coordinates = model.bake(model.coefficients(latents)), model.grid().coordinates
+        return drawn(setting, lambda: field(coordinates), lambda: field.evaluate_layers(coordinates))
 
     return Work(name, batch, 2.0 * multiply_adds(model) * 64**2 * batch, prepare)
 

@@ -21,6 +21,7 @@ from latent_prior.denoisers import PaperDenoiser
 from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
 from latent_prior.sampling import step_generators
+from mnif.models.mnif_model import MNIFModel
 
 
 @dataclass
@@ -37,19 +38,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     ours = load_pipeline(arguments.model)
-    latent_dim = ours.decoder.config.latent_dim
-    flags = json.loads((PRESETS / "paper.json").read_text())["arguments"]
-    paper = PaperDenoiser(latent_dim=latent_dim, width=flags["width"], depth=flags["depth"])
-    paper.register_to_config(decoder_fingerprint=ours.decoder.fingerprint())
-    theirs = MNIFPipeline(ours.decoder, paper, sampling_scheduler("x0", ancestral=True))
-    noise = torch.randn(1, latent_dim, generator=torch.Generator().manual_seed(0))
-
-    def draw(pipeline: MNIFPipeline, steps: int) -> Callable[[], object]:
-        pipeline.set_progress_bar_config(disable=True)
-        return lambda: pipeline(
-            latents=noise, generator=step_generators(0, range(1)), num_inference_steps=steps, output_type="np"
-        )
-
+    theirs = papers_pipeline(ours.decoder)
     works = {f"student, {steps} step(s)": draw(ours, steps) for steps in ours.student.config.distilled_steps}
     works |= {f"teacher, {steps} steps": draw(ours, steps) for steps in (8, 20)}
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {ours.decoder.config.resolution} pixels")
@@ -58,6 +47,23 @@ def main(arguments: Arguments) -> None:
     least = found["student, 1 step(s)"]
     for name, value in found.items():
         print(f"{name:28} {value:10.2f} ms {value / least:10.1f}")
+
+
+def papers_pipeline(decoder: MNIFModel, **sizes: int) -> MNIFPipeline:
+    """The paper's prior for a decoder, with the weights it starts with; ``sizes`` replace its own."""
+    flags = json.loads((PRESETS / "paper.json").read_text())["arguments"]
+    sizes = {name: flags[name] for name in ("width", "depth")} | sizes
+    paper = PaperDenoiser(latent_dim=decoder.config.latent_dim, **sizes)
+    paper.register_to_config(decoder_fingerprint=decoder.fingerprint())
+    return MNIFPipeline(decoder, paper, sampling_scheduler("x0", ancestral=True))
+
+
+def draw(pipeline: MNIFPipeline, steps: int, batch: int = 1) -> Callable[[], object]:
+    """What draws a batch from noise to pixels, in memory that NumPy can read."""
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(batch, pipeline.decoder.config.latent_dim, generator=torch.Generator().manual_seed(0))
+    generators = step_generators(0, range(batch))
+    return lambda: pipeline(latents=noise, generator=generators, num_inference_steps=steps, output_type="np")
 
 
 def milliseconds(work: Callable[[], object], rounds: int, warm: bool = True) -> float:

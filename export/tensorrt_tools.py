@@ -86,14 +86,14 @@ def polygraphy_commands(graph: Mapping[str, Any], generation: Generation) -> lis
         ("trt-opt-shapes", "optimum"),
         ("trt-max-shapes", "maximum"),
     ):
-        words += [f"--{flag}", *(f"{source}:{_listed(shapes[size])}" for source, shapes in profile.items())]
+        words += [f"--{flag}", *(f"{source}:{_listed(shapes[size])}" for source, shapes in sorted(profile.items()))]
     masks = ["mask:[0,1]"] if "mask" in profile else []
     words += ["--val-range", *masks, "[-1,1]", "--check-error-stat", "max", "--rtol", "0"]
     return [inspect, shlex.join([*words, "--atol", f"{graph['tolerance']['max_abs']:.1e}"])]
 
 
 def _shapes(flag: str, profile: Mapping[str, Mapping[str, list[int]]], size: str) -> str:
-    return f"--{flag}={','.join(f'{source}:{_by(shapes[size])}' for source, shapes in profile.items())}"
+    return f"--{flag}={','.join(f'{source}:{_by(shapes[size])}' for source, shapes in sorted(profile.items()))}"
 
 
 def _by(shape: list[int]) -> str:

@@ -7,9 +7,9 @@ data=$1 run=$2 size=$3
 shift 3
 all=(--held_out_fraction 0 --test_fraction 0) # the paper measures against what it learned from
 
-mnif fit --preset "celeba-hq-$size" --data "$data" --output_dir "$run" "${all[@]}" "$@"
+${LAUNCH:-} mnif fit --preset "celeba-hq-$size" --data "$data" --output_dir "$run" "${all[@]}" "$@"
 [[ " $* " == *" --dry_run "* ]] && exit
-mnif prior --run "$run" --preset paper
-mnif eval --model "$run/model" --reference "$data" --preset paper --num_inference_steps 1000 \
+${LAUNCH:-} mnif prior --run "$run" --preset paper
+${LAUNCH:-} mnif eval --model "$run/model" --reference "$data" --preset paper --num_inference_steps 1000 \
     "${all[@]}" --output_dir "$run/eval"
 mnif report --run "$run"

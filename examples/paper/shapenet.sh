@@ -7,8 +7,8 @@ set -euo pipefail
 data=$1 run=$2 size=$3
 shift 3
 
-mnif fit --preset "shapenet-$size" --data "$data" --output_dir "$run" --held_out_fraction 0 --test_fraction 0.2 "$@"
+${LAUNCH:-} mnif fit --preset "shapenet-$size" --data "$data" --output_dir "$run" --held_out_fraction 0 --test_fraction 0.2 "$@"
 [[ " $* " == *" --dry_run "* ]] && exit
-mnif prior --run "$run" --preset paper
-mnif eval --model "$run/model" --reference "$data" --preset paper --num_inference_steps 1000 --num_samples 8762 \
+${LAUNCH:-} mnif prior --run "$run" --preset paper
+${LAUNCH:-} mnif eval --model "$run/model" --reference "$data" --preset paper --num_inference_steps 1000 --num_samples 8762 \
     --output_dir "$run/eval"

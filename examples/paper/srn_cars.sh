@@ -7,7 +7,7 @@ set -euo pipefail
 data=$1 run=$2 size=$3
 shift 3
 
-mnif fit --preset "srn-cars-$size" --data "$data" --output_dir "$run" "$@"
+${LAUNCH:-} mnif fit --preset "srn-cars-$size" --data "$data" --output_dir "$run" "$@"
 [[ " $* " == *" --dry_run "* ]] && exit
-mnif prior --run "$run" --preset paper
-mnif eval --model "$run/model" --reference "$data" --preset paper --num_inference_steps 1000 --output_dir "$run/eval"
+${LAUNCH:-} mnif prior --run "$run" --preset paper
+${LAUNCH:-} mnif eval --model "$run/model" --reference "$data" --preset paper --num_inference_steps 1000 --output_dir "$run/eval"

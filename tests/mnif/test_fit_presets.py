@@ -192,6 +192,8 @@ def test_the_script_of_a_benchmark_begins_with_its_preset(
     line = [ROOT / f"examples/paper/{script}.sh", source_of(preset, request), tmp_path / "run", size, "--dry_run"]
     python = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"PATH": python, "PYTHONPATH": str(ROOT), "MNIF_CACHE": f"{tmp_path}/cache"}
+    if script == "shapenet":
+        environment["LAUNCH"] = f"{sys.executable} -m"  # as `accelerate launch … -m` is given
     done = subprocess.run(["bash", *map(str, line)], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert f"of {PAPER[preset]['field']:,} parameters" in done.stdout

@@ -1,0 +1,87 @@
+"""What `benchmarks/gpu.py` writes of its parts: results.json, results.md and chart.png."""
+
+from pathlib import Path
+from typing import Any
+
+from mnif.utils.files import write_json, written_atomically
+from mnif.utils.json_files import read_json
+
+Part = dict[str, Any]
+
+
+def read_parts(output_dir: Path) -> dict[str, Part]:
+    """The parts that have left something, by name."""
+    return {path.stem: read_json(path) for path in sorted((output_dir / "parts").glob("[!.]*.json"))}
+
+
+def write_report(output_dir: Path) -> None:
+    parts = read_parts(output_dir)
+    write_json(output_dir / "results.json", parts)
+    with written_atomically(output_dir / "results.md") as temporary:
+        temporary.write_text(markdown(parts))
+    if any(bars(parts).values()):
+        with written_atomically(output_dir / "chart.png") as temporary:
+            draw_chart(bars(parts), temporary)
+
+
+def markdown(parts: dict[str, Part]) -> str:
+    """A table for each part, with the columns that its results have."""
+    if not parts:
+        return "Nothing has been measured.\n"
+    first = next(iter(parts.values()))
+    told = [f"{name} {shown(value)}" for name, value in first["machine"].items()]
+    lines = ["# Measured by `benchmarks/gpu.py`" + (" --tiny: figures mean nothing" if first["tiny"] else ""), ""]
+    lines += [", ".join(told), ""]
+    for name, part in parts.items():
+        rows = [flat(row) for row in part["rows"]]
+        columns = list(dict.fromkeys(column for row in rows for column in row if column != "work"))
+        lines += [f"## {name}" + ("" if part["finished"] else ", cut off"), ""]
+        lines += [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        for row in rows:
+            lines.append(f"| {row['work']} | {' | '.join(shown(row.get(column, '')) for column in columns)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+TOLD = ("psnr_train", "psnr_heldout", "fd_lite0", "fd_lite0_floor", "fd_lite0_gaussian")
+"""Of all that commands have measured, what tables have; floor is real against real."""
+
+
+def flat(row: dict[str, Any]) -> dict[str, Any]:
+    metrics = row.get("metrics", {})
+    return {name: value for name, value in row.items() if name != "metrics"} | {
+        name: metrics[name] for name in TOLD if name in metrics
+    }
+
+
+def shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value).replace("|", "/")
+
+
+def bars(parts: dict[str, Part]) -> dict[str, tuple[float, float]]:
+    """Pictures per second, ours and the plain form's (0 where it found no memory), by work."""
+    rows = parts.get("fields", {"rows": []})["rows"]
+    return {
+        row["work"]: (row["ours, images/s"], row.get("plain, images/s", 0.0))
+        for row in rows
+        if "ours, images/s" in row
+    }
+
+
+def draw_chart(rates: dict[str, tuple[float, float]], path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(10, 1.5 + 0.4 * len(rates)), layout="constrained")
+    for offset, (name, column) in enumerate((("mnif", 0), ("plain PyTorch", 1))):
+        places = [row + 0.4 * offset for row in range(len(rates))]
+        drawn = axes.barh(places, [pair[column] for pair in rates.values()], height=0.38, label=name)
+        axes.bar_label(drawn, [f"{pair[column]:,.0f}" for pair in rates.values()], padding=3, fontsize=8)
+    axes.set_yticks([row + 0.2 for row in range(len(rates))], list(rates), fontsize=8)
+    axes.set(xscale="log", xlabel="pictures per second")
+    axes.margins(x=0.15)
+    axes.invert_yaxis()
+    axes.legend(loc="upper left", bbox_to_anchor=(0, 1.12), ncols=2)
+    figure.savefig(path, dpi=110, format="png")
+    pyplot.close(figure)
