@@ -22,6 +22,8 @@ from mnif.utils.model_folders import model_folder_in, sha256_of_model
 FOLDER = Path(__file__).parents[1] / "mnif/models/files"
 VARIANT = "fp16"
 
+_ROUNDED = "Weights were rounded to half precision afterwards; the figures are of the model in float32."
+
 
 def ship(run: Path, folder: Path) -> str:
     """Writes the model of a run, its encoder and its card to ``folder``, with weights in half precision.
@@ -46,6 +48,8 @@ def ship(run: Path, folder: Path) -> str:
         kind: Any = type(finder)
         half = kind.from_pretrained(model / part, torch_dtype=torch.float16)
         half.save_pretrained(folder / part, variant=VARIANT)
+    card = folder / "README.md"
+    card.write_text(card.read_text().replace("## Figures\n", f"{_ROUNDED}\n\n## Figures\n", 1))
     return sha256_of_model(folder)
 
 

@@ -128,9 +128,8 @@ def fit_arrays(
     """
     parts = _parts(groups, 2)
     shaping, calibrating = np.flatnonzero(parts == 0), np.flatnonzero(parts == 1)
-    calibrating = calibrating[
-        one_of_each([groups[row] for row in calibrating.tolist()])
-    ]  # variants are no evidence of their own
+    # Variants are no evidence of their own.
+    calibrating = calibrating[one_of_each([groups[row] for row in calibrating.tolist()])]
     least = math.ceil(1 / rate - 1e-9) - 1
     if min(len(shaping) - _LEAST_SHAPED, len(calibrating) - least) < 0:
         raise UserError(f"{len(set(groups))} groups among {len(groups)} held-out instances: too few to make halves of")
