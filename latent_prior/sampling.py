@@ -86,7 +86,8 @@ def sample_latents(
         chunk = range(number * CHUNK, (number + 1) * CHUNK)
         noise = torch.tensor(initial_noise(seed, chunk, latent_dim))
         latents = denoised(pipeline, noise, num_inference_steps, generator=step_generators(seed, chunk), **options)
-        drawn.append(latents[[index - chunk.start for index in wanted]])
+        rows = [index - chunk.start for index in wanted]
+        drawn.append(latents if rows == list(range(CHUNK)) else latents[rows])
     return torch.cat(drawn)
 
 

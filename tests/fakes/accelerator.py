@@ -119,7 +119,6 @@ def _run(operator: Any, *arguments: Any, **options: Any) -> Any:
         return found
     known = {id(tensor.held): tensor for tensor in ours}  # what works in place gives back what it was given
 
-
     def given(tensor: torch.Tensor) -> torch.Tensor:
         return known[id(tensor)] if id(tensor) in known else Pretended(tensor)
 
@@ -133,7 +132,9 @@ def _note(packet: Any, arguments: Any, options: Any, leaves: list, ours: list, t
     if copies:
         to_device = there if packet is _aten._to_copy else isinstance(arguments[0], Pretended)
         if to_device and hosts:
-            asynchronous = options.get("non_blocking") or (packet is _aten.copy_ and len(arguments) > 2 and arguments[2])
+            asynchronous = options.get("non_blocking") or (
+                packet is _aten.copy_ and len(arguments) > 2 and arguments[2]
+            )
             _count("upload" if asynchronous else "wait", "copy to the device")
         elif ours and not to_device:
             _count("wait", "copy to the host")
