@@ -210,7 +210,7 @@ class MNIFPipeline(DiffusionPipeline):
         dtype = torch.promote_types(denoiser.dtype, torch.float32)
         if latents is None:
             latents = randn_tensor((count, denoiser.config.latent_dim), generator, torch.device(device), dtype)
-        latents = latents.to(device, dtype) * starting_sigma(scheduler)
+        latents = sent(latents, device).to(dtype) * starting_sigma(scheduler)
 
         # 4. Denoise
         options = {"generator": generator} if takes_generator(scheduler) else {}

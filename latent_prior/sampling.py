@@ -18,6 +18,7 @@ from torch import Tensor
 
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.settings import INFERENCE_STEPS
+from mnif.utils.devices import sent
 from mnif.utils.process import one_thread
 
 
@@ -87,7 +88,7 @@ def sample_latents(
         noise = torch.tensor(initial_noise(seed, chunk, latent_dim))
         latents = denoised(pipeline, noise, num_inference_steps, generator=step_generators(seed, chunk), **options)
         rows = [index - chunk.start for index in wanted]
-        drawn.append(latents if rows == list(range(CHUNK)) else latents[rows])
+        drawn.append(latents if rows == [*range(CHUNK)] else latents[sent(torch.tensor(rows), latents.device)])
     return torch.cat(drawn)
 
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mnif.utils.devices import sent
 from mnif.utils.errors import UserError
 from mnif.utils.files import save_tensors
 
@@ -61,7 +62,7 @@ class LatentEmbedding:
             # samples with the seed of the training would get the training instances back.
             generator = np.random.default_rng(np.random.SeedSequence([seed, lane], spawn_key=(2,)))
             numbers = generator.standard_normal((per_lane, latent_dim), dtype=np.float32)
-            self.latents[index] = torch.from_numpy(numbers)
+            self.latents[index] = sent(torch.from_numpy(numbers), self.latents.device)
         self.latents *= 0.1
         self.mean = torch.zeros_like(self.latents)
         self.square = torch.zeros_like(self.latents)
