@@ -299,9 +299,9 @@ def assign_points(coordinates: Float[Tensor, "batch points d"], cells: int, over
         field = field * cells + cell[:, axis].long()
     order = field.argsort(stable=True)
     field, point, asked = field[order], point[order], asked[order]
-    counts = field.bincount(minlength=batch * cells**dimensions)
+    first = torch.searchsorted(field, torch.arange(batch * cells**dimensions + 1, device=field.device))
+    counts = first.diff()
     slots = max(int(counts.max()), 1)
-    first = counts.cumsum(0) - counts
     slot = field * slots + torch.arange(len(field), device=field.device) - first[field]
     padded = coordinates.new_zeros(len(counts) * slots, dimensions)
     padded[slot] = (position.view(-1, dimensions)[point] - cell[order]) * 2 - 1

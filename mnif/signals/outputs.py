@@ -117,7 +117,7 @@ def decode_images(
         field = decoder.bake(decoder.coefficients(latents))
     params = field.params.view(len(latents), decoder.num_cells, -1)
     if chosen != [*everything]:
-        params = params[sent(torch.tensor(chosen), params.device)]
+        params = params[sent(torch.tensor(chosen, dtype=torch.long), params.device)]
     for some in params.split(min(at_once, max(_POINTS_AT_ONCE // pixels, 1))):
         values = replace(field, params=some.flatten(0, 1))(grid.coordinates)
         yield grid.blend(values.view(len(some), decoder.num_cells, *values.shape[1:]))

@@ -1,8 +1,8 @@
 """An accelerator of host memory: to PyTorch a device like any other, that notes what crosses its border.
 
 Its tensors hold one on the CPU, which does the work. As on a real one, tensors of different devices do not go
-together, and the host is kept waiting by whoever reads values back, copies without ``non_blocking``, or asks for shapes
-that depend on values. Once it is plugged in, a process has it to its end: whoever wants one starts another process.
+together, and the host is kept waiting by whoever reads values back, copies without ``non_blocking``, or asks for
+shapes that depend on values. Once it is plugged in, a process has it to its end: it is for processes of their own.
 """
 
 import sys
@@ -22,6 +22,7 @@ _aten = torch.ops.aten
 # Operators whose results the host must see before it can go on: values, or shapes that depend on them.
 _READ = {
     _aten._local_scalar_dense,
+    _aten.item,
     _aten.is_nonzero,
     _aten.equal,
     _aten.nonzero,
@@ -128,14 +129,11 @@ def _run(operator: Any, *arguments: Any, **options: Any) -> Any:
 def _note(packet: Any, arguments: Any, options: Any, leaves: list, ours: list, there: bool) -> None:
     """Notes what an operator has the host wait for, or refuses it as a device would."""
     hosts = [leaf for leaf in leaves if not isinstance(leaf, Pretended)]
-    copies = packet in (_aten._to_copy, _aten.copy_)
-    if copies:
-        to_device = there if packet is _aten._to_copy else isinstance(arguments[0], Pretended)
+    if packet in (_aten._to_copy, _aten.to, _aten.copy_):
+        to_device = isinstance(arguments[0], Pretended) if packet is _aten.copy_ else there
         if to_device and hosts:
-            asynchronous = options.get("non_blocking") or (
-                packet is _aten.copy_ and len(arguments) > 2 and arguments[2]
-            )
-            _count("upload" if asynchronous else "wait", "copy to the device")
+            goes_on = options.get("non_blocking") or (packet is _aten.copy_ and arguments[2:] == (True,))
+            _count("upload" if goes_on else "wait", "copy to the device")
         elif ours and not to_device:
             _count("wait", "copy to the host")
         return
