@@ -1,7 +1,7 @@
 """What crosses between the host and an accelerator: in a loop nothing but its batches, and nobody waits for them.
 
-The accelerator is one of host memory (:mod:`tests.fakes.accelerator`), in a process of its own, which runs each loop
-for a while and then for longer. What comes on top for each step, batch or latent more is all that may grow.
+The accelerator is one of host memory (:mod:`tests.fakes.accelerator`), in a process of its own, which runs some whole
+commands, and then each loop for a while and for longer. What comes on top for each step, batch or latent more is all that may grow.
 """
 
 import json
@@ -200,6 +200,22 @@ def sampling_loops(output: Path) -> dict[str, Callable[[int], Any]]:
     }
 
 
+def run_commands(pictures: Path, output: Path) -> None:
+    """Runs whole commands, which end where something is on another device than it should be."""
+    from mnif.cli import main as mnif
+
+    run, few = output / "whole", ["--max_train_steps", "1", "--compile", "off"]
+    model, size = ["--model", f"{run}/model"], ["--resolution", "8", "--cells", "1", "--num_bases", "4"]
+    for command in (
+        ["fit", "--data", pictures, "--output_dir", run, *size, *few, "--refinement_steps", "1"],
+        ["prior", "--run", run, "--width", "16", "--depth", "1", *few],
+        ["sample", *model, "--output_dir", output / "drawn", "--num_samples", "2"],
+        ["encode", *model, "--data", pictures, "--output_dir", output / "encoded", "--refinement_steps", "1"],
+        ["decode", *model, "--latents", output / "encoded/latents.safetensors", "--output_dir", output / "decoded"],
+    ):
+        assert mnif([*map(str, command)]) == 0, command
+
+
 def main(pictures: Path, views: Path, output: Path) -> None:
     """Writes what came on top in each loop to ``grown.json``."""
     from accelerate.state import AcceleratorState
@@ -211,6 +227,7 @@ def main(pictures: Path, views: Path, output: Path) -> None:
     torch.manual_seed(0)
     for name in ("run", "prior", "distill"):
         (output / name).mkdir()
+    run_commands(pictures, output)
     found: dict[str, dict[str, int]] = {}
     for name, run in loops(pictures, views, output).items():
         crossings = []
