@@ -23,7 +23,7 @@ from mnif.signals.base import Change, Observation, Signal
 from mnif.signals.registry import signal_of_model
 from mnif.training.run_record import read_run_record, stage_one_of
 from mnif.utils.errors import UserError
-from mnif.utils.process import default_device, progress_bar
+from mnif.utils.process import progress_bar
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,10 @@ class ChangedInstances:
     ways: list[list[Change]]
 
     @torch.no_grad()
-    def latents(self) -> Float[Tensor, "n ways latent_dim"]:
-        """Infers the latents of all instances in all ways, [N, ways, D] on the CPU, by an accelerator if any."""
-        decoder, encoder = self.decoder.to(default_device()), self.encoder.to(default_device())
+    def latents(self, device: torch.device) -> Float[Tensor, "n ways latent_dim"]:
+        """Infers the latents of all instances in all ways on a device, where decoder and encoder stay: [N, ways, D]
+        on the CPU."""
+        decoder, encoder = self.decoder.to(device), self.encoder.to(device)
         found: list[Tensor] = []
         with progress_bar(total=len(self.ways) * len(self.rows), desc="changed", unit=self.signal.noun) as bar:
             for way in self.ways:
@@ -56,10 +57,9 @@ class ChangedInstances:
                     return reduce(lambda seen, change: change(seen), way, self.signal.observe(batch))
 
                 for latents in infer_latents(decoder, self.signal, self.rows, encoder, 0, observe=changed):
-                    found.append(latents.cpu())
+                    found.append(latents)
                     bar.update(len(latents))
-        decoder.cpu()  # where `mnif prior` draws its sheet of samples
-        return torch.cat(found).unflatten(0, (len(self.ways), len(self.rows))).transpose(0, 1).contiguous()
+        return torch.cat(found).cpu().unflatten(0, (len(self.ways), len(self.rows))).transpose(0, 1).contiguous()
 
 
 def changed_instances(run: Path, decoder: MNIFModel, table: LatentTable) -> ChangedInstances:
