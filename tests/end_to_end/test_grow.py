@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from export.device.runtime import load_bundle
+from latent_prior.changes import changed_in_all_generations, changed_instances, changed_latents
 from latent_prior.denoisers import Denoiser, PaperDenoiser, ResMLPDenoiser, TransformerDenoiser, continued
 from mnif.cli import main
 from mnif.latents.table import LatentTable
@@ -40,7 +41,7 @@ def old(picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a prior."""
     run = tmp_path_factory.mktemp("old") / "run"
     fit = ["fit", "--data", str(picture_folder), "--output_dir", str(run), "--resolution", "16", *SMALL, *SHORT]
-    assert main(fit) == 0
+    assert main([*fit, "--random_flip"]) == 0
     prior = ["--width", "16", "--depth", "1", "--max_train_steps", "4", "--validation_steps", "2"]
     assert main(["prior", "--run", str(run), *prior]) == 0
     return run
@@ -54,7 +55,7 @@ def grow_command(old: Path, data: Path, output: Path, *flags: str) -> list[str]:
 @pytest.fixture(scope="module")
 def child(old: Path, more_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("grown") / "run"
-    assert main(grow_command(old, more_pictures, run)) == 0
+    assert main(grow_command(old, more_pictures, run, "--random_flip")) == 0
     return run
 
 
@@ -129,6 +130,28 @@ def test_the_prior_goes_on_and_learns_both(
     assert "It was grown from a model of other data, `pictures0`" in (run / "model/README.md").read_text()
 
 
+def test_the_prior_learns_changed_instances_of_all_generations(
+    old: Path, child: Path, more_pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(child, run)
+    parent, decoder = (load_component(MNIFModel, one, "decoder") for one in (old, run))
+    tables = [LatentTable.load(one / "latents.safetensors") for one in (run, old)]
+    found = changed_latents(changed_in_all_generations(run, decoder, tables[0]))
+    before = changed_instances(old, parent, tables[1]).latents()
+    assert found.shape == (sum(len(table.train) for table in tables), 1, 17)
+    assert torch.equal(found[-len(before) :, 0], widened(decoder, before[:, 0]))
+    prior = ["prior", "--run", str(run), "--max_train_steps", "2", "--augment"]
+    assert main(prior) == 0
+    assert f"{len(found)} latents to train, also changed in 1 ways" in capsys.readouterr().out
+    record = json.loads((run / "run.json").read_text())
+    record["grow"]["arguments"]["random_colours"] = True
+    (run / "run.json").write_text(json.dumps(record))
+    assert main([*prior, "--seed", "1"]) == 2
+    reason = f"--augment: {run} was changed by --random_flip --random_colours, {run}/inherited/"
+    assert reason in capsys.readouterr().err
+
+
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
@@ -180,7 +203,7 @@ def test_the_other_ways_of_learning_leave_old_latents_alone(
 def test_a_stopped_growth_goes_on_to_the_same_bytes(
     old: Path, child: Path, more_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = grow_command(old, more_pictures, tmp_path / "run", "--checkpointing_steps", "2")
+    command = grow_command(old, more_pictures, tmp_path / "run", "--random_flip", "--checkpointing_steps", "2")
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
