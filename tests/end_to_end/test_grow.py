@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.device.runtime import load_bundle
+from export.device.runtime import Camera, Decoder, load_bundle
 from latent_prior.changes import changed_in_all_generations, changed_instances, changed_latents
 from latent_prior.denoisers import Denoiser, PaperDenoiser, ResMLPDenoiser, TransformerDenoiser, continued
 from mnif.cli import main
@@ -89,6 +89,36 @@ def _weights_of(model: bytes) -> list[bytes]:
     import onnx
 
     return [tensor.SerializeToString() for tensor in onnx.load_from_string(model).graph.initializer]
+
+
+@pytest.mark.parametrize(("signal", "flags"), [("voxels", ["--coefficient_sparsity", "2"]), ("radiance", [])])
+def test_old_shapes_and_scenes_are_the_same_bytes_through_every_runtime(
+    signal: str, flags: list[str], ball_views: Path, tmp_path: Path
+) -> None:
+    """Of shapes with sparse coefficients; scenes are seen by the camera of the bundle."""
+    slopes, data = np.mgrid[0:8, 0:8, 0:8][1] - 3.5 < np.linspace(-3, 3, 24)[:, None, None, None], ball_views
+    if signal == "voxels":
+        np.savez(data := tmp_path / "slopes.npz", voxels=slopes)
+    run, child, quick = tmp_path / "run", tmp_path / "child", [*SHORT, "--compile", "off"]
+    quick += ["--rays_per_step", "16", "--samples_per_ray", "8"] if signal == "radiance" else []
+    fit = ["fit", "--data", str(data), "--output_dir", str(run), *SMALL, *quick, "--method", "auto-decoding", *flags]
+    assert main([*fit, *(["--held_out_views", "1"] if signal == "radiance" else [])]) == 0
+    assert main(grow_command(run, data, child, "--compile", "off")) == 0
+    answers = []
+    for number, folder in enumerate((run, child)):
+        decoder, bundle = load_component(MNIFModel, folder, "decoder"), tmp_path / f"bundle_{number}"
+        latents = LatentTable.load_for(decoder, run / "latents.safetensors").latents[:3]
+        table = ["--latents", str(run / "latents.safetensors"), *EXPORT, "--num_baked", "0"]
+        assert main(["export", "--model", str(folder), "--output_dir", str(bundle), *table]) == 0
+        loaded = load_bundle(bundle, "onnxruntime", 1)
+        with torch.no_grad():
+            coefficients = decoder.coefficients(latents)
+            points = decoder.values_at(coefficients, torch.rand(1, 50, 3, generator=torch.manual_seed(0)) * 2 - 1)
+        alphas = coefficients.numpy()
+        shown = Decoder(loaded)(alphas) if signal == "voxels" else Camera(loaded)(alphas[:1], 40.0)
+        answers.append((points.numpy().tobytes(), shown.tobytes()))
+    assert answers[0] == answers[1]
+    assert np.frombuffer(answers[0][1], np.float32).std() > 0
 
 
 def test_commands_take_old_latents_and_new_ones(old: Path, child: Path, more_pictures: Path, tmp_path: Path) -> None:
