@@ -80,6 +80,8 @@ def main(arguments: Arguments) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_data(folder, arguments.data, arguments.resolution)
     for name, command in commands(arguments).items():
+        if name == "prior of scratch" and not (folder / "scratch").is_dir():
+            shutil.copytree(folder / "grown", folder / "scratch")
         print(f"\n{name}: mnif {command}", flush=True)
         subprocess.run([sys.executable, "-m", "mnif", *command.split()], check=True)
     text = table(arguments)
@@ -130,7 +132,8 @@ def commands(arguments: Arguments) -> dict[str, str]:
     if not arguments.prior_steps:
         return every
     prior = f"prior {arguments.prior_flags} --max_train_steps {arguments.prior_steps}"
-    own = {f"prior of {name}": f"{prior} --run {folder}/{name}" for name in ("old", "grown", "both")}
+    own = {f"prior of {name}": f"{prior} --run {folder}/{name}" for name in ("old", "scratch", "grown", "both")}
+    own["prior of scratch"] += " --from_scratch"
     return {"old": every.pop("old"), "prior of old": own.pop("prior of old")} | every | own
 
 
@@ -203,11 +206,6 @@ PRIORS = {
 def samples_table(arguments: Arguments) -> str:
     """Measures samples: energy distances from held-out instances of both parts, and how many are of the new one."""
     folder, parts = arguments.output_dir, PARTS[arguments.data]
-    scratch = folder / "scratch"
-    if not scratch.is_dir():
-        shutil.copytree(folder / "grown", scratch)
-    prior = f"prior {arguments.prior_flags} --max_train_steps {arguments.prior_steps} --run {scratch} --from_scratch"
-    subprocess.run([sys.executable, "-m", "mnif", *prior.split()], check=True)
     known, held_out = ([values_of(arguments, part, split) for part in parts] for split in (Split.TRAIN, Split.HELD_OUT))
     share = len(known[1]) / sum(map(len, known))
     lines = [
