@@ -206,7 +206,9 @@ PRIORS = {
 def samples_table(arguments: Arguments) -> str:
     """Measures samples: energy distances from held-out instances of both parts, and how many are of the new one."""
     folder, parts = arguments.output_dir, PARTS[arguments.data]
-    known, held_out = ([values_of(arguments, part, split) for part in parts] for split in (Split.TRAIN, Split.HELD_OUT))
+    known, held_out = (
+        [values_of(arguments, part, split) for part in parts] for split in (Split.TRAIN, Split.HELD_OUT)
+    )
     share = len(known[1]) / sum(map(len, known))
     lines = [
         f"| prior | from held-out {parts[0]} | from held-out {parts[1]} | from both | samples nearest to {parts[1]} |",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from export.device.runtime import Camera, Decoder, load_bundle
-from latent_prior.changes import changed_in_all_generations, changed_instances, changed_latents
+from latent_prior.augmentation import changed_in_all_generations, changed_instances, changed_latents
 from latent_prior.denoisers import Denoiser, PaperDenoiser, ResMLPDenoiser, TransformerDenoiser, continued
 from mnif.cli import main
 from mnif.latents.table import LatentTable
