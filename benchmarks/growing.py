@@ -3,10 +3,9 @@
     python benchmarks/growing.py --output_dir runs/growing --steps 1500
     python benchmarks/growing.py --output_dir runs/seats --data furniture --resolution 16 --prior_steps 1000
 
-Learns a part of a built-in set (Twemoji without people, the designs that are drawn in five skin tones; furniture without
-seats), then the rest: grown with frozen bases, grown with replay, fine-tuned, and anew on both for as many steps
-together. Writes the tables to OUTPUT_DIR/growing.md; a run that is there already is gone on with. docs/growing.md keeps
-them.
+Learns a part of a built-in set (Twemoji without people, the designs that are drawn in five skin tones; furniture
+without seats), then the rest: grown with frozen bases, grown with replay, fine-tuned, and anew on both for as many steps
+together. Writes the tables to OUTPUT_DIR/growing.md, for docs/growing.md; a run that is there already is gone on with.
 """
 
 import re
@@ -173,7 +172,7 @@ def quality_of(figures: dict[str, Tensor]) -> str:
 
 @torch.no_grad()
 def of_old_latents(decoder: MNIFModel, old: MNIFModel, folder: Path, part: str) -> tuple[str, bool]:
-    """Quality of what the old table's latents decode to, against what was learned; and whether it is the same bytes."""
+    """Quality of what the old table's latents decode to, against what was learned; whether it is the same bytes."""
     signal, path = signal_of_model(decoder), folder / "old/latents.safetensors"
     before, now = LatentTable.load_for(old, path), LatentTable.load_for(decoder, path)
     data = signal.load_like(str(folder / f"{part}.npz"))

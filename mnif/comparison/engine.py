@@ -399,7 +399,7 @@ def found_again(subject: Subject) -> dict[str, float]:
 def _time_after(steps: Iterator[int]) -> float:
     """The clock in seconds after a few more steps: of this thread's work, or of the wall where an accelerator works.
 
-    What else a processor has to do meanwhile is not counted, or runs of a busy moment would get fewer steps than others.
+    What else a processor does meanwhile is not counted, or runs of a busy moment would get fewer steps than others.
     """
     import torch
 

@@ -74,7 +74,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         tokens: along each axis, a divisor of ``cells``; D is a multiple of their number. None: the latent is global.
         coefficient_sparsity: bases that a layer of a cell takes at most, below M; the coefficients of the others are
             zero (:func:`mnif.models.sparse_coefficients.keep_largest`). For ``"delta"``. None: all bases. Of a model
-            that was grown it is of the first generation's bases, and every later one takes as large a share of its own.
+            that was grown it is of the first generation's bases; every later one takes as large a share of its own.
         growths: what the model was grown by, in order; M and D count all of it (:mod:`mnif.models.growth`).
         lineage: of a model that was grown, what is known of each generation, the first one first.
 
