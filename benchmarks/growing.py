@@ -4,8 +4,8 @@
     python benchmarks/growing.py --output_dir runs/seats --data furniture --resolution 16 --prior_steps 1000
 
 Learns a part of a built-in set (Twemoji without people, the designs that are drawn in five skin tones; furniture
-without seats), then the rest: grown with frozen bases, grown with replay, fine-tuned, and anew on both for as many steps
-together. Writes the tables to OUTPUT_DIR/growing.md, for docs/growing.md; a run that is there already is gone on with.
+without seats), then the rest: grown with frozen bases, grown with replay, fine-tuned, and anew on both for as many
+steps together. Writes the tables to OUTPUT_DIR/growing.md, for docs/growing.md; a run that is there is gone on with.
 """
 
 import re
