@@ -113,10 +113,7 @@ class _Writer:
         return [self._named(other) | {"value": value} for other, value in found]
 
     def _sheet(self, pictures: np.ndarray) -> dict[str, Any]:
-        """Writes pictures [rows, columns, H, W, 3] as one, of which the page shows one at a time."""
-        rows, columns, height, width, channels = pictures.shape
-        sheet = pictures.swapaxes(1, 2).reshape(rows * height, columns * width, channels)
-        return self._picture(sheet) | {"rows": rows, "columns": columns}
+        return self._picture(on_a_sheet(pictures)) | {"rows": pictures.shape[0], "columns": pictures.shape[1]}
 
     def _picture(self, picture: np.ndarray) -> dict[str, Any]:
         return self._embedded(picture, quality=self.quality)
@@ -128,6 +125,12 @@ class _Writer:
         uri = webp_uri(Image.fromarray(picture), **options)
         self.bytes += len(uri)
         return {"uri": uri, "width": picture.shape[1], "height": picture.shape[0]}
+
+
+def on_a_sheet(pictures: np.ndarray) -> np.ndarray:
+    """Lays pictures [rows, columns, H, W, 3] out as one, [rows · H, columns · W, 3]."""
+    rows, columns, height, width, channels = pictures.shape
+    return pictures.swapaxes(1, 2).reshape(rows * height, columns * width, channels)
 
 
 def step_words(step: float) -> str:
