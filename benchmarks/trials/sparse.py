@@ -1,6 +1,6 @@
-"""Candidates of sparse coefficients: which of them stay, how they learn, and what is left out of the count.
+"""Candidates of sparse coefficients: which of them stay, how they learn, and what does not count.
 
-All take `--flags="--coefficient_sparsity K"`: K of M bases for a layer of a cell, on average over what shares a budget.
+All take `--flags="--coefficient_sparsity K"`: K of M bases for a layer of a cell, on average where several share.
 """
 
 from typing import ClassVar, Literal
@@ -81,13 +81,13 @@ class Thinned(MNIFModel):
         whole = _dense(self, latents)
         mean = _dense(self, torch.zeros_like(latents[:1])) if self.around_mean else torch.zeros_like(whole[:1])
         rest = whole - mean
-        return mean + self._thinned(rest, self._sizes(rest))
+        return mean + self._kept(rest, self._sizes(rest))
 
     def _sizes(self, coefficients: Tensor) -> Tensor:
         sizes = coefficients.detach().abs()
         return sizes * torch.stack([bases.detach().norm(dim=1) for bases in self.bases]) if self.by_effect else sizes
 
-    def _thinned(self, coefficients: Tensor, sizes: Tensor) -> Tensor:
+    def _kept(self, coefficients: Tensor, sizes: Tensor) -> Tensor:
         return coefficients * (sizes > self._threshold(sizes))
 
     def _threshold(self, sizes: Tensor) -> Tensor:
@@ -108,36 +108,29 @@ class Thinned(MNIFModel):
         return groups.kthvalue(groups.shape[-1] - count, dim=-1).values.view(shape)
 
 
-class ByEffect(Thinned):
-    by_effect = True
+def _thinned(**rule: object) -> type[MNIFModel]:
+    """Makes the decoder of a rule, which names attributes of :class:`Thinned`."""
+    return type("Thinned", (Thinned,), rule)
 
 
-class Annealed(Thinned):
-    annealed = True
+class FixedSet(Thinned):
+    """A layer of a cell has the same K bases for all instances: those that it used most while K fell."""
 
+    annealed, by_effect = True, True
 
-class AroundMean(Thinned):
-    around_mean = True
+    def __init__(self, **settings):  # type: ignore[no-untyped-def]
+        super().__init__(**settings)
+        self.register_buffer("usage", torch.zeros(1, self.num_cells, len(self.bases), self.config.num_bases))
 
-
-class OfLayer(Thinned):
-    over, by_effect = "layer", True
-
-
-class OfInstance(Thinned):
-    over, by_effect = "instance", True
-
-
-class OfInstanceAroundMean(OfInstance):
-    around_mean = True
-
-
-class OfInstanceAroundMeanAnnealed(OfInstanceAroundMean):
-    annealed = True
+    def _sizes(self, coefficients: Tensor) -> Tensor:
+        if self.training and coefficients.requires_grad:
+            latest = super()._sizes(coefficients).square().mean(dim=0, keepdim=True)
+            self.usage.lerp_(latest, 0.05 if self.usage.any() else 1.0)
+        return self.usage
 
 
 class Gated(Thinned):
-    """A second map scores the bases; the K with the highest scores stay, times tanh of what they are above the next."""
+    """A second map scores the bases; the K with the highest scores stay, times tanh of their lead over the next."""
 
     def __init__(self, **settings):  # type: ignore[no-untyped-def]
         super().__init__(**settings)
@@ -163,7 +156,7 @@ class Sparsemax(Thinned):
         whole = _dense(self, latents)
         share = _sparsemax(whole.abs() * (-self.log_scale).exp())
         share = share / share.amax(dim=-1, keepdim=True).clamp(min=1e-12)
-        return self._thinned(whole * share, whole.detach().abs())
+        return self._kept(whole * share, whole.detach().abs())
 
 
 def _sparsemax(scores: Tensor) -> Tensor:
@@ -180,13 +173,17 @@ SPARSE_DECODERS = {
     "straight through": StraightThrough,
     "quartic threshold": QuarticThreshold,
     "soft threshold": SoftThreshold,
-    "ranked by effect": ByEffect,
-    "annealed": Annealed,
-    "around the mean of a cell": AroundMean,
-    "the largest of a layer": OfLayer,
-    "the largest of an instance": OfInstance,
-    "the largest of an instance, around means": OfInstanceAroundMean,
-    "the largest of an instance, around means, annealed": OfInstanceAroundMeanAnnealed,
+    "ranked by effect": _thinned(by_effect=True),
+    "annealed": _thinned(annealed=True),
+    "around the mean of a cell": _thinned(around_mean=True),
+    "the largest of a layer": _thinned(over="layer", by_effect=True),
+    "the largest of an instance": _thinned(over="instance", by_effect=True),
+    "the largest of an instance, around means": _thinned(over="instance", by_effect=True, around_mean=True),
+    "the largest of an instance, around means, annealed": _thinned(
+        over="instance", by_effect=True, around_mean=True, annealed=True
+    ),
+    "the largest of an instance, annealed": _thinned(over="instance", by_effect=True, annealed=True),
+    "a fixed set for each cell": FixedSet,
     "gates of their own": Gated,
     "sparsemax": Sparsemax,
 }

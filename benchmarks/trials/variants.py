@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from sparse import SPARSE_DECODERS
+from torch import Tensor, nn
 
 from mnif.models.cell_grid import CellGrid
 from mnif.models.mnif_model import MNIFModel

@@ -8,9 +8,9 @@
 The large matrices (denoiser, encoder, coefficient map, bases) can be stored in fewer bits than they are computed in:
 
 - **fp16**: float16 numbers and a Cast.
-- **int8**: one scale per output channel and DequantizeLinear, for the blocks of denoiser and encoder and the coefficient
-  map; what reads and writes latents stays in float16, which is worth 6 dB. Fields are not stored so: a SIREN of 55 dB
-  comes down to 45.
+- **int8**: one scale per output channel and DequantizeLinear, for the hidden layers of denoiser and encoder and for
+  the coefficient map; what reads and writes latents stays in float16, which is worth 6 dB and more. Fields are not
+  stored so: a SIREN of 55 dB comes down to 45.
 
 What either costs is measured by :mod:`export.device.reference_evaluator`, which counts in the types a graph names.
 ONNX Runtime on a CPU takes float16 casts out and would show no loss at all.

@@ -287,7 +287,7 @@ SLIDING = """
           states.push(await state());
         }
 """
-"""What the first slider of the instance that is shown says and shows: words, column, row and pixels, after each key."""
+"""What the first slider of the instance that is shown says and shows after each key: words, column, row, pixels."""
 
 
 @needs_browser
@@ -326,7 +326,7 @@ def test_shapes_and_objects_are_called_so(signal: str, tmp_path: Path, ball_view
         settings = {"resolution": 8, "near": 0.5, "far": 4.5, "samples": 4, "rays": 16, "camera_distance": 2.0}
         model = model_of(tmp_path, signal, settings, str(ball_views), dimensions=3, channels=4, resolution=32, cells=1)
     assert main(["atlas", "--model", str(model), "--num_instances", "1", "--num_samples", "0"]) == 0
-    sliding = SLIDING.replace("KEYS", '["Home"]') + """
+    looking = """
         const sides = page.locator("#instances article:visible .sides input");
         if (await sides.count()) {
           await sides.focus();
@@ -335,6 +335,7 @@ def test_shapes_and_objects_are_called_so(signal: str, tmp_path: Path, ball_view
         }
         return [await page.innerText("main"), states];
     """
+    sliding = SLIDING.replace("KEYS", '["Home"]') + looking
     words, states = asked_of_page((tmp_path / "atlas.html").as_uri(), sliding)
     first = {"voxels": 4, "radiance": 2}[signal]  # views have steps of 1
     places = [state[1:3] for state in states]
