@@ -136,7 +136,7 @@ def on_a_sheet(pictures: np.ndarray) -> np.ndarray:
 def step_words(step: float) -> str:
     """Says in words what a step of a coefficient is."""
     signed = f"{step:+g}".replace("-", "−")
-    words = {-2: "turned around", -1: "without", 1: "doubled"}
+    words: dict[float, str] = {-2: "turned around", -1: "without", 1: "doubled"}
     return "as it is" if step == 0 else f"{signed}: {words[step]}" if step in words else signed
 
 

@@ -111,7 +111,9 @@ class Draughtsman:
 
     def __init__(self, mixture: Mixture) -> None:
         self.mixture, self.easel = mixture, easel_of(mixture.by_coefficients)
-        self.pixels, self.steps = (_PIXELS, STEPS) if self.easel.sides == 1 else (64, STEPS[::2])
+        several = self.easel.sides > 1
+        self.pixels = 64 if several else _PIXELS
+        self.steps: tuple[float, ...] = STEPS[::2] if several else STEPS
         self._known: dict[int, np.ndarray] = {}
 
     @torch.no_grad()
