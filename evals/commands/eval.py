@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evals.protocol import EvalArguments, protocol_of
+from evals.arguments import EvalArguments, protocol_of
 from mnif.utils import __version__
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least, markdown_code, printable

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 
-from latent_prior.hub_flags import HubFlags
-from latent_prior.settings import PAPER_GROUPS, DenoiserName, LossType, Objective, Weighting, check_heads
+from latent_prior.settings import PAPER_GROUPS, DenoiserName, HubFlags, LossType, Objective, Weighting, check_heads
 from mnif.training.arguments import TrainingArguments
 from mnif.training.run_record import STAGE_ONE, begin_stage, check_finished, finish_stage
 from mnif.utils.args import parse_given
@@ -174,7 +173,7 @@ def fit_prior(arguments: PriorArguments) -> None:
     import torch
     from accelerate.utils import set_seed
 
-    from latent_prior.changes import changed_instances
+    from latent_prior.augmentation import changed_in_all_generations, changed_latents
     from latent_prior.denoisers import settings_of_tokens
     from latent_prior.hub import push, repository_for
     from mnif.latents.table import LatentTable
@@ -191,10 +190,11 @@ def fit_prior(arguments: PriorArguments) -> None:
     for stage in STAGE_ONE:
         check_finished(run, stage)
     decoder = load_component(MNIFModel, run / "model", "decoder")
-    table = _with_inherited(arguments, LatentTable.load_for(decoder, run / "latents.safetensors"), decoder)
+    own = LatentTable.load_for(decoder, run / "latents.safetensors")
+    table = _with_inherited(run, own, decoder)
     settings_of_tokens(arguments.denoiser, decoder)  # in time: nothing has been written yet
     latents = torch.cat([table.train, *_extra_latents(arguments, decoder)])
-    augmented = changed_instances(run, decoder, table) if arguments.augment else None
+    augmented = changed_in_all_generations(run, decoder, own) if arguments.augment else []
     fill_in_steps(arguments, len(latents))
     repository = repository_for(arguments, run / "model")
     accelerator = make_accelerator(arguments, run)
@@ -206,7 +206,8 @@ def fit_prior(arguments: PriorArguments) -> None:
         print(f"{run}: `mnif prior` has finished here before with these arguments; nothing to do")
         push(run / "model", repository)
         return
-    rows = {"latents": latents} | ({} if augmented is None else {"changed": augmented.latents(accelerator.device)})
+    changed = {"changed": changed_latents(augmented, accelerator.device)} if augmented else {}
+    rows = {"latents": latents} | changed
     set_seed(arguments.seed)
     if old is None:
         denoiser = make_denoiser(arguments, table, decoder)
@@ -279,22 +280,16 @@ def make_denoiser(arguments: PriorArguments, table: LatentTable, decoder: MNIFMo
     return denoiser
 
 
-def _with_inherited(arguments: PriorArguments, table: LatentTable, decoder: MNIFModel) -> LatentTable:
-    """Joins the latents of a run that was grown with those of the generations before, so that a prior learns all.
-
-    Raises:
-        UserError: instances are to be changed too, which nobody can do with those before.
-    """
+def _with_inherited(run: Path, table: LatentTable, decoder: MNIFModel) -> LatentTable:
+    """Joins the latents of a run that was grown with those of the generations before, so that a prior learns all."""
     import torch
 
     from mnif.latents.table import LatentTable
     from mnif.training.inheritance import inherited_tables
 
-    every = [table, *(LatentTable.load_for(decoder, path) for path in inherited_tables(arguments.run))]
+    every = [table, *(LatentTable.load_for(decoder, path) for path in inherited_tables(run))]
     if len(every) == 1:
         return table
-    if arguments.augment:
-        raise UserError("--augment: of latents from before the growth the instances are not here; leave it out")
     latents, held_out = (torch.cat([getattr(one, name) for one in every]) for name in ("latents", "held_out"))
     return replace(table, latents=latents, held_out=held_out, ids=[id for one in every for id in one.ids])
 

@@ -398,13 +398,17 @@ def found_again(subject: Subject) -> dict[str, float]:
 
 
 def _time_after(steps: Iterator[int]) -> float:
-    """The clock in seconds after a few more steps, once the accelerator has done their work."""
+    """The clock in seconds after a few more steps: of this thread's work, or of the wall where an accelerator works.
+
+    What else a processor does meanwhile is not counted, or runs of a busy moment would get fewer steps than others.
+    """
     import torch
 
     for _ in islice(steps, _BETWEEN_LOOKS):
         pass
-    if default_device().type != "cpu":
-        torch.accelerator.synchronize()
+    if default_device().type == "cpu":
+        return time.thread_time()
+    torch.accelerator.synchronize()
     return time.perf_counter()
 
 

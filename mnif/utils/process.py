@@ -188,11 +188,15 @@ def tell(line: str) -> None:
         print(printable(line))
 
 
+BAR_DELAY = 1.0
+"""Seconds that something takes before a bar of it is shown."""
+
+
 def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
     """A tqdm bar on stderr; in a log file or a pipe a line every 20 seconds."""
     if not sys.stderr.isatty():
         options |= {"file": _Log(sys.stderr), "mininterval": 20.0}
-    return tqdm(iterable, delay=1.0, dynamic_ncols=True, **options)
+    return tqdm(iterable, delay=BAR_DELAY, dynamic_ncols=True, **options)
 
 
 _PATIENCE = timedelta(days=7)  # that processes wait for the slowest of them
