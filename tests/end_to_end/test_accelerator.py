@@ -1,7 +1,8 @@
 """What crosses between the host and an accelerator: in a loop nothing but its batches, and nobody waits for them.
 
 The accelerator is one of host memory (:mod:`tests.fakes.accelerator`), in a process of its own, which runs some whole
-commands, and then each loop for a while and for longer. What comes on top for each step, batch or latent more is all that may grow.
+commands, and then each loop for a while and for longer. What comes on top for each step, batch or latent more is all
+that may grow.
 """
 
 import json
