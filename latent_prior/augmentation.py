@@ -25,7 +25,7 @@ from mnif.signals.registry import signal_of_model
 from mnif.training.inheritance import inherited_tables
 from mnif.training.run_record import read_run_record, stage_one_of
 from mnif.utils.errors import UserError
-from mnif.utils.process import default_device, progress_bar
+from mnif.utils.process import progress_bar
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ class ChangedInstances:
     ways: list[list[Change]]
 
     @torch.no_grad()
-    def latents(self) -> Float[Tensor, "n ways latent_dim"]:
-        """Infers the latents of all instances in all ways, [N, ways, D] on the CPU, by an accelerator if any."""
-        decoder, encoder = self.decoder.to(default_device()), self.encoder.to(default_device())
+    def latents(self, device: torch.device) -> Float[Tensor, "n ways latent_dim"]:
+        """Infers the latents of all instances in all ways on a device, where decoder and encoder stay: [N, ways, D]
+        on the CPU."""
+        decoder, encoder = self.decoder.to(device), self.encoder.to(device)
         found: list[Tensor] = []
         with progress_bar(total=len(self.ways) * len(self.rows), desc="changed", unit=self.signal.noun) as bar:
             for way in self.ways:
@@ -60,10 +61,9 @@ class ChangedInstances:
                     return reduce(lambda seen, change: change(seen), way, self.signal.observe(batch))
 
                 for latents in infer_latents(decoder, self.signal, self.rows, encoder, 0, observe=changed):
-                    found.append(latents.cpu())
+                    found.append(latents)
                     bar.update(len(latents))
-        decoder.cpu()  # where `mnif prior` draws its sheet of samples
-        return torch.cat(found).unflatten(0, (len(self.ways), len(self.rows))).transpose(0, 1).contiguous()
+        return torch.cat(found).cpu().unflatten(0, (len(self.ways), len(self.rows))).transpose(0, 1).contiguous()
 
 
 def changed_instances(run: Path, decoder: MNIFModel, table: LatentTable) -> ChangedInstances:
@@ -125,8 +125,11 @@ def changed_in_all_generations(run: Path, decoder: MNIFModel, table: LatentTable
     return found
 
 
-def changed_latents(generations: Sequence[ChangedInstances]) -> Float[Tensor, "n ways latent_dim"]:
-    """Infers the latents of all instances of all generations in all ways, as the first one's decoder takes them."""
+def changed_latents(
+    generations: Sequence[ChangedInstances], device: torch.device
+) -> Float[Tensor, "n ways latent_dim"]:
+    """Infers the latents of all instances of all generations in all ways on a device, as the first one's decoder takes
+    them: [N, ways, D] on the CPU."""
     decoder = generations[0].decoder
-    found = [each.latents() for each in generations]
+    found = [each.latents(device) for each in generations]
     return torch.cat([widened(decoder, some.flatten(0, 1)).unflatten(0, some.shape[:2]) for some in found])

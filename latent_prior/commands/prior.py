@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -207,7 +206,8 @@ def fit_prior(arguments: PriorArguments) -> None:
         print(f"{run}: `mnif prior` has finished here before with these arguments; nothing to do")
         push(run / "model", repository)
         return
-    rows = {"latents": latents} | ({"changed": changed_latents(augmented)} if augmented else {})
+    changed = {"changed": changed_latents(augmented, accelerator.device)} if augmented else {}
+    rows = {"latents": latents} | changed
     set_seed(arguments.seed)
     if old is None:
         denoiser = make_denoiser(arguments, table, decoder)
@@ -215,7 +215,7 @@ def fit_prior(arguments: PriorArguments) -> None:
         denoiser = _continued_denoiser(run, decoder, table, old)
     _train(arguments, accelerator, decoder, denoiser, table, rows)
     if accelerator.is_main_process:
-        _finish(arguments, decoder, denoiser.cpu().eval(), time.perf_counter() - started)
+        _finish(arguments, decoder, denoiser.eval(), time.perf_counter() - started)
         push(run / "model", repository)
     accelerator.wait_for_everyone()
 
@@ -260,7 +260,7 @@ def _train(
     data, run = array_dataset(rows), arguments.run
 
     def show() -> Image:
-        return samples_sheet(decoder, deepcopy(denoiser).cpu(), arguments)
+        return samples_sheet(decoder, denoiser, arguments)
 
     TrainLoop(accelerator, arguments, loss, [optimizer], data, run, "prior", validate, ema, keep_best, show=show).run()
 
@@ -367,7 +367,7 @@ def _finish(arguments: PriorArguments, decoder: MNIFModel, denoiser: Denoiser, s
 
 
 def samples_sheet(decoder: MNIFModel, denoiser: Denoiser, arguments: PriorArguments) -> Image:
-    """Draws 64 samples of a denoiser on the CPU."""
+    """Draws 64 samples of a denoiser, where it is."""
     import torch
 
     from latent_prior.diffusion import sampling_scheduler
@@ -375,7 +375,7 @@ def samples_sheet(decoder: MNIFModel, denoiser: Denoiser, arguments: PriorArgume
     from latent_prior.sampling import sample_latents
     from mnif.signals.outputs import postprocess
 
-    pipeline = MNIFPipeline(decoder, denoiser, sampling_scheduler(arguments.objective))
+    pipeline = MNIFPipeline(decoder.to(denoiser.device), denoiser, sampling_scheduler(arguments.objective))
     pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
         images = postprocess(decoder, sample_latents(pipeline, arguments.seed, range(64)), "pil")

@@ -167,8 +167,8 @@ def test_the_prior_learns_changed_instances_of_all_generations(
     shutil.copytree(child, run)
     parent, decoder = (load_component(MNIFModel, one, "decoder") for one in (old, run))
     tables = [LatentTable.load(one / "latents.safetensors") for one in (run, old)]
-    found = changed_latents(changed_in_all_generations(run, decoder, tables[0]))
-    before = changed_instances(old, parent, tables[1]).latents()
+    found = changed_latents(changed_in_all_generations(run, decoder, tables[0]), torch.device("cpu"))
+    before = changed_instances(old, parent, tables[1]).latents(torch.device("cpu"))
     assert found.shape == (sum(len(table.train) for table in tables), 1, 17)
     assert torch.equal(found[-len(before) :, 0], widened(decoder, before[:, 0]))
     prior = ["prior", "--run", str(run), "--max_train_steps", "2", "--augment"]

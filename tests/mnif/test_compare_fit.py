@@ -84,6 +84,20 @@ def test_every_method_has_its_row_of_finite_numbers(compared: Path) -> None:
         assert picture.width > 600
 
 
+def test_every_method_learns_latents_laid_out_as_tokens(picture_folder: Path, tmp_path: Path) -> None:
+    variant = "latent_layout=tokens,tokens=2,latent_dim=16"
+    more = ["--max_train_steps", "2", "--probes", "2", "--refinement_steps", "1", "--variants", variant]
+    assert main(command(picture_folder, tmp_path, *more)) == 0
+    comparison = json.loads((tmp_path / "compare.json").read_text())
+    for run in comparison["runs"]:
+        config = json.loads((Path(run["folder"]) / "model/decoder/config.json").read_text())
+        assert (config["tokens"], config["latent_dim"]) == (2, 16)
+        assert all(math.isfinite(value) for value in run.values() if isinstance(value, (int, float)))
+    assert [pca["components"] for pca in comparison["controls"]["pca"]] == [16]
+    rows = table_rows((tmp_path / "compare.md").read_text())
+    assert [row[0] for row in rows[:3]] == [f"{method}-{variant}" for method in METHODS]
+
+
 def test_the_table_marks_a_control_that_knows_its_training_set(compared: Path) -> None:
     comparison = json.loads((compared / "compare.json").read_text())
     for instances, train, lines in ((14, "26.00", 0), (13, "(26.00)", 1)):  # twelve components and the mean
