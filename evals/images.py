@@ -76,7 +76,7 @@ class ImageEvaluator(Evaluator):
         of_statistics = is_statistics(reference)
         self.data = None if of_statistics else load_images(arguments.reference, self.size)
         self.reference_fingerprint = sha256_of_file(reference) if self.data is None else self.data.fingerprint()
-        processes = Processes()
+        processes = Processes(arguments.device)
         self.cache = FeatureCache(
             self.protocol.resize, self._load_extractor(processes), processes, arguments.output_dir / ".parts"
         )

@@ -2,6 +2,9 @@
 
 import json
 import math
+import time
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 from PIL import Image as Picture
 
 from mnif.cli import main
+from mnif.comparison.engine import _time_after
 from mnif.comparison.robustness import robustness, spoilt
 from mnif.comparison.summary import comparison_table
 from mnif.data.batches import ArrayDataset, array_dataset
@@ -135,6 +139,20 @@ def test_seconds_are_turned_into_steps_once(
     assert main(arguments) == 0
     assert capsys.readouterr().out.count("nothing to do") == 4
     assert json.loads((tmp_path / "compare.json").read_text())["runs"] == first["runs"]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the wall's clock counts where an accelerator works")
+def test_what_else_a_processor_does_makes_no_step_longer() -> None:
+    """A wait is what the loop meets on a busy machine."""
+
+    def waiting() -> Iterator[int]:
+        for step in count():
+            time.sleep(0.02)
+            yield step
+
+    steps = waiting()
+    started = _time_after(steps)
+    assert _time_after(steps) - started < 0.05  # five steps, a tenth of a second by the wall
 
 
 @pytest.mark.parametrize(
