@@ -203,8 +203,12 @@ def test_unknown_command_and_missing_data_are_one_line_and_exit_2(
     capsys: pytest.CaptureFixture[str], tmp_path: object
 ) -> None:
     assert main(["train"]) == 2
-    assert capsys.readouterr().err.startswith('mnif: no command "train"')
+    assert capsys.readouterr().err.startswith('mnif: no command "train"; choose one of fit, ')
+    assert main(["smple"]) == 2
+    assert capsys.readouterr().err == 'mnif: no command "smple"; did you mean sample?\n'
     assert main(["fit", "--data", "nowhere", "--output_dir", f"{tmp_path}/run"]) == 2
     assert capsys.readouterr().err.startswith("mnif fit: --data nowhere: no such folder")
     assert main(["sample", "--model", "nowhere", "--output_dir", f"{tmp_path}/out"]) == 2
-    assert capsys.readouterr().err.startswith("mnif sample: nowhere: no such model folder")
+    error = capsys.readouterr().err
+    assert error.startswith("mnif sample: nowhere: no such model folder")
+    assert "avatars comes along" in error
