@@ -15,7 +15,7 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 from mnif.utils.files import written_atomically
 from mnif.utils.json_files import read_json
-from mnif.utils.model_folders import PROFILE, model_folder_in
+from mnif.utils.model_folders import COMES_ALONG, PROFILE, model_folder_in
 
 REMOTE_MODULE = "pipeline"
 """The file of a model folder, without ``.py``, that gives diffusers' own ``DiffusionPipeline`` the class."""
@@ -69,7 +69,7 @@ def read_components(folder: Path, variant: str | None = None, **given: Any) -> d
         UserError: a stage is missing or damaged, or no weights are of the variant.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such model folder; `mnif prior` completes one at RUN/model")
+        raise UserError(f"{folder}: no such model folder; `mnif prior` completes one at RUN/model, {COMES_ALONG}")
     if not (folder / "denoiser").exists():
         raise UserError(f"{folder} has no denoiser; `mnif prior` makes it")
     index = read_json(folder / "model_index.json", PipelineIndex)

@@ -3,6 +3,7 @@
 import atexit
 import os
 import sys
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,7 +77,9 @@ def _answer(arguments: list[str]) -> int:
         return 0
     name, rest = arguments[0], arguments[1:]
     if name != "--completion" and name not in COMMANDS:
-        print(f'mnif: no command "{name}"; choose one of {", ".join(COMMANDS)}', file=sys.stderr)
+        similar = get_close_matches(name, COMMANDS, n=1)
+        choice = f"did you mean {similar[0]}?" if similar else f"choose one of {', '.join(COMMANDS)}"
+        print(f'mnif: no command "{printable(name)}"; {choice}', file=sys.stderr)
         return 2
     if (foreign := _foreign_file()) is not None:
         found = f"{printable(foreign)} is found in the place of mnif's own package of that name"

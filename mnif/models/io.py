@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from mnif.utils.errors import UserError
 from mnif.utils.files import folder_written_atomically
 from mnif.utils.json_files import arguments_schema, read_object
-from mnif.utils.model_folders import model_folder_in
+from mnif.utils.model_folders import COMES_ALONG, model_folder_in
 
 
 class OwnMemory(ModelMixin):
@@ -68,7 +68,7 @@ def load_component(kind: type[Component], folder: Path, name: str, variant: str 
     """
     folder = model_folder_in(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such model folder; `mnif fit` writes one at RUN/model")
+        raise UserError(f"{folder}: no such model folder; `mnif fit` writes one at RUN/model, {COMES_ALONG}")
     if not (folder / name / "config.json").is_file():
         raise UserError(f"{folder} has no {name}; `{_MADE_BY[name]}` makes it")
     try:

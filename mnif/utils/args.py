@@ -193,8 +193,23 @@ def print_completion(commands: Mapping[str, tuple[Any, str]], shell: str) -> Non
         Annotated[flags, tyro.conf.subcommand(name, description=text)] for name, (flags, text) in commands.items()
     ]
     every: Any = Union[tuple(kinds)]  # noqa: UP007 as many as there are
-    with contextlib.suppress(SystemExit):
+    with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
         tyro.cli(every, args=["--tyro-print-completion", shell], prog="mnif", use_underscores=True)
+    script = printed.getvalue()
+    for name, (_, text) in commands.items():  # zsh and fish would show its name beside it once more
+        purpose = text.replace("'", "’")  # no quotation marks: each shell has its own way to write them
+        script = script.replace(f"{name!r}: {{'description': {name!r}", f"{name!r}: {{'description': {purpose!r}")
+    print(script.replace(_ZSH_CALL, _ZSH_START), end="")
+
+
+_ZSH_CALL = '\n_tyro_mnif "$@"\n'  # how the script of zsh ends, which is right for a file of $fpath alone
+_ZSH_START = """
+if [[ $funcstack[1] == _mnif ]]; then
+  _tyro_mnif "$@"
+else
+  compdef _tyro_mnif mnif
+fi
+"""
 
 
 def _complaint(command: type, arguments: list[str]) -> str | None:

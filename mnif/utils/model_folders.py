@@ -10,6 +10,9 @@ from mnif.utils.files import sha256_of_folder
 TRAINED_MODELS = {"avatars": "b1b8c8621cda885f85e44ebcbebd82443b70e41525639de02e3a3c9583326097"}
 """The trained models that come with the package: name → :func:`sha256_of_model`."""
 
+COMES_ALONG = f"and {', '.join(TRAINED_MODELS)} comes along"
+"""What a message says of them where a model was not found."""
+
 _FOLDER = Path(__file__).parents[1] / "models/files"
 
 

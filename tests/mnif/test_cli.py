@@ -81,6 +81,46 @@ def test_bash_completes_commands_flags_and_values(tmp_path: Path, capsys: pytest
     assert offered("build", "--builder", "tensorrt_") == ["tensorrt_rtx"]
 
 
+IN_ZSH = """
+compdef() { print -r -- "$@" }
+source $1
+_describe() { print -rl -- $completion_array }
+words=(mnif $argv[2,-1]) CURRENT=$#
+_tyro_mnif
+"""
+IN_FISH = "source $argv[1]; complete -C (string join -- ' ' mnif $argv[2..-1])"
+
+
+@pytest.mark.parametrize(
+    ("shell", "program", "mark"), [("zsh", ["-f", "-c", IN_ZSH, "zsh"], ":"), ("fish", ["-N", "-c", IN_FISH], "\t")]
+)
+def test_zsh_and_fish_complete_too(
+    shell: str, program: list[str], mark: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--completion", shell]) == 0
+    script = capsys.readouterr().out
+    for name, (_, _, purpose) in COMMANDS.items():
+        assert f"'{name}': {{'description': '{purpose.replace(chr(39), '’')}'" in script
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell}")
+    (tmp_path / "completion").write_text(script)
+    environment = os.environ | {"HOME": str(tmp_path)}
+
+    def offered(*words: str) -> list[str]:
+        command = [shell, *program, str(tmp_path / "completion"), *words]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.stderr == ""
+        return [line for line in done.stdout.splitlines() if line != "_tyro_mnif mnif"]
+
+    assert offered("decod") == [f"decode{mark}{COMMANDS['decode'][2]}"]
+    assert [line.split(mark)[0] for line in offered("fit", "--num_b")] == ["--num_bases"]
+    assert sorted(line.split(mark)[0] for line in offered("fit", "--method", "")) == [
+        "auto-decoding",
+        "encoder",
+        "meta",
+    ]
+
+
 def test_completion_is_of_the_program_and_of_shells_that_are_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--completion", "csh"]) == 2
     assert capsys.readouterr().err == "mnif --completion: name a shell, one of bash, zsh, fish\n"
@@ -163,8 +203,12 @@ def test_unknown_command_and_missing_data_are_one_line_and_exit_2(
     capsys: pytest.CaptureFixture[str], tmp_path: object
 ) -> None:
     assert main(["train"]) == 2
-    assert capsys.readouterr().err.startswith('mnif: no command "train"')
+    assert capsys.readouterr().err.startswith('mnif: no command "train"; choose one of fit, ')
+    assert main(["smple"]) == 2
+    assert capsys.readouterr().err == 'mnif: no command "smple"; did you mean sample?\n'
     assert main(["fit", "--data", "nowhere", "--output_dir", f"{tmp_path}/run"]) == 2
     assert capsys.readouterr().err.startswith("mnif fit: --data nowhere: no such folder")
     assert main(["sample", "--model", "nowhere", "--output_dir", f"{tmp_path}/out"]) == 2
-    assert capsys.readouterr().err.startswith("mnif sample: nowhere: no such model folder")
+    error = capsys.readouterr().err
+    assert error.startswith("mnif sample: nowhere: no such model folder")
+    assert "avatars comes along" in error
