@@ -106,14 +106,17 @@ def decode_images(
         at_once: the largest n.
         chosen: which of the latents to show; default: all.
     """
-    grid, chosen = decoder.grid(resolution), list(range(len(latents)) if chosen is None else chosen)
+    grid = decoder.grid(resolution)
     pixels = math.prod(len(first) for first, _, _ in grid.axes)
     if pixels > _POINTS_AT_ONCE:
-        yield from (decode_grid(decoder, latents[row : row + 1], resolution) for row in chosen)
+        rows = range(len(latents)) if chosen is None else chosen
+        yield from (decode_grid(decoder, latents[row : row + 1], resolution) for row in rows)
         return
     with one_thread():
         field = decoder.bake(decoder.coefficients(latents))
-    params = field.params.view(len(latents), decoder.num_cells, -1)[chosen]
+    params = field.params.view(len(latents), decoder.num_cells, -1)
+    if chosen is not None:
+        params = params[list(chosen)]
     for some in params.split(min(at_once, max(_POINTS_AT_ONCE // pixels, 1))):
         values = replace(field, params=some.flatten(0, 1))(grid.coordinates)
         yield grid.blend(values.view(len(some), decoder.num_cells, *values.shape[1:]))

@@ -29,6 +29,8 @@ SHAPES = {
     "cells of width 24": ((2, 24, 24, 24, 3), False, 4, 2, 40),
     "voxels, one hidden layer": ((3, 20, 1), True, 2, 2, 100),
     "width 64, as in the paper": ((2, 64, 64, 64, 3), True, 2, 1, 40),
+    "width 128, as in the paper's large models": ((3, 128, 128, 1), True, 2, 1, 40),
+    "width 100, of two hidden layers and channels": ((2, 100, 100, 3), False, 1, 1, 20),
     "a single point": ((2, 16, 16, 3), False, 1, 1, 1),
 }
 
@@ -91,7 +93,14 @@ def test_chunks_add_up_and_a_field_does_not_depend_on_the_others(
 
 @pytest.mark.parametrize(
     ("sizes", "has"),
-    [((2, 24, 24, 3), True), ((3, 64, 1), True), ((2, 7, 13, 2), False), ((2, 3), False), ((2, 96, 96, 3), False)],
+    [
+        ((2, 24, 24, 3), True),
+        ((3, 64, 1), True),
+        ((2, 7, 13, 2), False),
+        ((2, 3), False),
+        ((2, 96, 96, 3), True),
+        ((2, 129, 3), False),
+    ],
 )
 def test_which_fields_there_are_kernels_for(kernels: ModuleType, sizes: tuple[int, ...], has: bool) -> None:
     assert kernels.has_kernel(sizes) is has
@@ -111,7 +120,7 @@ from triton.compiler import ASTSource
 from mnif.models import field_triton
 import torch
 
-sizes, numbers = (2, 24, 24, 3), ("sets", "points", "chunk", "weight_sets")
+sizes, numbers = (2, 24, 24, 3), ("sets", "points", "chunk", "weight_sets", "fields")
 rows = torch.empty(1, sum((a + 1) * b for a, b in zip(sizes, sizes[1:])))
 for kernel, gradients in (("_values", 0), ("_first_order", 1), ("_second_order", 2)):
     kernel = getattr(field_triton, kernel + "_kernel")
