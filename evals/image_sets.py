@@ -26,7 +26,7 @@ from evals.metrics.uncertainty import (
     frechet_spread,
     standard_error,
 )
-from export.device import runtime
+from export.device import pictures
 from export.device.bundle import BundleError
 from export.device.runtime import Sampler, load_bundle
 from mnif.data.dataset import Split
@@ -93,7 +93,7 @@ def bundle_images(folder: Path, count: int, seed: int) -> IndexedImages:
 
     def read(rows: range) -> np.ndarray:
         try:
-            return runtime.to_uint8(sampler(len(rows), seed, rows.start, _DECODED_AT_ONCE))
+            return pictures.to_uint8(sampler(len(rows), seed, rows.start, _DECODED_AT_ONCE))
         except BundleError as error:
             raise UserError(str(error)) from None
 

@@ -6,8 +6,7 @@ from typing import Literal
 
 import tyro
 
-from latent_prior.hub_flags import HubFlags
-from latent_prior.settings import INFERENCE_STEPS
+from latent_prior.settings import INFERENCE_STEPS, HubFlags
 from mnif.utils.errors import UserError
 from mnif.utils.pixels import MAX_IMAGE_PIXELS
 

@@ -1,11 +1,10 @@
 """Noise to pictures for fixed numbers of samples, steps and pixels: on a GPU one CUDA graph, started by one call.
 
 At batch 1 a GPU waits most of the time for the next of some hundred small kernels to be named to it. A graph names
-them all at once. PyTorch records it (``torch.cuda.make_graphed_callables``), so its kernels, and what they compute,
-are those of the pipeline.
+them all at once. PyTorch records it (``torch.cuda.make_graphed_callables``), so its kernels are the pipeline's. What
+schedulers do on the CPU meanwhile cannot be recorded: here they are tables of numbers.
 """
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from latent_prior.call_arguments import check_noise, check_truncation, check_whole, grid_size
 from latent_prior.pipeline import MNIFPipeline
-from latent_prior.schedulers import adds_noise, model_input, set_timesteps, starting_sigma
+from latent_prior.scheduler_table import linear_scheduler_table
 from latent_prior.settings import INFERENCE_STEPS
 from mnif.signals.outputs import postprocess
 from mnif.signals.registry import signal_of_model
@@ -21,10 +20,10 @@ from mnif.utils.errors import UserError
 
 
 class FixedSampler:
-    """Draws what a pipeline draws from the same noise, with numbers that are fixed beforehand.
+    """Draws what a pipeline draws from the same noise, to rounding, with numbers that are fixed beforehand.
 
-    On the CPU it makes the pipeline's own calls, and gives its very bits. On a GPU it records them once, when it is
-    made; weights that are changed in place are seen by the graph, and the pipeline must stay where it is.
+    On a GPU its calls are recorded when it is made. Weights that are changed in place are seen by the graph; the
+    pipeline must stay where it is. On the CPU the same calls are made each time.
 
     Args:
         pipeline: on the device that shall draw, all of it.
@@ -37,8 +36,8 @@ class FixedSampler:
 
     Raises:
         ValueError: an argument is of another kind or out of range.
-        UserError: the scheduler draws noise in its steps or cannot take so many, parts of the pipeline are on
-            different devices, or the GPU cannot record what it does.
+        UserError: the scheduler is none that :func:`latent_prior.scheduler_table.linear_scheduler_table` takes, parts
+            of the pipeline are on different devices, or the GPU cannot record what they do.
 
     Example:
         >>> import torch
@@ -66,18 +65,13 @@ class FixedSampler:
             raise ValueError(f'output_type "{output_type}": choose pt or latent')
         self.decoder, self.truncation, self.output_type = pipeline.decoder, truncation, output_type
         self.denoiser, scheduler = pipeline.select_denoiser(num_inference_steps, use_student)
-        self.scheduler = copy.deepcopy(scheduler)
-        self.batch_size, self.steps = batch_size, num_inference_steps
+        self.batch_size, self.steps = batch_size, linear_scheduler_table(scheduler, num_inference_steps)
         self.size = grid_size(signal_of_model(self.decoder), self.decoder, resolution, None, None)
-        if adds_noise(self.scheduler):
-            name = type(self.scheduler).__name__
-            raise UserError(f"{name} draws noise in every step, which would be the same in each call; take another")
         if self.denoiser.device != self.decoder.device:
             places = f"the denoiser is on {self.denoiser.device}, the decoder on {self.decoder.device}"
             raise UserError(f"{places}; move the whole pipeline to one")
-        # The denoiser is told its times on the device, and the scheduler on the CPU, where it looks up its numbers.
-        timesteps = set_timesteps(self.scheduler, num_inference_steps, "cpu")
-        self.times = timesteps.to(self.denoiser.device).unbind()
+        times = torch.tensor(self.steps.timesteps, dtype=torch.float32, device=self.denoiser.device)
+        self.times = times.split(1)
         self._graph = self._recorded() if self.denoiser.device.type == "cuda" else None
 
     @torch.no_grad()
@@ -106,13 +100,15 @@ class FixedSampler:
     @torch.no_grad()
     def drawn(self, noise: Tensor) -> Tensor:
         """Draws from noise [batch_size, D] on the device, kernel by kernel, without a word from it to the CPU."""
-        scheduler, dtype = self.scheduler, self._dtype
-        timesteps = set_timesteps(scheduler, self.steps, "cpu")  # some schedulers count their steps
-        latents = noise * starting_sigma(scheduler)
-        for timestep, time in zip(timesteps, self.times, strict=True):
-            noisy = model_input(scheduler, latents, timestep).to(self.denoiser.dtype)
-            latents = scheduler.step(self.denoiser(noisy, time).to(dtype), timestep, latents).prev_sample
-        latents = self.denoiser.to_latents(self.truncation * latents).to(self.decoder.dtype)
+        samples, predictions = [noise], list[Tensor]()
+        for step, time in enumerate(self.times):
+            predictions.append(self.denoiser(samples[-1].to(self.denoiser.dtype), time).to(noise.dtype))
+            (first, weight), *others = self.steps.terms(step, samples, predictions)
+            sample = weight * first
+            for other, weight in others:
+                sample = torch.add(sample, other, alpha=weight)
+            samples.append(sample)
+        latents = self.denoiser.to_latents(self.truncation * samples[-1]).to(self.decoder.dtype)
         return postprocess(self.decoder, latents, self.output_type, self.size)
 
     def _recorded(self) -> Callable[[Tensor], Tensor]:
@@ -123,8 +119,7 @@ class FixedSampler:
             with torch.cuda.device_of(noise):
                 return torch.cuda.make_graphed_callables(self.drawn, (noise,))
         except (RuntimeError, AssertionError) as error:
-            name, reason = type(self.scheduler).__name__, str(error).strip().splitlines()[0]
+            reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"a CUDA graph of {self.steps} steps of {name} cannot be recorded ({reason}); take another scheduler, "
-                "or the pipeline itself"
+                f"what this model does cannot be recorded as a CUDA graph ({reason}); draw with the pipeline itself"
             ) from None

@@ -265,9 +265,9 @@ def _page(
     """Draws the page: what to do, histograms of the profile's scores and of these, and the worst instances."""
     from evals.charts import histogram_chart
     from evals.drift import FAMILIES
+    from evals.report.monitor import worst_instances
     from evals.report.provenance import provenance
     from evals.report.templates import as_svgs, rendered
-    from evals.report.worst import worst_instances
     from mnif.latents.surprise import SCORES
 
     ids = list(result["gate"]["instances"])

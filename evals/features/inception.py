@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d
 
-from evals.features.extractor import Extractor
+from evals.features.extractor import Extractor, PublishedWeights, found_weights
 from evals.features.resize import Resize
-from evals.features.weights import PublishedWeights, found_weights
 from mnif.utils.errors import UserError
 
 Size = int | tuple[int, int]

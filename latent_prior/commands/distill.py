@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from latent_prior.hub_flags import HubFlags
-from latent_prior.settings import TRAIN_TIMESTEPS, LossType, check_heads
+from latent_prior.settings import TRAIN_TIMESTEPS, HubFlags, LossType, check_heads
 from mnif.training.arguments import TrainingArguments
 from mnif.training.run_record import begin_stage, check_finished, finish_stage
 from mnif.utils.args import parse_arguments

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 
-from latent_prior.hub_flags import HubFlags
-from latent_prior.settings import PAPER_GROUPS, DenoiserName, LossType, Objective, Weighting, check_heads
+from latent_prior.settings import PAPER_GROUPS, DenoiserName, HubFlags, LossType, Objective, Weighting, check_heads
 from mnif.training.arguments import TrainingArguments
 from mnif.training.run_record import STAGE_ONE, begin_stage, check_finished, finish_stage
 from mnif.utils.args import parse_given
@@ -175,7 +174,7 @@ def fit_prior(arguments: PriorArguments) -> None:
     import torch
     from accelerate.utils import set_seed
 
-    from latent_prior.changes import changed_instances
+    from latent_prior.augmentation import changed_instances
     from latent_prior.denoisers import settings_of_tokens
     from latent_prior.hub import push, repository_for
     from mnif.latents.table import LatentTable

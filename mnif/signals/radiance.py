@@ -108,10 +108,16 @@ class ViewWriter(OutputWriter):
         each = latents[:count].split(1)
         return np.concatenate([self._frames(decoder, signal, latent, self.views) for latent in each])
 
-    def _frames(self, decoder: MNIFModel, signal: Signal, latents: Tensor, count: int) -> np.ndarray:
+    def images(self, decoder: MNIFModel, signal: Signal, latents: Tensor) -> np.ndarray:
+        """Renders the view of :meth:`RadianceField.images`, at the height and from the elevation asked for."""
+        return self._frames(decoder, signal, latents, 8, slice(1, 2))[:, 0]
+
+    def _frames(
+        self, decoder: MNIFModel, signal: Signal, latents: Tensor, count: int, chosen: slice = slice(None)
+    ) -> np.ndarray:
         assert isinstance(signal, RadianceField)
         height = self.resolution[0] if self.resolution else None
-        return signal.turntable(decoder, latents, count, self.elevation, height)
+        return signal.turntable(decoder, latents, count, self.elevation, height, chosen)
 
 
 class RadianceField(Signal):
@@ -350,8 +356,8 @@ class RadianceField(Signal):
         return to_uint8(self.render_views(decoder, decoder.coefficients(latents), cameras))
 
     def images(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
-        """Renders one view of each object."""
-        return self.turntable(decoder, latents, frames=8)[:, 1]
+        """Renders one view of each object, the second of eight on the turntable's circle."""
+        return self.turntable(decoder, latents, frames=8, chosen=slice(1, 2))[:, 0]
 
     def original_images(self, batch: Mapping[str, Tensor]) -> np.ndarray:
         """Takes the last view of each object, which is a held-out one if there are any."""

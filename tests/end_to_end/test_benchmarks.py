@@ -11,7 +11,6 @@ from types import ModuleType
 import pytest
 import torch
 
-from mnif.models.mnif_model import MNIFModel
 from mnif.utils.files import write_json
 from mnif.utils.json_files import read_json
 
@@ -119,19 +118,6 @@ def test_a_work_that_fails_costs_no_other(
     good, last = {"work": "good", "figure": 1}, {"work": "last", "figure": 2}
     assert part["rows"] == [good, {"work": "bad", "failed": failed}, last]
     assert part["finished"]
-
-
-def test_what_a_graph_records_is_what_the_pipeline_draws(parts: ModuleType) -> None:
-    decoder = MNIFModel(resolution=8, num_bases=4, width=8, latent_dim=8, cells=2)
-    pipeline = parts.untrained_pipeline(decoder)
-    pipeline.set_progress_bar_config(disable=True)
-    torch.nn.init.normal_(pipeline.student.write.weight)
-    noise = torch.randn(3, 8)
-    (latents,) = pipeline(latents=noise, num_inference_steps=1, output_type="latent", return_dict=False)
-    with torch.no_grad():
-        torch.testing.assert_close(parts.one_step(pipeline, noise)(), decoder(latents))
-    drawn = parts.one_step(pipeline.to("meta"), noise.to("meta"))()
-    assert drawn.device.type == "meta"  # on the device from end to end: another one in between would be refused
 
 
 def test_the_files_with_tests_for_a_gpu_are_run(parts: ModuleType) -> None:

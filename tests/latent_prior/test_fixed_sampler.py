@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 
+from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import student_scheduler
 from latent_prior.fixed_sampler import FixedSampler
 from latent_prior.pipeline import MNIFPipeline
@@ -15,32 +15,36 @@ from mnif.utils.errors import UserError
 NOISE = torch.randn(3, 12, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"])
-def test_it_draws_the_very_pictures_of_the_pipeline(pipeline: MNIFPipeline, name: str) -> None:
+@pytest.mark.parametrize("name", ["UniPCMultistepScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_it_draws_the_pictures_of_the_pipeline(pipeline: MNIFPipeline, name: str) -> None:
     pipeline.scheduler = scheduler_by_name(name, pipeline.scheduler)
     draw = FixedSampler(pipeline, batch_size=3, num_inference_steps=4, truncation=0.7)
     for noise in (NOISE, NOISE.flip(0), NOISE):
         expected = pipeline(latents=noise, num_inference_steps=4, truncation=0.7, output_type="pt").images
-        assert torch.equal(draw(noise), expected)
+        torch.testing.assert_close(draw(noise), expected, atol=1e-5, rtol=0)
+        assert torch.equal(draw(noise), draw(noise))
     small = FixedSampler(pipeline, batch_size=3, num_inference_steps=4, resolution=7)(NOISE)
-    assert torch.equal(small, pipeline(latents=NOISE, num_inference_steps=4, resolution=7, output_type="pt").images)
+    expected = pipeline(latents=NOISE, num_inference_steps=4, resolution=7, output_type="pt").images
+    torch.testing.assert_close(small, expected, atol=1e-5, rtol=0)
 
 
 def test_the_student_draws_where_it_would(pipeline: MNIFPipeline) -> None:
-    student = type(pipeline.denoiser).from_config({**pipeline.denoiser.config, "distilled_steps": (1,)})
+    torch.manual_seed(3)
+    known = {"decoder_fingerprint": pipeline.decoder.fingerprint(), "distilled_steps": (1,)}
+    student = ResMLPDenoiser(latent_dim=12, width=16, depth=2, **known)
+    torch.nn.init.normal_(student.write.weight)
     with_student = MNIFPipeline(pipeline.decoder, pipeline.denoiser, pipeline.scheduler, student, student_scheduler())
     with_student.set_progress_bar_config(disable=True)
+    drawn = []
     for use_student in (None, False):
-        draw = FixedSampler(with_student, 3, 1, output_type="latent", use_student=use_student)
         options = {"num_inference_steps": 1, "use_student": use_student, "output_type": "latent"}
-        assert torch.equal(draw(NOISE), with_student(latents=NOISE, **options).images)
-        assert (draw.denoiser is student) is (use_student is None)
+        drawn.append(FixedSampler(with_student, 3, **options)(NOISE))
+        torch.testing.assert_close(drawn[-1], with_student(latents=NOISE, **options).images, atol=1e-4, rtol=1e-5)
+    assert (drawn[0] - drawn[1]).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
-def test_nothing_goes_to_the_cpu_between_noise_and_pictures(pipeline: MNIFPipeline, name: str) -> None:
+def test_nothing_goes_to_the_cpu_between_noise_and_pictures(pipeline: MNIFPipeline) -> None:
     """On the device meta any way to another one, and any number that is asked for, would end in an error."""
-    pipeline.scheduler = scheduler_by_name(name, pipeline.scheduler)
     draw = FixedSampler(pipeline.to("meta"), 3, 3)
     drawn = draw.drawn(NOISE.to("meta"))
     assert (drawn.device.type, drawn.shape) == ("meta", (3, 3, 16, 16))
@@ -83,7 +87,7 @@ def test_what_cannot_be_recorded_is_one_line(pipeline: MNIFPipeline, monkeypatch
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore of it")
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", refuse)
-    with pytest.raises(UserError, match=r"a CUDA graph of 2 steps of DDIMScheduler .*capturing\); take another"):
+    with pytest.raises(UserError, match=r"cannot be recorded as a CUDA graph \(CUDA error: .*capturing\); draw with"):
         FixedSampler(pipeline, 3, 2)._recorded()
 
 
@@ -100,6 +104,6 @@ def test_what_cannot_be_fixed_is_refused(pipeline: MNIFPipeline) -> None:
 
 
 def test_a_scheduler_that_draws_noise_is_refused(pipeline: MNIFPipeline) -> None:
-    pipeline.scheduler = scheduler_by_name(DDPMScheduler.__name__, pipeline.scheduler)
-    with pytest.raises(UserError, match="DDPMScheduler draws noise in every step"):
+    pipeline.scheduler = scheduler_by_name("DDPMScheduler", pipeline.scheduler)
+    with pytest.raises(UserError, match="DDPMScheduler cannot be exported or recorded: step 0 draws noise"):
         FixedSampler(pipeline, 3, 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latent_prior.changes import changed_instances
+from latent_prior.augmentation import changed_instances
 from latent_prior.denoisers import Denoiser, PaperDenoiser, ResMLPDenoiser, TransformerDenoiser
 from latent_prior.diffusion import UNCHANGED, DenoisingLoss, sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
