@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fitting import Setting, Work, auto_decoding, decoding, encoding, meta_learning, paper_model
+from fitting import Setting, Work, auto_decoding, decoding, encoder_and_mixing, encoding, meta_learning, paper_model
 from sampling import draw, milliseconds, papers_pipeline
 from torch import Tensor
 
@@ -91,6 +91,8 @@ Sizes = tuple[int, int, int, int]
 SMALL, S, TINY = (32, 4, 32, 128), (256, 4, 64, 1024), (4, 1, 16, 8)
 """Bases, depth, width and numbers in a latent; S are those of the paper's small models of pictures."""
 
+TINY_FORM = {"resolution": 16, "num_bases": 4, "width": 8, "latent_dim": 8, "cells": 2}
+
 
 def fields(place: Place) -> Works:
     """Steps of learning in the paper's form, and latents to pictures, ours beside the plain form."""
@@ -100,6 +102,10 @@ def fields(place: Place) -> Works:
         for way, make in ways.items():
             name = f"{way}, {size}, batch {batch}"
             yield from beside_plain(place, name, partial(make, name, *sizes, resolution, batch))
+    form, batch, few = ("tiny", 4, TINY_FORM) if place.tiny else ("default form, 32×32", 1024, {})
+    for learns, kind in ((False, "forward"), (True, "training step")):
+        name = f"encoder + mixing, {form}, batch {batch}, {kind}"
+        yield from beside_plain(place, name, partial(encoder_and_mixing, name, batch, learns, **few))
     size, sizes, resolution = ("tiny", TINY, 16) if place.tiny else ("S, 64×64", S, 64)
     for batch in (1, 4) if place.tiny else (1, 32, 1024):
         name = f"decode {size}, batch {batch}"
@@ -112,7 +118,7 @@ def beside_plain(place: Place, name: str, make: Callable[[], Work]) -> Works:
     def measured(setting: Setting) -> Figures:
         torch.set_float32_matmul_precision("highest" if setting.precision == "float32" else "high")
         found = make().figures(setting, place.rounds, with_plain=True)
-        if name.startswith("CAVIA second order, S,"):
+        if name.startswith(("CAVIA second order, S,", "CAVIA second order, tiny")):
             found["hours of celeba-hq-s, stage one"] = 800 * 27_000 / found["ours, images/s"] / 3600
         return found
 
