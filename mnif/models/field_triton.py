@@ -445,7 +445,7 @@ def _options(rows: Tensor, sizes: Sequence[int], output_sine: bool, gradients: i
         "CW": 16,
         "BLOCK": 64 if not gradients else 64 // gradients if width <= 32 else 32 // gradients,
         "PRECISION": _precision(),
-        "IN_MEMORY": width > 64,
+        "IN_MEMORY": width * gradients > 64,
         "num_warps": 4 if width <= 32 else 8,
         "num_stages": 1,
         "enable_fp_fusion": True,
@@ -455,8 +455,8 @@ def _options(rows: Tensor, sizes: Sequence[int], output_sine: bool, gradients: i
 def _precision() -> str:
     """Of products after the first layer: bfloat16 under autocast, else by ``torch.set_float32_matmul_precision``.
 
-    For float32 a product is three of TF32, which is as exact to 1e-6: units that multiply float32 itself keep so much in
-    registers that a gradient spills 23 KB a thread, where this one spills a few hundred bytes.
+    For float32 a product is three of TF32, which is as exact to 1e-6: products of float32 itself, without tensor
+    cores, keep so much in registers that a gradient of width 64 spills 23 KB a thread.
     """
     if torch.is_autocast_enabled("cuda"):
         return "bf16"

@@ -30,7 +30,6 @@ SHAPES = {
     "voxels, one hidden layer": ((3, 20, 1), True, 2, 2, 100),
     "width 64, as in the paper": ((2, 64, 64, 64, 3), True, 2, 1, 40),
     "width 128, as in the paper's large models": ((3, 128, 128, 1), True, 2, 1, 40),
-    "width 100, of two hidden layers and channels": ((2, 100, 100, 3), False, 1, 1, 20),
     "a single point": ((2, 16, 16, 3), False, 1, 1, 1),
 }
 
@@ -77,10 +76,11 @@ def test_errors_their_gradient_and_hessian_products_equal_float64(kernels: Modul
     assert_near(kernels.errors_hvp(coordinates, rows, targets, weights, direction, sizes, output_sine), product)
 
 
+@pytest.mark.parametrize("width", [16, 100])
 def test_chunks_add_up_and_a_field_does_not_depend_on_the_others(
-    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
-    sizes, weights = (2, 16, 16, 3), torch.ones(1, 150)
+    sizes, weights = (2, width, width, 3), torch.ones(1, 150)
     coordinates, rows, targets = torch.rand(1, 150, 2), random_rows(3, sizes), torch.randn(3, 150, 3)
     whole = kernels.errors(coordinates, rows, targets, weights, sizes, False)
     monkeypatch.setattr(kernels, "_CHUNK", 64)
@@ -135,7 +135,7 @@ for kernel, gradients in (("_values", 0), ("_first_order", 1), ("_second_order",
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("capability", "precision"), [(80, "tf32"), (90, "bf16")])
+@pytest.mark.parametrize(("capability", "precision"), [(80, "tf32"), (90, "bf16"), (90, "tf32x3")])
 def test_kernels_compile_for_a_card(capability: int, precision: str, tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
