@@ -6,6 +6,7 @@ schedulers do on the CPU meanwhile cannot be recorded: here they are tables of n
 """
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -117,7 +118,7 @@ class FixedSampler:
         noise = torch.zeros(self.batch_size, self.denoiser.config.latent_dim, dtype=self._dtype, device=device)
         try:
             with torch.cuda.device_of(noise):
-                return torch.cuda.make_graphed_callables(self.drawn, (noise,))
+                return cast(Callable[[Tensor], Tensor], torch.cuda.make_graphed_callables(self.drawn, (noise,)))
         except (RuntimeError, AssertionError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(

@@ -91,7 +91,7 @@ def _compiled(sizes: tuple[int, ...], output_sine: bool) -> tuple[Callable[..., 
         return values(coordinates, rows, sizes, output_sine)
 
     def gradient(coordinates: Tensor, rows: Tensor, upstream: Tensor) -> Tensor:
-        _, pulled = torch.func.vjp(lambda given: evaluate(coordinates, given), rows)
+        pulled = torch.func.vjp(lambda given: evaluate(coordinates, given), rows)[1]
         return pulled(upstream)[0]
 
     options: dict[str, Any] = {"backend": _BACKEND, "dynamic": True, "fullgraph": True}

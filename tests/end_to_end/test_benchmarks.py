@@ -122,6 +122,16 @@ def test_a_work_that_fails_costs_no_other(
     assert part["finished"]
 
 
+@pytest.mark.parametrize("mixing", ["delta", "average"])
+def test_the_plain_form_mixes_what_ours_does(parts: ModuleType, mixing: str) -> None:
+    import fitting
+
+    sizes = {"resolution": 8, "num_bases": 4, "width": 8, "latent_dim": 8, "cells": 2}
+    model, latents = fitting.MNIFModel(**sizes, mixing=mixing), torch.randn(3, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(fitting.plain_rows(model, latents), model.bake(model.coefficients(latents)).params)
+
+
 def full_rows(parts: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """The names of all rows that a GPU leaves, without their figures."""
     place = parts.Place(Path("nowhere"), torch.device("cuda"), False, 0.0)

@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mnif.models import field_op
 from tests.mnif.test_field_op import plain_errors, plain_values, random_rows
 
+ROOT = Path(__file__).parents[2]
+
 if torch.cuda.is_available():
     pytest.skip("a CUDA device is there: tests/end_to_end/test_gpu.py runs them", allow_module_level=True)
 
@@ -174,42 +176,22 @@ def test_more_programs_than_a_second_axis_has(kernels: ModuleType, monkeypatch: 
     assert grids == [(2 * 256**3 // 64,)]
 
 
-COMPILE = """
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from mnif.models import field_triton
-import torch
-
-sizes, numbers = (2, WIDTH, WIDTH, 3), {"sets", "points", "chunk", "weight_sets", "fields"}
-ones = {"sets", "points", "weight_sets", "fields"} if ALONE else set()  # a number that is 1 is known beforehand
-rows = torch.empty(1, sum((a + 1) * b for a, b in zip(sizes, sizes[1:])))
-for kernel, gradients in (("_values", 0), ("_first_order", 1), ("_second_order", 2)):
-    kernel = getattr(field_triton, kernel + "_kernel")
-    constants = field_triton._options(rows, sizes, False, gradients) | {"ERRORS": True, "PRECISION": "PRODUCTS"}
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-    constants |= dict.fromkeys(ones, 1)
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    kinds = {name: "i32" if name in numbers else "*fp32" for name in kernel.arg_names}
-    source = ASTSource(kernel, signature=kinds | dict.fromkeys(constants, "constexpr"), constexprs=constants)
-    made = compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
-    print(kernel.__name__, made.metadata.shared, len(made.asm["cubin"]))
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "precision", "width", "alone"),
     [(80, "tf32", 24, False), (90, "tf32x3", 24, True), (90, "bf16", 128, False)],
 )
 def test_kernels_compile_for_a_card(capability: int, precision: str, width: int, alone: bool, tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
-    program = COMPILE
-    for name, value in {"CAPABILITY": capability, "PRODUCTS": precision, "WIDTH": width, "ALONE": alone}.items():
-        program = program.replace(name, str(value))
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    form = ["--width", str(width), "--depth", "1", "--alone" if alone else "--no_alone"]
+    card = ["--capability", str(capability), "--precision", precision]
+    program = [sys.executable, str(ROOT / "benchmarks/kernels.py"), *form, *card]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert [name for name, _, _ in lines] == ["_values_kernel", "_first_order_kernel", "_second_order_kernel"]
-    assert all(int(shared) < 160_000 and int(size) > 0 for _, shared, size in lines)  # of 163 to 227 KiB
+    _, *rows = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in rows] == ["values", "first_order", "second_order"]
+    for _, registers, spilled, shared in rows:
+        assert 0 < int(registers) <= 255
+        assert int(spilled) < 8_000
+        assert int(shared) < 160_000  # of 163 to 227 KiB
