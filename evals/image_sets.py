@@ -34,6 +34,7 @@ from mnif.data.images import ImageData, array_source, holds_files, image_files, 
 from mnif.data.shards import ShardMember
 from mnif.data.source import DataSource, readable
 from mnif.models.mnif_model import MNIFModel
+from mnif.utils.devices import sent
 from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_file
 from mnif.utils.pixels import to_uint8
@@ -78,7 +79,7 @@ def latent_images(decoder: MNIFModel, latents: np.ndarray, fingerprint: str, qua
 
     def read(rows: range) -> np.ndarray:
         with torch.no_grad():  # which holds for this thread; in inference mode the decoder would keep unusable grids
-            wanted = torch.from_numpy(np.array(latents[rows.start : rows.stop])).to(decoder.device)
+            wanted = sent(torch.from_numpy(np.array(latents[rows.start : rows.stop])), decoder.device)
             return np.concatenate([_pixels(decoder(batch), quantise) for batch in wanted.split(_DECODED_AT_ONCE)])
 
     return IndexedImages(len(latents), (height, width), f"{fingerprint} quantised {quantise}", read)

@@ -74,6 +74,8 @@ class ExtrasFlags:
     """Add the model's encoder: an observation to its latent, coefficients, and how far they are from it, for
     device/encode.py, with the model's reference profile where it has one. It holds the whole coefficient map, so it
     may be larger than the rest of the bundle."""
+    encoder_storage: Storage | None = None
+    """How the encoder stores its large matrices; default: as they are multiplied. int8 makes it a third as large."""
     browser: bool = False
     """Add browser/, a page to be hosted, and its graphs: noise → coefficients, and values of those anywhere."""
     onnxruntime_web: Path | None = None
@@ -109,7 +111,8 @@ class ExportArguments(GraphsFlags, BakedFlags, ExtrasFlags):
         chosen = KINDS[kind].precision
         if chosen == "sampler":
             return self.sampler_precision, self.sampler_storage
-        return (["fp32"] if chosen == "fp32" else self.precision), None
+        storage = self.encoder_storage if chosen == "encoder" else None
+        return (["fp32"] if chosen == "fp32" else self.precision), storage
 
 
 def selection_of(model: MNIFPipeline | MNIFModel, options: ExportArguments) -> Selection:
@@ -144,6 +147,8 @@ def selection_of(model: MNIFPipeline | MNIFModel, options: ExportArguments) -> S
         raise UserError("--browser: the page draws new pictures; this model has no prior, or is not of pictures")
     if options.onnxruntime_web is not None and not options.browser:
         raise UserError("--onnxruntime_web: is for the page of --browser; say that too")
+    if options.encoder_storage is not None and not options.encoder:
+        raise UserError(f"--encoder_storage {options.encoder_storage}: is for the graph of --encoder; say that too")
     check_onnxruntime_web(options.onnxruntime_web)
     return Selection(
         decoder=decoder,

@@ -25,6 +25,7 @@ from mnif.signals.image import height_and_width
 from mnif.signals.output_flags import Animation
 from mnif.signals.outputs import ELEVATION, check_camera, check_resolution, decode_volumes
 from mnif.signals.volume_rendering import box_intersection, camera_rays, composite, stratified_depths, turntable_poses
+from mnif.utils.devices import sent
 from mnif.utils.errors import UserError
 from mnif.utils.files import was_written
 from mnif.utils.json_files import Size
@@ -270,8 +271,8 @@ class RadianceField(Signal):
         """Takes random rays of random views, the same of every instance, with random depths."""
         cameras, values = observation.query, observation.values
         flat = values.flatten(1, 3)
-        chosen = torch.randint(flat.shape[1], (self.rays,), generator=generator).to(flat.device)
-        jitter = torch.rand(self.rays, self.samples, generator=generator).to(flat.device)
+        chosen = sent(torch.randint(flat.shape[1], (self.rays,), generator=generator), flat.device)
+        jitter = sent(torch.rand(self.rays, self.samples, generator=generator), flat.device)
         views, pixels = chosen // (cameras.height * cameras.width), chosen % (cameras.height * cameras.width)
         origins, directions = _rays_of(cameras, views, pixels)
         mask = None if observation.mask is None else observation.mask.flatten(1)[:, chosen]

@@ -310,6 +310,8 @@ def test_models_and_bundles_without_an_encoder_say_so(
     save_component(tmp_path / "model", "decoder", decoder)
     export = ["export", "--compile_rtx", "off", "--num_baked", "0", "--precision", "fp32"]
     export += ["--output_dir", str(tmp_path / "bundle"), "--model"]
+    assert main([*export, str(tmp_path / "model"), "--encoder_storage", "int8"]) == 2
+    assert "--encoder_storage int8: is for the graph of --encoder; say that too" in capsys.readouterr().err
     assert main([*export, str(tmp_path / "model"), "--encoder"]) == 2
     assert "--encoder: " in capsys.readouterr().err
     assert not (tmp_path / "bundle").exists()

@@ -101,7 +101,7 @@ PRIOR = ["--width", "16", "--depth", "1", "--augment", *QUICK]
 def test_latents_of_changed_instances(run: Path, picture_folder: Path, tmp_path: Path) -> None:
     decoder = load_component(MNIFModel, run / "model", "decoder")
     table = LatentTable.load(run / "latents.safetensors")
-    latents = changed_instances(run, decoder, table).latents()
+    latents = changed_instances(run, decoder, table).latents(torch.device("cpu"))
     assert latents.shape == (len(table.train), 11, 12)
     encode = [
         "encode",
