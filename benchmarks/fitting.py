@@ -16,6 +16,7 @@ from statistics import median
 import torch
 import tyro
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from evals.timing import settled_seconds
 from mnif.latents.embedding import LatentEmbedding
@@ -43,6 +44,8 @@ def main(arguments: Arguments) -> None:
         meta_learning("CAVIA, K32 L4 W32 H128, 32x32, batch 32", 32, 4, 32, 128, 32, 32),
         meta_learning("CAVIA, K256 L4 W64 H1024, 64x64, batch 32", 256, 4, 64, 1024, 64, 32),
         auto_decoding("auto-decoding, K32 L4 W32 H128, 32x32, batch 64", 32, 4, 32, 128, 32, 64),
+        encoder_and_mixing("encoder + mixing, default form, 32x32, batch 256", 256, False),
+        encoder_and_mixing("encoder + mixing, learning, batch 256", 256, True),
         decoding("decode S (K256 L4 W64 H1024), 64x64, batch 1", 1),
         decoding("decode S (K256 L4 W64 H1024), 64x64, batch 32", 32),
         mixing("mix S (latent → weights of its field), batch 1", 1),
@@ -172,8 +175,11 @@ def multiply_adds(model: MNIFModel) -> int:
 
 
 def plain_rows(model: MNIFModel, latents: Tensor) -> Tensor:
-    coefficients = model.coefficients(latents)[:, 0]
-    rows = [(coefficients[:, layer, :, None] * bases[None]).sum(dim=1) for layer, bases in enumerate(model.bases)]
+    coefficients = model.coefficients(latents).flatten(0, 1)
+    rows = [row.expand(len(coefficients), -1) for row in model.shared]
+    for layer, bases in enumerate(model.bases):
+        mixed = (coefficients[:, layer, :, None] * bases[None]).sum(dim=1)
+        rows.append(mixed + model.means[layer] if model.means else mixed)
     return torch.cat(rows, dim=1)
 
 
@@ -272,6 +278,43 @@ def encoding(name: str, bases: int, depth: int, width: int, latent_dim: int, res
         return step(setting, lambda: fitting(**given), optimizer), step(setting, plain, optimizer)
 
     return Work(name, batch, 2.0 * multiply_adds(model) * resolution**2 * batch * 3, prepare)
+
+
+def encoder_and_mixing(name: str, batch: int, learns: bool, **sizes: int) -> Work:
+    """Pictures to latents, coefficients and mixed weights, of the default form but for ``sizes``; fields stay unasked.
+
+    What learns takes a step down the mean square of the mixed weights.
+    """
+    torch.manual_seed(0)
+    model = MNIFModel(**sizes)
+    signal = Image(model.config.resolution, 3)
+    method = EncoderMethod(model, signal, signal.encoder(model.config.latent_dim, 512), latent_noise=0.0)
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        given, *_ = pictures(model, 1, torch.device("cpu"))
+        model.bake(model.coefficients(method.latents(signal.observe(given), given["row"])))
+
+    def prepare(setting: Setting) -> Prepared:
+        method.to(setting.device)
+        given, *_ = pictures(model, batch, setting.device)
+
+        def latents() -> Tensor:
+            return method.latents(signal.observe(given), given["row"])
+
+        def ours() -> Tensor:
+            return model.bake(model.coefficients(latents())).params
+
+        def plain() -> Tensor:
+            return plain_rows(model, latents())
+
+        if not learns:
+            return drawn(setting, ours, plain)
+        optimizer = adam_of(method)
+        return (
+            step(setting, lambda: ours().float().square().mean(), optimizer),
+            step(setting, lambda: plain().float().square().mean(), optimizer),
+        )
+
+    return Work(name, batch, float(counted.get_total_flops()) * batch * (3 if learns else 1), prepare)
 
 
 def drawn(setting: Setting, *functions: Callable[[], object]) -> Prepared:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-PARTS = {"tests": 0.15, "fields": 0.4, "sampling": 0.1, "training": 1.0}
+PARTS = {"tests": 0.2, "fields": 0.4, "sampling": 0.1, "training": 1.0}
 """Of all the time, the share that each part may take; the last takes what is left."""
 
 OPTIONAL = {

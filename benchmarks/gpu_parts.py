@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fitting import Setting, Work, auto_decoding, decoding, encoding, meta_learning, paper_model
+from fitting import Setting, Work, auto_decoding, decoding, encoder_and_mixing, encoding, meta_learning, paper_model
 from sampling import draw, milliseconds, papers_pipeline
 from torch import Tensor
 
 from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import sampling_scheduler, student_scheduler
+from latent_prior.fixed_sampler import FixedSampler
 from latent_prior.pipeline import MNIFPipeline
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.files import write_json
@@ -90,6 +91,8 @@ Sizes = tuple[int, int, int, int]
 SMALL, S, TINY = (32, 4, 32, 128), (256, 4, 64, 1024), (4, 1, 16, 8)
 """Bases, depth, width and numbers in a latent; S are those of the paper's small models of pictures."""
 
+TINY_FORM = {"resolution": 16, "num_bases": 4, "width": 8, "latent_dim": 8, "cells": 2}
+
 
 def fields(place: Place) -> Works:
     """Steps of learning in the paper's form, and latents to pictures, ours beside the plain form."""
@@ -99,6 +102,10 @@ def fields(place: Place) -> Works:
         for way, make in ways.items():
             name = f"{way}, {size}, batch {batch}"
             yield from beside_plain(place, name, partial(make, name, *sizes, resolution, batch))
+    form, batch, few = ("tiny", 4, TINY_FORM) if place.tiny else ("default form, 32×32", 1024, {})
+    for learns, kind in ((False, "forward"), (True, "training step")):
+        name = f"encoder + mixing, {form}, batch {batch}, {kind}"
+        yield from beside_plain(place, name, partial(encoder_and_mixing, name, batch, learns, **few))
     size, sizes, resolution = ("tiny", TINY, 16) if place.tiny else ("S, 64×64", S, 64)
     for batch in (1, 4) if place.tiny else (1, 32, 1024):
         name = f"decode {size}, batch {batch}"
@@ -111,7 +118,7 @@ def beside_plain(place: Place, name: str, make: Callable[[], Work]) -> Works:
     def measured(setting: Setting) -> Figures:
         torch.set_float32_matmul_precision("highest" if setting.precision == "float32" else "high")
         found = make().figures(setting, place.rounds, with_plain=True)
-        if name.startswith("CAVIA second order, S,"):
+        if name.startswith(("CAVIA second order, S,", "CAVIA second order, tiny")):
             found["hours of celeba-hq-s, stage one"] = 800 * 27_000 / found["ours, images/s"] / 3600
         return found
 
@@ -155,48 +162,19 @@ def papers_drawing(place: Place, decoder: MNIFModel) -> Figures:
     return {"p50, ms": p50, "pictures/s": 1e3 / p50, "extrapolated": f"from {few} and {more} steps"}
 
 
-def one_step(pipeline: MNIFPipeline, noise: Tensor) -> Callable[[], Tensor]:
-    """What the student's single step does to ``noise`` [B, D], from noise to values, without a word to the CPU.
-
-    It predicts the clean latent, which is where DDIM ends from the last timestep.
-    """
-    student, decoder = pipeline.student, pipeline.decoder
-    last = pipeline.student_scheduler.config.num_train_timesteps - 1
-    timestep, grid = torch.full((1,), float(last), device=noise.device), decoder.grid()
-
-    def drawn() -> Tensor:
-        return decoder.decode_coefficients(decoder.coefficients(student.to_latents(student(noise, timestep))), grid)
-
-    return torch.no_grad()(drawn)
-
-
 def in_a_graph(place: Place, pipeline: MNIFPipeline) -> Figures:
     """One step at batch 1 as a CUDA graph, with the ways from and to the CPU, beside the same calls one by one."""
-    if place.device.type != "cuda":
-        return {"left out": "there are CUDA graphs on CUDA devices alone"}
-    given = torch.randn(1, pipeline.decoder.config.latent_dim)
-    noise = given.to(place.device)
-    drawn = one_step(pipeline, noise)
-    apart = torch.cuda.Stream()
-    apart.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(apart):  # kernels are compiled and memory is found before anything is recorded
-        expected = [drawn() for _ in range(3)][-1]
-    torch.cuda.current_stream().wait_stream(apart)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        values = drawn()
+    draw, noise = FixedSampler(pipeline, 1, 1), torch.randn(1, pipeline.decoder.config.latent_dim)
 
-    def replay() -> Tensor:
-        noise.copy_(given)
-        graph.replay()
-        return values.cpu()
-
+    @torch.no_grad()
     def one_by_one() -> Tensor:
-        noise.copy_(given)
-        return drawn().cpu()
+        return draw.drawn(noise.to(place.device)).cpu()
 
-    found = drawing(place, replay, 1) | {"p50 without a graph, ms": milliseconds(one_by_one, 101)}
-    return found | {"largest difference": float((replay() - expected.cpu()).abs().max())}
+    found = drawing(place, lambda: draw(noise).cpu(), 1)
+    if place.device.type != "cuda":
+        return found | {"recorded": "no: there are CUDA graphs on CUDA devices alone"}
+    found |= {"p50 without a graph, ms": milliseconds(one_by_one, 101)}
+    return found | {"largest difference": float((draw(noise).cpu() - one_by_one()).abs().max())}
 
 
 def training(place: Place) -> Works:

@@ -1,5 +1,7 @@
 """What `benchmarks/gpu.py` writes of its parts: results.json, results.md and chart.png."""
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,53 @@ from mnif.utils.files import write_json, written_atomically
 from mnif.utils.json_files import read_json
 
 Part = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What one H100 is to reach.
+
+    Attributes:
+        words: what is measured.
+        part: in which part.
+        work: a pattern of the row, and of the one that stands for it in miniature.
+        figure: of that row.
+        bound: that it is to reach.
+        at_most: from above; else from below.
+    """
+
+    words: str
+    part: str
+    work: str
+    figure: str
+    bound: float
+    at_most: bool = False
+
+
+_HOURS = "hours of celeba-hq-s, stage one"
+_CAVIA = r"CAVIA second order, (S, 64×64, batch 32|tiny.*), (tf32|float32)"
+
+REACHES = [
+    Reach("CAVIA of second order, S at 64×64, batch 32: times the plain form", "fields", _CAVIA, "ratio", 8),
+    Reach("the same: share of the card's TF32 rate", "fields", _CAVIA, "of peak", 0.3),
+    Reach(
+        *("auto-decoding, S at 64×64: times the plain form", "fields"),
+        *(r"auto-decoding, (S, 64×64, batch 32|tiny.*), (tf32|float32)", "ratio", 6),
+    ),
+    Reach(
+        *("decode S at batch 1,024: share of the card's TF32 rate", "fields"),
+        *(r"decode (S, 64×64, batch 1024|tiny, batch 4), (tf32|float32)", "of peak", 0.4),
+    ),
+    Reach(
+        *("encoder and mixing, default form at 32×32: images/s", "fields"),
+        *(r"encoder \+ mixing, (default form, .*|tiny.*), forward, (tf32|float32)", "ours, images/s", 50_000),
+    ),
+    Reach(
+        *("one step at batch 1 as a CUDA graph: ms", "sampling"),
+        *(r"student, 1 step, batch 1, CUDA graph", "p50, ms", 1, True),
+    ),
+    Reach("800 epochs of celeba-hq-s at the measured rate: hours", "fields", _CAVIA, _HOURS, 3, True),
+]
 
 
 def read_parts(output_dir: Path) -> dict[str, Part]:
@@ -31,7 +80,7 @@ def markdown(parts: dict[str, Part]) -> str:
     first = next(iter(parts.values()))
     told = [f"{name} {shown(value)}" for name, value in first["machine"].items()]
     lines = ["# Measured by `benchmarks/gpu.py`" + (" --tiny: figures mean nothing" if first["tiny"] else ""), ""]
-    lines += [", ".join(told), ""]
+    lines += [", ".join(told), "", *reached(parts), ""]
     for name, part in parts.items():
         rows = [flat(row) for row in part["rows"]]
         columns = list(dict.fromkeys(column for row in rows for column in row if column != "work"))
@@ -41,6 +90,24 @@ def markdown(parts: dict[str, Part]) -> str:
             lines.append(f"| {row['work']} | {' | '.join(shown(row.get(column, '')) for column in columns)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def reached(parts: dict[str, Part]) -> list[str]:
+    """A table of what one H100 is to reach, what was measured, and whether that is enough."""
+    lines = ["## Reach, on one H100", "", "| | asked | measured | met |", "|---|---|---|---|"]
+    for reach in REACHES:
+        part = parts.get(reach.part, {"rows": [], "device": "", "tiny": False})
+        found = [row for row in part["rows"] if re.fullmatch(reach.work, row["work"])]
+        value = found[-1].get(reach.figure) if found else None
+        enough = value is not None and (value <= reach.bound if reach.at_most else value >= reach.bound)
+        met = "yes" if enough else "no"
+        if value is None:
+            met = "not measured"
+        elif part["tiny"] or not part["device"].startswith("cuda"):
+            met = "not judged: this is no GPU's figure"
+        asked = f"{'≤' if reach.at_most else '≥'} {shown(float(reach.bound))}"
+        lines.append(f"| {reach.words} | {asked} | {'' if value is None else shown(value)} | {met} |")
+    return lines
 
 
 TOLD = ("psnr_train", "psnr_heldout", "fd_lite0", "fd_lite0_floor", "fd_lite0_gaussian")

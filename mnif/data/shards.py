@@ -1,17 +1,26 @@
 """Tar files as WebDataset has them: the files of an instance share their name up to its first dot, which is its id.
 
-Shards are looked through header by header; what is wanted of them is read where it stands. Nothing is extracted.
+Shards are looked through header by header, and of large ones the cache folder keeps what was found; what is wanted of
+them is read where it stands. Nothing is extracted.
 """
 
+import hashlib
+import json
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
+import msgspec
+
+from mnif.data.arrays import file_stamps
 from mnif.data.source import is_hidden, readable
+from mnif.utils import __version__
 from mnif.utils.errors import UserError
+from mnif.utils.files import cache_folder, written_atomically
 from mnif.utils.process import progress_bar, tell
 
 MOST_BYTES = 1 << 29
@@ -19,6 +28,7 @@ MOST_BYTES = 1 << 29
 
 _HEADER_BYTES = 1 << 20  # of names and notes that go before a member, and of zeros at the end
 _SHOWN = 5  # kinds of files that are left out
+_LARGE = 256  # members, from which on looking through a shard takes longer than opening a file of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +116,33 @@ class _Headers(FileIO):
 
 
 def _members(shard: Path) -> Iterator[ShardMember]:
+    """Yields the files of a shard in order, as an earlier command has noted them if the shard is what it was then.
+
+    A note that is damaged is made anew, and one that cannot be written is done without.
+    """
+    key = _key(shard)
+    note = cache_folder() / "data" / f"{key}.members"
+    try:
+        noted = msgspec.msgpack.decode(note.read_bytes(), type=list[tuple[str, int, int]])
+    except (OSError, msgspec.DecodeError):
+        noted = []
+        for member in _looked_through(shard):
+            noted.append((member.name, member.offset, member.size))
+            yield member
+        if len(noted) >= _LARGE and _key(shard) == key:  # else it was changed meanwhile
+            with suppress(OSError, UnicodeError), written_atomically(note, flush=False) as temporary:
+                temporary.write_bytes(msgspec.msgpack.encode(noted))
+    else:
+        yield from (ShardMember(shard, *each) for each in noted)
+
+
+def _key(shard: Path) -> str:
+    """Names the note of a shard's members, by the shard's path, size and time of change."""
+    stamps = file_stamps([shard] if shard.exists() else [])
+    return hashlib.sha256(json.dumps([__version__, "members", *stamps]).encode()).hexdigest()[:32]
+
+
+def _looked_through(shard: Path) -> Iterator[ShardMember]:
     """Yields the files of a shard in order, and looks at what its headers state before anything is done with it."""
     try:
         with _Headers(shard) as file, tarfile.open(fileobj=file, mode="r:") as archive:

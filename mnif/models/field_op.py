@@ -44,6 +44,7 @@ _FLAGS = [
 logger = logging.getLogger(__name__)
 
 
+@torch.compiler.assume_constant_result  # torch.compile would trace how the operator is found
 def is_compiled() -> bool:
     """Whether the compiled operator is at hand on this machine; compiles it at the first call."""
     return _library() is not None
@@ -91,7 +92,13 @@ def can_evaluate(sizes: Sequence[int], coordinates: Tensor, rows: Tensor, *targe
         return False
     if device == "cpu":
         return rows.dtype == torch.float32 and not torch.is_autocast_enabled("cpu") and is_compiled()
-    return device == "cuda" and (kernels := _kernels()) is not None and kernels.has_kernel(sizes)
+    return device == "cuda" and _has_kernel(*sizes)
+
+
+@torch.compiler.assume_constant_result
+def _has_kernel(*sizes: int) -> bool:
+    """Tells whether there is a kernel for GPUs that takes fields of these sizes."""
+    return (kernels := _kernels()) is not None and kernels.has_kernel(sizes)
 
 
 @torch.library.custom_op("mnif::field_values", mutates_args=(), device_types="cpu")
@@ -148,7 +155,11 @@ def _errors_hvp(
 
 def _register_on_gpu(operator: Any, name: str) -> None:
     """Has an operator call the function of this name in :mod:`mnif.models.field_triton` where tensors are on a GPU."""
-    operator.register_kernel("cuda")(lambda *arguments: getattr(_kernels(), name)(*arguments))
+
+    @operator.register_kernel("cuda")
+    def called(coordinates: Tensor, *others: Any) -> Any:
+        with torch.cuda.device_of(coordinates):  # Triton starts kernels on the current one of several cards
+            return getattr(_kernels(), name)(coordinates, *others)
 
 
 for _operator, _name in (

@@ -125,14 +125,30 @@ def _tangents(
 
 
 @triton.jit
-def _no_gradient(D: tl.constexpr, LAYERS: tl.constexpr, W: tl.constexpr, CW: tl.constexpr):  # noqa: N803
+def _no_gradient(D: tl.constexpr, LAYERS: tl.constexpr, W: tl.constexpr, CW: tl.constexpr, IN_MEMORY: tl.constexpr):  # noqa: N803
     """Zeros of the form of a field: D + 1 rows of the first layer, then each layer's weight and bias."""
     sums = ()
     for _ in tl.static_range(D + 1):
         sums = sums + (tl.zeros((W,), tl.float32),)  # noqa: RUF005
     for _ in tl.static_range(1, LAYERS - 1):
-        sums = sums + (tl.zeros((W, W), tl.float32), tl.zeros((W,), tl.float32))  # noqa: RUF005
+        square = tl.zeros((1, 1), tl.float32) if IN_MEMORY else tl.zeros((W, W), tl.float32)
+        sums = sums + (square, tl.zeros((W,), tl.float32))  # noqa: RUF005
     return sums + (tl.zeros((W, CW), tl.float32), tl.zeros((CW,), tl.float32))  # noqa: RUF005
+
+
+@triton.jit
+def _plus_square(total, new, weight, begun, WIDTH: tl.constexpr, W: tl.constexpr, IN_MEMORY: tl.constexpr):  # noqa: N803
+    """The sum of a hidden layer's weight [W, W], with what a block adds: in registers, or where it is written at last.
+
+    Those of wide layers would take all registers. What a program adds to is its own, and stays in the card's cache.
+    """
+    if IN_MEMORY:
+        w = tl.arange(0, W)
+        at, within = weight + w[:, None] * WIDTH + w[None, :], (w[:, None] < WIDTH) & (w[None, :] < WIDTH)
+        tl.store(at, tl.load(at, mask=within & begun, other=0.0) + new, mask=within)
+    else:
+        total += new
+    return total
 
 
 @triton.jit
@@ -149,14 +165,16 @@ def _plus_first(sums, coordinates, point, inside, g, D: tl.constexpr):  # noqa: 
 def _write_gradient(
     gradient, sums,
     D: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, LAYERS: tl.constexpr, W: tl.constexpr, CW: tl.constexpr,  # noqa: N803
+    IN_MEMORY: tl.constexpr,  # noqa: N803
 ):
     w, c = tl.arange(0, W), tl.arange(0, CW)
     for axis in tl.static_range(D + 1):
         tl.store(gradient + axis * WIDTH + w, sums[axis], mask=w < WIDTH)
     for layer in tl.static_range(1, LAYERS - 1):
         base = _hidden(gradient, layer, D, WIDTH)
-        square = (w[:, None] < WIDTH) & (w[None, :] < WIDTH)
-        tl.store(base + w[:, None] * WIDTH + w[None, :], sums[D + 2 * layer - 1], mask=square)
+        if not IN_MEMORY:
+            square = (w[:, None] < WIDTH) & (w[None, :] < WIDTH)
+            tl.store(base + w[:, None] * WIDTH + w[None, :], sums[D + 2 * layer - 1], mask=square)
         tl.store(base + WIDTH * WIDTH + w, sums[D + 2 * layer], mask=w < WIDTH)
     last = _hidden(gradient, LAYERS - 1, D, WIDTH)
     within = (w[:, None] < WIDTH) & (c[None, :] < C)
@@ -164,17 +182,24 @@ def _write_gradient(
     tl.store(last + WIDTH * C + c, sums[D + 2 * LAYERS - 2], mask=c < C)
 
 
-# ---- the kernels: programs are (field, chunk of points) ----
+# ---- the kernels: a program has a field and a chunk of its points ----
+
+
+@triton.jit
+def _place(fields):
+    """Which field a program has, and which chunk; counted along one axis, as the others end at 65,535 programs."""
+    program = tl.program_id(0)
+    return (program % fields).to(tl.int64), program // fields
 
 
 @triton.jit
 def _values_kernel(
-    coordinates, sets, rows, values, points,
+    coordinates, sets, rows, values, fields, points,
     D: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, LAYERS: tl.constexpr, PARAMETERS: tl.constexpr,  # noqa: N803
     OUTPUT_SINE: tl.constexpr, W: tl.constexpr, CW: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,  # noqa: N803
 ):
-    field, c = tl.program_id(0).to(tl.int64), tl.arange(0, CW)
-    point = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    field, block = _place(fields)
+    c, point = tl.arange(0, CW), block * BLOCK + tl.arange(0, BLOCK)
     inside = point < points
     row, coordinates = rows + field * PARAMETERS, coordinates + (field % sets) * points * D
     _, y = _forward(coordinates, row, point, inside, D, WIDTH, C, LAYERS, W, CW, PRECISION)
@@ -186,17 +211,19 @@ def _values_kernel(
 
 @triton.jit
 def _first_order_kernel(
-    coordinates, sets, rows, given, weights, weight_sets, errors, gradient, points, chunk,
+    coordinates, sets, rows, given, weights, weight_sets, errors, gradient, fields, points, chunk,
     D: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, LAYERS: tl.constexpr, PARAMETERS: tl.constexpr,  # noqa: N803
     OUTPUT_SINE: tl.constexpr, W: tl.constexpr, CW: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,  # noqa: N803
-    ERRORS: tl.constexpr,  # noqa: N803
+    ERRORS: tl.constexpr, IN_MEMORY: tl.constexpr,  # noqa: N803
 ):
     """The gradient of <given, values>, or of the error against ``given``, which is written too."""
-    field, c = tl.program_id(0).to(tl.int64), tl.arange(0, CW)
+    field, part = _place(fields)
+    c = tl.arange(0, CW)
     row, coordinates = rows + field * PARAMETERS, coordinates + (field % sets) * points * D
-    begin = tl.program_id(1) * chunk
+    gradient += (part * fields + field) * PARAMETERS
+    begin = part * chunk
     end = tl.minimum(begin + chunk, points)
-    sums, error = _no_gradient(D, LAYERS, W, CW), tl.zeros((BLOCK,), tl.float32)
+    sums, error = _no_gradient(D, LAYERS, W, CW, IN_MEMORY), tl.zeros((BLOCK,), tl.float32)
     for start in range(begin, end, BLOCK):
         point = start + tl.arange(0, BLOCK)
         inside = point < end
@@ -218,31 +245,36 @@ def _first_order_kernel(
         g = _dot(g, tl.trans(_weight(last, WIDTH, C, W, CW)), PRECISION) * slope
         for layer in tl.static_range(LAYERS - 2, 0, -1):
             h, slope = _sine(zs[layer - 1])
-            by_weight = _dot(tl.trans(h), g, PRECISION)
-            new = (sums[D + 2 * layer - 1] + by_weight, sums[D + 2 * layer] + tl.sum(g, axis=0)) + new  # noqa: RUF005
+            by_weight, begun = _dot(tl.trans(h), g, PRECISION), start > begin
+            place = _hidden(gradient, layer, D, WIDTH)
+            square = _plus_square(sums[D + 2 * layer - 1], by_weight, place, begun, WIDTH, W, IN_MEMORY)
+            new = (square, sums[D + 2 * layer] + tl.sum(g, axis=0)) + new  # noqa: RUF005
             base = _hidden(row, layer, D, WIDTH)
             g = _dot(g, tl.trans(_weight(base, WIDTH, WIDTH, W, W)), PRECISION) * slope
         sums = _plus_first(sums, coordinates, point, inside, g, D) + new
-    part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + field
-    _write_gradient(gradient + part * PARAMETERS, sums, D, WIDTH, C, LAYERS, W, CW)
+        if IN_MEMORY:
+            tl.debug_barrier()  # the next block reads what this one has written
+    _write_gradient(gradient, sums, D, WIDTH, C, LAYERS, W, CW, IN_MEMORY)
     if ERRORS:
-        tl.store(errors + part, tl.sum(error, axis=0))
+        tl.store(errors + part * fields + field, tl.sum(error, axis=0))
 
 
 @triton.jit
 def _second_order_kernel(
-    coordinates, sets, rows, given, weights, weight_sets, directions, tangent, gradient, points, chunk,
+    coordinates, sets, rows, given, weights, weight_sets, directions, tangent, gradient, fields, points, chunk,
     D: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr, LAYERS: tl.constexpr, PARAMETERS: tl.constexpr,  # noqa: N803
     OUTPUT_SINE: tl.constexpr, W: tl.constexpr, CW: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,  # noqa: N803
-    ERRORS: tl.constexpr,  # noqa: N803
+    ERRORS: tl.constexpr, IN_MEMORY: tl.constexpr,  # noqa: N803
 ):
     """The gradient of <given, J direction>, and J direction itself; or the error's Hessian times the direction."""
-    field, c = tl.program_id(0).to(tl.int64), tl.arange(0, CW)
+    field, part = _place(fields)
+    c = tl.arange(0, CW)
     row, direction = rows + field * PARAMETERS, directions + field * PARAMETERS
     coordinates += (field % sets) * points * D
-    begin = tl.program_id(1) * chunk
+    gradient += (part * fields + field) * PARAMETERS
+    begin = part * chunk
     end = tl.minimum(begin + chunk, points)
-    sums = _no_gradient(D, LAYERS, W, CW)
+    sums = _no_gradient(D, LAYERS, W, CW, IN_MEMORY)
     for start in range(begin, end, BLOCK):
         point = start + tl.arange(0, BLOCK)
         inside = point < end
@@ -264,8 +296,8 @@ def _second_order_kernel(
             p, q = p * slope, q * slope - p * value * dy
         h, slope = _sine(zs[LAYERS - 2])
         dh = slope * dzs[LAYERS - 2]
-        square = _dot(tl.trans(dh), p, PRECISION) + _dot(tl.trans(h), q, PRECISION)
-        new = (sums[D + 2 * LAYERS - 3] + square, sums[D + 2 * LAYERS - 2] + tl.sum(q, axis=0))
+        by_weight = _dot(tl.trans(dh), p, PRECISION) + _dot(tl.trans(h), q, PRECISION)
+        new = (sums[D + 2 * LAYERS - 3] + by_weight, sums[D + 2 * LAYERS - 2] + tl.sum(q, axis=0))
         weight_t = tl.trans(_weight(_hidden(row, LAYERS - 1, D, WIDTH), WIDTH, C, W, CW))
         along_t = tl.trans(_weight(_hidden(direction, LAYERS - 1, D, WIDTH), WIDTH, C, W, CW))
         by_dh, by_h = _dot(p, weight_t, PRECISION), _dot(q, weight_t, PRECISION) + _dot(p, along_t, PRECISION)
@@ -273,15 +305,18 @@ def _second_order_kernel(
         for layer in tl.static_range(LAYERS - 2, 0, -1):
             h, slope = _sine(zs[layer - 1])
             dh = slope * dzs[layer - 1]
-            square = _dot(tl.trans(dh), p, PRECISION) + _dot(tl.trans(h), q, PRECISION)
-            new = (sums[D + 2 * layer - 1] + square, sums[D + 2 * layer] + tl.sum(q, axis=0)) + new  # noqa: RUF005
+            by_weight = _dot(tl.trans(dh), p, PRECISION) + _dot(tl.trans(h), q, PRECISION)
+            place, begun = _hidden(gradient, layer, D, WIDTH), start > begin
+            square = _plus_square(sums[D + 2 * layer - 1], by_weight, place, begun, WIDTH, W, IN_MEMORY)
+            new = (square, sums[D + 2 * layer] + tl.sum(q, axis=0)) + new  # noqa: RUF005
             weight_t = tl.trans(_weight(_hidden(row, layer, D, WIDTH), WIDTH, WIDTH, W, W))
             along_t = tl.trans(_weight(_hidden(direction, layer, D, WIDTH), WIDTH, WIDTH, W, W))
             by_dh, by_h = _dot(p, weight_t, PRECISION), _dot(q, weight_t, PRECISION) + _dot(p, along_t, PRECISION)
             p, q = by_dh * slope, by_h * slope - by_dh * h * dzs[layer - 1]
         sums = _plus_first(sums, coordinates, point, inside, q, D) + new
-    part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + field
-    _write_gradient(gradient + part * PARAMETERS, sums, D, WIDTH, C, LAYERS, W, CW)
+        if IN_MEMORY:
+            tl.debug_barrier()
+    _write_gradient(gradient, sums, D, WIDTH, C, LAYERS, W, CW, IN_MEMORY)
 
 
 # fmt: on
@@ -289,18 +324,19 @@ def _second_order_kernel(
 
 
 def has_kernel(sizes: Sequence[int]) -> bool:
-    """Tells whether there are kernels for fields of these sizes: hidden layers of one width up to 64."""
+    """Tells whether there are kernels for fields of these sizes: hidden layers of one width up to 128."""
     hidden = sizes[1:-1]
-    return len(hidden) > 0 and len({*hidden}) == 1 and hidden[0] <= 64 and sizes[0] <= 4 and sizes[-1] <= 16
+    return len(hidden) > 0 and len({*hidden}) == 1 and hidden[0] <= 128 and sizes[0] <= 4 and sizes[-1] <= 16
 
 
 def values(coordinates: Tensor, rows: Tensor, sizes: Sequence[int], output_sine: bool) -> Tensor:
     """Evaluates fields, as :func:`mnif.models.field_op.field_values`."""
     result = rows.new_empty(len(rows), coordinates.shape[1], sizes[-1])
     options = _options(rows, sizes, output_sine)
-    grid = (len(rows), triton.cdiv(coordinates.shape[1], options["BLOCK"]))
+    points = coordinates.shape[1]
+    grid = (len(rows) * triton.cdiv(points, options["BLOCK"]),)
     _values_kernel[grid](
-        coordinates.contiguous(), len(coordinates), rows.contiguous(), result, coordinates.shape[1], **options
+        coordinates.contiguous(), len(coordinates), rows.contiguous(), result, len(rows), points, **options
     )
     return result
 
@@ -345,7 +381,7 @@ def _first_order(
     found = rows.new_empty(chunks, len(rows))
     gradient = rows.new_empty(chunks, *rows.shape)
     known = rows if weights is None else weights.contiguous()  # read with weights alone
-    _first_order_kernel[(len(rows), chunks)](
+    _first_order_kernel[(len(rows) * chunks,)](
         coordinates.contiguous(),
         len(coordinates),
         rows.contiguous(),
@@ -354,6 +390,7 @@ def _first_order(
         len(known),
         found,
         gradient,
+        len(rows),
         points,
         _CHUNK,
         ERRORS=weights is not None,
@@ -375,7 +412,7 @@ def _second_order(
     chunks = triton.cdiv(points, _CHUNK)
     gradient, tangent = rows.new_empty(chunks, *rows.shape), torch.empty_like(given.contiguous())
     known = rows if weights is None else weights.contiguous()
-    _second_order_kernel[(len(rows), chunks)](
+    _second_order_kernel[(len(rows) * chunks,)](
         coordinates.contiguous(),
         len(coordinates),
         rows.contiguous(),
@@ -385,6 +422,7 @@ def _second_order(
         direction.contiguous(),
         tangent,
         gradient,
+        len(rows),
         points,
         _CHUNK,
         ERRORS=weights is not None,
@@ -407,6 +445,7 @@ def _options(rows: Tensor, sizes: Sequence[int], output_sine: bool, gradients: i
         "CW": 16,
         "BLOCK": 64 if not gradients else 64 // gradients if width <= 32 else 32 // gradients,
         "PRECISION": _precision(),
+        "IN_MEMORY": width * gradients > 64,
         "num_warps": 4 if width <= 32 else 8,
         "num_stages": 1,
         "enable_fp_fusion": True,
@@ -414,7 +453,11 @@ def _options(rows: Tensor, sizes: Sequence[int], output_sine: bool, gradients: i
 
 
 def _precision() -> str:
-    """Of products after the first layer: bfloat16 under autocast, else by ``torch.set_float32_matmul_precision``."""
+    """Of products after the first layer: bfloat16 under autocast, else by ``torch.set_float32_matmul_precision``.
+
+    For float32 a product is three of TF32, which is as exact to 1e-6: products of float32 itself, without tensor
+    cores, keep so much in registers that a gradient of width 64 spills 23 KB a thread.
+    """
     if torch.is_autocast_enabled("cuda"):
         return "bf16"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mnif.models.field_op import can_evaluate, field_errors, field_values
+from mnif.models.field_torch import can_compile, compiled_values, split_layers, values
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class LayerShape:
         self, params: Float[Tensor, "batch parameters"]
     ) -> tuple[Float[Tensor, "batch inputs outputs"], Float[Tensor, "batch 1 outputs"]]:
         """Splits rows of parameters into weights and biases."""
-        weights = params[:, : self.inputs * self.outputs].reshape(-1, self.inputs, self.outputs)
-        return weights, params[:, None, self.inputs * self.outputs :]
+        ((weights, biases),) = split_layers(params, (self.inputs, self.outputs))
+        return weights, biases
 
 
 def layer_shapes(inputs: int, outputs: int, width: int, depth: int) -> list[LayerShape]:
@@ -90,6 +91,8 @@ class BakedField:
         """
         if can_evaluate(self._sizes(), coordinates, self.params):
             return field_values(coordinates, self.params, self._sizes(), self.output_sine)
+        if can_compile(coordinates, self.params):
+            return compiled_values(coordinates, self.params, self._sizes(), self.output_sine)
         return self.evaluate_layers(coordinates)
 
     def evaluate_layers(self, coordinates: Float[Tensor, "sets points d"]) -> Float[Tensor, "fields points channels"]:
@@ -98,13 +101,7 @@ class BakedField:
         Args:
             coordinates: as for a call.
         """
-        fields, last = len(self.params), len(self.shapes) - 1
-        hidden = coordinates.repeat(fields // len(coordinates), 1, 1) if len(coordinates) > 1 else coordinates
-        for index, (weight, bias) in enumerate(self.layers()):
-            hidden = torch.baddbmm(bias, hidden.expand(fields, -1, -1), weight)
-            if index < last or self.output_sine:
-                hidden = torch.sin(hidden)
-        return hidden
+        return values(coordinates, self.params, self._sizes(), self.output_sine)
 
     def errors(
         self,
@@ -130,8 +127,7 @@ class BakedField:
 
     def layers(self) -> list[tuple[Tensor, Tensor]]:
         """Splits ``params`` into every layer's weights [fields, in, out] and biases [fields, 1, out]."""
-        parts = self.params.split([shape.parameters for shape in self.shapes], dim=1)
-        return [shape.split(part) for shape, part in zip(self.shapes, parts, strict=True)]
+        return split_layers(self.params, self._sizes())
 
     def parameters_per_field(self) -> int:
         """Counts the numbers one field holds."""

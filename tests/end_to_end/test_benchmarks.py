@@ -11,7 +11,6 @@ from types import ModuleType
 import pytest
 import torch
 
-from mnif.models.mnif_model import MNIFModel
 from mnif.utils.files import write_json
 from mnif.utils.json_files import read_json
 
@@ -49,6 +48,8 @@ def test_every_part_for_a_gpu_leaves_results_that_are_used_again(tmp_path: Path)
     assert rows["pytest -m gpu tests/end_to_end/test_gpu.py"]["passed"]
     assert rows["CAVIA second order, tiny, batch 4, bf16"]["ratio"] > 0
     assert rows["the paper's prior, 1000 steps, batch 1"]["extrapolated"]
+    assert rows["encoder + mixing, tiny, batch 4, training step, float32"]["ours, images/s"] > 0
+    assert (tmp_path / "results.md").read_text().count("not judged") == 7  # every one has a row, also in miniature
     assert rows["model"]["MB"] <= rows["model"]["asked, MB"]
     for name in ("results.md", "chart.png", "model/model_index.json", "samples", "eval"):
         assert (tmp_path / name).exists(), name
@@ -121,17 +122,42 @@ def test_a_work_that_fails_costs_no_other(
     assert part["finished"]
 
 
-def test_what_a_graph_records_is_what_the_pipeline_draws(parts: ModuleType) -> None:
-    decoder = MNIFModel(resolution=8, num_bases=4, width=8, latent_dim=8, cells=2)
-    pipeline = parts.untrained_pipeline(decoder)
-    pipeline.set_progress_bar_config(disable=True)
-    torch.nn.init.normal_(pipeline.student.write.weight)
-    noise = torch.randn(3, 8)
-    (latents,) = pipeline(latents=noise, num_inference_steps=1, output_type="latent", return_dict=False)
+@pytest.mark.parametrize("mixing", ["delta", "average"])
+def test_the_plain_form_mixes_what_ours_does(parts: ModuleType, mixing: str) -> None:
+    import fitting
+
+    sizes = {"resolution": 8, "num_bases": 4, "width": 8, "latent_dim": 8, "cells": 2}
+    model, latents = fitting.MNIFModel(**sizes, mixing=mixing), torch.randn(3, 8)
     with torch.no_grad():
-        torch.testing.assert_close(parts.one_step(pipeline, noise)(), decoder(latents))
-    drawn = parts.one_step(pipeline.to("meta"), noise.to("meta"))()
-    assert drawn.device.type == "meta"  # on the device from end to end: another one in between would be refused
+        torch.testing.assert_close(fitting.plain_rows(model, latents), model.bake(model.coefficients(latents)).params)
+
+
+def full_rows(parts: ModuleType, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """The names of all rows that a GPU leaves, without their figures."""
+    place = parts.Place(Path("nowhere"), torch.device("cuda"), False, 0.0)
+    monkeypatch.setattr(parts, "paper_model", lambda *_: None)
+    monkeypatch.setattr(parts, "untrained_pipeline", lambda _: torch.nn.Identity())
+    monkeypatch.setattr(torch.nn.Module, "to", lambda self, *_: self)
+    monkeypatch.setattr(parts, "draw", lambda *_: None)
+    return {name: [work for work, _ in parts.WORKS[name](place)] for name in ("fields", "sampling")}
+
+
+@pytest.mark.parametrize(
+    ("figure", "met"), [(1.0, "no yes no yes no yes yes"), (1e6, "yes yes yes yes yes no no")], ids=["1", "1e6"]
+)
+def test_the_report_says_what_of_the_reach_is_met(
+    parts: ModuleType, monkeypatch: pytest.MonkeyPatch, figure: float, met: str
+) -> None:
+    import gpu_report
+
+    figures = dict.fromkeys([reach.figure for reach in gpu_report.REACHES], figure)
+    made = {
+        name: {"device": "cuda", "tiny": False, "rows": [{"work": work, **figures} for work in works]}
+        for name, works in full_rows(parts, monkeypatch).items()
+    }
+    lines = gpu_report.reached(made)[4:]
+    assert " ".join(line.split("|")[-2].strip() for line in lines) == met
+    assert all(line.endswith("not measured |") for line in gpu_report.reached({})[4:])
 
 
 def test_the_files_with_tests_for_a_gpu_are_run(parts: ModuleType) -> None:

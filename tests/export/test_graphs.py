@@ -7,12 +7,13 @@ from onnx import numpy_helper
 
 from export.bundle import Selection
 from export.graphs.fields import baked_graph, decoder_graph
-from export.graphs.sampler import linear_scheduler_table, sampler_graph
+from export.graphs.sampler import sampler_graph
 from export.graphs.specs import GraphSpec
 from latent_prior.denoisers import Denoiser, ResMLPDenoiser, TransformerDenoiser
 from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
+from latent_prior.scheduler_table import linear_scheduler_table
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 from tests.fakes import onnx_rules

@@ -11,11 +11,12 @@ from export.device.reference_evaluator import evaluate
 from export.device.verify import psnr
 from export.graphs.fields import baked_graph, decoder_graph
 from export.graphs.precision import convert, hidden_products, quantize_matrix, quantize_weights
-from export.graphs.sampler import linear_scheduler_table, sampler_graph
+from export.graphs.sampler import sampler_graph
 from export.graphs.specs import run
 from latent_prior.denoisers import Denoiser, ResMLPDenoiser, TransformerDenoiser
 from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
+from latent_prior.scheduler_table import linear_scheduler_table
 from mnif.models.cell_grid import cell_grid
 from mnif.models.mnif_model import MNIFModel
 from mnif.models.siren import BakedField, layer_shapes, siren_params

@@ -9,9 +9,10 @@ import torch
 
 from export.graphs.fields import baked_graph, decoder_graph
 from export.graphs.radiance import rays_graph
-from export.graphs.sampler import linear_scheduler_table, sampler_graph
+from export.graphs.sampler import sampler_graph
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
+from latent_prior.scheduler_table import linear_scheduler_table
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.radiance import RadianceField, Rays
 from tests.fakes import onnx_rules

@@ -14,13 +14,13 @@ from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler, 
 from diffusers.callbacks import PipelineCallback
 from diffusers.utils import dynamic_modules_utils
 
-from export.graphs.sampler import linear_scheduler_table
 from latent_prior import load_pipeline
 from latent_prior.commands.distill import add_student
 from latent_prior.commands.prior import add_prior
 from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
+from latent_prior.scheduler_table import linear_scheduler_table
 from latent_prior.schedulers import scheduler_by_name
 from mnif import load_model
 from mnif.models.encoders import PatchEncoder

@@ -121,6 +121,20 @@ def test_operator_keeps_the_contract_of_pytorch() -> None:
     torch.library.opcheck(torch.ops.mnif.field_values, (torch.rand(1, 9, 2), rows, sizes, True))
 
 
+@compiled
+def test_what_calls_the_operator_is_one_graph() -> None:
+    """Whether it is at hand is asked once, and not traced."""
+    sizes, coordinates = [2, 16, 3], torch.rand(1, 9, 2)
+    rows = random_rows(2, (2, 16, 3)).requires_grad_()
+
+    def loss(rows: torch.Tensor) -> torch.Tensor:
+        assert field_op.can_evaluate(sizes, coordinates, rows)
+        assert isinstance(field_op._has_kernel(*sizes), bool)
+        return field_values(coordinates, rows, sizes, False).square().mean()
+
+    assert torch.equal(torch.compile(loss, backend="eager", fullgraph=True)(rows), loss(rows))
+
+
 def test_plain_pytorch_serves_where_there_is_no_compiler() -> None:
     program = (
         "import torch; from mnif.models.field_op import is_compiled;"

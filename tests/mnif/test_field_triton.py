@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -12,8 +14,12 @@ import torch
 
 pytest.importorskip("triton", reason="no Triton on this machine: its kernels are not tested")
 
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from mnif.models import field_op
 from tests.mnif.test_field_op import plain_errors, plain_values, random_rows
+
+ROOT = Path(__file__).parents[2]
 
 if torch.cuda.is_available():
     pytest.skip("a CUDA device is there: tests/end_to_end/test_gpu.py runs them", allow_module_level=True)
@@ -29,6 +35,7 @@ SHAPES = {
     "cells of width 24": ((2, 24, 24, 24, 3), False, 4, 2, 40),
     "voxels, one hidden layer": ((3, 20, 1), True, 2, 2, 100),
     "width 64, as in the paper": ((2, 64, 64, 64, 3), True, 2, 1, 40),
+    "width 128, as in the paper's large models": ((3, 128, 128, 1), True, 2, 1, 40),
     "a single point": ((2, 16, 16, 3), False, 1, 1, 1),
 }
 
@@ -75,10 +82,11 @@ def test_errors_their_gradient_and_hessian_products_equal_float64(kernels: Modul
     assert_near(kernels.errors_hvp(coordinates, rows, targets, weights, direction, sizes, output_sine), product)
 
 
+@pytest.mark.parametrize("width", [16, 100])
 def test_chunks_add_up_and_a_field_does_not_depend_on_the_others(
-    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
-    sizes, weights = (2, 16, 16, 3), torch.ones(1, 150)
+    sizes, weights = (2, width, width, 3), torch.ones(1, 150)
     coordinates, rows, targets = torch.rand(1, 150, 2), random_rows(3, sizes), torch.randn(3, 150, 3)
     whole = kernels.errors(coordinates, rows, targets, weights, sizes, False)
     monkeypatch.setattr(kernels, "_CHUNK", 64)
@@ -91,7 +99,14 @@ def test_chunks_add_up_and_a_field_does_not_depend_on_the_others(
 
 @pytest.mark.parametrize(
     ("sizes", "has"),
-    [((2, 24, 24, 3), True), ((3, 64, 1), True), ((2, 7, 13, 2), False), ((2, 3), False), ((2, 96, 96, 3), False)],
+    [
+        ((2, 24, 24, 3), True),
+        ((3, 64, 1), True),
+        ((2, 7, 13, 2), False),
+        ((2, 3), False),
+        ((2, 96, 96, 3), True),
+        ((2, 129, 3), False),
+    ],
 )
 def test_which_fields_there_are_kernels_for(kernels: ModuleType, sizes: tuple[int, ...], has: bool) -> None:
     assert kernels.has_kernel(sizes) is has
@@ -104,35 +119,79 @@ def test_the_operators_know_the_kernels() -> None:
     assert field_op._kernels() is not None
 
 
-COMPILE = """
-from triton import compile
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from mnif.models import field_triton
-import torch
+def test_kernels_start_on_the_card_that_their_tensors_are_on(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fake tensors of a second card, and the operator's own entry for cards."""
+    current, sizes = [0], [2, 16, 3]
+    seen: list[int] = []
 
-sizes, numbers = (2, 24, 24, 3), ("sets", "points", "chunk", "weight_sets")
-rows = torch.empty(1, sum((a + 1) * b for a, b in zip(sizes, sizes[1:])))
-for kernel, gradients in (("_values", 0), ("_first_order", 1), ("_second_order", 2)):
-    kernel = getattr(field_triton, kernel + "_kernel")
-    constants = field_triton._options(rows, sizes, False, gradients) | {"ERRORS": True, "PRECISION": "PRODUCTS"}
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    kinds = {name: "i32" if name in numbers else "*fp32" for name in kernel.arg_names}
-    source = ASTSource(kernel, signature=kinds | dict.fromkeys(constants, "constexpr"), constexprs=constants)
-    made = compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options=options)
-    print(kernel.__name__, made.metadata.shared, len(made.asm["cubin"]))
-"""
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        current.append(tensor.get_device())
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(kernels, "values", lambda *_: seen.append(current[-1]))
+    registered = field_op._values._backend_fns["cuda"]
+    with FakeTensorMode():
+        coordinates, rows = torch.empty(1, 5, 2, device="cuda:1"), torch.empty(1, 99, device="cuda:1")
+        registered(coordinates, rows, sizes, False)
+    assert (seen, current) == ([1], [0])
+
+
+@pytest.mark.parametrize(("fields", "points"), [(0, 5), (2, 0)])
+def test_nothing_asked_is_nothing_found(kernels: ModuleType, fields: int, points: int) -> None:
+    sizes, rows = (2, 16, 3), random_rows(fields, (2, 16, 3))
+    coordinates, targets = torch.rand(1, points, 2), torch.rand(fields, points, 3)
+    assert kernels.values(coordinates, rows, sizes, False).shape == (fields, points, 3)
+    errors, gradient = kernels.errors(coordinates, rows, targets, torch.rand(1, points), sizes, False)
+    assert torch.equal(errors, torch.zeros(fields))
+    assert torch.equal(gradient, torch.zeros_like(rows))
+
+
+def test_tensors_may_lie_anyhow_in_memory(kernels: ModuleType) -> None:
+    sizes, rows = (2, 16, 3), random_rows(3, (2, 16, 3))
+    coordinates, upstream = torch.rand(3, 20, 2), torch.randn(3, 20, 3)
+    plain = kernels.vjp(coordinates, rows, upstream, sizes, False)
+    wide = torch.zeros(rows.shape[1] + 1, 3).t()[:, 1:].copy_(rows)
+    turned = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in (coordinates, upstream)]
+    assert torch.equal(kernels.vjp(turned[0], wide, turned[1], sizes, False), plain)
+
+
+def test_more_programs_than_a_second_axis_has(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA starts at most 65,535 programs along any axis but the first; a volume of 256³ points has more blocks."""
+    grids: list[tuple[int, ...]] = []
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(kernels, "_values_kernel", Recorded())
+    with FakeTensorMode():
+        coordinates, rows = torch.empty(1, 256**3, 3), torch.empty(2, 97)
+        kernels.values(coordinates, rows, (3, 16, 1), False)
+    assert grids == [(2 * 256**3 // 64,)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("capability", "precision"), [(80, "tf32"), (90, "bf16")])
-def test_kernels_compile_for_a_card(capability: int, precision: str, tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+@pytest.mark.parametrize(
+    ("capability", "precision", "width", "alone"),
+    [(80, "tf32", 24, False), (90, "tf32x3", 24, True), (90, "bf16", 128, False)],
+)
+def test_kernels_compile_for_a_card(capability: int, precision: str, width: int, alone: bool, tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
-    program = [sys.executable, "-c", COMPILE.replace("CAPABILITY", str(capability)).replace("PRODUCTS", precision)]
+    form = ["--width", str(width), "--depth", "1", "--alone" if alone else "--no_alone"]
+    card = ["--capability", str(capability), "--precision", precision]
+    program = [sys.executable, str(ROOT / "benchmarks/kernels.py"), *form, *card]
     done = subprocess.run(program, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
-    assert [name for name, _, _ in lines] == ["_values_kernel", "_first_order_kernel", "_second_order_kernel"]
-    assert all(int(shared) < 100_000 and int(size) > 0 for _, shared, size in lines)  # of 163 to 227 KiB
+    _, *rows = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in rows] == ["values", "first_order", "second_order"]
+    for _, registers, spilled, shared in rows:
+        assert 0 < int(registers) <= 255
+        assert int(spilled) < 8_000
+        assert int(shared) < 160_000  # of 163 to 227 KiB

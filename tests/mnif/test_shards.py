@@ -89,6 +89,47 @@ def test_shards_go_to_the_cache_once(shards: Path, tmp_path: Path, monkeypatch: 
     assert load_images(str(shards), 8).fingerprint() != mapped.fingerprint()
 
 
+@pytest.fixture
+def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A shard of so many members that they are noted, in a cache of its own."""
+    monkeypatch.setenv("MNIF_CACHE", str(tmp_path / "cache"))
+    return write_shard(tmp_path / "a.tar", {f"{number}.png": b"" for number in range(shards_module._LARGE)})
+
+
+def members_of(shard: Path) -> list[tuple[str, int, int]]:
+    return [(each.name, each.offset, each.size) for each in shard_members("a", [shard], (".png",)).values()]
+
+
+def test_a_large_shard_is_looked_through_once(large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = members_of(large)
+    assert len(first) == shards_module._LARGE
+    (note,) = (tmp_path / "cache/data").iterdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(tarfile, "open", None)
+        assert members_of(large) == first
+    kept = note.read_bytes()
+    for damage in (b"", b"\x93", kept[:-3], b"\x91\x93\xa1a\xa1b\x01"):
+        note.write_bytes(damage)
+        assert members_of(large) == first
+        assert note.read_bytes() == kept
+
+
+def test_a_shard_that_has_changed_is_looked_through_again(large: Path) -> None:
+    members_of(large)
+    write_shard(large, {f"{number}.png": b"1" for number in range(2)})
+    assert [name for name, _, _ in members_of(large)] == ["0.png", "1.png"]
+    large.write_bytes(b"no tar" * 1000)
+    with pytest.raises(UserError, match="no readable tar file"):
+        members_of(large)
+
+
+def test_a_note_that_cannot_be_written_is_done_without(large: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder would be")
+    assert len(members_of(large)) == shards_module._LARGE
+    write_shard(large, {f"{number}\udcff.png": b"" for number in range(shards_module._LARGE)})
+    assert len(members_of(large)) == shards_module._LARGE
+
+
 def test_shards_or_pictures_whichever_are_more(shards: Path) -> None:
     (shards / "cover.png").write_bytes(picture(4))
     assert load_images(str(shards), 8).ids == ["9", "1", "2", "dir/0"]

@@ -10,9 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from export.graphs.sampler import linear_scheduler_table
 from latent_prior.diffusion import sampling_scheduler
 from latent_prior.sampling import slerp
+from latent_prior.scheduler_table import linear_scheduler_table
 
 numbers = st.floats(-3, 3, width=32)
 pairs = st.integers(2, 8).flatmap(lambda size: arrays.arrays(np.float32, (2, size), elements=numbers))

@@ -14,8 +14,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from export.graphs.sampler import linear_scheduler_table
 from latent_prior.diffusion import sampling_scheduler
+from latent_prior.scheduler_table import linear_scheduler_table
 from mnif.utils.errors import UserError
 
 COSINE = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample"}
