@@ -76,14 +76,11 @@ class DistributionMatchingLoss(nn.Module):
         """Everything that learns but the student."""
         return [*self.following.parameters(), self.told]
 
-    def forward(
-        self, key: Int64[Tensor, " batch"], row: Int64[Tensor, " batch"] | None = None
-    ) -> Float[Tensor, ""]:
+    def forward(self, key: Int64[Tensor, " batch"], row: Int64[Tensor, " batch"] | None = None) -> Float[Tensor, ""]:
         """The sum of the losses of student and auxiliary denoiser, whose gradients do not meet.
 
         Args:
-            key: [B], what noise and times of the samples are made of; what all of a batch share is drawn with PyTorch's
-                generator.
+            key: [B], what noise and times of the samples are made of; PyTorch's generator draws what a batch shares.
             row: not looked at.
         """
         generator = InstanceGenerator(key)

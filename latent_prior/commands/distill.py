@@ -227,8 +227,10 @@ def _match(
     loss = DistributionMatchingLoss(student.train(), teacher, auxiliary, objective, arguments.student_steps, latents)
     loss.to(accelerator.device)
     noise = torch.from_numpy(initial_noise(arguments.seed, range(_COMPARED), latents.shape[1])).to(accelerator.device)
-    optimizers = [
-        torch.optim.AdamW(parameters, lr=arguments.matching_learning_rate, betas=(0.0, 0.99), weight_decay=0, fused=True)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            parameters, lr=arguments.matching_learning_rate, betas=(0.0, 0.99), weight_decay=0, fused=True
+        )
         for parameters in (student.parameters(), loss.following_parameters())
     ]
     ema = EMAModel(loss.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
@@ -239,7 +241,7 @@ def _match(
 
 
 def _of_loop(arguments: DistillArguments, stage: str) -> DistillArguments:
-    """The arguments of the loop over pairs, or of distribution matching; neither goes on from the other's checkpoint."""
+    """The arguments of one of the two loops, which does not go on from a checkpoint of the other."""
     named = Path(arguments.resume_from_checkpoint)
     resume = "latest" if named.is_dir() and named.parent.name != stage else arguments.resume_from_checkpoint
     if stage != _MATCHING:
@@ -286,7 +288,8 @@ def _check(arguments: DistillArguments) -> None:
         train_batch_size=arguments.train_batch_size,
         validation_steps=arguments.validation_steps,
     )
-    check_at_least(0, matching_steps=arguments.matching_steps)
+    matching = {"matching_steps": arguments.matching_steps, "matching_learning_rate": arguments.matching_learning_rate}
+    check_at_least(0, **matching)
     if arguments.denoiser == "transformer":
         check_heads(arguments.width)
     if not 0 <= arguments.dropout < 1:
