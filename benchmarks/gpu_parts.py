@@ -194,7 +194,7 @@ def training(place: Place) -> Works:
     steps = ["--max_train_steps", "10" if place.tiny else "4000"]
     prior = ["prior", "--run", str(run), "--preset", "edge", "--dropout", "0", "--learning_rate", "2e-3", *tf32]
     yield "prior", partial(command, [*prior, *sizes, *steps], run)
-    pairs = ["--num_pairs", "64", *steps] if place.tiny else []
+    pairs = ["--num_pairs", "64", "--matching_steps", "10", *steps] if place.tiny else []
     yield "distill", partial(command, ["distill", "--run", str(run), *sizes, *pairs, *tf32], run)
     model = ["--model", str(run / "model")]
     num = ["--num_samples", "4" if place.tiny else "64"]

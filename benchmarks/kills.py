@@ -39,7 +39,10 @@ COMMANDS = {
     "fit": (f"{FIT} --random_flip", None),
     "auto-decoding": (f"{FIT} --method auto-decoding", None),
     "prior": (f"prior --run OUT --width 32 --depth 2 --max_train_steps 60 {FEW}", "fit"),
-    "distill": (f"distill --run OUT --width 32 --depth 2 --num_pairs 4096 --max_train_steps 60 {FEW}", "prior"),
+    "distill": (
+        f"distill --run OUT --width 32 --depth 2 --num_pairs 4096 --max_train_steps 30 --matching_steps 30 {FEW}",
+        "prior",
+    ),
     "sample": (SAMPLE, None),
     "sample-tar": (f"{SAMPLE} --format tar", None),
     "sample-npz": (f"{SAMPLE} --format npz", None),

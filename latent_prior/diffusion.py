@@ -44,6 +44,7 @@ class Prediction:
         words: name it in a message.
         prediction_type: the name it has in the configs of diffusers' schedulers.
         target: gives it, [B, D], for x₀ [B, D], ε [B, D], α [B, 1] and σ [B, 1].
+        clean: gives x₀ back, [B, D], for α x₀ + σ ε [B, D], what is predicted [B, D], α [B, 1] and σ [B, 1].
         scheduler: makes the scheduler that samples the denoiser, for the prediction type and whether it is ancestral.
         is_flow: α = 1 − σ, with σ = timestep / 1000 for any number of them; else α² + σ² = 1 on the squared-cosine
             schedule (Nichol and Dhariwal, 2021), whose timesteps are whole numbers.
@@ -52,19 +53,29 @@ class Prediction:
     words: str
     prediction_type: str
     target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    clean: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     scheduler: Callable[[str, bool], SchedulerMixin] = _diffusion_scheduler
     is_flow: bool = False
 
 
 OBJECTIVES: dict[Objective, Prediction] = {
-    "x0": Prediction("the clean latent", "sample", lambda clean, noise, alpha, sigma: clean),
+    "x0": Prediction(
+        "the clean latent",
+        "sample",
+        lambda clean, noise, alpha, sigma: clean,
+        lambda noisy, predicted, alpha, sigma: predicted,
+    ),
     "v": Prediction(
-        "the velocity of a diffusion", "v_prediction", lambda clean, noise, alpha, sigma: alpha * noise - sigma * clean
+        "the velocity of a diffusion",
+        "v_prediction",
+        lambda clean, noise, alpha, sigma: alpha * noise - sigma * clean,
+        lambda noisy, predicted, alpha, sigma: alpha * noisy - sigma * predicted,
     ),
     "flow": Prediction(
         "the velocity of a straight flow",
         "flow_prediction",
         lambda clean, noise, alpha, sigma: noise - clean,
+        lambda noisy, predicted, alpha, sigma: noisy - sigma * predicted,
         _flow_scheduler,
         is_flow=True,
     ),

@@ -20,7 +20,7 @@ from safetensors import safe_open
 COMMANDS = """
 fit --data twemoji --output_dir OUT/emoji --random_flip --random_colours --max_train_steps 60
 prior --run OUT/emoji --max_train_steps 60
-distill --run OUT/emoji --num_pairs 1024 --max_train_steps 60
+distill --run OUT/emoji --num_pairs 1024 --max_train_steps 60 --matching_steps 20
 sample --model OUT/emoji/model --num_samples 96 --output_dir OUT/emoji/pictures
 export --model OUT/emoji/model --output_dir OUT/emoji/bundle
 eval --model OUT/emoji/model --reference twemoji --num_samples 40 --output_dir OUT/emoji/eval

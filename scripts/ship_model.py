@@ -4,6 +4,7 @@ Weights are rounded to half precision. It prints the hash that ``mnif/utils/mode
 """
 
 import argparse
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -48,6 +49,10 @@ def ship(run: Path, folder: Path) -> str:
         kind: Any = type(finder)
         half = kind.from_pretrained(model / part, torch_dtype=torch.float16)
         half.save_pretrained(folder / part, variant=VARIANT)
+    for config in folder.glob("*/config.json"):
+        settings = json.loads(config.read_text())
+        settings.pop("_name_or_path", None)  # where this machine had it
+        config.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     card = folder / "README.md"
     card.write_text(card.read_text().replace("## Figures\n", f"{_ROUNDED}\n\n## Figures\n", 1))
     return sha256_of_model(folder)

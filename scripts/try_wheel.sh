@@ -14,7 +14,7 @@ venv/bin/python -m pip check
 mnif="venv/bin/mnif"
 $mnif fit --data furniture --output_dir run --max_train_steps 20
 $mnif prior --run run --max_train_steps 20
-$mnif distill --run run --max_train_steps 5 --num_pairs 64
+$mnif distill --run run --max_train_steps 5 --matching_steps 5 --num_pairs 64
 $mnif sample --model run/model --num_samples 4 --output_dir samples
 $mnif decode --model run/model --latents run/latents.safetensors --num 2 --output_dir decoded
 $mnif export --model run/model --output_dir bundle

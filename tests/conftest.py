@@ -22,6 +22,7 @@ install_import_hook(
         "latent_prior.denoisers",
         "latent_prior.diffusion",
         "latent_prior.distillation",
+        "latent_prior.distribution_matching",
         "latent_prior.sampling",
         "latent_prior.schedulers",
     ],

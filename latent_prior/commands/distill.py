@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +16,7 @@ from mnif.training.arguments import TrainingArguments
 from mnif.training.run_record import begin_stage, check_finished, finish_stage
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least
-from mnif.utils.files import folder_written_atomically, sha256_of_folder
+from mnif.utils.files import folder_written_atomically, remove_folder, sha256_of_folder
 from mnif.utils.json_files import merge_json
 from mnif.utils.output_folders import holds_folder
 from mnif.utils.process import peak_memory_megabytes
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from mnif.models.mnif_model import MNIFModel
 
 _HELD_OUT_SHARE = 0.05  # of the pairs
+_MATCHING = "distill-matching"  # stage of its curves and checkpoints
 _COMPARED = 2000  # samples and latents that distances are taken over
 
 
@@ -41,10 +44,10 @@ class StudentFlags:
     """The numbers of steps that the student is to sample with; one student serves all."""
     denoiser: Literal["modulated", "transformer"] | None = None
     """Of what form it is, as of `mnif prior`; unless given: modulated, whatever the teacher is."""
-    width: int = 256
+    width: int = 192
     """Hidden units of the student; of a transformer at each token."""
-    depth: int = 4
-    """Residual blocks of the student."""
+    depth: int = 6
+    """Residual blocks of the student; one step gains more from them than from width."""
     dropout: float = 0.0
     """Dropout in the blocks, if there are too few pairs."""
 
@@ -60,6 +63,16 @@ class TeacherFlags:
 
 
 @dataclass(kw_only=True)
+class MatchingFlags:
+    """How its samples are brought to the distribution of the teacher's, after it has learned of pairs."""
+
+    matching_steps: int = 2000
+    """Optimizer steps of distribution matching; 0: the student stays what it learned of pairs."""
+    matching_learning_rate: float = 1.5e-3
+    """Its peak learning rate, also that of the auxiliary denoiser that follows the student."""
+
+
+@dataclass(kw_only=True)
 class OptimizerFlags:
     """How the network moves."""
 
@@ -72,7 +85,7 @@ class OptimizerFlags:
 
 
 @dataclass(kw_only=True)
-class DistillArguments(StudentFlags, TeacherFlags, OptimizerFlags, TrainingArguments, HubFlags):
+class DistillArguments(StudentFlags, TeacherFlags, MatchingFlags, OptimizerFlags, TrainingArguments, HubFlags):
     """Teach a small denoiser to draw in few steps what the prior draws in many; adds student and student_scheduler to
     RUN/model."""
 
@@ -82,9 +95,9 @@ class DistillArguments(StudentFlags, TeacherFlags, OptimizerFlags, TrainingArgum
     train_batch_size: int = 256
     """Pairs per step, over all processes together."""
     max_train_steps: int = 4000
-    """Optimizer steps."""
+    """Optimizer steps on pairs, before those of --matching_steps."""
     learning_rate: float = 2e-3
-    """Peak learning rate."""
+    """Peak learning rate of these."""
     validation_steps: int = 500
     """Steps between validations; the weights with the smallest error on pairs held out are kept."""
 
@@ -141,6 +154,8 @@ def distill(arguments: DistillArguments) -> None:
     set_seed(arguments.seed)
     student = make_student(arguments, pipeline.denoiser, pipeline.decoder)
     _train(arguments, accelerator, student, pairs)
+    if arguments.matching_steps:
+        _match(arguments, accelerator, student, pipeline, table)
     if accelerator.is_main_process:
         seconds = {"seconds_of_pairs": round(drawn, 1), "seconds": round(time.perf_counter() - started, 1)}
         _finish(arguments, pipeline, student.eval(), table, seconds)
@@ -164,6 +179,7 @@ def _train(arguments: DistillArguments, accelerator: Accelerator, student: Denoi
 
     loss = DistillationLoss(student, pairs.timesteps, arguments.loss).to(accelerator.device)
     held_out, run = _held_out(arguments), arguments.run
+    arguments = _of_loop(arguments, "distill")
     accelerator.print(
         f"pairs of {arguments.num_pairs - held_out} noises to learn from, {held_out} held out; "
         f"student {student.num_parameters():,} parameters"
@@ -179,7 +195,58 @@ def _train(arguments: DistillArguments, accelerator: Accelerator, student: Denoi
     ema.to(accelerator.device)
     rows = array_dataset({"states": pairs.states[held_out:], "samples": pairs.samples[held_out:]})
     keep_best = "validation_loss"
-    TrainLoop(accelerator, arguments, loss, [optimizer], rows, run, "distill", validate, ema, keep_best).run()
+    loop = TrainLoop(accelerator, arguments, loss, [optimizer], rows, run, "distill", validate, ema, keep_best)
+    matched = run / "checkpoints" / _MATCHING
+    if loop.progress.step < arguments.max_train_steps and accelerator.is_main_process and matched.exists():
+        remove_folder(matched)  # it went on from other weights
+    loop.run()
+
+
+def _match(
+    arguments: DistillArguments,
+    accelerator: Accelerator,
+    student: Denoiser,
+    pipeline: MNIFPipeline,
+    table: LatentTable,
+) -> None:
+    """Brings the samples of ``student`` to the distribution of the teacher's."""
+    import torch
+    from diffusers.training_utils import EMAModel
+
+    from latent_prior.diffusion import objective_of
+    from latent_prior.distribution_matching import DistributionMatchingLoss
+    from latent_prior.sampling import initial_noise
+    from mnif.data.batches import ArrayDataset
+    from mnif.training.loop import TrainLoop
+
+    accelerator.free_memory()  # checkpoints hold what is learned now, and no longer what was
+    teacher, objective = pipeline.denoiser.eval().requires_grad_(False), objective_of(pipeline.scheduler)
+    auxiliary = deepcopy(teacher).train().requires_grad_(True)
+    latents = student.standardised(table.train.to(accelerator.device))
+    loss = DistributionMatchingLoss(student.train(), teacher, auxiliary, objective, arguments.student_steps, latents)
+    loss.to(accelerator.device)
+    noise = torch.from_numpy(initial_noise(arguments.seed, range(_COMPARED), latents.shape[1])).to(accelerator.device)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(
+            parameters, lr=arguments.matching_learning_rate, betas=(0.0, 0.99), weight_decay=0, fused=True
+        )
+        for parameters in (student.parameters(), loss.following_parameters())
+    ]
+    ema = EMAModel(loss.parameters(), decay=arguments.ema_decay, use_ema_warmup=True, power=0.75)
+    ema.to(accelerator.device)
+    rows, validate = ArrayDataset(row=torch.arange(arguments.num_pairs)), partial(loss.distances, noise)
+    arguments = _of_loop(arguments, _MATCHING)
+    TrainLoop(accelerator, arguments, loss, optimizers, rows, arguments.run, _MATCHING, validate, ema).run()
+
+
+def _of_loop(arguments: DistillArguments, stage: str) -> DistillArguments:
+    """The arguments of one of the two loops, which does not go on from a checkpoint of the other."""
+    named = Path(arguments.resume_from_checkpoint)
+    resume = "latest" if named.is_dir() and named.parent.name != stage else arguments.resume_from_checkpoint
+    if stage != _MATCHING:
+        return replace(arguments, resume_from_checkpoint=resume)
+    steps, rate = arguments.matching_steps, arguments.matching_learning_rate
+    return replace(arguments, resume_from_checkpoint=resume, max_train_steps=steps, learning_rate=rate)
 
 
 def make_student(arguments: DistillArguments, teacher: Denoiser, decoder: MNIFModel) -> Denoiser:
@@ -220,6 +287,8 @@ def _check(arguments: DistillArguments) -> None:
         train_batch_size=arguments.train_batch_size,
         validation_steps=arguments.validation_steps,
     )
+    matching = {"matching_steps": arguments.matching_steps, "matching_learning_rate": arguments.matching_learning_rate}
+    check_at_least(0, **matching)
     if arguments.denoiser == "transformer":
         check_heads(arguments.width)
     if not 0 <= arguments.dropout < 1:

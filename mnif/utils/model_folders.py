@@ -7,7 +7,7 @@ from pathlib import Path
 from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_folder
 
-TRAINED_MODELS = {"avatars": "b1b8c8621cda885f85e44ebcbebd82443b70e41525639de02e3a3c9583326097"}
+TRAINED_MODELS = {"avatars": "d7023b38d68d53991020af19b960f3e8f5c652c62d85f79f4520bf19dd3e9ed8"}
 """The trained models that come with the package: name → :func:`sha256_of_model`."""
 
 COMES_ALONG = f"and {', '.join(TRAINED_MODELS)} comes along"

@@ -91,7 +91,7 @@ def test_the_whole_chain_over_tokens_and_sparse_coefficients(
     evaluate = ["eval", "--reference", str(data[signal]), "--held_out_fraction", "0.25", "--num_samples", "8"]
     commands = [
         ["prior", "--run", str(run), *augment, *small],
-        ["distill", "--run", str(run), "--num_pairs", "32", "--teacher_steps", "4", *small],
+        ["distill", "--run", str(run), "--num_pairs", "32", "--teacher_steps", "4", "--matching_steps", "2", *small],
         ["sample", *model, "--num_samples", "2", "--output_dir", f"{run}/pictures"],
         ["export", *model, "--output_dir", f"{run}/bundle", "--num_baked", "1", "--compile_rtx", "off", *samplers],
         ["verify", "--bundle", f"{run}/bundle", "--backends", "onnxruntime", "onnx-reference"],

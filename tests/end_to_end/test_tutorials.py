@@ -24,7 +24,7 @@ MINIATURE = {
     "--depth 2 --latent_dim 24 --encoder_width 64 --train_batch_size 16",
     "fit furniture-views": "--rays_per_step 32 --samples_per_ray 8",
     "prior": "--max_train_steps 4 --width 8 --depth 1",
-    "distill": "--max_train_steps 4 --num_pairs 64 --width 8 --depth 1",
+    "distill": "--max_train_steps 4 --matching_steps 4 --num_pairs 64 --width 8 --depth 1",
     "sample": "--num_samples 4",
     "eval": "--num_samples 8 --refinement_steps 1",
     "encode": "--refinement_steps 1",

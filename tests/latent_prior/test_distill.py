@@ -92,15 +92,16 @@ class Mixture(ResMLPDenoiser):
     means = torch.tensor([[-1.2, -1.0], [1.0, 1.3], [-0.8, 1.0], [1.3, -1.0], [0.0, 0.0]], dtype=torch.float64)
 
     def __init__(self, objective: str):
-        super().__init__(latent_dim=2, width=8, depth=1)
+        super().__init__(latent_dim=self.means.shape[1], width=8, depth=1)
         self.objective = objective
 
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float) -> torch.Tensor:
-        alpha, sigma = (level.double() for level in noise_levels(self.objective, torch.as_tensor(timestep)[None]))
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor | float, *_: object) -> torch.Tensor:
+        levels = noise_levels(self.objective, torch.as_tensor(timestep).reshape(-1))
+        alpha, sigma = (level.double()[:, None] for level in levels)
         spread = alpha**2 * self.std**2 + sigma**2
-        apart = sample.double()[:, None] - alpha * self.means
+        apart = sample.double()[:, None] - alpha[..., None] * self.means
         share = (-apart.square().sum(dim=-1) / (2 * spread)).softmax(dim=-1)
-        clean = (share[..., None] * (self.means + alpha * self.std**2 / spread * apart)).sum(dim=1)
+        clean = (share[..., None] * (self.means + (alpha * self.std**2 / spread)[..., None] * apart)).sum(dim=1)
         noise = (sample - alpha * clean) / sigma
         found = {"x0": clean, "v": alpha * noise - sigma * clean, "flow": noise - clean}
         return found[self.objective].to(sample)
@@ -216,6 +217,7 @@ def run(pipeline: MNIFPipeline, tmp_path: Path) -> Path:
 
 
 QUICK = ["--num_pairs", "200", "--max_train_steps", "20", "--train_batch_size", "32", "--width", "16", "--depth", "1"]
+QUICK += ["--matching_steps", "10"]
 
 
 def test_distill_adds_a_student_and_reports(

@@ -203,6 +203,7 @@ def test_students_of_either_kind(
     assert main(["prior", "--run", str(run), *TRANSFORMER]) == 0
     flags = [] if student == "modulated" else ["--denoiser", student]
     command = ["distill", "--run", str(run), *flags, *QUICK, "--num_pairs", "32", "--teacher_steps", "4"]
+    command += ["--matching_steps", "2"]
     assert main(command) == 0
     assert read_run_record(run)["distill"].finished
     pipeline = load_pipeline(run)
