@@ -15,6 +15,10 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.models.siren import BakedField, LayerShape, siren_params
 from mnif.models.token_map import TokenMap
 
+PointLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Values of the fields at their own points [B, cells, height, width, C], what they should be, and the shares
+[1, cells, height, width] of all pixels that these make → one number for each picture, [B]."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -30,6 +34,8 @@ class Variant:
         errors: "shares" (the product's: a field answers for its points by its shares of their pixels), "even" (all of
             its points count alike) or "blended" (the error of the blended values alone).
         augment: changes a batch of pictures [B, H, W, C] at random before it is learned from.
+        point_loss: in place of the squared error; not with another choice of ``errors``.
+        point_loss_from: the share of the steps after which it is; before, the squared error is.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -39,6 +45,8 @@ class Variant:
     prepare: Callable[[MNIFModel], None] = lambda decoder: None
     augment: Callable[[Tensor], Tensor] | None = None
     errors: str = "shares"
+    point_loss: PointLoss | None = None
+    point_loss_from: float = 0.0
 
 
 class MixedFirstLayer(MNIFModel):
@@ -283,6 +291,45 @@ def _shifted(values: Tensor) -> Tensor:
     return values[batch, rows[:, :, None], columns[:, None, :]]
 
 
+def _gradients_too(weight: float, power: float = 2) -> PointLoss:
+    """The squared error, and ``weight`` times the mean |difference of neighbouring errors| to the ``power``."""
+
+    def loss(values: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
+        errors = values - targets
+        total = _weighted(errors.square(), shares)
+        for axis in (2, 3):
+            near, far = (errors.narrow(axis, start, errors.shape[axis] - 1) for start in (0, 1))
+            both = torch.minimum(*(shares.narrow(axis, start, errors.shape[axis] - 1) for start in (0, 1)))
+            total = total + weight / 2 * _weighted((far - near).abs().pow(power), both)
+        return total
+
+    return loss
+
+
+def _absolute_too(weight: float) -> PointLoss:
+    """The squared error, and ``weight`` times the absolute one."""
+    return lambda values, targets, shares: _weighted(
+        (values - targets).square() + weight * (values - targets).abs(), shares
+    )
+
+
+def _charbonnier(scale: float) -> PointLoss:
+    """√(error² + scale²) - scale: squares below the scale, absolute errors above (Charbonnier et al., 1994)."""
+    return lambda values, targets, shares: _weighted(((values - targets).square() + scale**2).sqrt() - scale, shares)
+
+
+def _one_sided(values: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
+    """The squared error, where what is white may be whiter and what is black blacker: shown, it is clipped."""
+    errors = values - targets
+    errors = torch.where(targets >= 1, errors.clamp(max=0), torch.where(targets <= -1, errors.clamp(min=0), errors))
+    return _weighted(errors.square(), shares)
+
+
+def _weighted(values: Tensor, shares: Tensor) -> Tensor:
+    """The mean over channels of [B, cells, height, width, C], summed over points by their shares, [B]."""
+    return (values.mean(dim=-1) * shares).flatten(1).sum(dim=1)
+
+
 def _first(arguments: dict[str, Any] | None = None, **changes: Any) -> Variant:
     """A candidate of the first round, when Adam moved everything and the blended values were compared alone."""
     return Variant({"matrix_optimizer": "adamw"} | (arguments or {}), errors="blended", **changes)
@@ -359,4 +406,17 @@ SPARSE = {
     "quartic threshold": Variant(decoder=QuarticThreshold),
     "soft threshold": Variant(decoder=SoftThreshold),
 }  # with --flags="--coefficient_sparsity 16"
-VARIANTS = FIRST_ROUND | SECOND_ROUND | TOKENS | SPARSE
+SHARP = {
+    "one-sided": Variant(point_loss=_one_sided),
+    "a sine after the last layer": Variant({"output_sine": True}),
+    "gradients, 0.1": Variant(point_loss=_gradients_too(0.1)),
+    "gradients, 0.5": Variant(point_loss=_gradients_too(0.5)),
+    "gradients, 2": Variant(point_loss=_gradients_too(2.0)),
+    "gradients, 0.5, last third": Variant(point_loss=_gradients_too(0.5), point_loss_from=2 / 3),
+    "absolute gradients, 0.1": Variant(point_loss=_gradients_too(0.1, power=1)),
+    "absolute, 0.1": Variant(point_loss=_absolute_too(0.1)),
+    "absolute, 0.1, last third": Variant(point_loss=_absolute_too(0.1), point_loss_from=2 / 3),
+    "Charbonnier, 0.1": Variant(point_loss=_charbonnier(0.1)),
+    "Charbonnier, 0.1, last third": Variant(point_loss=_charbonnier(0.1), point_loss_from=2 / 3),
+}
+VARIANTS = FIRST_ROUND | SECOND_ROUND | TOKENS | SPARSE | SHARP
