@@ -84,17 +84,18 @@ class PictureJudge:
     def of_pictures(self, pictures: IndexedImages) -> dict[str, float]:
         features = self.cache.features(pictures, "samples")
         parts = (self.real[self.splits == split] for split in (Split.HELD_OUT, Split.TRAIN))
-        return self._likeness(features) | novelty_metrics(features, *parts)[0]
+        return self.of_features(features) | novelty_metrics(features, *parts)[0]
 
     def controls(self, count: int) -> dict[str, dict[str, float]]:
         held_out = self.table.latents[self.table.held_out].numpy()[:count]
         return {
             "gaussian": self.of_latents(gaussian_latents(self.table, count, seed=0)),
             "held_out": self.of_latents(held_out),
-            "real": self._likeness(self.real[self.reference.floor[:count]]),
+            "real": self.of_features(self.real[self.reference.floor[:count]]),
         }
 
-    def _likeness(self, features: np.ndarray) -> dict[str, float]:
+    def of_features(self, features: np.ndarray) -> dict[str, float]:
+        """Measures pictures by their features, without their novelty."""
         distance = frechet_distance(moments_of(features), self.moments)
         found = precision_recall(features, self.real[self.reference.rows], _NEIGHBOURS, self.radii)
         shares = {name: float(getattr(found, name).mean()) for name in ("precision", "recall", "coverage")}

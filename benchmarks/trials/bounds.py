@@ -2,8 +2,9 @@
 
     python benchmarks/trials/bounds.py --run runs/emoji
 
-No prior is asked. A perfect one draws latents as new as held-out ones: as good as held-out reconstructions are. The
-distance has a bias that grows as pictures get fewer, so sets of one size stand together, with real pictures beside.
+No prior is asked. A perfect one draws latents as new as held-out ones: as good as held-out reconstructions are. A
+distance has a bias that grows as pictures get fewer, and depends on how many of them the reference holds: sets of one
+size stand together, with the pictures themselves beside what is drawn of them.
 """
 
 import sys
@@ -44,8 +45,9 @@ def main(arguments: Arguments) -> None:
     assert isinstance(judge, PictureJudge)
     held_out = int(judge.table.held_out.sum())
     print(f"| what is drawn | pictures | {' | '.join(COLUMNS)} |\n|{'---|' * (len(COLUMNS) + 2)}")
-    for count in (arguments.num_samples, min(held_out, arguments.num_samples)):
-        show("real pictures", count, judge.controls(count)["real"])
+    for count in sorted({arguments.num_samples, min(held_out, arguments.num_samples)}, reverse=True):
+        for name, rows in real_rows(judge, count, held_out).items():
+            show(f"real {name}", count, judge.of_features(judge.real[rows]))
         for name, latents in sets_of(judge, arguments, count):
             show(name, len(latents), judge.of_latents(latents.astype(np.float32)))
 
@@ -56,6 +58,16 @@ COLUMNS = ("fd_lite0", "precision", "recall", "coverage", "nn_ratio", "nn_ratio_
 def show(name: str, count: int, figures: dict[str, float]) -> None:
     cells = [f"{figures[key]:.1f}" if key == "fd_lite0" else f"{figures.get(key, np.nan):.2f}" for key in COLUMNS]
     print(f"| {name} | {count} | {' | '.join(cells)} |", flush=True)
+
+
+def real_rows(judge: PictureJudge, count: int, held_out: int) -> dict[str, np.ndarray]:
+    """The rows of the real pictures beside which drawn ones stand; of the first the reference has none."""
+    train = np.flatnonzero(judge.splits == Split.TRAIN)
+    chosen = np.random.default_rng(0).permutation(len(train))[:count]  # as of sets_of
+    rows = {"pictures": judge.reference.floor[:count], "training pictures": train[chosen]}
+    if count <= held_out:
+        rows["held-out pictures"] = np.flatnonzero(judge.splits == Split.HELD_OUT)[:count]
+    return rows
 
 
 def sets_of(judge: PictureJudge, arguments: Arguments, count: int) -> Iterator[tuple[str, np.ndarray]]:
