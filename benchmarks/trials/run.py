@@ -237,12 +237,10 @@ def _point_losses(
 ) -> Tensor:
     """Another loss than the squared error, of every field at its own points by their shares of pixels, [B]."""
     grid = decoder.grid(signal.resolution, *part.query)
-    values = decoder.bake(decoder.coefficients(latents))(grid.coordinates).view(
-        len(latents), -1, *_tail(decoder, grid)
-    )
     places = (len(latents), -1, *grid.points_per_axis)
-    errors = (values - grid.gather_points(part.values)).view(*places, values.shape[-1])
-    return loss(errors, (grid.weights / grid.weights.sum()).view(1, *places[1:]))
+    values = decoder.bake(decoder.coefficients(latents))(grid.coordinates).view(*places, signal.channels)
+    targets = grid.gather_points(part.values).view_as(values)
+    return loss(values, targets, (grid.weights / grid.weights.sum()).view(1, *places[1:]))
 
 
 def _tail(decoder: MNIFModel, grid: CellGrid) -> tuple[int, int]:

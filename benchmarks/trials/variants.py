@@ -96,6 +96,19 @@ class PlacedTokens(MNIFModel):
         token_map.read.register_forward_hook(lambda module, inputs, hidden: hidden + token_map.place)
 
 
+class ThroughTokens(MNIFModel):
+    """A global latent from which a matrix makes 4x4 tokens of 16 numbers, and the network that all places share hears
+    these."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        config, numbers = self.config, 4**self.config.dimensions * 16
+        of_a_cell = self.coefficient_map.out_features // self.num_cells
+        shared = TokenMap(numbers, config.dimensions, 4, config.cells, of_a_cell, bias=0.0)
+        self.coefficient_map = nn.Sequential(nn.Linear(config.latent_dim, numbers), shared)
+        nn.init.normal_(self.coefficient_map[0].weight, std=config.latent_dim**-0.5)
+
+
 class HardThreshold(MNIFModel):
     """Sparse coefficients: the K largest as they are, with the gradient of those alone."""
 
@@ -399,6 +412,7 @@ _TOKENS = {"latent_layout": "tokens"}
 TOKENS = {
     "a matrix for every token": Variant(_TOKENS, MatrixForEveryToken),
     "tokens that know their place": Variant(_TOKENS, PlacedTokens),
+    "global, through tokens": Variant(decoder=ThroughTokens),
 }
 SPARSE = {
     "hard threshold": Variant(decoder=HardThreshold),
