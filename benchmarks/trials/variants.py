@@ -8,16 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from losses import POINT_LOSSES, PointLoss
+from sparse import SPARSE_DECODERS
 from torch import Tensor, nn
 
 from mnif.models.cell_grid import CellGrid
 from mnif.models.mnif_model import MNIFModel
 from mnif.models.siren import BakedField, LayerShape, siren_params
 from mnif.models.token_map import TokenMap
-
-PointLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Values of the fields at their own points [B, cells, height, width, C], what they should be, and the shares
-[1, cells, height, width] of all pixels that these make → one number for each picture, [B]."""
 
 
 @dataclass(frozen=True)
@@ -107,48 +105,6 @@ class ThroughTokens(MNIFModel):
         shared = TokenMap(numbers, config.dimensions, 4, config.cells, of_a_cell, bias=0.0)
         self.coefficient_map = nn.Sequential(nn.Linear(config.latent_dim, numbers), shared)
         nn.init.normal_(self.coefficient_map[0].weight, std=config.latent_dim**-0.5)
-
-
-class HardThreshold(MNIFModel):
-    """Sparse coefficients: the K largest as they are, with the gradient of those alone."""
-
-    def coefficients(self, latents: Tensor) -> Tensor:
-        return _largest(self, latents)[1]
-
-
-class StraightThrough(MNIFModel):
-    """Sparse coefficients: the K largest as they are, with a gradient as if all were kept."""
-
-    def coefficients(self, latents: Tensor) -> Tensor:
-        coefficients, kept, _ = _largest(self, latents)
-        return coefficients + (kept - coefficients).detach()
-
-
-class QuarticThreshold(MNIFModel):
-    """Sparse coefficients: the K largest, α (1 - (t / α)⁴) with t the magnitude that comes next."""
-
-    def coefficients(self, latents: Tensor) -> Tensor:
-        coefficients, _, threshold = _largest(self, latents)
-        share = (threshold / coefficients.abs().clamp(min=1e-12)).clamp(max=1)
-        return coefficients * (1 - share.square().square())
-
-
-class SoftThreshold(MNIFModel):
-    """Sparse coefficients: the K largest, less the magnitude that comes next."""
-
-    def coefficients(self, latents: Tensor) -> Tensor:
-        coefficients, _, threshold = _largest(self, latents)
-        return coefficients - coefficients.clamp(-threshold, threshold)
-
-
-def _largest(decoder: MNIFModel, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficients before they are made sparse, the K largest of them, and the magnitude that comes next."""
-    active = decoder.config.coefficient_sparsity
-    decoder.register_to_config(coefficient_sparsity=None)
-    coefficients = MNIFModel.coefficients(decoder, latents)
-    decoder.register_to_config(coefficient_sparsity=active)
-    threshold = coefficients.abs().topk(active + 1, dim=-1).values[..., -1:]
-    return coefficients, coefficients * (coefficients.abs() > threshold), threshold
 
 
 class SharedFirstAverage(MNIFModel):
@@ -304,45 +260,6 @@ def _shifted(values: Tensor) -> Tensor:
     return values[batch, rows[:, :, None], columns[:, None, :]]
 
 
-def _gradients_too(weight: float, power: float = 2) -> PointLoss:
-    """The squared error, and ``weight`` times the mean |difference of neighbouring errors| to the ``power``."""
-
-    def loss(values: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
-        errors = values - targets
-        total = _weighted(errors.square(), shares)
-        for axis in (2, 3):
-            near, far = (errors.narrow(axis, start, errors.shape[axis] - 1) for start in (0, 1))
-            both = torch.minimum(*(shares.narrow(axis, start, errors.shape[axis] - 1) for start in (0, 1)))
-            total = total + weight / 2 * _weighted((far - near).abs().pow(power), both)
-        return total
-
-    return loss
-
-
-def _absolute_too(weight: float) -> PointLoss:
-    """The squared error, and ``weight`` times the absolute one."""
-    return lambda values, targets, shares: _weighted(
-        (values - targets).square() + weight * (values - targets).abs(), shares
-    )
-
-
-def _charbonnier(scale: float) -> PointLoss:
-    """√(error² + scale²) - scale: squares below the scale, absolute errors above (Charbonnier et al., 1994)."""
-    return lambda values, targets, shares: _weighted(((values - targets).square() + scale**2).sqrt() - scale, shares)
-
-
-def _one_sided(values: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
-    """The squared error, where what is white may be whiter and what is black blacker: shown, it is clipped."""
-    errors = values - targets
-    errors = torch.where(targets >= 1, errors.clamp(max=0), torch.where(targets <= -1, errors.clamp(min=0), errors))
-    return _weighted(errors.square(), shares)
-
-
-def _weighted(values: Tensor, shares: Tensor) -> Tensor:
-    """The mean over channels of [B, cells, height, width, C], summed over points by their shares, [B]."""
-    return (values.mean(dim=-1) * shares).flatten(1).sum(dim=1)
-
-
 def _first(arguments: dict[str, Any] | None = None, **changes: Any) -> Variant:
     """A candidate of the first round, when Adam moved everything and the blended values were compared alone."""
     return Variant({"matrix_optimizer": "adamw"} | (arguments or {}), errors="blended", **changes)
@@ -414,23 +331,10 @@ TOKENS = {
     "tokens that know their place": Variant(_TOKENS, PlacedTokens),
     "global, through tokens": Variant(decoder=ThroughTokens),
 }
-SPARSE = {
-    "hard threshold": Variant(decoder=HardThreshold),
-    "straight through": Variant(decoder=StraightThrough),
-    "quartic threshold": Variant(decoder=QuarticThreshold),
-    "soft threshold": Variant(decoder=SoftThreshold),
-}  # with --flags="--coefficient_sparsity 16"
-SHARP = {
-    "one-sided": Variant(point_loss=_one_sided),
+SPARSE = {name: Variant(decoder=decoder) for name, decoder in SPARSE_DECODERS.items()}
+SHARP = {name: Variant(point_loss=loss) for name, loss in POINT_LOSSES.items()}
+SHARP |= {
     "a sine after the last layer": Variant({"output_sine": True}),
-    "gradients, 0.1": Variant(point_loss=_gradients_too(0.1)),
-    "gradients, 0.5": Variant(point_loss=_gradients_too(0.5)),
-    "gradients, 2": Variant(point_loss=_gradients_too(2.0)),
-    "gradients, 0.5, last third": Variant(point_loss=_gradients_too(0.5), point_loss_from=2 / 3),
-    "absolute gradients, 0.1": Variant(point_loss=_gradients_too(0.1, power=1)),
-    "absolute, 0.1": Variant(point_loss=_absolute_too(0.1)),
-    "absolute, 0.1, last third": Variant(point_loss=_absolute_too(0.1), point_loss_from=2 / 3),
-    "Charbonnier, 0.1": Variant(point_loss=_charbonnier(0.1)),
-    "Charbonnier, 0.1, last third": Variant(point_loss=_charbonnier(0.1), point_loss_from=2 / 3),
+    "gradients, 0.5, last third": Variant(point_loss=POINT_LOSSES["gradients, 0.5"], point_loss_from=2 / 3),
 }
 VARIANTS = FIRST_ROUND | SECOND_ROUND | TOKENS | SPARSE | SHARP
