@@ -10,21 +10,6 @@ PointLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 [1, cells, height, width] of all pixels that these make → one number for each picture, [B]."""
 
 
-def gradients_too(weight: float, power: float = 2) -> PointLoss:
-    """The squared error, and ``weight`` times the mean |difference of neighbouring errors| to the ``power``."""
-
-    def loss(values: Tensor, targets: Tensor, shares: Tensor) -> Tensor:
-        errors = values - targets
-        total = _weighted(errors.square(), shares)
-        for axis in (2, 3):
-            near, far = (errors.narrow(axis, start, errors.shape[axis] - 1) for start in (0, 1))
-            both = torch.minimum(*(shares.narrow(axis, start, errors.shape[axis] - 1) for start in (0, 1)))
-            total = total + weight / 2 * _weighted((far - near).abs().pow(power), both)
-        return total
-
-    return loss
-
-
 def absolute_too(weight: float) -> PointLoss:
     """The squared error, and ``weight`` times the absolute one."""
     return lambda values, targets, shares: _weighted(
@@ -51,10 +36,6 @@ def _weighted(values: Tensor, shares: Tensor) -> Tensor:
 
 POINT_LOSSES = {
     "one-sided": one_sided,
-    "gradients, 0.1": gradients_too(0.1),
-    "gradients, 0.5": gradients_too(0.5),
-    "gradients, 2": gradients_too(2.0),
-    "absolute gradients, 0.1": gradients_too(0.1, power=1),
     "absolute, 0.1": absolute_too(0.1),
     "Charbonnier, 0.1": charbonnier(0.1),
 }

@@ -122,10 +122,7 @@ def trial(variant: Variant, setting: dict[str, Any]) -> dict[str, float]:
         signal.per_instance_loss = lambda *of: errors(signal, *of)
     if variant.point_loss is not None:
         point_loss = variant.point_loss
-        squares, clock = signal.per_instance_loss, _Clock(method, fit.max_train_steps)
-        signal.per_instance_loss = lambda *of: (
-            _point_losses(signal, point_loss, *of) if clock.time >= variant.point_loss_from else squares(*of)
-        )
+        signal.per_instance_loss = lambda *of: _point_losses(signal, point_loss, *of)
     if variant.border_weight:
         method.register_forward_hook(_BorderLoss(decoder, variant.border_weight))
     started = time.process_time()
@@ -217,21 +214,6 @@ def _even_errors(signal: GridSignal, decoder: MNIFModel, latents: Tensor, part: 
 
 
 ERRORS = {"blended": Signal.per_instance_loss, "even": _even_errors}
-
-
-class _Clock:
-    """How much of the training has passed, from 0 to 1, by the calls of the method."""
-
-    def __init__(self, method: LearningMethod, steps: int):
-        self.calls, self.steps = 0, steps
-        method.register_forward_pre_hook(self._tick)
-
-    def _tick(self, *_: Any) -> None:
-        self.calls += 1
-
-    @property
-    def time(self) -> float:
-        return (self.calls - 1) / self.steps
 
 
 def _point_losses(

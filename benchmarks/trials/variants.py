@@ -33,7 +33,6 @@ class Variant:
             its points count alike) or "blended" (the error of the blended values alone).
         augment: changes a batch of pictures [B, H, W, C] at random before it is learned from.
         point_loss: in place of the squared error; not with another choice of ``errors``.
-        point_loss_from: the share of the steps after which it is; before, the squared error is.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -44,7 +43,6 @@ class Variant:
     augment: Callable[[Tensor], Tensor] | None = None
     errors: str = "shares"
     point_loss: PointLoss | None = None
-    point_loss_from: float = 0.0
 
 
 class MixedFirstLayer(MNIFModel):
@@ -333,8 +331,5 @@ TOKENS = {
 }
 SPARSE = {name: Variant(decoder=decoder) for name, decoder in SPARSE_DECODERS.items()}
 SHARP = {name: Variant(point_loss=loss) for name, loss in POINT_LOSSES.items()}
-SHARP |= {
-    "a sine after the last layer": Variant({"output_sine": True}),
-    "gradients, 0.5, last third": Variant(point_loss=POINT_LOSSES["gradients, 0.5"], point_loss_from=2 / 3),
-}
+SHARP |= {f"gradients, {weight}": Variant({"gradient_weight": weight}) for weight in (0.1, 0.5, 2.0)}
 VARIANTS = FIRST_ROUND | SECOND_ROUND | TOKENS | SPARSE | SHARP
