@@ -18,6 +18,7 @@ from evals.image_sets import data_images, latent_images, novelty_metrics, refere
 from evals.loaded_run import gaussian_latents, splits_of
 from evals.metrics.frechet import frechet_distance, moments_of
 from evals.metrics.neighbours import memorisation_metrics
+from evals.metrics.precision_recall import knn_radii, precision_recall
 from evals.metrics.shapes import surfaces_of_grids
 from evals.voxel_sets import comparison_metrics, real_shapes, shape_novelty
 from mnif.data.dataset import Split
@@ -28,6 +29,8 @@ from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.json_files import read_json
 from mnif.utils.process import Processes
+
+_NEIGHBOURS = PRESETS["offline"].neighbours
 
 
 class Judge(Interface):
@@ -71,6 +74,7 @@ class PictureJudge:
         self.splits = splits_of(self.table, self.data)
         self.reference = reference_of(self.data, self.splits, "half")
         self.moments = moments_of(self.real[self.reference.rows])
+        self.radii = knn_radii(self.real[self.reference.rows], _NEIGHBOURS)
 
     def of_latents(self, latents: np.ndarray) -> dict[str, float]:
         name = hashlib.sha256(latents.tobytes()).hexdigest()
@@ -80,18 +84,22 @@ class PictureJudge:
     def of_pictures(self, pictures: IndexedImages) -> dict[str, float]:
         features = self.cache.features(pictures, "samples")
         parts = (self.real[self.splits == split] for split in (Split.HELD_OUT, Split.TRAIN))
-        return self._frechet(features) | novelty_metrics(features, *parts)[0]
+        return self.of_features(features) | novelty_metrics(features, *parts)[0]
 
     def controls(self, count: int) -> dict[str, dict[str, float]]:
         held_out = self.table.latents[self.table.held_out].numpy()[:count]
         return {
             "gaussian": self.of_latents(gaussian_latents(self.table, count, seed=0)),
             "held_out": self.of_latents(held_out),
-            "real": self._frechet(self.real[self.reference.floor[:count]]),
+            "real": self.of_features(self.real[self.reference.floor[:count]]),
         }
 
-    def _frechet(self, features: np.ndarray) -> dict[str, float]:
-        return {self.distance: frechet_distance(moments_of(features), self.moments)}
+    def of_features(self, features: np.ndarray) -> dict[str, float]:
+        """Measures pictures by their features, without their novelty."""
+        distance = frechet_distance(moments_of(features), self.moments)
+        found = precision_recall(features, self.real[self.reference.rows], _NEIGHBOURS, self.radii)
+        shares = {name: float(getattr(found, name).mean()) for name in ("precision", "recall", "coverage")}
+        return {self.distance: distance} | shares
 
 
 @dataclass

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from losses import PointLoss
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from variants import VARIANTS, Variant
@@ -116,15 +117,18 @@ def trial(variant: Variant, setting: dict[str, Any]) -> dict[str, float]:
     if variant.augment is not None:
         mirrored, augment = signal.augmented, variant.augment
         signal.augmented = lambda observation: _with_values(mirrored(observation), augment)
-    if variant.errors == "blended":
-        signal.errors = lambda *of: Signal.errors(signal, *of)
-    if variant.errors == "even":
-        signal.errors = lambda *of: _even_errors(signal, *of)
+    if variant.errors != "shares":
+        errors = ERRORS[variant.errors]
+        signal.per_instance_loss = lambda *of: errors(signal, *of)
+    if variant.point_loss is not None:
+        point_loss = variant.point_loss
+        signal.per_instance_loss = lambda *of: _point_losses(signal, point_loss, *of)
     if variant.border_weight:
         method.register_forward_hook(_BorderLoss(decoder, variant.border_weight))
     started = time.process_time()
     _train(fit, variant, method, train_rows)
     seconds = time.process_time() - started
+    vars(signal).pop("per_instance_loss", None)  # all latents are refined by the product's loss
     method.eval()
     return {"cpu_seconds": round(seconds, 1)} | _measured(fit, method, train_rows, held_rows)
 
@@ -209,6 +213,20 @@ def _even_errors(signal: GridSignal, decoder: MNIFModel, latents: Tensor, part: 
     return errors.view(len(latents), -1).sum(dim=1)
 
 
+ERRORS = {"blended": Signal.per_instance_loss, "even": _even_errors}
+
+
+def _point_losses(
+    signal: GridSignal, loss: PointLoss, decoder: MNIFModel, latents: Tensor, part: Observation
+) -> Tensor:
+    """Another loss than the squared error, of every field at its own points by their shares of pixels, [B]."""
+    grid = decoder.grid(signal.resolution, *part.query)
+    places = (len(latents), -1, *grid.points_per_axis)
+    values = decoder.bake(decoder.coefficients(latents))(grid.coordinates).view(*places, signal.channels)
+    targets = grid.gather_points(part.values).view_as(values)
+    return loss(values, targets, (grid.weights / grid.weights.sum()).view(1, *places[1:]))
+
+
 def _tail(decoder: MNIFModel, grid: CellGrid) -> tuple[int, int]:
     return grid.coordinates.shape[1], decoder.config.channels
 
@@ -246,13 +264,14 @@ def _measured(fit: Any, method: LearningMethod, train_rows: ArrayDataset, held_r
         shown = torch.cat([decoder(latents) for latents in refined.split(64)])
         metrics["border"] = round(border_step_ratio(shown.numpy(), signal.observe(batch).values.numpy(), cells), 3)
     if isinstance(signal, Image) and signal.channels == 3:
-        metrics["rfd_lite0_train"] = round(_softness(decoder, signal, train_rows, latent_init), 2)
+        for part, rows in (("train", train_rows), ("heldout", held_rows)):
+            metrics[f"rfd_lite0_{part}"] = round(_softness(decoder, signal, rows, latent_init), 2)
     metrics["multiply_adds_per_value"] = decoder.bake(decoder.coefficients(refined[:1])).multiply_adds_per_point()
     return metrics
 
 
 def _softness(decoder: MNIFModel, signal: Signal, rows: ArrayDataset, latent_init: Any) -> float:
-    """The Fréchet distance of reconstructions from their originals, over 1,000 of the rows, as `mnif eval` has it."""
+    """The Fréchet distance of reconstructions from their originals, over 1,000 rows at most, as `mnif eval` has it."""
     rows = rows.subset(evenly_spaced(len(rows), 1000))
     latents = torch.cat([*infer_latents(decoder, signal, rows, latent_init, 0, batch_size=64)])
     drawn = np.concatenate([to_uint8(decoder(some)) for some in latents.split(64)])

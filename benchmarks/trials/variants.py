@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from losses import POINT_LOSSES, PointLoss
 from sparse import SPARSE_DECODERS
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ class Variant:
         errors: "shares" (the product's: a field answers for its points by its shares of their pixels), "even" (all of
             its points count alike) or "blended" (the error of the blended values alone).
         augment: changes a batch of pictures [B, H, W, C] at random before it is learned from.
+        point_loss: in place of the squared error; not with another choice of ``errors``.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -40,6 +42,7 @@ class Variant:
     prepare: Callable[[MNIFModel], None] = lambda decoder: None
     augment: Callable[[Tensor], Tensor] | None = None
     errors: str = "shares"
+    point_loss: PointLoss | None = None
 
 
 class MixedFirstLayer(MNIFModel):
@@ -87,6 +90,19 @@ class PlacedTokens(MNIFModel):
         token_map = self.coefficient_map
         token_map.place = nn.Parameter(torch.zeros(1, len(token_map.around), token_map.read.out_features))
         token_map.read.register_forward_hook(lambda module, inputs, hidden: hidden + token_map.place)
+
+
+class ThroughTokens(MNIFModel):
+    """A global latent from which a matrix makes 4x4 tokens of 16 numbers, and the network that all places share hears
+    these."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        config, numbers = self.config, 4**self.config.dimensions * 16
+        of_a_cell = self.coefficient_map.out_features // self.num_cells
+        shared = TokenMap(numbers, config.dimensions, 4, config.cells, of_a_cell, bias=0.0)
+        self.coefficient_map = nn.Sequential(nn.Linear(config.latent_dim, numbers), shared)
+        nn.init.normal_(self.coefficient_map[0].weight, std=config.latent_dim**-0.5)
 
 
 class SharedFirstAverage(MNIFModel):
@@ -311,6 +327,9 @@ _TOKENS = {"latent_layout": "tokens"}
 TOKENS = {
     "a matrix for every token": Variant(_TOKENS, MatrixForEveryToken),
     "tokens that know their place": Variant(_TOKENS, PlacedTokens),
+    "global, through tokens": Variant(decoder=ThroughTokens),
 }
 SPARSE = {name: Variant(decoder=decoder) for name, decoder in SPARSE_DECODERS.items()}
-VARIANTS = FIRST_ROUND | SECOND_ROUND | TOKENS | SPARSE
+SHARP = {name: Variant(point_loss=loss) for name, loss in POINT_LOSSES.items()}
+SHARP |= {f"gradients, {weight}": Variant({"gradient_weight": weight}) for weight in (0.1, 0.5, 2.0)}
+VARIANTS = FIRST_ROUND | SECOND_ROUND | TOKENS | SPARSE | SHARP

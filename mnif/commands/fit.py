@@ -10,6 +10,7 @@ from mnif.data.dataset import Dataset, Split
 from mnif.training.assembly import (
     augmentations,
     cells_and_tokens,
+    check_loss,
     dry_run_report,
     learn,
     make_decoder,
@@ -68,6 +69,7 @@ def fit(arguments: FitArguments) -> None:
         raise UserError(f"--data {arguments.data}: no {signal.noun} is left to train on; lower --held_out_fraction")
     fill_in_steps(arguments, instances)
     augmentations(arguments, signal)
+    check_loss(arguments, signal)
     arguments.cells, arguments.tokens = cells_and_tokens(arguments, signal)
     if arguments.dry_run:
         print("\n".join(dry_run_report(arguments, make_decoder(arguments, signal), signal, instances)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mnif.data.dataset import Dataset, Split
 from mnif.training.arguments import TrainingArguments
-from mnif.training.assembly import learn, make_method
+from mnif.training.assembly import check_loss, learn, make_method
 from mnif.training.fit_arguments import AUGMENTATIONS, FitArguments, MethodFlags, OptimizerFlags
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_arguments
@@ -89,7 +89,7 @@ def _check(arguments: GrowArguments) -> None:
         raise UserError(f"--add_bases {arguments.add_bases}: nothing to grow; at least 1 is needed")
     at_least_one = ("add_latents", "max_train_steps", "num_train_epochs", "train_batch_size", "inner_steps")
     check_at_least(1, **{flag: values[flag] for flag in (*at_least_one, "encoder_width", "max_image_pixels")})
-    not_negative = ("refinement_steps", "latent_noise", "replay_weight", "earlier_learning_rate")
+    not_negative = ("refinement_steps", "latent_noise", "gradient_weight", "replay_weight", "earlier_learning_rate")
     check_at_least(0, **{flag: values[flag] for flag in not_negative})
     if not 0 <= arguments.held_out_fraction < 1:
         raise UserError(f"--held_out_fraction {arguments.held_out_fraction}: must be at least 0 and below 1")
@@ -120,6 +120,7 @@ def grow(arguments: GrowArguments) -> None:
     signal = signal_of_model(old)
     latent_init = load_latent_init(arguments.model, old, signal)
     fit = _as_fit(arguments, old, signal, latent_init)
+    check_loss(fit, signal)
     data = _data_like(arguments.data, signal)
     splits = data.split(arguments.held_out_fraction, arguments.test_fraction)
     instances = int((splits == Split.TRAIN).sum())

@@ -182,20 +182,21 @@ def make_method(
     from mnif.training.loop import batch_size_of
     from mnif.training.methods import AutoDecoderMethod, EncoderMethod, MetaMethod
 
-    latent_dim = decoder.config.latent_dim
+    latent_dim, weight = decoder.config.latent_dim, arguments.gradient_weight
     if arguments.method == "encoder":
         tokens, width = decoder.config.tokens, arguments.encoder_width
         encoder = latent_init or (
             signal.encoder(latent_dim, width) if tokens is None else signal.token_encoder(latent_dim, tokens, width)
         )
-        return EncoderMethod(decoder, signal, encoder, arguments.latent_noise, augmentations(arguments, signal))
+        changes = augmentations(arguments, signal)
+        return EncoderMethod(decoder, signal, encoder, arguments.latent_noise, changes, weight)
     if arguments.method == "meta":
         inner_loop = (
             latent_init
             if isinstance(latent_init, InnerLoop)
             else InnerLoop(latent_dim, arguments.inner_steps, arguments.inner_learning_rate)
         )
-        return MetaMethod(decoder, signal, inner_loop, arguments.inner_order == "second")
+        return MetaMethod(decoder, signal, inner_loop, arguments.inner_order == "second", gradient_weight=weight)
     process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     latent_embedding = LatentEmbedding(
         instances,
@@ -207,7 +208,20 @@ def make_method(
         processes,
         accelerator.device if accelerator else "cpu",
     )
-    return AutoDecoderMethod(decoder, signal, latent_embedding, arguments.latent_regularisation)
+    return AutoDecoderMethod(decoder, signal, latent_embedding, arguments.latent_regularisation, weight)
+
+
+def check_loss(arguments: FitArguments, signal: Signal) -> None:
+    """Makes sure that the signal has what the loss is to look at.
+
+    Raises:
+        UserError: it has no gradient.
+    """
+    from mnif.signals.base import GridSignal
+
+    if arguments.gradient_weight and not isinstance(signal, GridSignal):
+        given = f"--gradient_weight {arguments.gradient_weight}"
+        raise UserError(f"{given}: needs values on a grid, and a {signal.noun} of this kind has none; leave it out")
 
 
 def augmentations(arguments: FitArguments, signal: Signal) -> list[Augmentation]:

@@ -152,6 +152,9 @@ class RadianceFlags:
 class OptimizerFlags:
     """How bases and networks move."""
 
+    gradient_weight: float = 0.0
+    """Weight in the loss of the squared error of differences between neighbouring pixels: sharper edges, as with 0.5
+    (grids)."""
     basis_learning_rate: float = 1.2e-2
     """Peak learning rate of the bases."""
     matrix_optimizer: Literal["muon", "adamw"] = "muon"
@@ -235,7 +238,7 @@ def _preset(name: str) -> dict[str, Any]:
 def _check(arguments: FitArguments) -> None:
     values = asdict(arguments)
     check_at_least(1, **{flag: values[flag] for flag in _COUNTS})
-    not_negative = ("depth", "refinement_steps", "held_out_views", "latent_noise")
+    not_negative = ("depth", "refinement_steps", "held_out_views", "latent_noise", "gradient_weight")
     check_at_least(0, **{flag: values[flag] for flag in not_negative})
     if not 0 <= arguments.overlap <= 0.5:
         raise UserError(f"--overlap {arguments.overlap}: must lie between 0 and 0.5")

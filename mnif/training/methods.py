@@ -12,7 +12,7 @@ from mnif.data.batches import ArrayDataset, InstanceGenerator
 from mnif.latents.embedding import LatentEmbedding
 from mnif.latents.inner_loop import InnerLoop
 from mnif.models.mnif_model import MNIFModel
-from mnif.signals.base import Augmentation, Observation, Signal
+from mnif.signals.base import Augmentation, GridSignal, Observation, Signal
 from mnif.training.muon import Muon
 
 _VALIDATED = 512  # instances of each side that a validation looks at, at most
@@ -27,11 +27,19 @@ class LearningMethod(nn.Module):
     Args:
         decoder: the bases.
         signal: what the data are.
+        gradient_weight: of the gradient's error in the loss, of signals on grids
+            (:meth:`mnif.signals.base.GridSignal.loss_with_gradients`).
     """
 
-    def __init__(self, decoder: MNIFModel, signal: Signal):
+    def __init__(self, decoder: MNIFModel, signal: Signal, gradient_weight: float = 0.0):
         super().__init__()
-        self.decoder, self.signal = decoder, signal
+        self.decoder, self.signal, self.gradient_weight = decoder, signal, gradient_weight
+
+    def mean_loss(self, latents: Tensor, part: Observation) -> Tensor:
+        """The mean over a batch of the squared error, and of that of the gradient if it has a weight."""
+        if self.gradient_weight and isinstance(self.signal, GridSignal):
+            return self.signal.loss_with_gradients(self.decoder, latents, part, self.gradient_weight).mean()
+        return self.signal.per_instance_loss(self.decoder, latents, part).mean()
 
     @abstractmethod
     def latents(self, observation: Observation, row: Tensor) -> Tensor:
@@ -53,6 +61,7 @@ class EncoderMethod(LearningMethod):
         latent_noise: standard deviation of the noise added to latents while training. It keeps neighbouring latents
             drawing similar instances, which the prior needs.
         augmentations: random changes to make before learning (:meth:`mnif.signals.base.Signal.augmentations`).
+        gradient_weight: as of every way of learning.
     """
 
     def __init__(
@@ -62,18 +71,19 @@ class EncoderMethod(LearningMethod):
         encoder: nn.Module,
         latent_noise: float,
         augmentations: Sequence[Augmentation] = (),
+        gradient_weight: float = 0.0,
     ):
-        super().__init__(decoder, signal)
+        super().__init__(decoder, signal, gradient_weight)
         self.encoder, self.latent_noise, self.augmentations = encoder, latent_noise, augmentations
 
     def forward(self, row: Tensor, key: Tensor, **batch: Tensor) -> Tensor:
-        """Mean squared error of a batch."""
+        """Mean loss of a batch."""
         observation, generator = self.signal.observe(batch), InstanceGenerator(key)
         for augmentation in self.augmentations:
             observation = augmentation(observation, generator)
         latents = self.latents(observation, row)
         latents = latents + self.latent_noise * generator.normal(latents.shape[1])
-        return self.signal.per_instance_loss(self.decoder, latents, self.signal.subsample(observation)).mean()
+        return self.mean_loss(latents, self.signal.subsample(observation))
 
     def bits_per_instance(self) -> float:
         """Computes what a latent carries past its noise: D/2 · log2(1 + 1/σ²) bits, infinite without noise.
@@ -97,17 +107,24 @@ class AutoDecoderMethod(LearningMethod):
         signal: what the data are.
         rows: this process's latents.
         latent_regularisation: weight of the latents' mean square in the loss.
+        gradient_weight: as of every way of learning.
     """
 
-    def __init__(self, decoder: MNIFModel, signal: Signal, rows: LatentEmbedding, latent_regularisation: float):
-        super().__init__(decoder, signal)
+    def __init__(
+        self,
+        decoder: MNIFModel,
+        signal: Signal,
+        rows: LatentEmbedding,
+        latent_regularisation: float,
+        gradient_weight: float = 0.0,
+    ):
+        super().__init__(decoder, signal, gradient_weight)
         self.rows, self.latent_regularisation = rows, latent_regularisation
 
     def forward(self, row: Tensor, **batch: Tensor) -> Tensor:
-        """Mean squared error of a batch, and the latents' regularisation."""
+        """Mean loss of a batch, and the latents' regularisation."""
         latents = self.rows.take(row)
-        part = self.signal.subsample(self.signal.observe(batch))
-        error = self.signal.per_instance_loss(self.decoder, latents, part).mean()
+        error = self.mean_loss(latents, self.signal.subsample(self.signal.observe(batch)))
         return error + self.latent_regularisation * latents.square().mean()
 
     def latents(self, observation: Observation, row: Tensor) -> Tensor:
@@ -124,21 +141,28 @@ class MetaMethod(LearningMethod):
         inner_loop: the steps; its rates learn together with the bases.
         second_order: differentiate through the steps. First order is faster and reaches less.
         start_noise: the latents start at N(0, start_noise²) in training; they start at 0 afterwards.
+        gradient_weight: as of every way of learning; the steps themselves go by the squared error.
     """
 
     def __init__(
-        self, decoder: MNIFModel, signal: Signal, inner_loop: InnerLoop, second_order: bool, start_noise: float = 1e-4
+        self,
+        decoder: MNIFModel,
+        signal: Signal,
+        inner_loop: InnerLoop,
+        second_order: bool,
+        start_noise: float = 1e-4,
+        gradient_weight: float = 0.0,
     ):
-        super().__init__(decoder, signal)
+        super().__init__(decoder, signal, gradient_weight)
         self.inner_loop, self.second_order, self.start_noise = inner_loop, second_order, start_noise
 
     @torch.compiler.disable  # torch.compile makes graphs that cannot be differentiated twice
     def forward(self, row: Tensor, key: Tensor, **batch: Tensor) -> Tensor:
-        """Mean squared error of a batch after the inner loop."""
+        """Mean loss of a batch after the inner loop."""
         part = self.signal.subsample(self.signal.observe(batch))
         start = self.start_noise * InstanceGenerator(key).normal(self.decoder.config.latent_dim)
         latents = self.inner_loop(self.decoder, self.signal, part, start, self.second_order)
-        return self.signal.per_instance_loss(self.decoder, latents, part).mean()
+        return self.mean_loss(latents, part)
 
     def latents(self, observation: Observation, row: Tensor) -> Tensor:
         """After the inner loop, on one random part of what is known."""

@@ -106,6 +106,8 @@ def test_volumes_that_cannot_be(refused: Callable, nothing_written: Callable, ob
     assert "--near 3 and --far 2" in refused(objects, "--near", "3", "--far", "2", *views)
     assert "--resolution 4 4 4: one number, or height and width" in refused(objects, "--resolution", "4", "4", "4")
     assert "--random_flip" in refused(objects, "--method", "encoder", "--random_flip")
+    assert "--gradient_weight 0.5: needs values on a grid" in refused(objects, "--gradient_weight", "0.5")
+    assert "--gradient_weight -1.0: must be at least 0" in refused(objects, "--gradient_weight", "-1")
     assert nothing_written()
 
 

@@ -140,7 +140,7 @@ def test_every_way_of_learning_lowers_its_loss(decoder: MNIFModel, signal: Image
         ),
         AutoDecoderMethod(decoder, signal, rows, latent_regularisation=1e-4),
         MetaMethod(decoder, signal, InnerLoop(12, learning_rate=2.0), second_order=True),
-        MetaMethod(decoder, signal, InnerLoop(12, learning_rate=2.0), second_order=False),
+        MetaMethod(decoder, signal, InnerLoop(12, learning_rate=2.0), second_order=False, gradient_weight=0.5),
     ):
         decoder.load_state_dict(state)
         optimizer = torch.optim.Adam(method.parameters(), lr=1e-2)

@@ -246,6 +246,33 @@ def test_errors_of_cells_are_that_of_their_blend_and_what_they_differ_by(signal:
     torch.testing.assert_close(signal.per_instance_loss(decoder, latents, part), part.errors(blended) + differ)
 
 
+@pytest.mark.parametrize("signal", [Image(SIZE, 3), Voxels(6)], ids=["pictures", "shapes"])
+def test_the_gradient_of_one_field_is_the_difference_of_neighbouring_pixels(signal: GridSignal) -> None:
+    decoder = decoder_of(signal, cells=1)
+    axes = [signal.resolution] * signal.dimensions if isinstance(signal.resolution, int) else signal.resolution
+    values, latents = torch.rand(3, *axes, signal.channels) * 2 - 1, torch.randn(3, 6)
+    errors = decoder(latents) - values
+    expected = errors.square().flatten(1).mean(dim=1)
+    for axis in range(1, 1 + signal.dimensions):
+        pairs = errors.diff(dim=axis).square().flatten(1).sum(dim=1) / errors[0].numel()
+        expected = expected + 0.5 / signal.dimensions * pairs
+    found = signal.loss_with_gradients(decoder, latents, signal.on_grid(values), 0.5)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_loss_with_gradients_is_the_loss_where_they_weigh_nothing_or_nothing_lies_side_by_side() -> None:
+    signal = Image(SIZE, 3)
+    decoder = decoder_of(signal)
+    latents, chequered = torch.randn(2, 6), torch.arange(SIZE[0])[:, None] + torch.arange(SIZE[1])
+    whole = signal.on_grid(torch.rand(2, *SIZE, 3) * 2 - 1)
+    every_second = replace(whole, mask=(chequered % 2).float().expand(2, -1, -1))
+    for observation, weight in ((whole, 0.0), (every_second, 0.0), (every_second, 2.0)):
+        found = signal.loss_with_gradients(decoder, latents, observation, weight)
+        torch.testing.assert_close(found, signal.per_instance_loss(decoder, latents, observation))
+    with_pairs = signal.loss_with_gradients(decoder, latents, whole, 2.0)
+    assert (with_pairs > 1.1 * signal.per_instance_loss(decoder, latents, whole)).all()
+
+
 def test_a_mask_of_ones_changes_nothing_and_a_partial_one_counts_what_it_shows() -> None:
     signal = Image(SIZE, 3)
     decoder = decoder_of(signal, cells=1)
