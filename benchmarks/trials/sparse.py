@@ -132,6 +132,30 @@ class FixedSet(Thinned):
         return self.usage
 
 
+class FixedAtRandom(Thinned):
+    """A layer of a cell has the same K bases for all instances, drawn before training."""
+
+    def __init__(self, **settings):  # type: ignore[no-untyped-def]
+        super().__init__(**settings)
+        shape = (1, self.num_cells, len(self.bases), self.config.num_bases)
+        self.register_buffer("order", torch.rand(shape, generator=torch.Generator().manual_seed(0)))
+
+    def _sizes(self, coefficients: Tensor) -> Tensor:
+        return self.order
+
+
+class FixedSetOfAll(FixedSet):
+    """Likewise, but some cells and layers have more than others."""
+
+    over = "instance"
+
+
+class FixedSetOfCell(FixedSet):
+    """Likewise, but some layers have more than others."""
+
+    over = "cell"
+
+
 class Gated(Thinned):
     """A second map scores the bases; the K with the highest scores stay, times tanh of their lead over the next."""
 
@@ -189,6 +213,9 @@ SPARSE_DECODERS = {
     ),
     "the largest of an instance, annealed": _thinned(over="instance", by_effect=True, annealed=True),
     "a fixed set for each cell": FixedSet,
+    "a fixed set for each cell, at random": FixedAtRandom,
+    "a fixed set, shared out over all": FixedSetOfAll,
+    "a fixed set, shared out over layers": FixedSetOfCell,
     "gates of their own": Gated,
     "sparsemax": Sparsemax,
 }
