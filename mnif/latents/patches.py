@@ -13,6 +13,7 @@ from mnif.data.batches import ArrayDataset
 from mnif.latents.surprise import STATISTICS
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import GridSignal, Signal
+from mnif.utils.devices import sent
 from mnif.utils.errors import UserError
 
 _MOST_PATCHES = 64
@@ -57,13 +58,13 @@ def patch_statistics(
     Returns:
         For each of :data:`mnif.latents.surprise.STATISTICS` [N, P] float64; those of views are their means.
     """
-    found: dict[str, list[np.ndarray]] = {name: [] for name in STATISTICS}
+    found: dict[str, list[Tensor]] = {name: [] for name in STATISTICS}
     for batch, some in zip(rows.batches(_BATCH, decoder.device), latents.split(_BATCH), strict=True):
         observation = signal.observe(batch)
-        predictions = signal.predict(decoder, decoder.coefficients(some.to(decoder.device)), observation)
+        predictions = signal.predict(decoder, decoder.coefficients(sent(some, decoder.device)), observation)
         for name, values in statistics_of(observation.values, predictions, patches).items():
-            found[name].append(values.double().cpu().numpy())
-    return {name: np.concatenate(parts) for name, parts in found.items()}
+            found[name].append(values)
+    return {name: torch.cat(parts).cpu().double().numpy() for name, parts in found.items()}
 
 
 def statistics_of(values: Tensor, predictions: Tensor, patches: Sequence[int]) -> dict[str, Tensor]:

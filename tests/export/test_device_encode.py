@@ -18,7 +18,8 @@ from export.device import encode, pictures, surprise
 from export.device.bundle import BundleError, manifest_digest
 from export.device.latent_file import write_latents
 from export.device.observations import Form, read_mask, read_observations
-from export.device.runtime import Encoder, Field, load_bundle, write_png
+from export.device.pictures import write_png
+from export.device.runtime import Encoder, Field, load_bundle
 from mnif.cli import main
 from mnif.data.batches import array_dataset
 from mnif.data.images import load_images
