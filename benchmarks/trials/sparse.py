@@ -63,7 +63,8 @@ class Thinned(MNIFModel):
     """The largest as they are, with the gradient of those alone.
 
     Attributes:
-        over: what shares a budget: each layer of each cell, a layer in all cells, or all of an instance.
+        over: what shares a budget: each layer of each cell, all layers of a cell, a layer in all cells, or all of an
+            instance.
         by_effect: |α| · ‖B‖ ranks them in place of |α|.
         around_mean: what a cell has of every basis whatever the latent is stays, and the rest is thinned; that is one
             more network for each cell.
@@ -71,7 +72,7 @@ class Thinned(MNIFModel):
         progress: of the training, 0 to 1; the trial sets it.
     """
 
-    over: ClassVar[Literal["row", "layer", "instance"]] = "row"
+    over: ClassVar[Literal["row", "cell", "layer", "instance"]] = "row"
     by_effect: ClassVar[bool] = False
     around_mean: ClassVar[bool] = False
     annealed: ClassVar[bool] = False
@@ -98,6 +99,8 @@ class Thinned(MNIFModel):
             active += (bases - active) * max(1 - 2 * self.progress, 0)
         if self.over == "row":
             groups, shape = sizes, (batch, cells, layers, 1)
+        elif self.over == "cell":
+            groups, shape = sizes.flatten(2), (batch, cells, 1, 1)
         elif self.over == "layer":
             groups, shape = sizes.transpose(1, 2).flatten(2), (batch, 1, layers, 1)
         else:
@@ -127,6 +130,30 @@ class FixedSet(Thinned):
             latest = super()._sizes(coefficients).square().mean(dim=0, keepdim=True)
             self.usage.lerp_(latest, 0.05 if self.usage.any() else 1.0)
         return self.usage
+
+
+class FixedAtRandom(Thinned):
+    """A layer of a cell has the same K bases for all instances, drawn before training."""
+
+    def __init__(self, **settings):  # type: ignore[no-untyped-def]
+        super().__init__(**settings)
+        shape = (1, self.num_cells, len(self.bases), self.config.num_bases)
+        self.register_buffer("order", torch.rand(shape, generator=torch.Generator().manual_seed(0)))
+
+    def _sizes(self, coefficients: Tensor) -> Tensor:
+        return self.order
+
+
+class FixedSetOfAll(FixedSet):
+    """Likewise, but some cells and layers have more than others."""
+
+    over = "instance"
+
+
+class FixedSetOfCell(FixedSet):
+    """Likewise, but some layers have more than others."""
+
+    over = "cell"
 
 
 class Gated(Thinned):
@@ -176,14 +203,19 @@ SPARSE_DECODERS = {
     "ranked by effect": _thinned(by_effect=True),
     "annealed": _thinned(annealed=True),
     "around the mean of a cell": _thinned(around_mean=True),
+    "the largest of a cell": _thinned(over="cell", by_effect=True),
     "the largest of a layer": _thinned(over="layer", by_effect=True),
     "the largest of an instance": _thinned(over="instance", by_effect=True),
+    "the largest of an instance, by size alone": _thinned(over="instance"),
     "the largest of an instance, around means": _thinned(over="instance", by_effect=True, around_mean=True),
     "the largest of an instance, around means, annealed": _thinned(
         over="instance", by_effect=True, around_mean=True, annealed=True
     ),
     "the largest of an instance, annealed": _thinned(over="instance", by_effect=True, annealed=True),
     "a fixed set for each cell": FixedSet,
+    "a fixed set for each cell, at random": FixedAtRandom,
+    "a fixed set, shared out over all": FixedSetOfAll,
+    "a fixed set, shared out over layers": FixedSetOfCell,
     "gates of their own": Gated,
     "sparsemax": Sparsemax,
 }

@@ -1,7 +1,9 @@
 """The encoder's graph against the model: latents, coefficients, and what of the observation they miss."""
 
 import re
+from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import onnx
 import pytest
 import torch
 
+from export.commands.export import ExportArguments
 from export.device.backends import OpenVinoGraph
 from export.device.reference_evaluator import evaluate
 from export.graphs.encoder import GridEncoder, encoder_graph, encoder_spec
@@ -164,6 +167,13 @@ def test_hidden_matrices_and_the_map_are_stored_in_int8(form: str) -> None:
         writes = [name for name in stored if re.match(r"encoder\.(mix_out|skip|write)\.", name)]
         assert writes
         assert onnx.TensorProto.INT8 not in {stored[name] for name in writes}
+
+
+def test_the_storage_of_the_encoder_is_its_own() -> None:
+    asked = ExportArguments(model=Path("model"), output_dir=Path("bundle"), encoder=True, encoder_storage="int8")
+    assert asked.precisions_for("encoder") == (["fp32", "mixed"], "int8")
+    assert asked.precisions_for("decoder") == (["fp32", "mixed"], None)
+    assert replace(asked, encoder_storage=None).precisions_for("encoder") == asked.precisions_for("decoder")
 
 
 def test_weights_bear_the_names_of_the_model() -> None:
