@@ -35,7 +35,7 @@ _DAMAGED = 512  # and that are damaged
 _PIXELS = 2**23  # of those that are damaged, at most; of sound ones eight times as many
 _BATCH = 64
 # Of the false alarms, for each score.
-_SHARES = {"look": 0.7, "strength": 0.15, "residual": 0.05, "patch": 0.05, "latent": 0.05}
+_SHARES = {"look": 0.6, "strength": 0.25, "residual": 0.05, "patch": 0.05, "latent": 0.05}
 
 
 @dataclass(frozen=True)
