@@ -124,6 +124,9 @@ class Gate:
         counts = ranks.ndim == 2 and len(ranks) == scores and ranks.size > 0 and alarms.ndim == 1 and alarms.size > 0
         if not counts or not all(np.isfinite(array).all() for array in self._arrays.values()):
             raise BundleError(f"{where}: damaged (ranks, alarms, or what is no number); export the bundle again")
+        wrong = surprise.wrong_array(self._arrays)
+        if wrong:
+            raise BundleError(f"{where}: damaged ({wrong}); export the bundle again")
 
 
 def describe(verdict: Verdict) -> str:

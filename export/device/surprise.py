@@ -174,7 +174,8 @@ def look_of(arrays: Mapping[str, np.ndarray], boxes: np.ndarray, patches: Sequen
         "grain": log_features(np.quantile(curvature, _GRAIN, axis=1)),
         "slope": log_features(slope.mean(axis=1)),
     }
-    return np.stack([look[name] for name in LOOK], axis=1)
+    # Rounded, so that the last bits, in which matrix products differ now and then, do not show.
+    return np.stack([look[name] for name in LOOK], axis=1).astype(np.float32)
 
 
 def _slope_and_curvature(boxes: np.ndarray, patches: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -268,6 +269,17 @@ def verdicts_of(arrays: Mapping[str, np.ndarray], p_values: np.ndarray, rate: fl
 def least_rate(instances: int) -> float:
     """The smallest false-alarm rate that m calibration instances can tell: 1/(m + 1)."""
     return 1 / (instances + 1)
+
+
+def wrong_array(arrays: Mapping[str, np.ndarray]) -> str | None:
+    """Says what of arrays of the right shapes cannot be, if anything."""
+    for name in ("look_std", "residual_std", "tail_scale", "shares"):
+        if not (arrays[name] > 0).all():
+            return f"{name} holds numbers that are not positive"
+    for name in ("ranks", "alarms"):
+        if (np.diff(arrays[name]) < 0).any():
+            return f"{name} is not in order"
+    return None
 
 
 def patch_deviations(arrays: Mapping[str, np.ndarray], residual: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from torch import Tensor
 from mnif.data.batches import ArrayDataset
 from mnif.latents import surprise
 from mnif.latents.inference import LatentInit, infer_latents
-from mnif.latents.patches import observed_grid, observed_values, patch_residuals
+from mnif.latents.patches import observed_grid, observed_values, patch_residuals, patches_of
 from mnif.latents.surprise import KINDS, LOOK, SCORES
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Signal
@@ -55,12 +55,12 @@ class ProfileRecord(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     """
 
     format: Literal["mnif-profile/1"] = "mnif-profile/1"
-    fingerprints: list[str]
+    fingerprints: Annotated[list[str], Meta(min_length=1)]
     data: str
     instances: Size
     false_alarm_rate: _Rate
     patches: list[Size]
-    grid: list[Size]
+    grid: Annotated[list[Size], Meta(min_length=1, max_length=3)]
     statistics: list[str]
     scores: list[str]
     refinement_steps: Annotated[int, Meta(ge=0)]
@@ -165,6 +165,8 @@ def load_profile(model: Path, decoder: MNIFModel) -> Profile:
             f"{folder}: scores of another version of mnif; `mnif monitor --fit --model {model} --data DATA` makes the "
             "profile anew"
         )
+    if record.patches != patches_of(record.grid):
+        raise UserError(f"{folder / 'profile.json'}: patches {record.patches} are not those of a grid {record.grid}")
     return Profile(record, _read_arrays(folder / "arrays.safetensors", record, decoder.config.latent_dim))
 
 
@@ -203,6 +205,9 @@ def _read_arrays(path: Path, record: ProfileRecord, latent_dim: int) -> dict[str
     for name, array in arrays.items():
         if array.dtype not in (np.float32, np.float64) or not len(array) or not np.isfinite(array).all():
             raise UserError(f"{path}: {name} holds something else than finite numbers")
+    wrong = surprise.wrong_array(arrays)
+    if wrong:
+        raise UserError(f"{path}: {wrong}")
     return arrays
 
 
