@@ -2,10 +2,10 @@
 
     python benchmarks/monitoring.py --model runs/emoji/model --data twemoji --other avatars --output monitoring.json
 
-Instances are those of the test split, one of each group, which no threshold, mean or covariance has seen. Of each kind
-of damage the AUROC of the alarm (the chance that a spoilt instance has a higher one than a sound one) with its standard
-error (Hanley and McNeil, 1982), the share called doubtful or out at the profile's false-alarm rate, and the reason
-given most often.
+Instances are those of the test split, one of each group, which no threshold, mean or covariance has seen. Of each
+kind of damage the AUROC of the alarm (the chance that a spoilt instance has a higher one than a sound one) with its
+standard error (Hanley and McNeil, 1982), the share called doubtful or out at the profile's false-alarm rate, and the
+reason given most often.
 
 - noise: Gaussian, standard deviation 0.1 on values in [-1, 1].
 - blur: Gaussian, standard deviation 1/32 of an axis; light blur: half of it.
@@ -16,10 +16,10 @@ given most often.
 - other: instances of another data set, at most 400.
 - rubbish (of the robust search): a quarter of the pixels, anywhere, each of a random colour (occupancy).
 
-``divided`` has means of the same over 40 divisions of held-out instances (with ``--split test``: and those of the test)
-in two thirds that make residuals', latents' and thresholds' part of a profile anew, and a third that is judged. Choices
-were made by ``--split held_out``, which looks at no test instance. ``--bound DAMAGE`` trains a convolutional network to
-tell training pictures from the very damage, and gives its AUROC on the split: about the best that anything can do.
+``divided`` has means of the same over 40 divisions of held-out instances (with ``--split test``: and those of the
+test) in two thirds that make residuals', latents' and thresholds' part of a profile anew, and a third that is judged.
+Choices were made by ``--split held_out``, which looks at no test instance. ``--bound DAMAGE`` trains a convolutional
+network to tell training pictures from the very damage, and gives its AUROC on the split: about the best there is.
 """
 
 from __future__ import annotations
@@ -237,7 +237,10 @@ def _divided(
 
 
 def _joined(parts: list[HeldOut]) -> HeldOut:
-    arrays = [np.concatenate(rows) for rows in zip(*[(some.latents, some.residuals, some.looks) for some in parts])]
+    arrays = [
+        np.concatenate(rows)
+        for rows in zip(*[(some.latents, some.residuals, some.looks) for some in parts], strict=True)
+    ]
     return HeldOut(*arrays, [str(number) for number in range(len(arrays[0]))])
 
 

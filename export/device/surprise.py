@@ -34,8 +34,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 STATISTICS = ("residual", "residual_curvature", "slope", "curvature")
-"""Of each patch, in an encoder's graph: mean squares of what the field misses, of that's second differences, and of the
-first and second differences of the observed values, summed over the axes and meant over the channels."""
+"""Of each patch, in an encoder's graph: mean squares of what the field misses, of that's second differences, and of
+the first and second differences of the observed values, summed over the axes and meant over the channels."""
 
 LOOK = {
     "layout": "log of the Mahalanobis distance of all mean squares' logarithms",

@@ -99,7 +99,7 @@ def fit_profile(
     held_out = HeldOut(
         latents.cpu().numpy(),
         patch_residuals(decoder, signal, rows, latents, patches),
-        looks_of(arrays, signal, rows, patches),
+        _looks_of(arrays, signal, rows, patches),
         groups,
     )
     arrays, calibrating = fit_arrays(arrays, held_out, rate)
@@ -125,13 +125,10 @@ def refinement_gaps(first: np.ndarray, refined: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(refined.astype(np.float64) - first).mean(axis=1))
 
 
-def looks_of(
-    arrays: dict[str, np.ndarray], signal: Signal, rows: ArrayDataset, patches: Sequence[int]
-) -> np.ndarray:
+def _looks_of(arrays: dict[str, np.ndarray], signal: Signal, rows: ArrayDataset, patches: Sequence[int]) -> np.ndarray:
     """Computes the looks of N instances, [N, 7]."""
-    return np.concatenate(
-        [surprise.look_of(arrays, surprise.boxes_of(values, patches), patches) for values in observed_values(signal, rows)]
-    )
+    boxes = (surprise.boxes_of(values, patches) for values in observed_values(signal, rows))
+    return np.concatenate([surprise.look_of(arrays, some, patches) for some in boxes])
 
 
 def fit_looks(signal: Signal, trained: TrainingInstances, patches: Sequence[int]) -> dict[str, np.ndarray]:
@@ -152,9 +149,8 @@ def fit_looks(signal: Signal, trained: TrainingInstances, patches: Sequence[int]
             f"{len(trained.groups)} training instances of {len(set(trained.groups))} groups: too few to learn how "
             "sound ones look"
         )
-    boxes = np.concatenate(
-        [surprise.boxes_of(values, patches, moved=False) for values in observed_values(signal, trained.rows.subset(sound))]
-    )[:, 0]
+    observed = observed_values(signal, trained.rows.subset(sound))
+    boxes = np.concatenate([surprise.boxes_of(values, patches, moved=False)[:, 0] for values in observed])
     arrays: dict[str, np.ndarray] = {}
     features = {"log": surprise.log_features(boxes), "root": surprise.root_features(boxes, patches)}
     for name, rows in features.items():
@@ -168,7 +164,7 @@ def fit_looks(signal: Signal, trained: TrainingInstances, patches: Sequence[int]
 
 
 def _fit_kinds(looks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Fits the log-odds of each kind of damage against none, from looks [n, 7] of ``sound`` instances and each kind."""
+    """Fits the log-odds of each kind of damage against none, of looks [n, 7] of ``sound`` instances and each kind."""
     from sklearn.linear_model import LogisticRegression  # not needed where a profile is only read
 
     mean, std = looks["sound"].mean(axis=0), looks["sound"].std(axis=0) + 1e-6

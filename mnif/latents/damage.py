@@ -35,7 +35,9 @@ def _blurred(pictures: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     """A Gaussian blur, of a standard deviation from 1/80 to 1/20 of each axis."""
     shares = np.exp(draw.uniform(np.log(1 / 80), np.log(1 / 20), len(pictures)))
     widths = [[share * pixels for pixels in pictures.shape[1:-1]] for share in shares]
-    return np.stack([gaussian_filter(one, [*width, 0], mode="nearest") for one, width in zip(pictures, widths)])
+    return np.stack(
+        [gaussian_filter(one, [*width, 0], mode="nearest") for one, width in zip(pictures, widths, strict=True)]
+    )
 
 
 def _occluded(pictures: np.ndarray, draw: np.random.Generator) -> np.ndarray:
@@ -45,7 +47,7 @@ def _occluded(pictures: np.ndarray, draw: np.random.Generator) -> np.ndarray:
         sides = np.maximum(1, np.round(grid * draw.uniform(0.3, 0.7, len(grid)))).astype(int)
         starts = draw.integers(0, grid - sides + 1)
         colour = pictures[(draw.integers(len(pictures)), *draw.integers(0, grid))]
-        one[tuple(slice(start, start + side) for start, side in zip(starts, sides))] = colour
+        one[tuple(slice(start, start + side) for start, side in zip(starts, sides, strict=True))] = colour
     return spoilt
 
 
@@ -62,7 +64,7 @@ def _shifted(pictures: np.ndarray, draw: np.random.Generator) -> np.ndarray:
 def _of_two(pictures: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     """One half along an axis is another instance's."""
     spoilt, others = pictures.copy(), pictures[draw.permutation(len(pictures))]
-    for one, other in zip(spoilt, others):
+    for one, other in zip(spoilt, others, strict=True):
         axis = draw.integers(one.ndim - 1)
         half = (*[slice(None)] * axis, slice(one.shape[axis] // 2, None))
         one[half] = other[half]

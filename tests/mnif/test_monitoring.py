@@ -27,7 +27,6 @@ from mnif.utils.errors import UserError
 from mnif.utils.model_folders import sha256_of_model
 from tests.conftest import small_decoder
 
-
 _LOOKS = {
     "look_mean": np.zeros(len(LOOK)),
     "look_std": np.ones(len(LOOK)),
@@ -132,13 +131,13 @@ def test_boxes_are_those_of_loops(shape: tuple[int, ...]) -> None:
         for one in maps:
             places = np.arange(one.shape[axis]) + step  # a step of 2 brings what is two pixels further
             kept = np.take(one, np.clip(places, 0, one.shape[axis] - 1), axis)
-            outside = ((places < 0) | (places >= one.shape[axis])).reshape([-1 if each == axis else 1 for each in range(one.ndim)])
-            moved.append(np.where(outside, 0, kept))
-        expected = [
-            one[(slice(None), *np.ix_(*[np.flatnonzero(owner == at) for owner, at in zip(owners, place, strict=True)]))]
-            for one in moved
+            kept = np.moveaxis(kept, axis, -1) * ((places >= 0) & (places < one.shape[axis]))
+            moved.append(np.moveaxis(kept, -1, axis))
+        inside = [
+            np.ix_([0, 1], *[np.flatnonzero(owner == at) for owner, at in zip(owners, place, strict=True)])
             for place in np.ndindex(*patches)
         ]
+        expected = [one[box] for one in moved for box in inside]
         expected += [
             np.compress(layers[across - 1] == layer, one, axis=across)
             for across in axes
@@ -146,8 +145,7 @@ def test_boxes_are_those_of_loops(shape: tuple[int, ...]) -> None:
             for layer in range(layers[across - 1][-1] + 1)
         ]
         by_hand = np.stack([box.reshape(2, -1).mean(axis=1) for box in expected], axis=1)
-        order = by_hand  # patches map by map; layers map by map of each axis
-        np.testing.assert_allclose(found[:, number], order, rtol=2e-4, atol=1e-6, err_msg=f"{axis} {step}")
+        np.testing.assert_allclose(found[:, number], by_hand, rtol=2e-4, atol=1e-6, err_msg=f"{axis} {step}")
 
 
 def discs(count: int, seed: int) -> np.ndarray:
