@@ -11,6 +11,7 @@ from typing import Protocol as Interface
 import numpy as np
 import torch
 
+from evals.arguments import PRESETS
 from evals.features import extractor_by_name
 from evals.features.extractor import FeatureCache, IndexedImages
 from evals.image_sets import data_images, latent_images, novelty_metrics, reference_of
@@ -18,7 +19,6 @@ from evals.loaded_run import gaussian_latents, splits_of
 from evals.metrics.frechet import frechet_distance, moments_of
 from evals.metrics.neighbours import memorisation_metrics
 from evals.metrics.shapes import surfaces_of_grids
-from evals.protocol import PRESETS
 from evals.voxel_sets import comparison_metrics, real_shapes, shape_novelty
 from mnif.data.dataset import Split
 from mnif.data.images import load_images

@@ -102,7 +102,7 @@ def beside_training(data: ImageData, run: Path, arguments: Arguments) -> None:
     endless = {}
     for workers in (0, 2):
         loading = replace(fit, dataloader_num_workers=workers, max_train_steps=1 << 30)
-        endless[f"training's loader, {workers} workers"] = iter(make_loader(loading, rows, step=0, processes=1))
+        endless[f"training's loader, {workers} workers"] = iter(make_loader(loading, rows, 0, 1, torch.device("cpu")))
     rates: dict[str, list[float]] = {}
     for _ in range(arguments.rounds + 1):
         ways: dict[str, tuple[int, Iterator]] = {"batches in order": (len(rows), rows.batches(arguments.batch))}

@@ -40,6 +40,7 @@ _STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
 }
 _FEW = 25  # points of a curve that are shown as points too
+_NAMES_WITHIN = 4  # that find room among the curves
 
 
 def comparison_chart(evaluations: Mapping[str, Mapping[str, Any]]) -> Figure | None:
@@ -181,7 +182,11 @@ def sizes_chart(
             axes.xaxis.set_major_formatter(lambda size, _: f"{size:g}")
         axes.set(xlabel=horizontal, ylabel=vertical)
         axes.grid(alpha=0.3)
-        axes.legend(frameon=False, fontsize="small")
+        names = axes.get_legend_handles_labels()
+        if len(names[1]) > _NAMES_WITHIN:
+            figure.legend(*names, loc="outside upper center", ncols=len(names[1]), frameon=False, fontsize="x-small")
+        elif len(names[1]) > 1:
+            axes.legend(frameon=False, fontsize="small")
     return figure
 
 

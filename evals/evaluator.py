@@ -5,8 +5,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
+from evals.arguments import EvalArguments
 from evals.metrics.frechet import is_statistics
-from evals.protocol import EvalArguments
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.registry import detect_signal, signal_of_model

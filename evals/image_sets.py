@@ -26,7 +26,7 @@ from evals.metrics.uncertainty import (
     frechet_spread,
     standard_error,
 )
-from export.device import runtime
+from export.device import pictures
 from export.device.bundle import BundleError
 from export.device.runtime import Sampler, load_bundle
 from mnif.data.dataset import Split
@@ -34,6 +34,7 @@ from mnif.data.images import ImageData, array_source, holds_files, image_files, 
 from mnif.data.shards import ShardMember
 from mnif.data.source import DataSource, readable
 from mnif.models.mnif_model import MNIFModel
+from mnif.utils.devices import sent
 from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_file
 from mnif.utils.pixels import to_uint8
@@ -78,7 +79,7 @@ def latent_images(decoder: MNIFModel, latents: np.ndarray, fingerprint: str, qua
 
     def read(rows: range) -> np.ndarray:
         with torch.no_grad():  # which holds for this thread; in inference mode the decoder would keep unusable grids
-            wanted = torch.from_numpy(np.array(latents[rows.start : rows.stop])).to(decoder.device)
+            wanted = sent(torch.from_numpy(np.array(latents[rows.start : rows.stop])), decoder.device)
             return np.concatenate([_pixels(decoder(batch), quantise) for batch in wanted.split(_DECODED_AT_ONCE)])
 
     return IndexedImages(len(latents), (height, width), f"{fingerprint} quantised {quantise}", read)
@@ -93,7 +94,7 @@ def bundle_images(folder: Path, count: int, seed: int) -> IndexedImages:
 
     def read(rows: range) -> np.ndarray:
         try:
-            return runtime.to_uint8(sampler(len(rows), seed, rows.start, _DECODED_AT_ONCE))
+            return pictures.to_uint8(sampler(len(rows), seed, rows.start, _DECODED_AT_ONCE))
         except BundleError as error:
             raise UserError(str(error)) from None
 

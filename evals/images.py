@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from evals.arguments import EvalArguments, Protocol, protocol_of
 from evals.evaluator import Evaluator, register_evaluator
 from evals.features import extractor_by_name
 from evals.features.extractor import Extractor, FeatureCache, IndexedImages
@@ -29,7 +30,6 @@ from evals.metrics.frechet import frechet_distance_from_features, is_statistics,
 from evals.metrics.neighbours import memorisation_metrics
 from evals.metrics.reconstruction import SSIM_WINDOW, border_step_ratio, mean_metrics, psnr_per_image, ssim_per_image
 from evals.metrics.uncertainty import GROUPS, GroupedFeatures, frechet_spread, spread_over_halves
-from evals.protocol import EvalArguments, Protocol, protocol_of
 from mnif.data.batches import array_dataset, evenly_spaced
 from mnif.data.dataset import Split
 from mnif.data.images import ImageData, load_images
@@ -76,7 +76,7 @@ class ImageEvaluator(Evaluator):
         of_statistics = is_statistics(reference)
         self.data = None if of_statistics else load_images(arguments.reference, self.size)
         self.reference_fingerprint = sha256_of_file(reference) if self.data is None else self.data.fingerprint()
-        processes = Processes()
+        processes = Processes(arguments.device)
         self.cache = FeatureCache(
             self.protocol.resize, self._load_extractor(processes), processes, arguments.output_dir / ".parts"
         )

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from evals.arguments import EvalArguments, protocol_of
 from evals.evaluator import Evaluator, register_evaluator
 from evals.features import extractor_by_name
 from evals.features.extractor import FeatureCache, IndexedImages
@@ -19,7 +20,6 @@ from evals.metrics.frechet import Moments, frechet_distance, moments_of
 from evals.metrics.neighbours import memorisation_metrics
 from evals.metrics.reconstruction import SSIM_WINDOW, joined, mean_metrics, psnr_per_image, ssim_per_image
 from evals.metrics.uncertainty import GROUPS, GroupedFeatures, frechet_spread
-from evals.protocol import EvalArguments, protocol_of
 from mnif.data.batches import evenly_spaced
 from mnif.data.dataset import Split
 from mnif.data.views import ViewData, load_views

@@ -27,10 +27,11 @@ from evals.metrics.shapes import (
 from mnif.data.arrays import npy_array, npz_arrays, npz_names
 from mnif.data.dataset import Split
 from mnif.data.source import DataSource, files_by_name
-from mnif.data.voxel_formats import MESH_SUFFIXES, grids_of_array, read_binvox, read_mesh
+from mnif.data.voxel_formats import grids_of_array, read_binvox
 from mnif.data.voxels import VoxelData
 from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_file, sha256_of_folder
+from mnif.utils.meshes import MESH_SUFFIXES, read_mesh
 from mnif.utils.process import progress_bar
 
 _GRID_SUFFIXES = (".npz", ".npy", ".binvox")

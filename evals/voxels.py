@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evals.arguments import EvalArguments
 from evals.evaluator import Evaluator, register_evaluator
 from evals.loaded_run import SPLITS, LoadedRun, drawn_latents, gaussian_latents, load_run
 from evals.metrics.neighbours import memorisation_metrics
 from evals.metrics.reconstruction import PROTOCOL, joined, mean_metrics, occupancy_scores
 from evals.metrics.shapes import POINTS, SHOWN, Surfaces, chamfer_distance, surfaces_of_grids
-from evals.protocol import EvalArguments
 from evals.voxel_sets import (
     LEAST,
     RealShapes,

@@ -20,7 +20,8 @@ from PIL import Image
 
 from export import load_bundle
 from export.device.bundle import BundleError
-from export.device.runtime import Sampler, to_uint8
+from export.device.pictures import to_uint8
+from export.device.runtime import Sampler
 
 LARGEST_BATCH = 32  # samples in one answer
 

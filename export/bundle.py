@@ -26,14 +26,18 @@ from export.graphs.sampler import browser_specs, prior_spec, sampler_spec
 from export.graphs.specs import GraphSpec
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise, sample_latents
-from mnif.latents.profile import Profile
+from mnif.latents.inference import load_latent_init
+from mnif.latents.profile import Profile, load_profile
 from mnif.latents.table import LatentTable
+from mnif.models.encoders import PatchEncoder, TokenEncoder
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.radiance import RadianceField
 from mnif.signals.registry import signal_of_model
 from mnif.utils.errors import UserError
-from mnif.utils.files import flush_to_disk, sha256_of_file, write_json
+from mnif.utils.files import flush_to_disk, save_tensors, sha256_of_file, write_json
 from mnif.utils.json_files import read_object
+from mnif.utils.model_folders import PROFILE as MODEL_PROFILE
+from mnif.utils.model_folders import model_folder_in
 from mnif.utils.output_folders import LOCK
 
 
@@ -166,6 +170,39 @@ class Selection:
         return ExportedInstances(reference_latents(self.decoder, _REFERENCES, self.seed), [])
 
 
+def load_encoder(folder: Path, decoder: MNIFModel) -> GridEncoder:
+    """The encoder of a model folder.
+
+    Raises:
+        UserError: the model has none, it is damaged, or it is none of grids.
+    """
+    if not (model_folder_in(folder) / "encoder").is_dir():
+        raise UserError(f"--encoder: {folder} has none; only models of `mnif fit --method encoder` have")
+    encoder = load_latent_init(folder, decoder, signal_of_model(decoder), "encoder")
+    if not isinstance(encoder, (PatchEncoder, TokenEncoder)):
+        raise UserError(
+            "--encoder: that of posed views takes any number of them, and its score is a rendering of them all, no "
+            "graph of fixed size; leave the flag out"
+        )
+    return encoder
+
+
+def load_profile_of_encoder(folder: Path, decoder: MNIFModel) -> Profile | None:
+    """The reference profile of a model folder, if it has one and that is of what the encoder finds by itself.
+
+    Raises:
+        UserError: it is damaged, or another decoder's.
+    """
+    if not (model_folder_in(folder) / MODEL_PROFILE).is_dir():
+        print("no reference profile in the model folder: the bundle will not judge what it encodes")
+        return None
+    profile = load_profile(folder, decoder)
+    if profile.record.refinement_steps:
+        print(f"the profile is of latents refined in {profile.record.refinement_steps} steps: not in the bundle")
+        return None
+    return profile
+
+
 _UNUSED = ("reference_latents", "reference_scores", "gaps")  # of a profile's arrays: for batches and refined latents
 
 
@@ -173,6 +210,21 @@ def write_profile(bundle: Path, profile: Profile) -> None:
     """Writes the arrays by which :class:`export.device.gate.Gate` judges into a bundle's folder."""
     arrays: dict[str, Any] = {name: array for name, array in sorted(profile.arrays.items()) if name not in _UNUSED}
     np.savez_compressed(bundle / PROFILE, **arrays)
+
+
+def write_weights(bundle: Path, decoder: MNIFModel) -> None:
+    """Writes ``weights.safetensors``: the decoder, its large matrices in float16 but for the first layer's.
+
+    The denoiser stands in the samplers.
+    """
+    state = decoder.state_dict()
+    bases = tuple(f"bases.{mixed}" for mixed, layer in enumerate(decoder.mixed_layers) if layer > 0)
+    large = {name for name in state if name.endswith(bases)}
+    large |= {name for name, tensor in state.items() if "coefficient_map." in name and tensor.ndim == 2}
+    tensors = {
+        f"decoder.{name}": (tensor.half() if name in large else tensor).contiguous() for name, tensor in state.items()
+    }
+    save_tensors(tensors, bundle / "weights.safetensors", {"decoder_fingerprint": decoder.fingerprint()})
 
 
 COMMANDS = ("build", "sample", "encode", "verify", "bench", "update")

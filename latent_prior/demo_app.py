@@ -32,17 +32,20 @@ class DemoApp:
 
     Args:
         model: the model folder.
+        device: where it draws.
 
     Raises:
         UserError: a stage is missing or damaged.
     """
 
-    def __init__(self, model: Path) -> None:
-        self.pipeline = load_pipeline(model)
+    def __init__(self, model: Path, device: torch.device | str = "cpu") -> None:
+        self.pipeline = load_pipeline(model).to(device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.decoder = self.pipeline.decoder
         self.signal = signal_of_model(self.decoder)
         self.latent_init = load_latent_init(model, self.decoder, self.signal)
+        if self.latent_init is not None:
+            self.latent_init.to(device)
         self.takes_pictures = self.signal.name == "image"
 
     @torch.no_grad()
@@ -103,9 +106,9 @@ class DemoApp:
         pixels = crop_and_resize(picture, (height, width), self.decoder.config.channels).copy()
         rows = array_dataset({"images": pixels[None]})
         (latent,) = infer_latents(self.decoder, self.signal, rows, self.latent_init, refinement_steps)
-        original = self.signal.observe({"images": torch.from_numpy(pixels[None])}).values
+        (batch,) = rows.batches(1, self.decoder.device)
         with torch.no_grad():
-            fit = psnr(self.decoder(latent), original).item()
+            fit = psnr(self.decoder(latent), self.signal.observe(batch).values).item()
             drawn = [(self._drawn(latent, size)[0], f"its latent at {size}") for size in _SIZES]
         given = Image.fromarray(pixels.squeeze())
         words = f"{fit:.1f} dB at {width} × {height}: {latent.shape[1]} numbers stand for {pixels.size:,}."

@@ -111,13 +111,16 @@ def objective_of(scheduler: SchedulerMixin) -> Objective:
 
 
 def noise_levels(
-    objective: Objective, timestep: Shaped[Tensor, "*batch"]
+    objective: Objective, timestep: Shaped[Tensor, "*batch"], schedule: Float[Tensor, " timesteps"] | None = None
 ) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
-    """Shares α of the clean latent and σ of noise in a noisy one, at the scheduler's timesteps [B], 0 to 1000."""
+    """Shares α of the clean latent and σ of noise in a noisy one, at the scheduler's timesteps [B], 0 to 1000.
+
+    ``schedule`` is :func:`squared_cosine` where the timesteps are, if it is at hand there.
+    """
     if OBJECTIVES[objective].is_flow:
         noise = timestep / TRAIN_TIMESTEPS
         return 1 - noise, noise
-    product = squared_cosine().to(timestep.device)[timestep.long()]
+    product = (squared_cosine().to(timestep.device) if schedule is None else schedule)[timestep.long()]
     return product.sqrt(), (1 - product).sqrt()
 
 
@@ -171,6 +174,7 @@ class DenoisingLoss(nn.Module):
     """
 
     change_embedding: nn.Parameter | None
+    schedule: Tensor
 
     def __init__(
         self,
@@ -185,6 +189,7 @@ class DenoisingLoss(nn.Module):
         super().__init__()
         self.denoiser, self.objective, self.weighting, self.snr_limit = denoiser, objective, weighting, snr_limit
         self.loss_type, self.latent_noise = loss_type, latent_noise
+        self.register_buffer("schedule", squared_cosine().clone(), persistent=False)
         # Far apart from the beginning: from zero they stay so near that samples are changed ones too.
         told = _APART * torch.randn(num_changes, denoiser.config.time_width) if num_changes else None
         self.register_parameter("change_embedding", None if told is None else nn.Parameter(told))
@@ -236,7 +241,7 @@ class DenoisingLoss(nn.Module):
         prediction, clean = OBJECTIVES[self.objective], self.denoiser.standardised(latents)
         timestep = time * TRAIN_TIMESTEPS
         timestep = timestep if prediction.is_flow else timestep.long()
-        alpha, sigma = noise_levels(self.objective, timestep)
+        alpha, sigma = noise_levels(self.objective, timestep, self.schedule)
         noisy = alpha[:, None] * clean + sigma[:, None] * noise
         target = prediction.target(clean, noise, alpha[:, None], sigma[:, None])
         error = penalty(self.denoiser(noisy, timestep, generator, told) - target, self.loss_type)
@@ -255,12 +260,12 @@ class DenoisingLoss(nn.Module):
 def validation_loss(loss: DenoisingLoss, latents: Float[Tensor, "batch latent_dim"], repeats: int = 8) -> float:
     """The mean loss of latents [N, D] with noise that is the same at every call, times spread evenly."""
     generator = torch.Generator().manual_seed(0)
-    total = 0.0
+    found = []
     for _ in range(repeats):
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         time = (torch.randperm(len(latents), generator=generator) + 0.5) / len(latents)
-        total += loss.at(latents, noise, time.to(latents)).mean().item()
-    return total / repeats
+        found.append(loss.at(latents, noise, time.to(latents)).mean())
+    return sum(torch.stack(found).tolist()) / repeats
 
 
 @cache

@@ -24,6 +24,7 @@ from latent_prior.diffusion import (
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
 from mnif.data.batches import InstanceGenerator
+from mnif.utils.devices import sent
 from mnif.utils.files import sha256_of_folder
 from mnif.utils.process import progress_bar
 from mnif.utils.resumable import Chunks
@@ -101,13 +102,14 @@ class Teacher:
             level = sigma / (alpha + sigma)  # where on the straight path to noise the same mixture lies
             states = states / (alpha + sigma)
             left = max(round(level * self.steps), 1)
-            scheduler.set_timesteps(sigmas=np.linspace(level, level / left, left), device=states.device)
+            scheduler.set_timesteps(sigmas=np.linspace(level, level / left, left))
         else:
-            scheduler.set_timesteps(self.steps, device=states.device)
+            scheduler.set_timesteps(self.steps)
             begin = scheduler.timesteps.tolist().index(timestep)
         scheduler.set_begin_index(begin)
-        for step in scheduler.timesteps[begin:]:
-            states = scheduler.step(self.denoiser(states, step), step, states).prev_sample
+        steps = scheduler.timesteps[begin:]  # on the CPU, where the scheduler looks numbers up by them
+        for step, told in zip(steps, sent(steps, states.device), strict=True):
+            states = scheduler.step(self.denoiser(states, told), step, states).prev_sample
         return states
 
 
@@ -180,7 +182,7 @@ def _noise(seed: int, begin: int, count: int, timesteps: int, pipeline: MNIFPipe
 
 def _noisy(samples: Tensor, noise: Tensor, timestep: int) -> Tensor:
     """Mixes samples [B, D] with as much of the noise [B, D] as there is at ``timestep``."""
-    alpha, sigma = noise_levels("x0", torch.tensor([timestep], device=samples.device))
+    alpha, sigma = (level.item() for level in noise_levels("x0", torch.tensor(timestep)))
     return alpha * samples + sigma * noise
 
 

@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from latent_prior.hub_flags import HubFlags
+from latent_prior.settings import HubFlags
 from mnif.utils.errors import UserError
 from mnif.utils.model_folders import model_folder_in
 from mnif.utils.process import is_main_process

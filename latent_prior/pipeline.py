@@ -37,6 +37,7 @@ from latent_prior.settings import INFERENCE_STEPS, Objective
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.outputs import check_output_type, postprocess
 from mnif.signals.registry import signal_of_model
+from mnif.utils.devices import sent
 from mnif.utils.errors import UserError
 from mnif.utils.model_folders import model_folder_in
 
@@ -201,22 +202,24 @@ class MNIFPipeline(DiffusionPipeline):
         given_steps = timesteps if timesteps is not None else sigmas
         denoiser, scheduler = self.select_denoiser(num_inference_steps if given_steps is None else None, use_student)
         device = self._execution_device
-        steps = set_timesteps(scheduler, num_inference_steps, device, timesteps, sigmas)
+        # Schedulers look numbers up by timesteps: those stay on the CPU, and the denoiser's own copies go ahead of it.
+        steps = set_timesteps(scheduler, num_inference_steps, "cpu", timesteps, sigmas)
+        told = sent(steps, device)
 
         # 3. Prepare the noise, in float32 at least: some schedulers begin with numbers that half precision lacks
         dtype = torch.promote_types(denoiser.dtype, torch.float32)
         if latents is None:
             latents = randn_tensor((count, denoiser.config.latent_dim), generator, torch.device(device), dtype)
-        latents = latents.to(device, dtype) * starting_sigma(scheduler)
+        latents = sent(latents, device).to(dtype) * starting_sigma(scheduler)
 
         # 4. Denoise
         options = {"generator": generator} if takes_generator(scheduler) else {}
         self._interrupt, self._num_timesteps = False, len(steps)
-        for index, timestep in enumerate(self.progress_bar(steps)):
+        for index, (timestep, own) in enumerate(self.progress_bar([*zip(steps, told, strict=True)])):
             if self._interrupt:
                 continue
             noisy = model_input(scheduler, latents, timestep).to(denoiser.dtype)
-            latents = _stepped(scheduler, denoiser(noisy, timestep).to(dtype), timestep, latents, options)
+            latents = _stepped(scheduler, denoiser(noisy, own).to(dtype), timestep, latents, options)
             if callback_on_step_end is not None:
                 tensors = callback_on_step_end(self, index, timestep, dict.fromkeys(inputs, latents)) or {}
                 latents = tensors.get("latents", latents)

@@ -266,7 +266,7 @@ def save_interpolation(samples: Samples, steps: int) -> None:
     """Writes preview/interpolation.png, a row for each way from a sample to the next, and all of them as a .gif.
 
     A way leads through the noise (:func:`latent_prior.sampling.slerp`), so that every picture on it is a sample; it is
-    cut into ``steps`` parts.
+    cut into ``steps`` parts. Its pictures have the resolution that samples are written with.
     """
     count = min(samples.count, _ROWS + 1)
     noise = initial_noise(samples.seed, range(count), samples.decoder.config.latent_dim)
@@ -274,7 +274,7 @@ def save_interpolation(samples: Samples, steps: int) -> None:
     for start, end in pairwise(noise):
         way = torch.from_numpy(slerp(start, end, np.linspace(0, 1, steps + 1)))
         latents = denoised(samples.pipeline, way, **samples.options)
-        ways.append(samples.signal.images(samples.decoder, latents))
+        ways.append(samples.writer.images(samples.decoder, samples.signal, latents))
     pictures = np.concatenate(ways)
     folder, scale = samples.output / "preview", _scale(pictures)
     save_image(folder / "interpolation.png", image_grid(pictures, columns=steps + 1, scale=scale))

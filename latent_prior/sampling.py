@@ -18,6 +18,7 @@ from torch import Tensor
 
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.settings import INFERENCE_STEPS
+from mnif.utils.devices import sent
 from mnif.utils.process import one_thread
 
 
@@ -86,7 +87,8 @@ def sample_latents(
         chunk = range(number * CHUNK, (number + 1) * CHUNK)
         noise = torch.tensor(initial_noise(seed, chunk, latent_dim))
         latents = denoised(pipeline, noise, num_inference_steps, generator=step_generators(seed, chunk), **options)
-        drawn.append(latents[[index - chunk.start for index in wanted]])
+        rows = [index - chunk.start for index in wanted]
+        drawn.append(latents if rows == [*range(CHUNK)] else latents[sent(torch.tensor(rows), latents.device)])
     return torch.cat(drawn)
 
 

@@ -1,5 +1,9 @@
-"""What a prior may be set to, by the names that flags take and configurations hold; read without torch."""
+"""What a prior may be set to, by the names that flags take and configurations hold, and the hub's flags.
 
+It is read without torch, and without what talks to the hub, by every command that has such flags.
+"""
+
+from dataclasses import dataclass
 from typing import Literal
 
 from mnif.utils.errors import UserError
@@ -35,3 +39,13 @@ def check_heads(width: int) -> None:
     """
     if width > HEAD_WIDTH and width % HEAD_WIDTH:
         raise UserError(f"--width {width}: a transformer's is a multiple of {HEAD_WIDTH}, or below")
+
+
+@dataclass(kw_only=True)
+class HubFlags:
+    """The model folder on the Hugging Face hub."""
+
+    push_to_hub: bool = False
+    """Upload the model folder with its card at the end; `hf auth login` or HF_TOKEN says who you are."""
+    hub_model_id: str | None = None
+    """The repository on the hub, name or user/name; default: the name of the run folder."""

@@ -143,6 +143,7 @@ def _train(fit: Any, variant: Variant, method: LearningMethod, rows: ArrayDatase
     batches = ShuffledBatches(len(rows), fit.train_batch_size, fit.seed, 0, fit.max_train_steps)
     for step, batch in enumerate(progress_bar(batches, desc="trial", unit="step")):
         torch.manual_seed(fit.seed * 1_000_003 + step)
+        method.decoder.progress = step / fit.max_train_steps
         inputs = rows.__getitems__(batch)
         loss = method(key=instance_keys(fit.seed, step, inputs["row"]), **inputs)
         loss.backward()

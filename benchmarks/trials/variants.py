@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from sparse import SPARSE_DECODERS
 from torch import Tensor, nn
 
 from mnif.models.cell_grid import CellGrid
@@ -86,48 +87,6 @@ class PlacedTokens(MNIFModel):
         token_map = self.coefficient_map
         token_map.place = nn.Parameter(torch.zeros(1, len(token_map.around), token_map.read.out_features))
         token_map.read.register_forward_hook(lambda module, inputs, hidden: hidden + token_map.place)
-
-
-class HardThreshold(MNIFModel):
-    """Sparse coefficients: the K largest as they are, with the gradient of those alone."""
-
-    def coefficients(self, latents: Tensor) -> Tensor:
-        return _largest(self, latents)[1]
-
-
-class StraightThrough(MNIFModel):
-    """Sparse coefficients: the K largest as they are, with a gradient as if all were kept."""
-
-    def coefficients(self, latents: Tensor) -> Tensor:
-        coefficients, kept, _ = _largest(self, latents)
-        return coefficients + (kept - coefficients).detach()
-
-
-class QuarticThreshold(MNIFModel):
-    """Sparse coefficients: the K largest, α (1 - (t / α)⁴) with t the magnitude that comes next."""
-
-    def coefficients(self, latents: Tensor) -> Tensor:
-        coefficients, _, threshold = _largest(self, latents)
-        share = (threshold / coefficients.abs().clamp(min=1e-12)).clamp(max=1)
-        return coefficients * (1 - share.square().square())
-
-
-class SoftThreshold(MNIFModel):
-    """Sparse coefficients: the K largest, less the magnitude that comes next."""
-
-    def coefficients(self, latents: Tensor) -> Tensor:
-        coefficients, _, threshold = _largest(self, latents)
-        return coefficients - coefficients.clamp(-threshold, threshold)
-
-
-def _largest(decoder: MNIFModel, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Coefficients before they are made sparse, the K largest of them, and the magnitude that comes next."""
-    active = decoder.config.coefficient_sparsity
-    decoder.register_to_config(coefficient_sparsity=None)
-    coefficients = MNIFModel.coefficients(decoder, latents)
-    decoder.register_to_config(coefficient_sparsity=active)
-    threshold = coefficients.abs().topk(active + 1, dim=-1).values[..., -1:]
-    return coefficients, coefficients * (coefficients.abs() > threshold), threshold
 
 
 class SharedFirstAverage(MNIFModel):
@@ -353,10 +312,5 @@ TOKENS = {
     "a matrix for every token": Variant(_TOKENS, MatrixForEveryToken),
     "tokens that know their place": Variant(_TOKENS, PlacedTokens),
 }
-SPARSE = {
-    "hard threshold": Variant(decoder=HardThreshold),
-    "straight through": Variant(decoder=StraightThrough),
-    "quartic threshold": Variant(decoder=QuarticThreshold),
-    "soft threshold": Variant(decoder=SoftThreshold),
-}  # with --flags="--coefficient_sparsity 16"
+SPARSE = {name: Variant(decoder=decoder) for name, decoder in SPARSE_DECODERS.items()}
 VARIANTS = FIRST_ROUND | SECOND_ROUND | TOKENS | SPARSE

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from evals.atlas.measured import Atlas, basis_names
-from evals.atlas.plates import STEPS, BasisPlate, Draughtsman, Strip, SubjectPlate
+from evals.atlas.plates import BasisPlate, Draughtsman, Strip, SubjectPlate
 from evals.atlas.removal import RemovalTest
 from evals.report.embedded import webp_uri
 from mnif.utils.process import progress_bar
@@ -45,7 +45,16 @@ def contents(
         if writer.bytes <= limit:
             break
     number = sum(not subject.is_sample for subject in atlas.subjects)
-    return {"bases": bases, "instances": explained[:number], "samples": explained[number:], "steps": STEPS}
+    strip = subjects[0].strips[0]
+    return {
+        "bases": bases,
+        "instances": explained[:number],
+        "samples": explained[number:],
+        "steps": [step_words(step) for step in strip.steps],
+        "as_it_is": strip.steps.index(0),
+        "sides": len(strip.frames),
+        "side_words": [f"{360 * side // len(strip.frames)}°" for side in range(len(strip.frames))],
+    }
 
 
 class _Writer:
@@ -66,7 +75,7 @@ class _Writer:
             "active": 100 * float(usage.active.flatten()[basis]),
             "users": plate.users,
             "tile": self._picture(plate.difference[0]),
-            "rows": {name: self._row(pictures) for name, pictures in rows.items()},
+            "rows": {name: self._sheet(pictures[None]) for name, pictures in rows.items()},
             "cells": self._map(plate.cells),
             "together": self._nearest(basis, usage.correlation),
             "alike": self._nearest(basis, usage.likeness),
@@ -76,11 +85,11 @@ class _Writer:
         return {
             "name": plate.name,
             "original": None if plate.original is None else self._picture(plate.original),
-            "picture": self._picture(plate.shown),
+            "picture": self._sheet(plate.shown[:, None]),
             "psnr": psnr_of(plate.error),
-            "left": self._picture(plate.left),
+            "left": self._sheet(plate.left[:, None]),
             "left_psnr": psnr_of(plate.left_error),
-            "others": self._picture(plate.left_others),
+            "others": self._sheet(plate.left_others[:, None]),
             "others_psnr": psnr_of(plate.left_others_error),
             "cells": self._map(plate.cells),
             "strips": [self._strip(strip) for strip in plate.strips],
@@ -90,8 +99,8 @@ class _Writer:
         return self._named(strip.basis) | {
             "share": 100 * strip.share,
             "psnr": psnr_of(strip.error),
-            "row": self._row(strip.frames),
-            "adds": self._picture(strip.difference),
+            "frames": self._sheet(strip.frames),
+            "adds": self._sheet(strip.difference[:, None]),
             "gain": strip.gain,
             "cells": self._map(strip.cells),
         }
@@ -103,8 +112,8 @@ class _Writer:
         found = self.atlas.usage.nearest(basis, _NEIGHBOURS, by)
         return [self._named(other) | {"value": value} for other, value in found]
 
-    def _row(self, pictures: np.ndarray) -> dict[str, Any]:
-        return self._picture(np.concatenate(list(pictures), axis=1))
+    def _sheet(self, pictures: np.ndarray) -> dict[str, Any]:
+        return self._picture(on_a_sheet(pictures)) | {"rows": pictures.shape[0], "columns": pictures.shape[1]}
 
     def _picture(self, picture: np.ndarray) -> dict[str, Any]:
         return self._embedded(picture, quality=self.quality)
@@ -116,6 +125,19 @@ class _Writer:
         uri = webp_uri(Image.fromarray(picture), **options)
         self.bytes += len(uri)
         return {"uri": uri, "width": picture.shape[1], "height": picture.shape[0]}
+
+
+def on_a_sheet(pictures: np.ndarray) -> np.ndarray:
+    """Lays pictures [rows, columns, H, W, 3] out as one, [rows · H, columns · W, 3]."""
+    rows, columns, height, width, channels = pictures.shape
+    return pictures.swapaxes(1, 2).reshape(rows * height, columns * width, channels)
+
+
+def step_words(step: float) -> str:
+    """Says in words what a step of a coefficient is."""
+    signed = f"{step:+g}".replace("-", "−")
+    words: dict[float, str] = {-2: "turned around", -1: "without", 1: "doubled"}
+    return "as it is" if step == 0 else f"{signed}: {words[step]}" if step in words else signed
 
 
 def psnr_of(error: float) -> float:

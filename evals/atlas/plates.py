@@ -15,7 +15,7 @@ from mnif.utils.pixels import as_axes
 
 USERS = 3
 """Instances that a basis is shown on: those that use it most."""
-STEPS = (-2, -1, 0, 1, 2)
+STEPS = (-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2)
 """Of a coefficient: 0 is the instance's own, -1 without, each step what the instance has of it beyond the baseline."""
 STRIPS = 6
 """Bases that a subject names."""
@@ -31,7 +31,7 @@ class BasisPlate:
 
     Attributes:
         users: ids of the instances that use it most.
-        shown: what they look like, [USERS, H, W, 3].
+        shown: what they look like, [USERS, H, W, 3]; of objects seen in views the first of them, from several sides.
         without: the same without the basis.
         difference: what the basis adds, grey where it is nothing.
         gain: by which the difference is enlarged.
@@ -54,8 +54,9 @@ class Strip:
         basis: its number.
         share: of the rises of all bases.
         error: the squared error without it.
-        frames: at each of :data:`STEPS`, [5, H, W, 3].
-        difference: what the basis adds to the subject as it is, [H, W, 3].
+        steps: those of :data:`STEPS` that are drawn.
+        frames: from each side, at each step, [sides, steps, H, W, 3].
+        difference: what the basis adds to the subject as it is, [sides, H, W, 3].
         gain: by which the difference is enlarged.
         cells: where the error rises without it.
     """
@@ -63,6 +64,7 @@ class Strip:
     basis: int
     share: float
     error: float
+    steps: tuple[float, ...]
     frames: np.ndarray
     difference: np.ndarray
     gain: int
@@ -75,8 +77,8 @@ class SubjectPlate:
 
     Attributes:
         name: of it.
-        original: as it is in the data; None of a sample.
-        shown: as the model draws it.
+        original: as it is in the data, [H, W, 3]; None of a sample.
+        shown: as the model draws it, from each side, [sides, H, W, 3].
         error: its squared error.
         left: without the coefficients that it names as strongest.
         left_error: its squared error then.
@@ -101,35 +103,40 @@ class SubjectPlate:
 class Draughtsman:
     """Draws a model's mixtures; pictures are [H, W, 3] uint8.
 
+    Views take longer than pictures, and there are several of an object: they are smaller, and have fewer steps.
+
     Args:
         mixture: the model.
     """
 
     def __init__(self, mixture: Mixture) -> None:
         self.mixture, self.easel = mixture, easel_of(mixture.by_coefficients)
-        self.pixels = 64 if mixture.signal.name == "radiance" else _PIXELS
+        several = self.easel.sides > 1
+        self.pixels = 64 if several else _PIXELS
+        self.steps: tuple[float, ...] = STEPS[::2] if several else STEPS
         self._known: dict[int, np.ndarray] = {}
 
     @torch.no_grad()
     def drawn(self, coefficients: Tensor) -> np.ndarray:
-        """Draws coefficients [B, cells, layers, M]: [B, H, W, 3]."""
+        """Draws coefficients [B, cells, layers, M]: [B, sides, H, W, 3]."""
         some = [self.mixture.as_latents(part) for part in coefficients.split(AT_ONCE)]
-        return np.concatenate([self.easel.drawn(latents, self.pixels) for latents in some])
+        return np.concatenate([self.easel.around(latents, self.pixels) for latents in some])
 
     @torch.no_grad()
     def basis(self, basis: int, usage: Usage, latents: Tensor, ids: Sequence[str]) -> BasisPlate:
         """Draws what a basis does to those of the instances (``latents`` [N, D], ``ids``) that use it most."""
-        users = usage.users(basis, USERS)
+        named = usage.users(basis, USERS)
+        users = named if self.easel.sides == 1 else named[:1]
         whole = coefficients_of(self.mixture.decoder, latents[users])
         chosen = torch.zeros(whole[0, 0].numel(), dtype=torch.bool, device=whole.device)
         chosen[basis] = True
-        without = self.drawn(self.mixture.without(whole, chosen.view(whole[0, 0].shape)))
+        without = np.concatenate(self.drawn(self.mixture.without(whole, chosen.view(whole[0, 0].shape))))
         for row in {*users.tolist()} - self._known.keys():
             self._known[row] = self.drawn(coefficients_of(self.mixture.decoder, latents[row : row + 1]))[0]
-        shown = np.stack([self._known[row] for row in users.tolist()])
+        shown = np.concatenate([self._known[row] for row in users.tolist()])
         difference, gain = signed_difference(shown, without)
         used = usage.cells.flatten(1)[:, basis]
-        return BasisPlate([ids[row] for row in users], shown, without, difference, gain, self.map(used))
+        return BasisPlate([ids[row] for row in named], shown, without, difference, gain, self.map(used))
 
     @torch.no_grad()
     def subject(self, subject: Subject, rises: Tensor, count: int) -> SubjectPlate:
@@ -157,16 +164,16 @@ class Draughtsman:
     def _strip(self, subject: Subject, rises: Tensor, basis: int) -> Strip:
         of_cells = rises.flatten(1)
         own = (subject.coefficients - self.mixture.baseline).flatten(1)[:, basis]
-        steps = torch.tensor(STEPS, device=own.device)
+        steps = torch.tensor(self.steps, device=own.device)
         mixtures = subject.coefficients.repeat(len(steps), 1, 1, 1)
         mixtures.flatten(2)[:, :, basis] += steps[:, None] * own
-        error = mean_errors(self.mixture, subject, mixtures[STEPS.index(-1)][None]).item()
+        error = mean_errors(self.mixture, subject, mixtures[self.steps.index(-1)][None]).item()
         rise = of_cells[:, basis]
         share = float(rise.sum() / of_cells.clamp_min(0).sum().clamp_min(1e-12))
-        frames = self.drawn(mixtures)
-        shown, without = (frames[[STEPS.index(step)]] for step in (0, -1))
+        frames = self.drawn(mixtures).swapaxes(0, 1)
+        shown, without = (frames[:, self.steps.index(step)] for step in (0, -1))
         difference, gain = signed_difference(shown, without)
-        return Strip(basis, share, error, frames, difference[0], gain, self.map(rise))
+        return Strip(basis, share, error, self.steps, frames, difference, gain, self.map(rise))
 
     def map(self, values: Tensor) -> np.ndarray | None:
         """Draws what cells have as :func:`cell_map`; None of a model with one cell."""

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from latent_prior.settings import INFERENCE_STEPS
 from mnif.utils.args import parse_arguments
+from mnif.utils.devices import DeviceFlags, chosen_device
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import check_writable, write_json, written_atomically
 from mnif.utils.model_folders import is_trained_model
 from mnif.utils.process import command_line
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from evals.atlas.measured import Atlas
@@ -54,7 +56,7 @@ class ShownFlags:
 
 
 @dataclass(kw_only=True)
-class AtlasArguments(InputsFlags, ShownFlags):
+class AtlasArguments(InputsFlags, ShownFlags, DeviceFlags):
     """Write one self-contained HTML page that shows what each basis of a model does, and explains instances."""
 
     model: Path
@@ -86,9 +88,10 @@ def atlas(arguments: AtlasArguments) -> None:
     from latent_prior.hub import model_folder
     from mnif.signals.registry import signal_of_model
 
+    device = chosen_device(arguments.device)
     model = model_folder(arguments.model)
     output = _output_of(arguments, model)
-    decoder, pipeline = _loaded(model)
+    decoder, pipeline = _loaded(model, device)
     table = _table(arguments, model, decoder)
     signal = signal_of_model(decoder)
     data = signal.load_like(arguments.data or table.data)
@@ -138,8 +141,8 @@ def _title(arguments: AtlasArguments, model: Path) -> str:
     return model.resolve().parent.name if _stands_in_a_run(arguments, model) else model.name
 
 
-def _loaded(model: Path) -> tuple[MNIFModel, MNIFPipeline | None]:
-    """The decoder, and the pipeline if there is a prior."""
+def _loaded(model: Path, device: torch.device) -> tuple[MNIFModel, MNIFPipeline | None]:
+    """The decoder, and the pipeline if there is a prior, on a device."""
     from latent_prior.pipeline import load_pipeline
     from mnif.models.io import load_component
     from mnif.models.mnif_model import MNIFModel
@@ -148,6 +151,9 @@ def _loaded(model: Path) -> tuple[MNIFModel, MNIFPipeline | None]:
     decoder = load_component(MNIFModel, model, "decoder") if pipeline is None else pipeline.decoder
     if decoder.config.num_bases < _SMALLEST:
         raise UserError(f"{model}: it has one basis, which nothing can be compared with")
+    for network in (decoder, pipeline):
+        if network is not None:
+            network.to(device)
     return decoder.eval().requires_grad_(False), pipeline
 
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evals.protocol import EvalArguments, protocol_of
+from evals.arguments import EvalArguments, protocol_of
 from mnif.utils import __version__
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least, markdown_code, printable
@@ -21,7 +21,7 @@ from mnif.utils.pixels import limit_image_pixels
 from mnif.utils.process import Processes, command_line, peak_memory_megabytes
 
 _MAY_DIFFER = {"seed", "num_inference_steps", "held_out_images"}
-_NO_INPUTS = ("output_dir", "max_image_pixels", "push_to_hub", "hub_model_id")
+_NO_INPUTS = ("output_dir", "device", "max_image_pixels", "push_to_hub", "hub_model_id")
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def main(arguments: list[str]) -> None:
     for one in (flags, *several):
         check_output_folder(one.output_dir, "eval")
     paths = [one.output_dir for one in several] or flags.compared
-    is_main = Processes().is_main
+    is_main = Processes(flags.device).is_main
     with output_folder_of(flags.output_dir, "eval") if is_main else nullcontext():
         for one in several:
             evaluate(one)
@@ -170,7 +170,7 @@ def evaluate(arguments: EvalArguments) -> None:
     if arguments.save_statistics is not None:
         check_writable(arguments.save_statistics.parent)
     arguments = replace(arguments, num_samples=protocol_of(arguments).num_samples)
-    processes = Processes()
+    processes = Processes(arguments.device)
     evaluator = evaluator_of(arguments)
     repository = _repository(arguments)
     inputs = _flags(arguments) | {"version": __version__} | evaluator.inputs()

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from mnif.utils.args import parse_arguments
+from mnif.utils.devices import DeviceFlags, chosen_device
 from mnif.utils.errors import UserError, check_at_least, printable
 from mnif.utils.files import write_json, written_atomically
 from mnif.utils.model_folders import is_trained_model, model_folder_in
 from mnif.utils.output_folders import check_output_folder, output_folder_of
 from mnif.utils.pixels import MAX_IMAGE_PIXELS, limit_image_pixels
-from mnif.utils.process import command_line, default_device
+from mnif.utils.process import command_line
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +59,7 @@ class TestsFlags:
 
 
 @dataclass(kw_only=True)
-class MonitorArguments(DataFlags, TestsFlags):
+class MonitorArguments(DataFlags, TestsFlags, DeviceFlags):
     """Test data against the model's profile, and advise: keep (exit code 0), refine, grow or refit (exit code 1)."""
 
     model: Path
@@ -91,7 +92,7 @@ def monitor(arguments: MonitorArguments) -> int:
     from mnif.signals.registry import signal_of_model
 
     _check(arguments)
-    decoder = load_component(MNIFModel, arguments.model, "decoder").to(default_device())
+    decoder = load_component(MNIFModel, arguments.model, "decoder").to(chosen_device(arguments.device))
     signal = signal_of_model(decoder)
     latent_init = load_latent_init(arguments.model, decoder, signal)
     latent_init = None if latent_init is None else latent_init.to(decoder.device)
@@ -266,9 +267,9 @@ def _page(
     """Draws the page: what to do, histograms of the profile's scores and of these, and the worst instances."""
     from evals.charts import histogram_chart
     from evals.drift import FAMILIES
+    from evals.report.monitor import worst_instances
     from evals.report.provenance import provenance
     from evals.report.templates import as_svgs, rendered
-    from evals.report.worst import worst_instances
     from mnif.latents.surprise import REASONS, SCORES
 
     ids = list(result["gate"]["instances"])

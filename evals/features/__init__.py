@@ -18,7 +18,7 @@ def extractor_by_name(
 
     Args:
         name: "lite0", "resnet" or "inception".
-        inception_weights: a file of Inception's weights; default: looked for (:mod:`evals.features.weights`).
+        inception_weights: a file of Inception's weights; default: looked for (:mod:`evals.features.extractor`).
         device: of Inception; the others run in ONNX Runtime on the CPU.
         grey: of Inception, the value in 0..255 that becomes 0.
 

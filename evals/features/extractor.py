@@ -7,6 +7,7 @@ is a subclass of :class:`Extractor` that :func:`evals.features.extractor_by_name
 
 import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from latent_prior.sampling import CHUNK
 from mnif.utils.errors import UserError
 from mnif.utils.files import cache_folder
 from mnif.utils.process import Processes, progress_bar
+from mnif.utils.published import PublishedFile, downloaded
 from mnif.utils.resumable import compute_in_chunks
 
 _PICTURES_AT_ONCE = 256
@@ -202,3 +204,38 @@ class FeatureCache:
         folder = cache_folder() / "features" if keep else self.scratch
         path, chunks = folder / f"{name}.npy", self.scratch / f"{name}.chunks"
         return compute_in_chunks(path, chunks, count, width, CHUNK, load, compute, self.processes, description)
+
+
+@dataclass(frozen=True)
+class PublishedWeights(PublishedFile):
+    """Weights as their makers published them.
+
+    Attributes:
+        variable: of the environment, which names a copy.
+        flag: of the command line, likewise; None if there is none.
+        instead: what else can be done without them.
+    """
+
+    variable: str
+    flag: str | None
+    instead: str
+
+
+def found_weights(weights: PublishedWeights, given: Path | None = None) -> Path:
+    """Finds the file: ``given``, else what the environment names, else the cached one, else it is downloaded.
+
+    Raises:
+        UserError: the file named does not exist or has another hash, or it cannot be downloaded.
+    """
+    named = given or (Path(named) if (named := os.environ.get(weights.variable)) else None)
+    cached = cache_folder() / "weights" / weights.name
+    path = named or cached
+    consequence = f"with other weights the distance would not be the published one; {weights.instead}"
+    if path.is_file():
+        weights.check(path, consequence)
+        return path
+    if named is not None:
+        raise UserError(f"{path}: no such file; {weights.name} ({weights.size:,} bytes) is needed")
+    names = " or ".join(filter(None, (weights.flag, weights.variable)))
+    instead = f"put it there or name it with {names}; {weights.url} has it; {weights.instead}"
+    return downloaded(weights, cached.parent, consequence, instead)

@@ -8,6 +8,7 @@ et al., NeurIPS 2017).
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d
 
-from evals.features.extractor import Extractor
+from evals.features.extractor import Extractor, PublishedWeights, found_weights
 from evals.features.resize import Resize
-from evals.features.weights import PublishedWeights, found_weights
+from mnif.utils.devices import sent
 from mnif.utils.errors import UserError
 
 Size = int | tuple[int, int]
@@ -74,12 +75,18 @@ class Inception(Extractor):
 
     @torch.inference_mode()
     def features(self, images: np.ndarray, resize: Resize) -> Iterator[np.ndarray]:
-        """Yields features of pictures; a thread resizes the next batch while the network looks at this one."""
+        """Yields features of pictures; a thread resizes the next batch while the network looks at this one, and an
+        accelerator looks at one while that before is fetched."""
         batches = [images[start : start + _BATCH_SIZE] for start in range(0, len(images), _BATCH_SIZE)]
         with ThreadPoolExecutor(1) as thread:
-            for pixels in thread.map(lambda batch: resize(batch, self.size), batches):
-                values = (torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2) - self.grey) / self.grey
-                yield self.network(values).cpu().numpy()
+            resized = thread.map(lambda batch: resize(batch, self.size), batches)
+            for features, _ in pairwise(chain(map(self._features, resized), [None])):
+                assert features is not None
+                yield features.cpu().numpy()
+
+    def _features(self, pixels: np.ndarray) -> torch.Tensor:
+        values = (sent(torch.from_numpy(pixels), self.device).permute(0, 3, 1, 2) - self.grey) / self.grey
+        return self.network(values)
 
 
 class InceptionV3(nn.Module):

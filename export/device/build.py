@@ -11,9 +11,10 @@ import re
 import time
 from typing import Any
 
-from .bundle import ENGINES, BundleError, BundleFolder, check_writable, entry, write_atomically
+from .bundle import ENGINES, BundleError, BundleFolder, entry
 from .cli import Parser, number, run_command
 from .cuda import CudaError, Gpu, find_gpu
+from .files import check_writable, write_atomically
 from .plans import PlanRefused, environment, plan_key, read_plan, state_folder, write_plan
 from .tensorrt import MODULES, build_plan, compute_capabilities, find_builder, is_rtx, kernels_of_log
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Callable, NoReturn, Sequence
 
 from .backends import BACKENDS
-from .bundle import BundleError, check_writable
+from .bundle import BundleError
+from .files import check_writable
 
 MOST_THREADS = 1024  # backends fail in ways of their own above what a machine can start
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from .bundle import BundleError, write_atomically, write_json
+from .bundle import BundleError
 from .cli import Parser, check_output_folder, columns, number, printable, run_command
+from .files import write_atomically, write_json
 from .gate import Gate, Verdict, describe
 from .latent_file import write_latents
 from .observations import Form, Observations, read_mask, read_observations

@@ -1,12 +1,15 @@
-"""Folders beside a folder, and one in the place of another, so that a power cut leaves either of them whole."""
+"""Files and folders written so that a power cut leaves the old or the new, and whether they can be written at all."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from .bundle import BundleError
 
@@ -14,6 +17,61 @@ _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 REPLACED = ".replaced"
 """Behind the name of a folder that is to get another one's content, where that takes two steps."""
+
+
+def write_atomically(path: Path, content: bytes, flush: bool = True) -> None:
+    """Writes a file under a temporary name beside its own, then renames it; its folder is made if it is missing.
+
+    Args:
+        path: the file.
+        content: of it.
+        flush: it is on the disk before it has its name; False leaves that to the system, for many small files.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        if temporary.exists():
+            temporary.unlink()
+
+
+def check_writable(folder: Path) -> None:
+    """Makes sure, before any work is done, that files can be written to a folder; it may be missing.
+
+    Raises:
+        BundleError: nothing can be written there, and why.
+    """
+    there = folder.absolute()
+    while not os.path.lexists(str(there)):
+        there = there.parent
+    try:
+        with tempfile.TemporaryFile(dir=str(there)):
+            pass
+    except OSError as error:
+        raise BundleError(f"{folder}: nothing can be written there ({error.strerror}); choose another place") from None
+
+
+def check_output(path: Path | None) -> None:
+    """Makes sure that a file can be written, where one is asked for.
+
+    Raises:
+        BundleError: it cannot, and why.
+    """
+    if path is not None and path.is_dir():
+        raise BundleError(f"{path}: is a folder; name a file")
+    if path is not None:
+        check_writable(path.parent)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes indented JSON."""
+    write_atomically(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
 
 
 def flush_to_disk(path: Path) -> None:

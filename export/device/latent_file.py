@@ -9,7 +9,7 @@ from typing import Sequence
 
 import numpy as np
 
-from .bundle import write_atomically
+from .files import write_atomically
 
 _FORMAT = "mnif-latents/1"
 

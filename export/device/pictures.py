@@ -1,4 +1,4 @@
-"""Pictures from files, as the encoder has learned from them.
+"""Pictures from files, as the encoder has learned from them, and to files.
 
 Pillow reads them where it is installed: they are turned as their EXIF data say, laid on white, cut to the central part
 and resized, as :mod:`mnif.utils.pixels` does. Without Pillow a PNG file of the model's own size and channels is read
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .bundle import BackendMissing, BundleError, import_backend
+from .files import write_atomically
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
@@ -165,3 +166,23 @@ def _predicted(kind: int, left: np.ndarray, above: np.ndarray, corner: np.ndarra
     if kind > 4:
         raise ValueError("it is damaged")
     return (0, left, above, (left + above) // 2)[kind]
+
+
+def to_uint8(values: np.ndarray) -> np.ndarray:
+    """Clips and rounds values in about [-1, 1] to uint8 of the same shape."""
+    return np.round(np.clip(values, -1, 1) * 127.5 + 127.5).astype(np.uint8)
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """Writes [height, width, 1 to 4] uint8: grey, grey and alpha, RGB, RGBA."""
+    height, width, channels = pixels.shape
+    if channels not in (1, 2, 3, 4):
+        raise BundleError(f"values with {channels} channels are not a picture")
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, (0, 4, 2, 6)[channels - 1], 0, 0, 0)
+    rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows.tobytes())) + chunk(b"IEND", b"")
+    write_atomically(path, _PNG + body, flush=False)

@@ -19,8 +19,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .bundle import BundleError, write_atomically, write_json
+from .bundle import BundleError
 from .cuda import Gpu
+from .files import write_atomically, write_json
 from .json_files import check_form, read_json
 
 _KEY_BYTES = 32

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import struct
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple, Sequence
 
 import numpy as np
 
 from .backends import load_graph
-from .bundle import BundleError, BundleFolder, check_at_least, entry, write_atomically
+from .bundle import BundleError, BundleFolder, check_at_least, entry
 
 
 class AxisCells(NamedTuple):
@@ -80,26 +78,6 @@ def blend(values: np.ndarray, axes: Sequence[AxisCells]) -> np.ndarray:
         ours, theirs = values.take(axis.first, k), values.take(axis.second, k)
         values = ours + share * (theirs - ours)
     return values
-
-
-def to_uint8(values: np.ndarray) -> np.ndarray:
-    """Clips and rounds values in about [-1, 1] to uint8 of the same shape."""
-    return np.round(np.clip(values, -1, 1) * 127.5 + 127.5).astype(np.uint8)
-
-
-def write_png(path: Path, pixels: np.ndarray) -> None:
-    """Writes [height, width, 1 to 4] uint8: grey, grey and alpha, RGB, RGBA."""
-    height, width, channels = pixels.shape
-    if channels not in (1, 2, 3, 4):
-        raise BundleError(f"values with {channels} channels are not a picture")
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, (0, 4, 2, 6)[channels - 1], 0, 0, 0)
-    rows = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1)
-    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows.tobytes())) + chunk(b"IEND", b"")
-    write_atomically(path, b"\x89PNG\r\n\x1a\n" + body, flush=False)
 
 
 def load_bundle(folder: str | Path, backend: str = "auto", threads: int = 0) -> Bundle:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from .bundle import write_atomically
 from .cli import Parser, check_output_folder, number, run_command
-from .runtime import Bundle, Camera, Sampler, load_bundle, to_uint8, write_png
+from .files import write_atomically
+from .pictures import to_uint8, write_png
+from .runtime import Bundle, Camera, Sampler, load_bundle
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,10 +17,10 @@ import shutil
 from pathlib import Path
 from typing import Any, Iterable, Iterator, NamedTuple
 
-from .bundle import ENGINES, MANIFEST, BundleError, BundleFolder, check_writable
+from .bundle import ENGINES, MANIFEST, BundleError, BundleFolder
 from .cli import Parser, run_command
 from .delta import Delta, describe_bundle, name_bundle
-from .files import REPLACED, can_link, exchange_folders, flush_to_disk, link_or_copy, own_bytes
+from .files import REPLACED, can_link, check_writable, exchange_folders, flush_to_disk, link_or_copy, own_bytes
 
 
 def make_parser() -> Parser:

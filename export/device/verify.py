@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .backends import BACKENDS, BackendMissing, load_graph
-from .bundle import BundleError, BundleFolder, check_output, entry, import_backend, write_json
+from .bundle import BundleError, BundleFolder, entry, import_backend
 from .cli import Parser, run_command
 from .cuda import CudaError
+from .files import check_output, write_json
 from .plans import PlanRefused
 
 

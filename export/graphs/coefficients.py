@@ -1,5 +1,7 @@
 """Nodes from latents to mixture coefficients, as :class:`mnif.models.mnif_model.MNIFModel` maps them."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import nn
@@ -17,22 +19,35 @@ def coefficients_of(builder: GraphBuilder, decoder: MNIFModel, latents: str) -> 
     if decoder.coefficient_map is None and decoder.config.mixing == "average":
         first = builder.add("Add", [first, builder.number(1.0)], "coefficients/shifted")
     mapped = _mapped(builder, decoder.coefficient_map, "coefficient_map", first, scale, "coefficients/flat")
-    if (active := decoder.config.coefficient_sparsity) is not None:
-        mapped = _keep_largest(builder, mapped, decoder.generations[0], active)
     for number, (growth, part) in enumerate(zip(decoder.later, later, strict=True)):
         weights, name = f"later.{number}.coefficient_map", f"coefficients/{number + 1}"
         said = _mapped(builder, growth.coefficient_map, weights, part, scale, f"{name}/said")
         mapped = _grown_coefficients(builder, decoder, number + 1, mapped, said, name)
+    if decoder.active_bases is not None:
+        mapped = _sparse(builder, decoder, mapped, decoder.active_bases)
     if decoder.config.coefficient_form != "shared":
         return mapped
     by_cell = builder.reshape(mapped, (-1, 1, decoder.config.num_bases), "coefficients/shared")
     return builder.add("Concat", [by_cell] * len(decoder.bases), "coefficients/by_layer", axis=1)
 
 
-def _keep_largest(builder: GraphBuilder, coefficients: str, num_bases: int, active: int) -> str:
-    """Shrinks all but ``active`` of each ``num_bases`` to zero, as :mod:`mnif.models.sparse_coefficients` does."""
+def _sparse(builder: GraphBuilder, decoder: MNIFModel, coefficients: str, active: Sequence[int]) -> str:
+    """Keeps ``active`` of each generation's bases, in rows [batch · cells · layers, bases]."""
     name = "coefficients/sparse"
-    rows = builder.reshape(coefficients, (-1, num_bases), f"{name}/rows")
+    rows = builder.reshape(coefficients, (-1, decoder.config.num_bases), f"{name}/rows")
+    if not decoder.later:
+        return _keep_largest(builder, rows, active[0], name)
+    names = [f"{name}/{number}" for number in range(len(active))]
+    parts = builder.split(rows, decoder.generations, [f"{each}/rows" for each in names])
+    kept = [
+        _keep_largest(builder, part, count, each) if count < bases else part
+        for part, count, bases, each in zip(parts, active, decoder.generations, names, strict=True)
+    ]
+    return builder.add("Concat", kept, name, axis=1)
+
+
+def _keep_largest(builder: GraphBuilder, rows: str, active: int, name: str) -> str:
+    """Shrinks all but ``active`` of each row to zero, as :mod:`mnif.models.sparse_coefficients` does."""
     sizes = builder.add("Abs", [rows], f"{name}/sizes")
     place = builder.constant(f"{name}/place", np.array([active], dtype=np.int64))
     largest = builder.largest(sizes, active + 1, f"{name}/largest")

@@ -5,12 +5,12 @@
   products that mix the bases stay in float32. The first layer decides: its argument is multiplied by w0, so half
   precision there is a phase error of every sine that follows.
 
-The large matrices (denoiser, coefficient map, bases) can be stored in fewer bits than they are computed in:
+The large matrices (denoiser, encoder, coefficient map, bases) can be stored in fewer bits than they are computed in:
 
 - **fp16**: float16 numbers and a Cast.
-- **int8**: one scale per output channel and DequantizeLinear, for the denoiser's blocks and the coefficient map; what
-  reads and writes latents stays in float16, which is worth 6 dB. Fields are not stored so: a SIREN of 55 dB comes down
-  to 45.
+- **int8**: one scale per output channel and DequantizeLinear, for the hidden layers of denoiser and encoder and for
+  the coefficient map; what reads and writes latents stays in float16, which is worth 6 dB and more. Fields are not
+  stored so: a SIREN of 55 dB comes down to 45.
 
 What either costs is measured by :mod:`export.device.reference_evaluator`, which counts in the types a graph names.
 ONNX Runtime on a CPU takes float16 casts out and would show no loss at all.
@@ -35,7 +35,9 @@ _HIDDEN = re.compile(r"layer_[1-9]\d*/product|step_\d+/.+|encoder/(?!read$).+")
 _LARGE = 4096  # numbers; smaller matrices are not worth a node
 
 # What int8 holds; all else is float16 then.
-_INT8_WEIGHTS = re.compile(r"denoiser\.blocks\.|decoder\.(later\.\d+\.)?coefficient_map\.")
+_INT8_WEIGHTS = re.compile(
+    r"denoiser\.blocks\.|decoder\.(later\.\d+\.)?coefficient_map\.|encoder\.(blocks\.|mix_in\.|mix_residual\.)"
+)
 
 
 def hidden_products(model: onnx.ModelProto) -> list[str]:

@@ -48,13 +48,14 @@ class GraphKind:
 
     Attributes:
         description: for the bundle's README, which fills in {end}, {steps}, {grid} and {cells}.
-        precision: which flags choose it: ``"graph"`` (--precision), ``"sampler"`` (--sampler_precision and
-            --sampler_storage), or ``"fp32"`` for what is float32 alone.
+        precision: which flags choose it: ``"graph"`` (--precision), ``"encoder"`` (--precision and
+            --encoder_storage), ``"sampler"`` (--sampler_precision and --sampler_storage), or ``"fp32"`` for what is
+            float32 alone.
         served: it has a dynamic batch and becomes a model in Triton's repository.
     """
 
     description: str
-    precision: Literal["graph", "sampler", "fp32"] = "graph"
+    precision: Literal["graph", "encoder", "sampler", "fp32"] = "graph"
     served: bool = False
 
     def described(self, manifest: Mapping[str, Any], graphs: Iterable[Mapping[str, Any]]) -> str:
@@ -78,6 +79,7 @@ KINDS = {
         "an observation at the training resolution, and where it was seen, to its latent, its mixture coefficients, "
         "the fields baked of these, and the mean squared error of what they show: of each of {cells} cell(s), and of "
         "the whole.",
+        precision="encoder",
         served=True,
     ),
     "rays": GraphKind(
@@ -259,7 +261,7 @@ def _measure(
     if not quality >= _WORST:
         raise UserError(
             f"{name}: {quality:.1f} dB against float64, less than {_WORST:.0f}; nothing was written; export without "
-            "mixed precision and with sampler storage fp32"
+            "mixed precision and with --sampler_storage and --encoder_storage fp32"
         )
     least = min(quality - _DEVICES_DIFFER, _FINEST)
     return quality, error, {"max_abs": 4 * error + reference.tolerance, "psnr": least}

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mnif.utils.args import parse_arguments
+from mnif.utils.devices import DeviceFlags, chosen_device
 from mnif.utils.errors import UserError, require
 
 
 @dataclass(kw_only=True)
-class DemoAppArguments:
+class DemoAppArguments(DeviceFlags):
     """Serve a local page to try a model on: samples, the way between two of them, a picture of your own."""
 
     model: Path
@@ -37,8 +38,9 @@ def main(arguments: list[str]) -> None:
     from latent_prior.demo_app import DemoApp, launch
     from latent_prior.hub import model_folder
 
+    device = chosen_device(options.device)
     model = model_folder(options.model)
     atlas = options.atlas or model.parent / "atlas.html"
-    app = DemoApp(model)
+    app = DemoApp(model, device)
     with tempfile.TemporaryDirectory(prefix="mnif-demo-app-") as folder:
         launch(app, Path(folder), options.host, options.port, atlas=atlas if atlas.is_file() else None)

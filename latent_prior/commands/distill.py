@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from latent_prior.hub_flags import HubFlags
-from latent_prior.settings import TRAIN_TIMESTEPS, LossType, check_heads
+from latent_prior.settings import TRAIN_TIMESTEPS, HubFlags, LossType, check_heads
 from mnif.training.arguments import TrainingArguments
 from mnif.training.run_record import begin_stage, check_finished, finish_stage
 from mnif.utils.args import parse_arguments
@@ -144,7 +143,7 @@ def distill(arguments: DistillArguments) -> None:
     _train(arguments, accelerator, student, pairs)
     if accelerator.is_main_process:
         seconds = {"seconds_of_pairs": round(drawn, 1), "seconds": round(time.perf_counter() - started, 1)}
-        _finish(arguments, pipeline, student.cpu().eval(), table, seconds)
+        _finish(arguments, pipeline, student.eval(), table, seconds)
         push(model, repository)
     accelerator.wait_for_everyone()
 
@@ -242,7 +241,7 @@ def _finish(
 
     run = arguments.run
     add_student(run / "model", pipeline, student)
-    teacher = MNIFPipeline(pipeline.decoder, pipeline.denoiser.cpu(), pipeline.scheduler)
+    teacher = MNIFPipeline(pipeline.decoder, pipeline.denoiser, pipeline.scheduler)
     distances = energy_distances(arguments, teacher, student, table)
     metrics = seconds | {
         "peak_rss_mb": peak_memory_megabytes(),
@@ -278,6 +277,7 @@ def energy_distances(
 ) -> dict[str, float]:
     """Distances from the training latents: of both models by number of steps, and of two controls.
 
+    Samples are drawn where the student is, and compared on the CPU, in double precision.
     The controls are a full-covariance Gaussian in the place of a model, and the held-out latents if there are any.
     """
     import torch
@@ -287,24 +287,27 @@ def energy_distances(
     from latent_prior.pipeline import MNIFPipeline
     from latent_prior.sampling import sample_latents
 
-    solver = sampling_scheduler(objective_of(teacher.scheduler))
+    def standardised(latents: Tensor) -> Tensor:
+        return student.standardised(latents.to(student.device)).cpu()
+
+    solver, decoder = sampling_scheduler(objective_of(teacher.scheduler)), teacher.decoder.to(student.device)
     pipelines = {
-        "student": MNIFPipeline(teacher.decoder, student, student_scheduler()),
-        "teacher": MNIFPipeline(teacher.decoder, teacher.denoiser, solver),
+        "student": MNIFPipeline(decoder, student, student_scheduler()),
+        "teacher": MNIFPipeline(decoder, teacher.denoiser, solver),
     }
-    train_latents = student.standardised(_some(table.train))
+    train_latents = standardised(_some(table.train))
     distances: dict[str, float] = {}
     for name, pipeline in pipelines.items():
         pipeline.set_progress_bar_config(disable=True)
         for steps in sorted({*arguments.student_steps, *([arguments.teacher_steps] if name == "teacher" else [])}):
-            samples = student.standardised(sample_latents(pipeline, arguments.seed, range(_COMPARED), steps))
+            samples = standardised(sample_latents(pipeline, arguments.seed, range(_COMPARED), steps))
             distances[f"{name}_{steps}"] = energy_distance(samples, train_latents)
-    rows = student.standardised(table.train).double()
+    rows = standardised(table.train).double()
     generator = np.random.default_rng([arguments.seed, 1])
     gaussian = generator.multivariate_normal(rows.mean(dim=0), rows.T.cov(), size=_COMPARED, method="eigh")
     distances["gaussian"] = energy_distance(torch.from_numpy(gaussian), train_latents)
     if table.held_out.sum() > 1:
-        held_out = student.standardised(_some(table.latents[table.held_out]))
+        held_out = standardised(_some(table.latents[table.held_out]))
         distances["held_out"] = energy_distance(held_out, train_latents)
     return distances
 

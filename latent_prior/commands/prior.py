@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import time
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 import numpy as np
 
-from latent_prior.hub_flags import HubFlags
-from latent_prior.settings import PAPER_GROUPS, DenoiserName, LossType, Objective, Weighting, check_heads
+from latent_prior.settings import PAPER_GROUPS, DenoiserName, HubFlags, LossType, Objective, Weighting, check_heads
 from mnif.training.arguments import TrainingArguments
 from mnif.training.run_record import STAGE_ONE, begin_stage, check_finished, finish_stage
 from mnif.utils.args import parse_given
@@ -175,7 +173,7 @@ def fit_prior(arguments: PriorArguments) -> None:
     import torch
     from accelerate.utils import set_seed
 
-    from latent_prior.changes import changed_instances
+    from latent_prior.augmentation import changed_in_all_generations, changed_latents
     from latent_prior.denoisers import settings_of_tokens
     from latent_prior.hub import push, repository_for
     from mnif.latents.table import LatentTable
@@ -192,10 +190,11 @@ def fit_prior(arguments: PriorArguments) -> None:
     for stage in STAGE_ONE:
         check_finished(run, stage)
     decoder = load_component(MNIFModel, run / "model", "decoder")
-    table = _with_inherited(arguments, LatentTable.load_for(decoder, run / "latents.safetensors"), decoder)
+    own = LatentTable.load_for(decoder, run / "latents.safetensors")
+    table = _with_inherited(run, own, decoder)
     settings_of_tokens(arguments.denoiser, decoder)  # in time: nothing has been written yet
     latents = torch.cat([table.train, *_extra_latents(arguments, decoder)])
-    augmented = changed_instances(run, decoder, table) if arguments.augment else None
+    augmented = changed_in_all_generations(run, decoder, own) if arguments.augment else []
     fill_in_steps(arguments, len(latents))
     repository = repository_for(arguments, run / "model")
     accelerator = make_accelerator(arguments, run)
@@ -207,7 +206,8 @@ def fit_prior(arguments: PriorArguments) -> None:
         print(f"{run}: `mnif prior` has finished here before with these arguments; nothing to do")
         push(run / "model", repository)
         return
-    rows = {"latents": latents} | ({} if augmented is None else {"changed": augmented.latents()})
+    changed = {"changed": changed_latents(augmented, accelerator.device)} if augmented else {}
+    rows = {"latents": latents} | changed
     set_seed(arguments.seed)
     if old is None:
         denoiser = make_denoiser(arguments, table, decoder)
@@ -215,7 +215,7 @@ def fit_prior(arguments: PriorArguments) -> None:
         denoiser = _continued_denoiser(run, decoder, table, old)
     _train(arguments, accelerator, decoder, denoiser, table, rows)
     if accelerator.is_main_process:
-        _finish(arguments, decoder, denoiser.cpu().eval(), time.perf_counter() - started)
+        _finish(arguments, decoder, denoiser.eval(), time.perf_counter() - started)
         push(run / "model", repository)
     accelerator.wait_for_everyone()
 
@@ -260,7 +260,7 @@ def _train(
     data, run = array_dataset(rows), arguments.run
 
     def show() -> Image:
-        return samples_sheet(decoder, deepcopy(denoiser).cpu(), arguments)
+        return samples_sheet(decoder, denoiser, arguments)
 
     TrainLoop(accelerator, arguments, loss, [optimizer], data, run, "prior", validate, ema, keep_best, show=show).run()
 
@@ -280,22 +280,16 @@ def make_denoiser(arguments: PriorArguments, table: LatentTable, decoder: MNIFMo
     return denoiser
 
 
-def _with_inherited(arguments: PriorArguments, table: LatentTable, decoder: MNIFModel) -> LatentTable:
-    """Joins the latents of a run that was grown with those of the generations before, so that a prior learns all.
-
-    Raises:
-        UserError: instances are to be changed too, which nobody can do with those before.
-    """
+def _with_inherited(run: Path, table: LatentTable, decoder: MNIFModel) -> LatentTable:
+    """Joins the latents of a run that was grown with those of the generations before, so that a prior learns all."""
     import torch
 
     from mnif.latents.table import LatentTable
     from mnif.training.inheritance import inherited_tables
 
-    every = [table, *(LatentTable.load_for(decoder, path) for path in inherited_tables(arguments.run))]
+    every = [table, *(LatentTable.load_for(decoder, path) for path in inherited_tables(run))]
     if len(every) == 1:
         return table
-    if arguments.augment:
-        raise UserError("--augment: of latents from before the growth the instances are not here; leave it out")
     latents, held_out = (torch.cat([getattr(one, name) for one in every]) for name in ("latents", "held_out"))
     return replace(table, latents=latents, held_out=held_out, ids=[id for one in every for id in one.ids])
 
@@ -373,7 +367,7 @@ def _finish(arguments: PriorArguments, decoder: MNIFModel, denoiser: Denoiser, s
 
 
 def samples_sheet(decoder: MNIFModel, denoiser: Denoiser, arguments: PriorArguments) -> Image:
-    """Draws 64 samples of a denoiser on the CPU."""
+    """Draws 64 samples of a denoiser, where it is."""
     import torch
 
     from latent_prior.diffusion import sampling_scheduler
@@ -381,7 +375,7 @@ def samples_sheet(decoder: MNIFModel, denoiser: Denoiser, arguments: PriorArgume
     from latent_prior.sampling import sample_latents
     from mnif.signals.outputs import postprocess
 
-    pipeline = MNIFPipeline(decoder, denoiser, sampling_scheduler(arguments.objective))
+    pipeline = MNIFPipeline(decoder.to(denoiser.device), denoiser, sampling_scheduler(arguments.objective))
     pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
         images = postprocess(decoder, sample_latents(pipeline, arguments.seed, range(64)), "pil")

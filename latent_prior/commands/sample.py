@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from latent_prior.settings import INFERENCE_STEPS
 from mnif.signals.output_flags import OutputFlags
 from mnif.utils.args import parse_arguments
+from mnif.utils.devices import DeviceFlags
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import flush_everything, remove_leftovers, sha256_of_folder, write_json
 from mnif.utils.json_files import read_json
 from mnif.utils.output_folders import holds_folder
-from mnif.utils.process import command_line, peak_memory_megabytes, progress_bar
+from mnif.utils.process import Processes, command_line, peak_memory_megabytes, progress_bar
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
-
     from latent_prior.pipeline import MNIFPipeline
     from latent_prior.sample_writers import Samples
 
 _COMPONENTS = ("decoder", "denoiser", "scheduler", "student", "student_scheduler")
-
-_PATIENCE = timedelta(days=7)  # that processes wait for the slowest of them
 
 
 @dataclass(kw_only=True)
@@ -63,7 +59,7 @@ class PreviewFlags:
 
 
 @dataclass(kw_only=True)
-class SampleArguments(SamplingFlags, FilesFlags, PreviewFlags, OutputFlags):
+class SampleArguments(SamplingFlags, FilesFlags, PreviewFlags, OutputFlags, DeviceFlags):
     """Draw new samples; number i depends on seed and i alone, and a stopped command continues where it was."""
 
     model: Path
@@ -89,8 +85,6 @@ def sample(arguments: SampleArguments) -> None:
         UserError: the model folder lacks a stage, a flag is out of range, or the output folder is another command's
             or holds other samples.
     """
-    import torch
-    from accelerate import PartialState
     from accelerate.utils import gather_object
 
     from latent_prior.hub import model_folder
@@ -99,6 +93,7 @@ def sample(arguments: SampleArguments) -> None:
     from latent_prior.schedulers import scheduler_by_name
 
     _check(arguments)
+    processes = Processes(arguments.device)
     model = model_folder(arguments.model)
     pipeline = load_pipeline(model)
     if arguments.scheduler:
@@ -109,21 +104,20 @@ def sample(arguments: SampleArguments) -> None:
     requested = _requested(arguments, model, samples)
     _check_same_samples(samples, requested)
 
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
     missing = {chunk: samples.missing(chunk) for chunk in samples.chunks()}  # as all find it, for none writes yet
-    state.wait_for_everyone()
-    if state.is_main_process:
+    processes.wait()
+    if processes.is_main:
         for folder in samples.folders():
             remove_leftovers(folder)
         write_json(samples.output / "samples.json", requested)
-    state.wait_for_everyone()
-    pipeline.to(state.device)
+    processes.wait()
+    pipeline.to(processes.device)
     pipeline.set_progress_bar_config(disable=True)
     started = time.perf_counter()
-    unseen = _write(samples, missing, state)
+    unseen = _write(samples, missing, processes)
     flush_everything()
     unseen = sum(gather_object([unseen]))
-    if not state.is_main_process:
+    if not processes.is_main:
         return
     samples.finish()
     _report(samples, sum(missing.values()), unseen, time.perf_counter() - started)
@@ -206,23 +200,23 @@ def _requested(arguments: SampleArguments, model: Path, samples: Samples) -> dic
     return requested
 
 
-def _write(samples: Samples, missing: dict[range, int], state: PartialState) -> int:
+def _write(samples: Samples, missing: dict[range, int], processes: Processes) -> int:
     """Writes this process's share of the chunks, and counts the samples of which there was nothing to show.
 
     Args:
         samples: what is written.
         missing: for each chunk, how many of its samples are not there.
-        state: the processes that share the work.
+        processes: share the work.
     """
     import torch
 
     todo = [chunk for chunk, count in missing.items() if count]
-    chunks = todo[state.process_index :: state.num_processes]
+    chunks = processes.share(todo)
     unseen, total = 0, sum(missing[chunk] for chunk in chunks)
-    whose = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
+    whose = f" (process 1 of {processes.count})" if processes.count > 1 else ""
     with (
         progress_bar(
-            total=total, desc=f"sampling{whose}", unit=samples.signal.noun, disable=not state.is_main_process
+            total=total, desc=f"sampling{whose}", unit=samples.signal.noun, disable=not processes.is_main
         ) as bar,
         torch.no_grad(),
     ):

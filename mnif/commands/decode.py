@@ -16,12 +16,13 @@ from PIL import Image
 
 from mnif.signals.output_flags import OutputFlags
 from mnif.utils.args import parse_arguments
+from mnif.utils.devices import DeviceFlags, chosen_device, sent
 from mnif.utils.errors import UserError, check_at_least, printable
 from mnif.utils.files import flush_everything, remove_leftovers, sha256_of_file, write_json
 from mnif.utils.json_files import read_json
 from mnif.utils.output_folders import holds_folder
 from mnif.utils.pixels import image_grid, save_image
-from mnif.utils.process import command_line, default_device, peak_memory_megabytes, progress_bar
+from mnif.utils.process import command_line, peak_memory_megabytes, progress_bar
 from mnif.utils.resumable import SEALS, Seals
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _LONGEST_NAME = 160  # bytes; file systems allow 255, suffixes included
 
 
 @dataclass(kw_only=True)
-class DecodeArguments(OutputFlags):
+class DecodeArguments(OutputFlags, DeviceFlags):
     """Show what latents stand for: pictures, meshes, views; the same command again continues where it was stopped."""
 
     model: Path
@@ -69,6 +70,7 @@ def decode(arguments: DecodeArguments) -> None:
     from mnif.signals.outputs import writer_from_flags
     from mnif.signals.registry import signal_of_model
 
+    device = chosen_device(arguments.device)
     decoder = load_component(MNIFModel, arguments.model, "decoder")
     signal = signal_of_model(decoder)
     writer = writer_from_flags(arguments, signal)
@@ -76,7 +78,7 @@ def decode(arguments: DecodeArguments) -> None:
     table = LatentTable.load_for(decoder, arguments.latents)
     rows = _rows(arguments, table)
     names = safe_names(table.ids)
-    decoder.to(default_device())
+    decoder.to(device)
 
     output, started = arguments.output_dir, time.perf_counter()
     requested = {"decoder": fingerprint, "latents": sha256_of_file(arguments.latents)} | asdict(writer)
@@ -94,7 +96,7 @@ def decode(arguments: DecodeArguments) -> None:
         for row, paths in missing.items():
             for path in paths:
                 path.unlink(missing_ok=True)  # writers keep what they find
-            latent = table.latents[row : row + 1].to(decoder.device)
+            latent = sent(table.latents[row : row + 1], device)
             why = writer.write(decoder, signal, latent, output, names[row])
             if why:
                 unseen[table.ids[row]] = why

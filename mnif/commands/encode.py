@@ -13,15 +13,17 @@ import numpy as np
 
 from mnif.data.dataset import Dataset, Split
 from mnif.utils.args import parse_arguments
+from mnif.utils.devices import DeviceFlags, chosen_device
 from mnif.utils.errors import UserError, check_at_least, printable
 from mnif.utils.files import sha256_of_file, write_json
 from mnif.utils.json_files import merge_json
 from mnif.utils.output_folders import check_output_folder, output_folder_of
 from mnif.utils.pixels import MAX_IMAGE_PIXELS, limit_image_pixels
-from mnif.utils.process import command_line, default_device, peak_memory_megabytes, progress_bar
+from mnif.utils.process import command_line, peak_memory_megabytes, progress_bar
 from mnif.utils.resumable import Chunks
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from mnif.data.batches import ArrayDataset
@@ -88,7 +90,7 @@ class GateFlags:
 
 
 @dataclass(kw_only=True)
-class EncodeArguments(SearchFlags, DataFlags, ObservationFlags, GateFlags):
+class EncodeArguments(SearchFlags, DataFlags, ObservationFlags, GateFlags, DeviceFlags):
     """Find the latents of new data on frozen bases; the same command again continues where it was stopped."""
 
     model: Path
@@ -130,7 +132,7 @@ def encode(arguments: EncodeArguments) -> None:
         raise UserError(f"--refinement_learning_rate {arguments.refinement_learning_rate:g}: must be above 0")
     _check_gate(arguments, steps)
     check_output_folder(arguments.output_dir, "encode")
-    device = default_device()
+    device = chosen_device(arguments.device)
     decoder = load_component(MNIFModel, arguments.model, "decoder").to(device)
     signal = signal_of_model(decoder)
     latent_init = load_latent_init(arguments.model, decoder, signal, arguments.method)
@@ -141,7 +143,7 @@ def encode(arguments: EncodeArguments) -> None:
     loss = RobustLoss.of(profile, device) if profile is not None and arguments.robust else None
     data = _selected_data(arguments, signal)
     rows = array_dataset(_arrays(arguments, signal, data))
-    observe = _observation(arguments, signal, data, rows)
+    observe = _observation(arguments, signal, data, rows, device)
 
     def infer(batch: ArrayDataset) -> Tensor:
         rate = arguments.refinement_learning_rate
@@ -226,7 +228,8 @@ def _search(arguments: EncodeArguments, steps: int, data: Dataset) -> dict[str, 
     from mnif.utils.model_folders import sha256_of_model
 
     search = {"steps": steps, "model": sha256_of_model(arguments.model), "data": data.fingerprint()}
-    search |= {name: str(value) for name, value in asdict(arguments).items() if name != "output_dir"}
+    given = asdict(arguments).items()
+    search |= {name: str(value) for name, value in given if name not in ("output_dir", "device")}
     return search | ({"mask": sha256_of_file(arguments.mask)} if arguments.mask is not None else {})
 
 
@@ -270,7 +273,9 @@ def _report(output: Path, ids: list[str], metrics: dict[str, Tensor], seconds: f
         print(f"warning: {len(badly)} of them fit much worse than the rest: {worst}")
 
 
-def _observation(arguments: EncodeArguments, signal: Signal, data: Dataset, rows: ArrayDataset) -> Observe | None:
+def _observation(
+    arguments: EncodeArguments, signal: Signal, data: Dataset, rows: ArrayDataset, device: torch.device
+) -> Observe | None:
     """Says how a batch is observed: whole (None), through masks, or in some views."""
     from mnif.latents.masks import masked, read_masks, some_views
 
@@ -279,7 +284,7 @@ def _observation(arguments: EncodeArguments, signal: Signal, data: Dataset, rows
     (first,) = rows.subset(np.arange(1)).batches(1)
     if arguments.mask is not None:
         shape = signal.observe(first).values.shape[1:-1]
-        return masked(signal, read_masks(arguments.mask, shape, data.ids))
+        return masked(signal, read_masks(arguments.mask, shape, data.ids), device)
     if arguments.views is not None:
         return some_views(signal, arguments.views, first)
     return None

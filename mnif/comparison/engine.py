@@ -23,13 +23,14 @@ from msgspec import Meta
 
 from mnif.data.dataset import Dataset, Split
 from mnif.training.run_record import flags_as_json, for_further_runs, read_metrics_log
+from mnif.utils.devices import default_device
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import write_json
 from mnif.utils.flag_files import Flags, write_config
 from mnif.utils.json_files import read_json
 from mnif.utils.output_folders import check_output_folder, output_folder_of
 from mnif.utils.pixels import limit_image_pixels
-from mnif.utils.process import command_line, default_device
+from mnif.utils.process import command_line
 
 if TYPE_CHECKING:
     from mnif.data.batches import ArrayDataset
@@ -397,13 +398,17 @@ def found_again(subject: Subject) -> dict[str, float]:
 
 
 def _time_after(steps: Iterator[int]) -> float:
-    """The clock in seconds after a few more steps, once the accelerator has done their work."""
+    """The clock in seconds after a few more steps: of this thread's work, or of the wall where an accelerator works.
+
+    What else a processor does meanwhile is not counted, or runs of a busy moment would get fewer steps than others.
+    """
     import torch
 
     for _ in islice(steps, _BETWEEN_LOOKS):
         pass
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+    if default_device().type == "cpu":
+        return time.thread_time()
+    torch.accelerator.synchronize()
     return time.perf_counter()
 
 

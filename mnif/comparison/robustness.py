@@ -150,8 +150,8 @@ def _quality_of_shifted(
     for batch, some in zip(rows.batches(_BATCH, decoder.device), latents.split(_BATCH), strict=True):
         shifted = observe(batch)
         found = signal.predict(decoder, decoder.coefficients(some), shifted)
-        quality.append(psnr(found, shifted.values).cpu())
-    return torch.cat(quality)
+        quality.append(psnr(found, shifted.values))
+    return torch.cat(quality).cpu()
 
 
 def _part_of(shape: torch.Size, share: float, draw: np.random.Generator) -> np.ndarray:

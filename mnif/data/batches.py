@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -9,11 +10,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from mnif.utils.devices import sent
+
 
 class ArrayDataset(Dataset[dict[str, Tensor]]):
     """Arrays with the same first axis; a batch is one indexing of each, under the arrays' names.
 
-    Memory-mapped arrays stay on disk; only the rows that are indexed are read.
+    Memory-mapped arrays stay on disk; only the rows that are indexed are read. Tensors are indexed where they are.
     """
 
     def __init__(self, **arrays: Tensor | np.ndarray):
@@ -26,13 +29,30 @@ class ArrayDataset(Dataset[dict[str, Tensor]]):
         return {name: batch[0] for name, batch in self.__getitems__([row]).items()}
 
     def __getitems__(self, rows: list[int] | np.ndarray | Tensor) -> dict[str, Tensor]:
-        index = torch.as_tensor(rows)
+        index = sent(torch.as_tensor(rows), self.device)
         return {name: _taken(array, index) for name, array in self.arrays.items()}
 
     def batches(self, batch_size: int, device: torch.device | str = "cpu") -> Iterator[dict[str, Tensor]]:
-        """Yields all rows in order, at most ``batch_size`` at a time."""
-        for index in torch.arange(len(self)).split(batch_size):
-            yield {name: tensor.to(device) for name, tensor in self.__getitems__(index).items()}
+        """Yields all rows in order, at most ``batch_size`` at a time; an accelerator gets each while it is at work on
+        the one before."""
+        parts = torch.arange(len(self)).split(batch_size)
+        batches = ({name: sent(part, device) for name, part in self.__getitems__(index).items()} for index in parts)
+        return batches if torch.device(device).type == "cpu" else _one_ahead(batches)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are indexed."""
+        first = next(iter(self.arrays.values()))
+        return first.device if isinstance(first, Tensor) else torch.device("cpu")
+
+    def on(self, device: torch.device | str) -> "ArrayDataset":
+        """Copies the arrays to a device, some rows at a time, to be indexed there."""
+        return ArrayDataset(**{name: _on_device(array, device) for name, array in self.arrays.items()})
+
+    def nbytes(self) -> int:
+        """Counts the bytes of all arrays."""
+        arrays = self.arrays.values()
+        return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
 
     def subset(self, index: np.ndarray) -> "ArrayDataset":
         """Selects some of the rows, which are read when they are indexed."""
@@ -167,6 +187,26 @@ def _taken(array: Tensor | np.ndarray, index: Tensor) -> Tensor:
     if isinstance(array, Tensor):
         return array[index]
     return torch.from_numpy(np.ascontiguousarray(array[index.numpy()]))
+
+
+def _one_ahead(batches: Iterator[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Has the next batch read and on its way before one is worked on."""
+    for batch, _ in pairwise(chain(batches, [{}])):
+        yield batch
+
+
+_COPIED_BYTES = 1 << 26  # at a time
+
+
+def _on_device(array: Tensor | np.ndarray, device: torch.device | str) -> Tensor:
+    """Copies an array to a device without ever having all of it in memory."""
+    step = max(_COPIED_BYTES // max(math.prod(array.shape[1:]) * array.dtype.itemsize, 1), 1)
+    parts = (_taken(array, index) for index in torch.arange(len(array)).split(step))
+    first = next(parts)
+    copy = torch.empty(array.shape, dtype=first.dtype, device=device)
+    for begin, part in zip(range(0, len(array), step), chain([first], parts), strict=True):
+        copy[begin : begin + step] = sent(part, device)
+    return copy
 
 
 def evenly_spaced(count: int, wanted: int) -> np.ndarray:

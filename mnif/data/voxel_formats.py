@@ -12,7 +12,6 @@ with a line for each shape, ``category/model``.
 
 import re
 from collections.abc import Callable, Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from scipy.ndimage import binary_fill_holes
 from mnif.data.arrays import row_names
 from mnif.utils.errors import UserError, require
 from mnif.utils.files import written_atomically
+from mnif.utils.meshes import read_mesh
 
 _LONGEST_RUN = 255
 LARGEST_GRID = 512
@@ -232,11 +232,9 @@ def _scattered(path: Path, row: int, points: np.ndarray, values: np.ndarray, gri
     return (np.bincount(cells, weights=values, minlength=grid**3) >= counts / 2).reshape((grid,) * 3)
 
 
-MESH_SUFFIXES = (".obj", ".glb", ".gltf", ".stl", ".ply", ".off")
 LONGEST_SIDE = 0.9
 """The longest side of a mesh's bounding box, as a share of the cube's."""
 
-_FARTHEST = 1e100  # coordinate of a corner; differences and products of larger ones would not be finite
 _LINES = 8  # along x and y, of those that cut a cell along z to measure how much of it is covered
 _OFF_EDGES = np.array([2.7e-6, 1.3e-6])  # cells; moves the lines off the edges of meshes made by rule
 _VOLUME_ERROR = 0.01  # below which cells that are covered alike are not told apart
@@ -253,11 +251,11 @@ def voxelise_mesh(path: Path, resolution: int) -> np.ndarray:
     than a cell leave a shell.
 
     Args:
-        path: of one of :data:`MESH_SUFFIXES`; the parts of a scene are taken together.
+        path: of one of :data:`mnif.utils.meshes.MESH_SUFFIXES`; the parts of a scene are taken together.
         resolution: cells per axis.
 
     Raises:
-        UserError: as :func:`read_mesh`, or the mesh is one point.
+        UserError: as :func:`mnif.utils.meshes.read_mesh`, or the mesh is one point.
     """
     vertices, faces = read_mesh(path)
     used = vertices[faces.ravel()]
@@ -384,71 +382,3 @@ def _surface_points(triangles: np.ndarray) -> Iterator[np.ndarray]:
         batch = max(1, 2_000_000 // len(weights))
         for start in range(0, len(chosen), batch):
             yield np.einsum("pk,fkd->fpd", weights, chosen[start : start + batch]).reshape(-1, 3)
-
-
-def read_mesh(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Reads vertices [V, 3] float64 and faces [F, 3], at least one; vertices used by a face are finite.
-
-    Raises:
-        UserError: the file is damaged, has no faces, names a corner that is not there, or a corner is NaN or infinite.
-    """
-    import trimesh
-
-    try:
-        content = _absolute_obj(path) if path.suffix.lower() == ".obj" else path
-        kind = path.suffix.lower().removeprefix(".")
-        scene: Any = trimesh.load_scene(content, file_type=kind, process=False, skip_materials=True)
-        parts = {name: part for name, part in scene.geometry.items() if len(getattr(part, "faces", ()))}
-    except UserError:
-        raise
-    except Exception as error:  # what its loaders raise is no closed list
-        raise UserError(f"{path}: unreadable mesh ({type(error).__name__}: {error}); remove or replace it") from None
-    if not parts:
-        raise UserError(f"{path}: has no faces, so no surface; remove it")
-    for part in parts.values():  # before they are put together, where a wrong index would name another part's corner
-        _check_indices(path, np.asarray(part.faces), len(part.vertices))
-    mesh = scene.to_mesh()
-    vertices, faces = np.asarray(mesh.vertices, dtype=np.float64), np.asarray(mesh.faces)
-    if not len(faces):
-        raise UserError(f"{path}: has no faces, so no surface; remove it")
-    if not (np.abs(vertices[faces]) < _FARTHEST).all():  # NaN is not
-        raise UserError(f"{path}: a corner is NaN, infinite or beyond {_FARTHEST:g}; mend or remove it")
-    return vertices, faces
-
-
-def _check_indices(path: Path, faces: np.ndarray, count: int) -> None:
-    low, high = int(faces.min()), int(faces.max())
-    if low < 0 or high >= count:
-        wrong = low if low < 0 else high
-        raise UserError(f"{path}: a face names corner {wrong} where there are 0 to {count - 1}; mend or remove it")
-
-
-_OBJ_ODD = re.compile(rb"^[ \t]*f[ \t](?:[^\r\n]*[ \t])?[+]?(?:-|0+(?:[/ \t\r\n]|$))", re.MULTILINE)  # backwards or 0
-
-
-def _absolute_obj(path: Path) -> Path | BytesIO:
-    """Gives an OBJ file as it is, or with indices that count backwards as those that count from the beginning.
-
-    -1 is the last vertex so far, which trimesh takes for the last of all; and there is no vertex 0.
-
-    Raises:
-        UserError: a face names a corner that is not there.
-    """
-    content = path.read_bytes()
-    if not _OBJ_ODD.search(content):
-        return path
-    lines, count = [], 0
-    for line in content.splitlines():
-        words = line.partition(b"#")[0].split()
-        if words[:1] == [b"v"]:
-            count += 1
-        if words[:1] == [b"f"]:
-            corners = [int(word.split(b"/")[0]) for word in words[1:]]
-            if 0 in corners:
-                raise UserError(f"{path}: a face names corner 0, but an OBJ counts from 1; mend or remove it")
-            corners = [count + 1 + corner if corner < 0 else corner for corner in corners]
-            if min(corners, default=1) < 1:
-                raise UserError(f"{path}: a face counts farther back than there are corners; mend or remove it")
-            line = b"f " + b" ".join(b"%d" % corner for corner in corners)
-        lines.append(line)
-    return BytesIO(b"\n".join(lines))

@@ -14,7 +14,6 @@ from mnif.data.dataset import Dataset
 from mnif.data.source import DataSource, file_id, files_by_name, readable, visible_files
 from mnif.data.voxel_formats import (
     LARGEST_GRID,
-    MESH_SUFFIXES,
     binvox_resolution,
     grids_of_array,
     hdf5_grids,
@@ -24,6 +23,7 @@ from mnif.data.voxel_formats import (
     voxelise_mesh,
 )
 from mnif.utils.errors import UserError
+from mnif.utils.meshes import MESH_SUFFIXES
 from mnif.utils.process import progress_bar
 
 VOXEL_SUFFIXES = (".binvox", *MESH_SUFFIXES)

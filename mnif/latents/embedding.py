@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mnif.utils.devices import sent
 from mnif.utils.errors import UserError
 from mnif.utils.files import save_tensors
 
@@ -61,7 +62,7 @@ class LatentEmbedding:
             # samples with the seed of the training would get the training instances back.
             generator = np.random.default_rng(np.random.SeedSequence([seed, lane], spawn_key=(2,)))
             numbers = generator.standard_normal((per_lane, latent_dim), dtype=np.float32)
-            self.latents[index] = torch.from_numpy(numbers)
+            self.latents[index] = sent(torch.from_numpy(numbers), self.latents.device)
         self.latents *= 0.1
         self.mean = torch.zeros_like(self.latents)
         self.square = torch.zeros_like(self.latents)
@@ -151,10 +152,13 @@ class LatentEmbedding:
             raise RuntimeError("latents were taken, but no loss was differentiated through them")
         if len(gradients) == 1:
             return self._taken[0][0], gradients[0]
-        places = torch.cat([torch.stack(place) for place, _ in self._taken], dim=1)
-        places, which = places.unique(dim=1, return_inverse=True)
-        sums = gradients[0].new_zeros(places.shape[1], gradients[0].shape[1])
-        return (places[0], places[1]), sums.index_add_(0, which, torch.cat(gradients))
+        lanes, places = (torch.cat(parts) for parts in zip(*(place for place, _ in self._taken), strict=True))
+        # A place that is there several times has its sum each time, and is written as often: to count the different
+        # ones, an accelerator would have to be waited for.
+        ordered, order = (lanes * self.latents.shape[1] + places).sort(stable=True)
+        which = torch.empty_like(order).scatter_(0, order, (ordered.diff(prepend=ordered[:1]) != 0).cumsum(0))
+        gradient = torch.cat(gradients)
+        return (lanes, places), torch.zeros_like(gradient).index_add_(0, which, gradient)[which]
 
     def _stored(self, folder: Path, wanted: range) -> Iterator[tuple[int, Any, int]]:
         """Yields the ``wanted`` lanes, each with the open file it is in, and where in that file's tensors it is."""

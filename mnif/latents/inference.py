@@ -12,6 +12,7 @@ from mnif.models.encoders import PatchEncoder, TokenEncoder, ViewsEncoder
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Observation, Signal
+from mnif.utils.devices import sent
 from mnif.utils.errors import UserError
 from mnif.utils.model_folders import model_folder_in
 from mnif.utils.process import progress_bar
@@ -56,10 +57,7 @@ def optimize_latents(
         loss: default: the signal's own, the mean squared error.
 
     Returns:
-        [B, D].
-
-    Raises:
-        UserError: the latents are not finite any more.
+        [B, D], not finite if the rate is too high.
     """
     if not steps:
         return start
@@ -76,8 +74,6 @@ def optimize_latents(
             (latents.grad,) = torch.autograd.grad(errors.sum(), latents)
         optimizer.step()
         schedule.step()
-    if not latents.isfinite().all():
-        raise UserError("refining the latents diverged; lower --refinement_learning_rate")
     return latents.detach()
 
 
@@ -106,15 +102,25 @@ def infer_latents(
         observe: what is known of a batch; default: everything.
         progress: show a bar.
         loss: of :func:`optimize_latents`.
+
+    Raises:
+        UserError: latents of a batch are not finite any more; said after the last one, for a look at each would have
+            the host wait for an accelerator.
     """
     steps = refinement_steps * (1 if latent_init is not None else _FROM_ZERO)
+    finite = torch.ones((), dtype=torch.bool, device=decoder.device)
     with progress_bar(total=len(rows), desc="finding latents", unit=signal.noun, disable=not progress) as bar:
         for batch in rows.batches(batch_size, decoder.device):
             observation = (observe or signal.observe)(batch)
             start = initial_latents(decoder, signal, latent_init, observation)
             latents = optimize_latents(decoder, signal, observation, start, steps, refinement_learning_rate, loss)
+            finite = finite & latents.isfinite().all()
             yield latents
             bar.update(len(latents))
+    if isinstance(latent_init, InnerLoop):
+        latent_init.check()
+    if steps and not finite:
+        raise UserError("refining the latents diverged; lower --refinement_learning_rate")
 
 
 @torch.no_grad()
@@ -124,9 +130,9 @@ def evaluate_latents(
     """Measures how well latents fit their rows: for each metric of the signal one number per instance, on the CPU."""
     metrics: dict[str, list[Tensor]] = {}
     for batch, some in zip(rows.batches(batch_size, decoder.device), latents.split(batch_size), strict=True):
-        for name, values in signal.metrics(decoder, some.to(decoder.device), batch).items():
-            metrics.setdefault(name, []).append(values.cpu())
-    return {name: torch.cat(values) for name, values in metrics.items()}
+        for name, values in signal.metrics(decoder, sent(some, decoder.device), batch).items():
+            metrics.setdefault(name, []).append(values)
+    return {name: torch.cat(values).cpu() for name, values in metrics.items()}
 
 
 def _generator(step: int) -> torch.Generator:

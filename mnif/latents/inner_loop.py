@@ -40,6 +40,7 @@ class InnerLoop(OwnMemory, ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.rates = nn.Parameter(torch.empty(latent_dim).uniform_(rates_from, rates_to))
+        self._diverged: Tensor | None = None  # 0, or the number of the first step after which a latent was not finite
 
     def forward(
         self,
@@ -59,21 +60,33 @@ class InnerLoop(OwnMemory, ModelMixin, ConfigMixin):
             second_order: keep the graph of every step, for gradients through all of them. Otherwise a step's
                 gradient is a constant, and only the last step's rates learn.
 
-        Raises:
-            UserError: the latents are not finite after a step: the inner learning rate is too high.
+        Returns:
+            [B, D], not finite if the inner learning rate is too high; :meth:`check` says so, for to look here would
+            have the host wait for an accelerator at every step.
         """
         second_order = second_order and torch.is_grad_enabled()
         rates = self.config.learning_rate * self.rates.clamp(0, 1)
         latents = observation.values.new_zeros(len(observation.values), len(rates)) if start is None else start
+        diverged = torch.zeros((), device=latents.device) if self._diverged is None else self._diverged.to(latents)
         for step in range(self.config.steps):
             with torch.enable_grad():
                 latents = latents if second_order and step else latents.detach().requires_grad_()
                 error = signal.per_instance_loss(decoder, latents, observation).sum()
                 (gradient,) = torch.autograd.grad(error, latents, create_graph=second_order)
             latents = latents - rates * gradient
-            if not latents.isfinite().all():
-                raise UserError(
-                    f"the inner loop diverged at step {step + 1} of {self.config.steps}; lower --inner_learning_rate "
-                    f"(now {self.config.learning_rate:g})"
-                )
+            diverged = torch.where((diverged == 0) & ~latents.isfinite().all(), step + 1.0, diverged)
+        self._diverged = diverged
         return latents
+
+    def check(self) -> None:
+        """Looks back at all calls since the last check.
+
+        Raises:
+            UserError: latents were not finite after a step: the inner learning rate is too high.
+        """
+        step, self._diverged = 0 if self._diverged is None else int(self._diverged), None
+        if step:
+            raise UserError(
+                f"the inner loop diverged at step {step} of {self.config.steps}; lower --inner_learning_rate "
+                f"(now {self.config.learning_rate:g})"
+            )

@@ -49,13 +49,13 @@ def read_masks(path: Path, shape: Sequence[int], ids: Sequence[str]) -> np.ndarr
     return masks
 
 
-def masked(signal: Signal, masks: np.ndarray) -> Observe:
-    """Observes the part of each row that its mask shows; ``batch["row"]`` are row numbers."""
-    stored = torch.from_numpy(masks)
+def masked(signal: Signal, masks: np.ndarray, device: torch.device | str = "cpu") -> Observe:
+    """Observes the part of each row that its mask shows, on a device; ``batch["row"]`` are row numbers."""
+    stored = torch.from_numpy(masks).to(device)
 
     def observe(batch: Mapping[str, Tensor]) -> Observation:
         observation = signal.observe(batch)
-        index = batch["row"].cpu() if len(stored) > 1 else torch.zeros(len(batch["row"]), dtype=torch.long)
+        index = batch["row"] if len(stored) > 1 else torch.zeros_like(batch["row"])
         return replace(observation, mask=stored[index].to(observation.values))
 
     return observe

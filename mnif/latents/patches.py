@@ -12,6 +12,7 @@ from torch import Tensor
 from mnif.data.batches import ArrayDataset
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import GridSignal, Signal
+from mnif.utils.devices import sent
 from mnif.utils.errors import UserError
 
 _MOST_PATCHES = 64
@@ -51,13 +52,12 @@ def patch_residuals(
     decoder: MNIFModel, signal: Signal, rows: ArrayDataset, latents: Tensor, patches: Sequence[int]
 ) -> np.ndarray:
     """Measures how much latents [N, D] miss of each patch of N rows: mean squares, [N, P] float64, also over views."""
-    found: list[np.ndarray] = []
+    found: list[Tensor] = []
     for batch, some in zip(rows.batches(_BATCH, decoder.device), latents.split(_BATCH), strict=True):
         observation = signal.observe(batch)
-        predictions = signal.predict(decoder, decoder.coefficients(some.to(decoder.device)), observation)
-        residual = statistics_of(observation.values, predictions, patches)["residual"]
-        found.append(residual.double().cpu().numpy())
-    return np.concatenate(found)
+        predictions = signal.predict(decoder, decoder.coefficients(sent(some, decoder.device)), observation)
+        found.append(statistics_of(observation.values, predictions, patches)["residual"])
+    return torch.cat(found).cpu().double().numpy()
 
 
 def statistics_of(values: Tensor, predictions: Tensor, patches: Sequence[int]) -> dict[str, Tensor]:

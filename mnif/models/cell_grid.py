@@ -286,33 +286,29 @@ def assign_points(coordinates: Float[Tensor, "batch points d"], cells: int, over
     share = torch.where(blended, ramp, 0.0)
     left, right = torch.where(blended, border - 1, inside), torch.where(blended, border, inside)
 
-    instance = torch.arange(batch, device=coordinates.device)[:, None].expand(batch, points)
-    fields, weights, questions, locals_ = [], [], [], []
-    for corner in range(2**dimensions):
-        side = [corner >> axis & 1 for axis in range(dimensions)]
-        cell = torch.stack([(right if s else left)[..., axis] for axis, s in enumerate(side)], dim=-1)
-        weight = torch.stack([(share if s else 1 - share)[..., axis] for axis, s in enumerate(side)]).prod(dim=0)
-        number = instance
-        for axis in range(dimensions):
-            number = number * cells + cell[..., axis].long()
-        arguments = weight.flatten().nonzero()[:, 0]
-        questions.append(arguments)
-        fields.append(number.flatten()[arguments])
-        weights.append(weight.flatten()[arguments])
-        locals_.append(((position - cell) * 2 - 1).view(-1, dimensions)[arguments])
-    field = torch.cat(fields)
+    # A corner is right of the border where its number has the axis' bit.
+    shares = [(1 - share[..., axis], share[..., axis]) for axis in range(dimensions)]
+    corners = ([of_axis[n >> axis & 1] for axis, of_axis in enumerate(shares)] for n in range(2**dimensions))
+    weight = torch.stack([torch.stack(corner).prod(dim=0) for corner in corners]).flatten()
+    asked = weight.nonzero()[:, 0]  # of all corners at once, for an accelerator is waited for here
+    corner, point = asked // (batch * points), asked % (batch * points)
+    is_right = (corner[:, None] >> torch.arange(dimensions, device=asked.device) & 1).bool()
+    cell = torch.where(is_right, right.view(-1, dimensions)[point], left.view(-1, dimensions)[point])
+    field = point // points  # the instance's
+    for axis in range(dimensions):
+        field = field * cells + cell[:, axis].long()
     order = field.argsort(stable=True)
-    field = field[order]
-    counts = field.bincount(minlength=batch * cells**dimensions)
+    field, point, asked = field[order], point[order], asked[order]
+    first = torch.searchsorted(field, torch.arange(batch * cells**dimensions + 1, device=field.device))
+    counts = first.diff()
     slots = max(int(counts.max()), 1)
-    first = counts.cumsum(0) - counts
     slot = field * slots + torch.arange(len(field), device=field.device) - first[field]
     padded = coordinates.new_zeros(len(counts) * slots, dimensions)
-    padded[slot] = torch.cat(locals_)[order]
+    padded[slot] = (position.view(-1, dimensions)[point] - cell[order]) * 2 - 1
     return PointAssignment(
         coordinates=padded.view(len(counts), slots, dimensions),
         slot=slot,
-        point=torch.cat(questions)[order],
-        weight=torch.cat(weights)[order],
+        point=point,
+        weight=weight[asked],
         shape=(batch, points),
     )

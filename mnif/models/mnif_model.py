@@ -22,7 +22,13 @@ from mnif.models.cell_grid import CellGrid, assign_points, cell_grid
 from mnif.models.growth import Generation, Growth, GrowthShape
 from mnif.models.io import OwnMemory
 from mnif.models.siren import BakedField, layer_shapes, siren_params
-from mnif.models.sparse_coefficients import check_sparsity, gathering_pays, keep_largest, mix_gathered
+from mnif.models.sparse_coefficients import (
+    check_sparsity,
+    gathering_pays,
+    keep_largest_of_each,
+    mix_gathered,
+    share_of_each,
+)
 from mnif.models.token_map import TokenMap, check_tokens
 from mnif.utils.json_files import Depth, Size
 from mnif.utils.pixels import as_axes
@@ -67,7 +73,8 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         signal_settings: of the signal; default: pictures of this resolution and these channels.
         tokens: along each axis, a divisor of ``cells``; D is a multiple of their number. None: the latent is global.
         coefficient_sparsity: bases that a layer of a cell takes at most, below M; the coefficients of the others are
-            zero (:func:`mnif.models.sparse_coefficients.keep_largest`). For ``"delta"``. None: all bases.
+            zero (:func:`mnif.models.sparse_coefficients.keep_largest`). For ``"delta"``. None: all bases. Of a model
+            that was grown it is of the first generation's bases; every later one takes as large a share of its own.
         growths: what the model was grown by, in order; M and D count all of it (:mod:`mnif.models.growth`).
         lineage: of a model that was grown, what is known of each generation, the first one first.
 
@@ -100,7 +107,9 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
     ):
         super().__init__()
         _check_form(mixing, coefficient_form, overlap)
-        check_sparsity(coefficient_sparsity, num_bases, mixing)
+        added = [growth["num_bases"] for growth in growths]
+        self.generations = [num_bases - sum(added), *added]
+        check_sparsity(coefficient_sparsity, self.generations[0], mixing)
         if signal_settings is None:
             self.register_to_config(signal_settings={"resolution": resolution, "channels": channels})
         if math.prod(as_axes(resolution, dimensions)) > MOST_POINTS or cells**dimensions > _MOST_CELLS:
@@ -120,7 +129,6 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         self.means = nn.ParameterList([rows(index, 1) for index in self.mixed_layers] if delta else [])
         if tokens is not None:
             check_tokens(tokens, cells, dimensions, latent_dim, coefficient_form)
-        self.generations = [num_bases - sum(growth["num_bases"] for growth in growths)]
         vectors = self.num_cells * (1 if coefficient_form == "shared" else len(self.mixed_layers))
         if coefficient_form == "direct":
             if latent_dim not in (None, vectors * num_bases):
@@ -133,10 +141,9 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         bias = 0.0 if delta else 1.0
         self.coefficient_map = self._map(self.latent_parts[0] * self.num_tokens, vectors * self.generations[0], bias)
         later = []
-        for growth in growths:
-            self.generations.append(growth["num_bases"])
+        for number, growth in enumerate(growths, 1):
             new = [rows(index, growth["num_bases"]) for index in self.mixed_layers]
-            said = self._map(growth["latent_dim"], vectors * sum(self.generations), None)
+            said = self._map(growth["latent_dim"], vectors * sum(self.generations[: number + 1]), None)
             later.append(Growth(new, said))
         self.later = cast(Sequence[Growth], nn.ModuleList(later))
 
@@ -147,10 +154,6 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         first = config.latent_dim - sum(added)
         if min(self.generations[0], first, *added) < 1 or any(numbers % count for numbers in added):
             raise ValueError(f"growths {[*config.growths]}: bases or numbers cannot be shared out so")
-        if added and config.coefficient_sparsity is not None:
-            raise ValueError(
-                "coefficient_sparsity: a sparse model cannot be grown, as what is added speaks of all bases"
-            )
         if config.coefficient_form == "direct" and added != [vectors * g["num_bases"] for g in config.growths]:
             raise ValueError(f"growths: direct coefficients make latent_dim {vectors} times num_bases")
         self.latent_parts = [numbers // count for numbers in (first, *added)]
@@ -180,6 +183,12 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         """What coefficients are divided by: the square root of the number of bases of the first generation."""
         return math.sqrt(self.generations[0])
 
+    @property
+    def active_bases(self) -> list[int] | None:
+        """Bases that a layer of a cell takes at most, of each generation; None where it takes all."""
+        active = self.config.coefficient_sparsity
+        return None if active is None else share_of_each(active, self.generations)
+
     def all_bases(self) -> list[Float[Tensor, "bases parameters"]]:
         """Gives the bases of all generations, [M, parameters] for each mixed layer."""
         return [
@@ -198,7 +207,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         """Maps latents [B, D] to mixture coefficients [B, cells, layers, M], scaled by 1/sqrt(M).
 
         M counts all bases, for the scale those of the first generation.
-        Of a sparse model all but ``coefficient_sparsity`` of each M are zero.
+        Of a sparse model all but :attr:`active_bases` of each generation's are zero.
         """
         config = self.config
         first, *later = self.split_latents(latents)
@@ -206,10 +215,10 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         if self.coefficient_map is None and config.mixing == "average":
             mapped = mapped + 1  # zero latents then mean the average of all bases, as the map's bias has it elsewhere
         mapped = mapped.view(len(latents), self.num_cells, -1, self.generations[0])
-        if config.coefficient_sparsity is not None:
-            mapped = keep_largest(mapped, config.coefficient_sparsity)
         for growth, numbers in zip(self.later, later, strict=True):
             mapped = growth(numbers, mapped)
+        if (active := self.active_bases) is not None:
+            mapped = keep_largest_of_each(mapped, self.generations, active)
         return mapped.expand(-1, -1, len(self.bases), -1) / self.coefficient_scale
 
     def bake(self, coefficients: Float[Tensor, "batch cells layers bases"]) -> BakedField:

@@ -5,6 +5,8 @@ gradient. Those within a thirty-second above the next magnitude are faded, in a 
 continuous in the latent, no order among equals matters, and an engine that rounds otherwise makes the same field.
 """
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -50,6 +52,33 @@ def keep_largest(coefficients: Float[Tensor, "*rows bases"], active: int) -> Flo
     threshold = sizes.topk(active + 1, dim=-1).values[..., -1:]
     share = ((sizes - threshold) / (FADE * threshold.clamp(min=floor_of(sizes.dtype)))).clamp(0, 1)
     return coefficients * share.where(threshold > 0, 1)
+
+
+def share_of_each(active: int, generations: Sequence[int]) -> list[int]:
+    """Says how many bases of each generation may be taken: ``active`` of the first, as large a share of the others.
+
+    A share is rounded up, so a generation of few bases may take all of them.
+
+    Args:
+        active: K, below the number of the first generation's bases.
+        generations: how many bases each has.
+    """
+    return [-(-active * bases // generations[0]) for bases in generations]
+
+
+def keep_largest_of_each(
+    coefficients: Float[Tensor, "*rows bases"], generations: Sequence[int], active: Sequence[int]
+) -> Float[Tensor, "*rows bases"]:
+    """Keeps the largest of each generation among its own, so that what a later one says makes no earlier one leave.
+
+    Args:
+        coefficients: [..., M], one generation after the other.
+        generations: how many bases each has.
+        active: how many of them are kept (:func:`share_of_each`).
+    """
+    parts = zip(coefficients.split([*generations], dim=-1), active, strict=True)
+    kept = [keep_largest(part, count) if count < part.shape[-1] else part for part, count in parts]
+    return kept[0] if len(kept) == 1 else torch.cat(kept, dim=-1)
 
 
 def floor_of(dtype: torch.dtype) -> float:

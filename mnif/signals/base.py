@@ -114,6 +114,10 @@ class OutputWriter(ABC):
     ) -> np.ndarray:
         """Decodes the first ``count`` of ``latents`` [B, D] to rows of the array called :attr:`array_name`."""
 
+    def images(self, decoder: MNIFModel, signal: "Signal", latents: Tensor) -> np.ndarray:
+        """Draws something to look at for each of ``latents`` [B, D], as the flags ask for it: [B, H, W, 3] uint8."""
+        return signal.images(decoder, latents)
+
 
 @dataclass(frozen=True)
 class PreviewWriter(OutputWriter):

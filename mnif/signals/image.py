@@ -69,6 +69,12 @@ class ImageWriter(OutputWriter):
         parts = decode_images(decoder, latents, self.resolution, batch_size, range(count))
         return np.concatenate([to_uint8(part) for part in parts])
 
+    def images(self, decoder: MNIFModel, signal: Signal, latents: Tensor) -> np.ndarray:
+        """Decodes the images, with grey as RGB and transparency laid on white."""
+        if self.resolution is None:
+            return signal.images(decoder, latents)
+        return np.concatenate([_as_rgb(part) for part in decode_images(decoder, latents, self.resolution)])
+
 
 class Image(GridSignal):
     """Images of 1 (grey), 3 (RGB) or 4 (RGBA) channels."""

@@ -15,6 +15,7 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import OutputWriter, Signal
 from mnif.signals.output_flags import OutputFlags
 from mnif.signals.registry import signal_of_model
+from mnif.utils.devices import sent
 from mnif.utils.errors import UserError, check_at_least, require
 from mnif.utils.pixels import as_axes
 from mnif.utils.process import one_thread
@@ -106,14 +107,17 @@ def decode_images(
         at_once: the largest n.
         chosen: which of the latents to show; default: all.
     """
-    grid, chosen = decoder.grid(resolution), list(range(len(latents)) if chosen is None else chosen)
+    grid, everything = decoder.grid(resolution), range(len(latents))
+    chosen = [*(everything if chosen is None else chosen)]
     pixels = math.prod(len(first) for first, _, _ in grid.axes)
     if pixels > _POINTS_AT_ONCE:
         yield from (decode_grid(decoder, latents[row : row + 1], resolution) for row in chosen)
         return
     with one_thread():
         field = decoder.bake(decoder.coefficients(latents))
-    params = field.params.view(len(latents), decoder.num_cells, -1)[chosen]
+    params = field.params.view(len(latents), decoder.num_cells, -1)
+    if chosen != [*everything]:
+        params = params[sent(torch.tensor(chosen, dtype=torch.long), params.device)]
     for some in params.split(min(at_once, max(_POINTS_AT_ONCE // pixels, 1))):
         values = replace(field, params=some.flatten(0, 1))(grid.coordinates)
         yield grid.blend(values.view(len(some), decoder.num_cells, *values.shape[1:]))

@@ -25,6 +25,7 @@ from mnif.signals.image import height_and_width
 from mnif.signals.output_flags import Animation
 from mnif.signals.outputs import ELEVATION, check_camera, check_resolution, decode_volumes
 from mnif.signals.volume_rendering import box_intersection, camera_rays, composite, stratified_depths, turntable_poses
+from mnif.utils.devices import sent
 from mnif.utils.errors import UserError
 from mnif.utils.files import was_written
 from mnif.utils.json_files import Size
@@ -108,10 +109,16 @@ class ViewWriter(OutputWriter):
         each = latents[:count].split(1)
         return np.concatenate([self._frames(decoder, signal, latent, self.views) for latent in each])
 
-    def _frames(self, decoder: MNIFModel, signal: Signal, latents: Tensor, count: int) -> np.ndarray:
+    def images(self, decoder: MNIFModel, signal: Signal, latents: Tensor) -> np.ndarray:
+        """Renders the view of :meth:`RadianceField.images`, at the height and from the elevation asked for."""
+        return self._frames(decoder, signal, latents, 8, slice(1, 2))[:, 0]
+
+    def _frames(
+        self, decoder: MNIFModel, signal: Signal, latents: Tensor, count: int, chosen: slice = slice(None)
+    ) -> np.ndarray:
         assert isinstance(signal, RadianceField)
         height = self.resolution[0] if self.resolution else None
-        return signal.turntable(decoder, latents, count, self.elevation, height)
+        return signal.turntable(decoder, latents, count, self.elevation, height, chosen)
 
 
 class RadianceField(Signal):
@@ -264,8 +271,8 @@ class RadianceField(Signal):
         """Takes random rays of random views, the same of every instance, with random depths."""
         cameras, values = observation.query, observation.values
         flat = values.flatten(1, 3)
-        chosen = torch.randint(flat.shape[1], (self.rays,), generator=generator).to(flat.device)
-        jitter = torch.rand(self.rays, self.samples, generator=generator).to(flat.device)
+        chosen = sent(torch.randint(flat.shape[1], (self.rays,), generator=generator), flat.device)
+        jitter = sent(torch.rand(self.rays, self.samples, generator=generator), flat.device)
         views, pixels = chosen // (cameras.height * cameras.width), chosen % (cameras.height * cameras.width)
         origins, directions = _rays_of(cameras, views, pixels)
         mask = None if observation.mask is None else observation.mask.flatten(1)[:, chosen]
@@ -350,8 +357,8 @@ class RadianceField(Signal):
         return to_uint8(self.render_views(decoder, decoder.coefficients(latents), cameras))
 
     def images(self, decoder: MNIFModel, latents: Tensor) -> np.ndarray:
-        """Renders one view of each object."""
-        return self.turntable(decoder, latents, frames=8)[:, 1]
+        """Renders one view of each object, the second of eight on the turntable's circle."""
+        return self.turntable(decoder, latents, frames=8, chosen=slice(1, 2))[:, 0]
 
     def original_images(self, batch: Mapping[str, Tensor]) -> np.ndarray:
         """Takes the last view of each object, which is a held-out one if there are any."""

@@ -93,6 +93,12 @@ class MeshWriter(OutputWriter):
         cubes = (decode_grid(decoder, latent, self.resolution)[..., 0] for latent in latents[:count].split(1))
         return np.concatenate([(cube > 0).cpu().numpy() for cube in cubes])
 
+    def images(self, decoder: MNIFModel, signal: Signal, latents: Tensor) -> np.ndarray:
+        """Shades the surfaces."""
+        if self.resolution is None:
+            return signal.images(decoder, latents)
+        return np.concatenate([_shaded(decode_grid(decoder, latent, self.resolution)) for latent in latents.split(1)])
+
 
 class Voxels(GridSignal):
     """Occupancy on a cube: 1 inside and -1 outside, with the surface at 0."""

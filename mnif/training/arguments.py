@@ -56,8 +56,11 @@ class MachineFlags:
     """Precision of autocast; default: what `accelerate launch` says, by its flag or `accelerate config`; else no."""
     allow_tf32: bool = False
     """Let an NVIDIA GPU round what it multiplies to TensorFloat-32: float32 products several times as fast."""
+    data_on_device: Literal["auto", "on", "off"] = "auto"
+    """Training data live on the device and are indexed there; "auto": on an NVIDIA GPU, if they take a quarter of its
+    memory at most. Each process holds all of them."""
     dataloader_num_workers: int = 0
-    """Worker processes that load data; 0 loads in the training process."""
+    """Worker processes that load data that are not on the device; 0 loads in the training process."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; "auto" compiles on a GPU. On a CPU the fields are an operator of their own, compiled once."""
 

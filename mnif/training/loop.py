@@ -24,12 +24,14 @@ from torch.utils.data import DataLoader
 
 from mnif.data.batches import ArrayDataset, ShuffledBatches, instance_keys
 from mnif.latents.embedding import LatentEmbedding
+from mnif.latents.inner_loop import InnerLoop
 from mnif.training.arguments import TrainingArguments
 from mnif.training.checkpoints import Checkpoints
 from mnif.training.run_record import MetricsLog, flags_as_json
+from mnif.utils.devices import default_device, memory_of
 from mnif.utils.errors import UserError, require
 from mnif.utils.files import remove_leftovers
-from mnif.utils.process import default_device, graceful_interrupt, interruption, progress_bar
+from mnif.utils.process import graceful_interrupt, interruption, progress_bar
 
 
 def all_reduce_any() -> Callable[[bool], bool]:
@@ -86,14 +88,15 @@ def make_accelerator(arguments: TrainingArguments, folder: Path) -> Accelerator:
     check_machine(arguments)
     if arguments.allow_tf32:
         torch.set_float32_matmul_precision("high")  # the fields' kernels go by it too
+    device = default_device()
     return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # else processes on CPUs stay apart
+        cpu=device.type == "cpu",  # else processes on CPUs stay apart
         mixed_precision=arguments.mixed_precision,
         # The loader's end does not end a sum of batches: all of a step's batches are drawn before the first is used.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=arguments.gradient_accumulation_steps, sync_with_dataloader=False
         ),
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        dataloader_config=DataLoaderConfiguration(split_batches=True, non_blocking=device.type not in ("cpu", "mps")),
         log_with=arguments.report_to,
         project_config=ProjectConfiguration(project_dir=str(folder), logging_dir=str(folder / "logs")),
     )
@@ -165,7 +168,8 @@ class TrainLoop:
             self.metrics_log = MetricsLog(folder / "metrics.jsonl", stage, self.progress.step)
         if arguments.report_to:
             self._start_trackers(folder)
-        loader = make_loader(arguments, rows, self.progress.step, accelerator.num_processes)
+        rows = placed(arguments, rows, accelerator.device)
+        loader = make_loader(arguments, rows, self.progress.step, accelerator.num_processes, accelerator.device)
         self.batches = iter(accelerator.prepare(loader))
 
     def _start_trackers(self, folder: Path) -> None:
@@ -283,7 +287,11 @@ class TrainLoop:
             progress.losses += self.accelerator.reduce(torch.stack(self.losses).float(), "mean").tolist()
             self.losses.clear()
         mean = torch.tensor(progress.losses).mean().item()
-        if not (math.isfinite(mean) and all(bool(parameter.isfinite().all()) for parameter in self.parameters)):
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.parameters]).all()
+        if not (math.isfinite(mean) and finite):
+            for part in self.module.modules():
+                if isinstance(part, InnerLoop):
+                    part.check()
             raise UserError(_diverged(progress.step, self.checkpoints))
         return mean
 
@@ -373,8 +381,24 @@ def fill_in_steps(arguments: TrainingArguments, instances: int) -> None:
         arguments.max_train_steps = steps_of_epochs(arguments.num_train_epochs, batch_size, accumulation, instances)
 
 
-def make_loader(arguments: TrainingArguments, rows: ArrayDataset, step: int, processes: int) -> DataLoader:
-    """Batches from ``step`` to the end; a batch is made by one indexing, so there is nothing to collate."""
+RESIDENT_SHARE = 1 / 4
+"""Of a GPU's memory: training data that take no more live there, unless a flag says otherwise."""
+
+
+def placed(arguments: TrainingArguments, rows: ArrayDataset, device: torch.device) -> ArrayDataset:
+    """The training data on the device, where ``--data_on_device`` says so or they fit, or as they are.
+
+    A batch is indexed where its rows are; of those that stay, each is read and pinned while one is learned from.
+    """
+    wanted = arguments.data_on_device
+    fits = wanted == "auto" and rows.nbytes() <= RESIDENT_SHARE * memory_of(device)
+    return rows.on(device) if wanted == "on" or fits else rows
+
+
+def make_loader(
+    arguments: TrainingArguments, rows: ArrayDataset, step: int, processes: int, device: torch.device
+) -> DataLoader:
+    """Batches from ``step`` to the end for ``device``; a batch is one indexing, so there is nothing to collate."""
     batch_size = batch_size_of(arguments, len(rows), processes)
     accumulation = arguments.gradient_accumulation_steps
     batches = ShuffledBatches(
@@ -384,8 +408,10 @@ def make_loader(arguments: TrainingArguments, rows: ArrayDataset, step: int, pro
         step * accumulation,
         arguments.max_train_steps * accumulation,
     )
-    workers = arguments.dataloader_num_workers
-    return DataLoader(rows, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers)
+    is_host = rows.device.type == "cpu"
+    workers = arguments.dataloader_num_workers if is_host else 0  # others would need a device of their own
+    pins = is_host and device.type == "cuda"
+    return DataLoader(rows, batch_sampler=batches, collate_fn=_as_it_is, num_workers=workers, pin_memory=pins)
 
 
 def _as_it_is(batch: Any) -> Any:

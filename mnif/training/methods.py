@@ -210,6 +210,6 @@ def mean_psnr(method: LearningMethod, rows: ArrayDataset, accelerator: Accelerat
     for batch in rows.batches(64, accelerator.device) if len(rows) else ():
         latents = method.latents(method.signal.observe(batch), batch["row"])
         values = method.signal.metrics(method.decoder, latents, batch)["psnr"]
-        total_and_count += torch.stack([values.sum(), values.new_tensor(len(values))])
+        total_and_count += torch.stack([values.sum(), values.new_full((), len(values))])
     total, count = accelerator.reduce(total_and_count, "sum").tolist()
     return total / count

@@ -95,6 +95,7 @@ _CONVENIENCES = {
     "checkpoints_total_limit",
     "report_to",
     "tracker_project_name",
+    "data_on_device",
     "dataloader_num_workers",
     "compile",
     "batch_size",

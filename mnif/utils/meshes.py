@@ -1,4 +1,4 @@
-"""Surfaces of voxel grids: triangles by marching cubes, files of them, and shaded images.
+"""Surfaces: files of triangles, those of voxel grids by marching cubes, and shaded images.
 
 Arrays are indexed [x, y, z], y is up, and the grid fills the cube [-1, 1]³: the centre of voxel r of R lies at
 (2r + 1)/R - 1 of its axis. A mesh is its vertices [V, 3] float32 and its faces [F, 3] int64, wound anticlockwise as
@@ -6,14 +6,20 @@ seen from outside.
 """
 
 import math
+import re
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mnif.utils.errors import UserError
 from mnif.utils.files import written_atomically
 
-MESH_SUFFIXES = (".glb", ".obj", ".ply", ".stl")
+MESH_SUFFIXES = (".obj", ".glb", ".gltf", ".stl", ".ply", ".off")
+"""Of files that are read."""
+WRITTEN_SUFFIXES = (".glb", ".obj", ".ply", ".stl")
+_FARTHEST = 1e100  # coordinate of a corner; differences and products of larger ones would not be finite
 _OVERSAMPLING = 2  # pixels per axis of the drawing that are averaged into one of the image
 _PIXELS_AT_ONCE = 1 << 18  # of all triangles' bounding boxes; bounds the memory of a drawing
 _GREY, _AMBIENT = 0.85, 0.35  # of the object, and the share of light that comes from everywhere
@@ -62,6 +68,74 @@ def _closed_surface(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return vertices.astype(np.float32), faces.astype(np.int64)
 
 
+def read_mesh(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Reads vertices [V, 3] float64 and faces [F, 3], at least one; vertices used by a face are finite.
+
+    Raises:
+        UserError: the file is damaged, has no faces, names a corner that is not there, or a corner is NaN or infinite.
+    """
+    import trimesh
+
+    try:
+        content = _absolute_obj(path) if path.suffix.lower() == ".obj" else path
+        kind = path.suffix.lower().removeprefix(".")
+        scene: Any = trimesh.load_scene(content, file_type=kind, process=False, skip_materials=True)
+        parts = {name: part for name, part in scene.geometry.items() if len(getattr(part, "faces", ()))}
+    except UserError:
+        raise
+    except Exception as error:  # what its loaders raise is no closed list
+        raise UserError(f"{path}: unreadable mesh ({type(error).__name__}: {error}); remove or replace it") from None
+    if not parts:
+        raise UserError(f"{path}: has no faces, so no surface; remove it")
+    for part in parts.values():  # before they are put together, where a wrong index would name another part's corner
+        _check_indices(path, np.asarray(part.faces), len(part.vertices))
+    mesh = scene.to_mesh()
+    vertices, faces = np.asarray(mesh.vertices, dtype=np.float64), np.asarray(mesh.faces)
+    if not len(faces):
+        raise UserError(f"{path}: has no faces, so no surface; remove it")
+    if not (np.abs(vertices[faces]) < _FARTHEST).all():  # NaN is not
+        raise UserError(f"{path}: a corner is NaN, infinite or beyond {_FARTHEST:g}; mend or remove it")
+    return vertices, faces
+
+
+def _check_indices(path: Path, faces: np.ndarray, count: int) -> None:
+    low, high = int(faces.min()), int(faces.max())
+    if low < 0 or high >= count:
+        wrong = low if low < 0 else high
+        raise UserError(f"{path}: a face names corner {wrong} where there are 0 to {count - 1}; mend or remove it")
+
+
+_OBJ_ODD = re.compile(rb"^[ \t]*f[ \t](?:[^\r\n]*[ \t])?[+]?(?:-|0+(?:[/ \t\r\n]|$))", re.MULTILINE)  # backwards or 0
+
+
+def _absolute_obj(path: Path) -> Path | BytesIO:
+    """Gives an OBJ file as it is, or with indices that count backwards as those that count from the beginning.
+
+    -1 is the last vertex so far, which trimesh takes for the last of all; and there is no vertex 0.
+
+    Raises:
+        UserError: a face names a corner that is not there.
+    """
+    content = path.read_bytes()
+    if not _OBJ_ODD.search(content):
+        return path
+    lines, count = [], 0
+    for line in content.splitlines():
+        words = line.partition(b"#")[0].split()
+        if words[:1] == [b"v"]:
+            count += 1
+        if words[:1] == [b"f"]:
+            corners = [int(word.split(b"/")[0]) for word in words[1:]]
+            if 0 in corners:
+                raise UserError(f"{path}: a face names corner 0, but an OBJ counts from 1; mend or remove it")
+            corners = [count + 1 + corner if corner < 0 else corner for corner in corners]
+            if min(corners, default=1) < 1:
+                raise UserError(f"{path}: a face counts farther back than there are corners; mend or remove it")
+            line = b"f " + b" ".join(b"%d" % corner for corner in corners)
+        lines.append(line)
+    return BytesIO(b"\n".join(lines))
+
+
 def save_mesh(path: Path, vertices: np.ndarray, faces: np.ndarray) -> None:
     """Writes a mesh atomically, in the format its suffix names: .glb, .obj, .ply or .stl.
 
@@ -73,8 +147,8 @@ def save_mesh(path: Path, vertices: np.ndarray, faces: np.ndarray) -> None:
     Raises:
         UserError: another suffix.
     """
-    if path.suffix.lower() not in MESH_SUFFIXES:
-        raise UserError(f"{path}: a mesh is written as one of {', '.join(MESH_SUFFIXES)}")
+    if path.suffix.lower() not in WRITTEN_SUFFIXES:
+        raise UserError(f"{path}: a mesh is written as one of {', '.join(WRITTEN_SUFFIXES)}")
     import trimesh
 
     mesh = trimesh.Trimesh(vertices, faces, process=False)  # processing would reorder what the caller gave

@@ -18,14 +18,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast
+from typing import Any, TextIO, cast
 
 from tqdm import tqdm
 
-from mnif.utils.errors import printable
-
-if TYPE_CHECKING:
-    import torch
+from mnif.utils.devices import chosen_device
+from mnif.utils.errors import UserError, printable
 
 
 class _Lines:
@@ -183,14 +181,6 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def default_device() -> "torch.device":
-    """Where this process computes unless it is told otherwise: the accelerator if there is one, else the CPU."""
-    import torch
-
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return device or torch.device("cpu")
-
-
 @cache
 def tell(line: str) -> None:
     """Tells the user a line that is no error: once, however often it comes up and however many processes run."""
@@ -198,32 +188,44 @@ def tell(line: str) -> None:
         print(printable(line))
 
 
+BAR_DELAY = 1.0
+"""Seconds that something takes before a bar of it is shown."""
+
+
 def progress_bar(iterable: Iterable | None = None, **options: Any) -> tqdm:
     """A tqdm bar on stderr; in a log file or a pipe a line every 20 seconds."""
     if not sys.stderr.isatty():
         options |= {"file": _Log(sys.stderr), "mininterval": 20.0}
-    return tqdm(iterable, delay=1.0, dynamic_ncols=True, **options)
+    return tqdm(iterable, delay=BAR_DELAY, dynamic_ncols=True, **options)
 
 
-_PATIENCE = timedelta(days=2)  # the slowest part of a large evaluation may be one process's
+_PATIENCE = timedelta(days=7)  # that processes wait for the slowest of them
 
 
 class Processes:
     """This process and its fellows; one alone if the command was not launched as several.
 
+    Args:
+        device: as ``--device`` has it; of several processes each takes one of its kind.
+
     Attributes:
         rank: of this process.
         count: of processes.
         device: where this process computes.
+
+    Raises:
+        UserError: there is no such device here, or not for each process.
     """
 
-    def __init__(self) -> None:
-        import torch
+    def __init__(self, device: str | None = None) -> None:
         from accelerate import PartialState
 
-        self._state = PartialState(cpu=not torch.accelerator.is_available(), timeout=_PATIENCE)
+        wanted = chosen_device(device)
+        self._state = PartialState(cpu=wanted.type == "cpu", timeout=_PATIENCE)
         self.rank, self.count = self._state.process_index, self._state.num_processes
-        self.device = self._state.device
+        if self.count > 1 and wanted.index is not None:
+            raise UserError(f"--device {device}: one for {self.count} processes; take {wanted.type}, or leave it out")
+        self.device = self._state.device if self.count > 1 else wanted
 
     @property
     def is_main(self) -> bool:

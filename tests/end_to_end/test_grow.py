@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from export.device.runtime import load_bundle
+from export.device.runtime import Camera, Decoder, load_bundle
+from latent_prior.augmentation import changed_in_all_generations, changed_instances, changed_latents
 from latent_prior.denoisers import Denoiser, PaperDenoiser, ResMLPDenoiser, TransformerDenoiser, continued
 from mnif.cli import main
 from mnif.latents.table import LatentTable
@@ -40,7 +41,7 @@ def old(picture_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a prior."""
     run = tmp_path_factory.mktemp("old") / "run"
     fit = ["fit", "--data", str(picture_folder), "--output_dir", str(run), "--resolution", "16", *SMALL, *SHORT]
-    assert main(fit) == 0
+    assert main([*fit, "--random_flip"]) == 0
     prior = ["--width", "16", "--depth", "1", "--max_train_steps", "4", "--validation_steps", "2"]
     assert main(["prior", "--run", str(run), *prior]) == 0
     return run
@@ -54,7 +55,7 @@ def grow_command(old: Path, data: Path, output: Path, *flags: str) -> list[str]:
 @pytest.fixture(scope="module")
 def child(old: Path, more_pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("grown") / "run"
-    assert main(grow_command(old, more_pictures, run)) == 0
+    assert main(grow_command(old, more_pictures, run, "--random_flip")) == 0
     return run
 
 
@@ -88,6 +89,36 @@ def _weights_of(model: bytes) -> list[bytes]:
     import onnx
 
     return [tensor.SerializeToString() for tensor in onnx.load_from_string(model).graph.initializer]
+
+
+@pytest.mark.parametrize(("signal", "flags"), [("voxels", ["--coefficient_sparsity", "2"]), ("radiance", [])])
+def test_old_shapes_and_scenes_are_the_same_bytes_through_every_runtime(
+    signal: str, flags: list[str], ball_views: Path, tmp_path: Path
+) -> None:
+    """Of shapes with sparse coefficients; scenes are seen by the camera of the bundle."""
+    slopes, data = np.mgrid[0:8, 0:8, 0:8][1] - 3.5 < np.linspace(-3, 3, 24)[:, None, None, None], ball_views
+    if signal == "voxels":
+        np.savez(data := tmp_path / "slopes.npz", voxels=slopes)
+    run, child, quick = tmp_path / "run", tmp_path / "child", [*SHORT, "--compile", "off"]
+    quick += ["--rays_per_step", "16", "--samples_per_ray", "8"] if signal == "radiance" else []
+    fit = ["fit", "--data", str(data), "--output_dir", str(run), *SMALL, *quick, "--method", "auto-decoding", *flags]
+    assert main([*fit, *(["--held_out_views", "1"] if signal == "radiance" else [])]) == 0
+    assert main(grow_command(run, data, child, "--compile", "off")) == 0
+    answers = []
+    for number, folder in enumerate((run, child)):
+        decoder, bundle = load_component(MNIFModel, folder, "decoder"), tmp_path / f"bundle_{number}"
+        latents = LatentTable.load_for(decoder, run / "latents.safetensors").latents[:3]
+        table = ["--latents", str(run / "latents.safetensors"), *EXPORT, "--num_baked", "0"]
+        assert main(["export", "--model", str(folder), "--output_dir", str(bundle), *table]) == 0
+        loaded = load_bundle(bundle, "onnxruntime", 1)
+        with torch.no_grad():
+            coefficients = decoder.coefficients(latents)
+            points = decoder.values_at(coefficients, torch.rand(1, 50, 3, generator=torch.manual_seed(0)) * 2 - 1)
+        alphas = coefficients.numpy()
+        shown = Decoder(loaded)(alphas) if signal == "voxels" else Camera(loaded)(alphas[:1], 40.0)
+        answers.append((points.numpy().tobytes(), shown.tobytes()))
+    assert answers[0] == answers[1]
+    assert np.frombuffer(answers[0][1], np.float32).std() > 0
 
 
 def test_commands_take_old_latents_and_new_ones(old: Path, child: Path, more_pictures: Path, tmp_path: Path) -> None:
@@ -127,6 +158,28 @@ def test_the_prior_goes_on_and_learns_both(
     sample = ["sample", "--model", str(run), "--num_samples", "2", "--num_inference_steps", "2"]
     assert main([*sample, "--output_dir", str(tmp_path / "drawn")]) == 0
     assert "It was grown from a model of other data, `pictures0`" in (run / "model/README.md").read_text()
+
+
+def test_the_prior_learns_changed_instances_of_all_generations(
+    old: Path, child: Path, more_pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(child, run)
+    parent, decoder = (load_component(MNIFModel, one, "decoder") for one in (old, run))
+    tables = [LatentTable.load(one / "latents.safetensors") for one in (run, old)]
+    found = changed_latents(changed_in_all_generations(run, decoder, tables[0]), torch.device("cpu"))
+    before = changed_instances(old, parent, tables[1]).latents(torch.device("cpu"))
+    assert found.shape == (sum(len(table.train) for table in tables), 1, 17)
+    assert torch.equal(found[-len(before) :, 0], widened(decoder, before[:, 0]))
+    prior = ["prior", "--run", str(run), "--max_train_steps", "2", "--augment"]
+    assert main(prior) == 0
+    assert f"{len(found)} latents to train, also changed in 1 ways" in capsys.readouterr().out
+    record = json.loads((run / "run.json").read_text())
+    record["grow"]["arguments"]["random_colours"] = True
+    (run / "run.json").write_text(json.dumps(record))
+    assert main([*prior, "--seed", "1"]) == 2
+    reason = f"--augment: {run} was changed by --random_flip --random_colours, {run}/inherited/"
+    assert reason in capsys.readouterr().err
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -180,7 +233,7 @@ def test_the_other_ways_of_learning_leave_old_latents_alone(
 def test_a_stopped_growth_goes_on_to_the_same_bytes(
     old: Path, child: Path, more_pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    command = grow_command(old, more_pictures, tmp_path / "run", "--checkpointing_steps", "2")
+    command = grow_command(old, more_pictures, tmp_path / "run", "--random_flip", "--checkpointing_steps", "2")
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from evals.atlas.contents import on_a_sheet
 from evals.atlas.mixture import Mixture, Subject, coefficient_batches, coefficients_of
 from evals.atlas.plates import cell_map, signed_difference
 from evals.atlas.removal import error_rises, estimated_rises, measured_rises, others_at_random, removal_test, strongest
@@ -255,7 +256,7 @@ def test_an_instance_is_chosen_and_the_page_is_no_wider_than_a_phone(pictured: P
         await page.locator("#instances .chooser button").nth(2).focus();
         await page.keyboard.press("Space");
         const after = await explained();
-        const strips = await page.locator("#instances article:visible .steps img").count();
+        const strips = await page.locator("#instances article:visible .strips input").count();
         const samples = await page.locator("#samples article:visible h3").allTextContents();
         return { before, after, strips, samples, words: await page.innerText("main"),
           width: await page.evaluate(() => document.documentElement.scrollWidth) };
@@ -268,6 +269,48 @@ def test_an_instance_is_chosen_and_the_page_is_no_wider_than_a_phone(pictured: P
     assert (found["strips"], found["samples"], found["width"]) == (6, ["sample 0"], 360)
     assert "4 tiny networks, one for each cell of a grid" in found["words"]
     assert "8 bases: 4 in each of 2 layers" in found["words"]
+
+
+SLIDING = """
+        const strip = page.locator("#instances article:visible .strips li").first();
+        const seen = strip.locator(".window").first();
+        const place = () => seen.evaluate((window) => {
+          const [ours, whole] = [window, window.firstChild].map((element) => element.getBoundingClientRect());
+          return [(ours.left - whole.left) / ours.width, (ours.top - whole.top) / ours.height];
+        });
+        const state = async () => [await strip.locator("output").textContent(), ...(await place()),
+          (await seen.screenshot()).toString("base64")];
+        await strip.locator("input").focus();
+        const states = [await state()];
+        for (const key of KEYS) {
+          await page.keyboard.press(key);
+          states.push(await state());
+        }
+"""
+"""What the first slider of the instance that is shown says and shows after each key: words, column, row, pixels."""
+
+
+@needs_browser
+def test_a_slider_moves_by_keys_and_shows_the_frame_of_its_step(pictured: Path) -> None:
+    keys = ["ArrowRight", "ArrowLeft", "Home", "ArrowRight", "ArrowRight", "End"]
+    states = asked_of_page(
+        (pictured / "atlas.html").as_uri(), SLIDING.replace("KEYS", json.dumps(keys)) + "return states;"
+    )
+    words, columns, rows, pixels = zip(*states, strict=True)
+    assert words == ("as it is", "+0.5", "as it is", "−2: turned around", "−1.5", "−1: without", "+2")
+    assert columns == pytest.approx([4, 5, 4, 0, 1, 2, 8], abs=0.02)
+    assert rows == pytest.approx([0] * len(states), abs=0.02)
+    assert pixels[0] == pixels[2]
+    assert len({*pixels}) == len(states) - 1
+
+
+def test_a_sheet_has_sides_below_each_other_and_steps_beside_each_other() -> None:
+    colours = np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1, 1) * 40
+    rows = np.broadcast_to(colours, (2, 3, 4, 8, 3))
+    sheet = on_a_sheet(rows)
+    assert sheet.shape == (8, 24, 3)
+    assert sheet[::4, ::8, 0].tolist() == [[0, 40, 80], [120, 160, 200]]
+    assert (sheet[4:, 8:16] == 160).all()
 
 
 @needs_browser
@@ -283,7 +326,21 @@ def test_shapes_and_objects_are_called_so(signal: str, tmp_path: Path, ball_view
         settings = {"resolution": 8, "near": 0.5, "far": 4.5, "samples": 4, "rays": 16, "camera_distance": 2.0}
         model = model_of(tmp_path, signal, settings, str(ball_views), dimensions=3, channels=4, resolution=32, cells=1)
     assert main(["atlas", "--model", str(model), "--num_instances", "1", "--num_samples", "0"]) == 0
-    words = asked_of_page((tmp_path / "atlas.html").as_uri(), 'return page.innerText("main");')
+    looking = """
+        const sides = page.locator("#instances article:visible .sides input");
+        if (await sides.count()) {
+          await sides.focus();
+          await page.keyboard.press("ArrowRight");
+          states.push(await state());
+        }
+        return [await page.innerText("main"), states];
+    """
+    sliding = SLIDING.replace("KEYS", '["Home"]') + looking
+    words, states = asked_of_page((tmp_path / "atlas.html").as_uri(), sliding)
+    first = {"voxels": 4, "radiance": 2}[signal]  # views have steps of 1
+    places = [state[1:3] for state in states]
+    assert np.allclose(places, [[first, 0], [0, 0], [0, 1]][: len(states)], atol=0.02)
+    assert len({state[3] for state in states}) == len(states) == {"voxels": 2, "radiance": 3}[signal]
     noun = {"voxels": "shape", "radiance": "object"}[signal]
     assert f"Each {noun} of this model is" in words
     assert "picture" not in words.lower()

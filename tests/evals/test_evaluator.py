@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 import evals.evaluator
+from evals.arguments import EvalArguments
 from evals.evaluator import Evaluator, evaluator_of, register_evaluator
 from evals.images import ImageEvaluator
-from evals.protocol import EvalArguments
 from mnif.utils.errors import UserError
 from mnif.utils.process import Processes
 

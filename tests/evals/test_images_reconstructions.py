@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from evals.arguments import PRESETS
 from evals.features import extractor_by_name
 from evals.features.extractor import FeatureCache
 from evals.images import ImageReconstructions
 from evals.loaded_run import LoadedRun
-from evals.protocol import PRESETS
 from mnif.cli import main
 from mnif.data.dataset import Split
 from mnif.data.images import ImageData

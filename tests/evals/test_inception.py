@@ -9,10 +9,9 @@ import torch
 
 import evals.features.inception
 from evals.features import extractor_by_name
-from evals.features.extractor import extract_features
+from evals.features.extractor import PublishedWeights, extract_features, found_weights
 from evals.features.inception import INCEPTION, Inception, InceptionV3
 from evals.features.resize import bilinear
-from evals.features.weights import PublishedWeights, found_weights
 from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_file
 

@@ -12,10 +12,9 @@ from onnx import numpy_helper
 from scipy.ndimage import gaussian_filter
 
 from evals.features import extractor_by_name
-from evals.features.extractor import extract_features
+from evals.features.extractor import extract_features, found_weights
 from evals.features.resize import bicubic_antialias
 from evals.features.resnet import RESNET, ResNet
-from evals.features.weights import found_weights
 from evals.metrics.frechet import frechet_distance_from_features
 from mnif.utils.errors import UserError
 

@@ -18,7 +18,8 @@ from export.device import encode, pictures, surprise
 from export.device.bundle import BundleError, manifest_digest
 from export.device.latent_file import write_latents
 from export.device.observations import Form, read_mask, read_observations
-from export.device.runtime import Encoder, Field, load_bundle, write_png
+from export.device.pictures import write_png
+from export.device.runtime import Encoder, Field, load_bundle
 from mnif.cli import main
 from mnif.data.batches import array_dataset
 from mnif.data.images import load_images
@@ -310,6 +311,8 @@ def test_models_and_bundles_without_an_encoder_say_so(
     save_component(tmp_path / "model", "decoder", decoder)
     export = ["export", "--compile_rtx", "off", "--num_baked", "0", "--precision", "fp32"]
     export += ["--output_dir", str(tmp_path / "bundle"), "--model"]
+    assert main([*export, str(tmp_path / "model"), "--encoder_storage", "int8"]) == 2
+    assert "--encoder_storage int8: is for the graph of --encoder; say that too" in capsys.readouterr().err
     assert main([*export, str(tmp_path / "model"), "--encoder"]) == 2
     assert "--encoder: " in capsys.readouterr().err
     assert not (tmp_path / "bundle").exists()

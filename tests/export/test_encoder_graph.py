@@ -1,5 +1,6 @@
 """The encoder's graph against the model: latents, coefficients, and what of the observation they miss."""
 
+import re
 from itertools import product
 from typing import Any
 
@@ -12,6 +13,7 @@ from export.device.backends import OpenVinoGraph
 from export.device.reference_evaluator import evaluate
 from export.graphs.encoder import GridEncoder, encoder_graph, encoder_spec
 from export.graphs.precision import convert, hidden_products
+from export.graphs.specs import make_variants
 from mnif.latents.patches import patches_of, statistics_of
 from mnif.latents.surprise import STATISTICS
 from mnif.models.encoders import PatchEncoder, TokenEncoder
@@ -132,6 +134,36 @@ def test_mixed_precision_keeps_the_first_layer_and_all_but_products(form: str) -
     exact = spec.reference.outputs
     for name, answer in evaluate(mixed, spec.reference.inputs).items():
         assert 0 < np.abs(answer - exact[name]).max() < 0.01 * max(1, np.abs(exact[name]).max()), name
+
+
+LARGE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "patches": ({}, PATCHES | {"patch_features": 16, "width": 64}, "mix_residual"),
+    "tokens": ({"cells": 4, "tokens": 2}, {"patch_width": 16, "width": 256, "depth": 1}, "blocks.0.up"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", LARGE)
+def test_hidden_matrices_and_the_map_are_stored_in_int8(form: str) -> None:
+    of_decoder, of_encoder, hidden = LARGE[form]
+    torch.manual_seed(0)
+    decoder = MNIFModel(resolution=16, num_bases=16, width=8, depth=1, latent_dim=64, **{"cells": 2} | of_decoder)
+    kind = TokenEncoder if of_decoder else PatchEncoder
+    tokens = {"tokens": 2} if of_decoder else {}
+    encoder = kind(3, 16, latent_dim=64, **of_encoder, **tokens).eval()
+    spec = encoder_spec(encoder, decoder.eval(), torch.randn(3, 64), seed=0)
+    whole, _ = make_variants(spec, ["fp32", "mixed"], "fp32")
+    for variant in make_variants(spec, ["fp32", "mixed"], "int8"):
+        assert variant.psnr is not None
+        assert 45 < variant.psnr < 100
+        assert variant.model.ByteSize() < 0.6 * whole.model.ByteSize()
+        stored = {each.name: each.data_type for each in variant.model.graph.initializer}
+        assert stored[f"encoder.{hidden}.weight"] == onnx.TensorProto.INT8
+        of_map = "coefficient_map.write" if of_decoder else "coefficient_map"
+        assert stored[f"decoder.{of_map}.weight"] == onnx.TensorProto.INT8
+        writes = [name for name in stored if re.match(r"encoder\.(mix_out|skip|write)\.", name)]
+        assert writes
+        assert onnx.TensorProto.INT8 not in {stored[name] for name in writes}
 
 
 def test_weights_bear_the_names_of_the_model() -> None:

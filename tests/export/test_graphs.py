@@ -116,6 +116,7 @@ FORMS = {
     "direct": {"coefficient_form": "direct", "latent_dim": None},
     "one token for each cell": {"tokens": 2, "latent_dim": 12},
     "fewer tokens than cells": {"tokens": 2, "latent_dim": 12, "cells": 6, "coefficient_form": "shared"},
+    "grown": {"num_bases": 9, "latent_dim": 11, "growths": [{"num_bases": n, "latent_dim": n} for n in (3, 2)]},
 }
 
 
@@ -135,7 +136,7 @@ def test_sampler_graph_of_other_forms_of_coefficients(form: str, mixing: str) ->
     pipeline.set_progress_bar_config(disable=True)
     model = sampler_graph(pipeline, linear_scheduler_table(pipeline.scheduler, 4), resolution=11)
     check_output_type(model, FIELDS | DENOISER | (SPARSE if sparse else set()))
-    assert sum(node.op_type == "TopK" for node in model.graph.node) == sparse
+    assert sum(node.op_type == "TopK" for node in model.graph.node) == sparse * len(decoder.generations)
     for batch in (1, 5):
         noise = initial_noise(0, range(batch), size)
         start = torch.from_numpy(noise)
@@ -144,8 +145,11 @@ def test_sampler_graph_of_other_forms_of_coefficients(form: str, mixing: str) ->
         assert pictures.std() > 0.05
     if sparse:
         coefficients = run(sampler_graph(pipeline, linear_scheduler_table(pipeline.scheduler, 4), None), noise)
-        assert coefficients.shape == (5, decoder.num_cells, 2, 4)
-        assert ((coefficients != 0).sum(axis=-1) == 2).all()
+        assert coefficients.shape == (5, decoder.num_cells, 2, decoder.config.num_bases)
+        assert decoder.active_bases == [2, 2, 1][: len(decoder.generations)]
+        of_each = np.split(coefficients != 0, np.cumsum(decoder.generations)[:-1], axis=-1)
+        for part, count in zip(of_each, decoder.active_bases, strict=True):
+            assert (part.sum(axis=-1) == count).all()
 
 
 def _lively(denoiser: Denoiser) -> Denoiser:

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from export.device.bundle import BundleError
-from export.device.runtime import Sampler, load_bundle, to_uint8
+from export.device.pictures import to_uint8
+from export.device.runtime import Sampler, load_bundle
 
 pytest.importorskip("fastapi", reason="fastapi is not installed")
 

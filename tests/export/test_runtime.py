@@ -17,6 +17,7 @@ from export.commands.export import ExportArguments, export_bundle
 from export.device import runtime, sample
 from export.device.backends import BackendMissing
 from export.device.bundle import BundleError, manifest_digest
+from export.device.pictures import write_png
 from export.device.runtime import BakedInstance, Camera, Decoder, Sampler, load_bundle, turntable_rays
 from export.device.runtime import initial_noise as runtime_noise
 from latent_prior.pipeline import MNIFPipeline
@@ -170,7 +171,7 @@ def test_a_backend_that_is_not_there_is_named(exported: Path, monkeypatch: pytes
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA")])
 def test_png_of_every_kind(tmp_path: Path, channels: int, mode: str) -> None:
     content = np.random.default_rng(0).integers(0, 256, (5, 7, channels), dtype=np.uint8)
-    runtime.write_png(tmp_path / "a.png", content)
+    write_png(tmp_path / "a.png", content)
     image = Image.open(tmp_path / "a.png")
     assert image.mode == mode
     np.testing.assert_array_equal(np.asarray(image).reshape(content.shape), content)

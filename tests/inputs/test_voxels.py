@@ -8,10 +8,11 @@ import pytest
 
 from evals.voxel_sets import shape_files
 from mnif.data.dataset import Split
-from mnif.data.voxel_formats import cell_coverage, is_closed, read_binvox, read_mesh, voxelise_mesh, write_binvox
+from mnif.data.voxel_formats import cell_coverage, is_closed, read_binvox, voxelise_mesh, write_binvox
 from mnif.data.voxels import load_voxels
 from mnif.signals.registry import detect_signal
 from mnif.utils.errors import UserError
+from mnif.utils.meshes import read_mesh
 
 trimesh = pytest.importorskip("trimesh")
 

@@ -22,7 +22,6 @@ from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
 from latent_prior.schedulers import scheduler_by_name
-from latent_prior.settings import Objective
 from mnif import load_model
 from mnif.models.encoders import PatchEncoder
 from mnif.models.io import save_component
@@ -30,7 +29,7 @@ from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
 from mnif.utils.model_folders import sha256_of_model
 from tests.conftest import small_decoder, small_pipeline
-from tests.latent_prior.test_schedulers import ExactDenoiser, exact_denoiser
+from tests.latent_prior.test_schedulers import assert_draws_the_gaussian, exact_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -222,20 +221,6 @@ def test_what_lies_beside_the_parts_does_not_change_the_model(model: Path, tmp_p
 # 4. and 5. Schedulers
 
 
-def exact_pipeline(objective: Objective = "x0") -> MNIFPipeline:
-    """One that must draw N(1.5, 0.4²), all of it outside of what clipping leaves."""
-    decoder = small_decoder()
-    pipeline = MNIFPipeline(decoder, exact_denoiser(objective, decoder), sampling_scheduler(objective))
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def assert_draws_the_gaussian(pipeline: MNIFPipeline, steps: int = 100) -> None:
-    latents = pipeline(1000, torch.Generator().manual_seed(0), steps, output_type="latent").images
-    assert latents.mean().item() == pytest.approx(ExactDenoiser.mean, abs=0.05)
-    assert latents.std().item() == pytest.approx(ExactDenoiser.std, rel=0.06)
-
-
 def clipping(pipeline: MNIFPipeline) -> SchedulerMixin:
     scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     assert scheduler.config.clip_sample
@@ -257,68 +242,6 @@ def test_clipping_is_off_however_a_scheduler_is_set(model: Path) -> None:
         )
         assert not loaded.scheduler.config.clip_sample
         assert not loaded.student_scheduler.config.clip_sample
-
-
-def all_schedulers() -> list[str]:
-    kinds = {name: getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler")}
-    return sorted(
-        name for name, kind in kinds.items() if isinstance(kind, type) and SchedulerMixin in kind.__mro__[1:]
-    )
-
-
-FITTING = {
-    "x0": "DDIM DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep DPMSolverSinglestep EulerDiscrete "
-    "HeunDiscrete LMSDiscrete SASolver UniPCMultistep",
-    "v": "DDIM DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep DPMSolverSinglestep "
-    "EulerAncestralDiscrete EulerDiscrete HeunDiscrete KDPM2AncestralDiscrete KDPM2Discrete LMSDiscrete PNDM SASolver "
-    "UniPCMultistep",
-    "flow": "DEISMultistep DPMSolverMultistep DPMSolverSinglestep FlowMatchEulerDiscrete FlowMatchHeunDiscrete "
-    "SASolver UniPCMultistep",
-}
-"""Of diffusers 0.42; all others are refused."""
-
-
-@pytest.mark.parametrize("objective", ["x0", "v", "flow"])
-@pytest.mark.parametrize("name", all_schedulers())
-def test_every_scheduler_draws_right_or_says_why_not(name: str, objective: Objective) -> None:
-    pipeline = exact_pipeline(objective)
-    if name.removesuffix("Scheduler") not in FITTING[objective].split():
-        with pytest.raises(UserError, match=name) as error:
-            pipeline.scheduler = scheduler_by_name(name, pipeline.scheduler)
-        assert "\n" not in str(error.value)
-        return
-    pipeline.scheduler = scheduler_by_name(name, pipeline.scheduler)
-    assert type(pipeline.scheduler).__name__ == name
-    assert_draws_the_gaussian(pipeline, 60 if name.startswith("LMS") else 100)
-
-
-@pytest.mark.parametrize("name", all_schedulers())
-def test_schedulers_set_as_in_the_documentation_of_diffusers(name: str, pipeline: MNIFPipeline) -> None:
-    """``Scheduler.from_config(pipeline.scheduler.config)``: draws, or is refused where it is set, in one line."""
-    pipeline.set_progress_bar_config(disable=True)
-    try:
-        scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
-    except (TypeError, ValueError, KeyError):  # its own: it wants what other schedulers do not have
-        return
-    refusal = None
-    try:
-        pipeline.scheduler = scheduler
-    except UserError as error:
-        refusal = str(error)
-    if refusal is None:
-        assert latents_of(pipeline).isfinite().all()
-    else:
-        assert name in refusal
-        assert "\n" not in refusal
-
-
-@pytest.mark.parametrize("schedule", ["use_karras_sigmas", "use_exponential_sigmas", "rescale_betas_zero_snr"])
-def test_schedules_of_other_noise_levels(schedule: str) -> None:
-    pipeline = exact_pipeline("v")
-    scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, **{schedule: True})
-    pipeline.scheduler = scheduler
-    latents = pipeline(1000, torch.Generator().manual_seed(0), 100, output_type="latent").images
-    assert latents.std().item() == pytest.approx(ExactDenoiser.std, rel=0.1)
 
 
 def test_scaled_samples_warn_of_nothing(model: Path, capfd: pytest.CaptureFixture[str]) -> None:

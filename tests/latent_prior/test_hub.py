@@ -13,9 +13,9 @@ from huggingface_hub.utils import filter_repo_objects
 
 from latent_prior import hub
 from latent_prior.hub import repository_for
-from latent_prior.hub_flags import HubFlags
 from latent_prior.model_card import Figure, add_evaluation, write_model_card
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
+from latent_prior.settings import HubFlags
 from mnif.cli import main
 from mnif.latents.table import LatentTable
 from mnif.utils.args import parse_arguments

@@ -306,6 +306,13 @@ def test_previews(model: Path, tmp_path: Path) -> None:
         assert np.abs(sheets["interpolation"][row : row + 64, left : left + 64] - expected).max() <= 1
     with Image.open(preview / "interpolation.gif") as animation:
         assert 1 < animation.n_frames <= 9  # equal ones in a row are one
+    draw(model, tmp_path / "large", 2, "--grid", "1", "--interpolate", "1", "--resolution", "70", "50")
+    with Image.open(tmp_path / "large/preview/interpolation.png") as image:
+        way = np.asarray(image)
+    assert way.shape == (2 + 70 + 2, 2 * (2 + 50) + 2, 3)
+    for number, left in ((0, 2), (1, 54)):
+        with Image.open(tmp_path / f"large/00000{number}.png") as image:
+            assert np.abs(way[2:72, left : left + 50].astype(int) - np.asarray(image.convert("RGB"))).max() <= 1
     draw(model, tmp_path / "plain", 3, "--grid", "0")
     assert not (tmp_path / "plain/preview").exists()
 

@@ -2,13 +2,16 @@
 
 import copy
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
     UniPCMultistepScheduler,
 )
 
@@ -24,6 +27,7 @@ from latent_prior.pipeline import MNIFPipeline
 from latent_prior.schedulers import adds_noise, scheduler_by_name
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.errors import UserError
+from tests.conftest import small_decoder
 
 
 class ExactDenoiser(ResMLPDenoiser):
@@ -51,6 +55,20 @@ def exact_denoiser(objective: Objective, decoder: MNIFModel | None = None) -> Ex
     denoiser = ExactDenoiser(latent_dim=12, width=16, depth=1, decoder_fingerprint=fingerprint)
     denoiser.objective = objective
     return denoiser
+
+
+def exact_pipeline(objective: Objective = "x0") -> MNIFPipeline:
+    """One that must draw N(1.5, 0.4²), all of it outside of what clipping leaves."""
+    decoder = small_decoder()
+    pipeline = MNIFPipeline(decoder, exact_denoiser(objective, decoder), sampling_scheduler(objective))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def assert_draws_the_gaussian(pipeline: MNIFPipeline, steps: int = 100) -> None:
+    latents = pipeline(1000, torch.Generator().manual_seed(0), steps, output_type="latent").images
+    assert latents.mean().item() == pytest.approx(ExactDenoiser.mean, abs=0.05)
+    assert latents.std().item() == pytest.approx(ExactDenoiser.std, rel=0.06)
 
 
 @pytest.mark.parametrize(
@@ -145,3 +163,66 @@ def test_pipeline_refuses_a_scheduler_that_does_not_fit(pipeline: MNIFPipeline) 
     for scheduler in (sampling_scheduler("flow"), sampling_scheduler("v"), DDIMScheduler()):
         with pytest.raises(UserError, match=f"{type(scheduler).__name__} does not fit"):
             pipeline.scheduler = scheduler
+
+
+def all_schedulers() -> list[str]:
+    kinds = {name: getattr(diffusers, name) for name in dir(diffusers) if name.endswith("Scheduler")}
+    return sorted(
+        name for name, kind in kinds.items() if isinstance(kind, type) and SchedulerMixin in kind.__mro__[1:]
+    )
+
+
+FITTING = {
+    "x0": "DDIM DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep DPMSolverSinglestep EulerDiscrete "
+    "HeunDiscrete LMSDiscrete SASolver UniPCMultistep",
+    "v": "DDIM DDIMParallel DDPM DDPMParallel DEISMultistep DPMSolverMultistep DPMSolverSinglestep "
+    "EulerAncestralDiscrete EulerDiscrete HeunDiscrete KDPM2AncestralDiscrete KDPM2Discrete LMSDiscrete PNDM SASolver "
+    "UniPCMultistep",
+    "flow": "DEISMultistep DPMSolverMultistep DPMSolverSinglestep FlowMatchEulerDiscrete FlowMatchHeunDiscrete "
+    "SASolver UniPCMultistep",
+}
+"""Of diffusers 0.42; all others are refused."""
+
+
+@pytest.mark.parametrize("objective", ["x0", "v", "flow"])
+@pytest.mark.parametrize("name", all_schedulers())
+def test_every_scheduler_draws_right_or_says_why_not(name: str, objective: Objective) -> None:
+    pipeline = exact_pipeline(objective)
+    if name.removesuffix("Scheduler") not in FITTING[objective].split():
+        with pytest.raises(UserError, match=name) as error:
+            pipeline.scheduler = scheduler_by_name(name, pipeline.scheduler)
+        assert "\n" not in str(error.value)
+        return
+    pipeline.scheduler = scheduler_by_name(name, pipeline.scheduler)
+    assert type(pipeline.scheduler).__name__ == name
+    assert_draws_the_gaussian(pipeline, 60 if name.startswith("LMS") else 100)
+
+
+@pytest.mark.parametrize("name", all_schedulers())
+def test_schedulers_set_as_in_the_documentation_of_diffusers(name: str, pipeline: MNIFPipeline) -> None:
+    """``Scheduler.from_config(pipeline.scheduler.config)``: draws, or is refused where it is set, in one line."""
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
+    except (TypeError, ValueError, KeyError):  # its own: it wants what other schedulers do not have
+        return
+    refusal = None
+    try:
+        pipeline.scheduler = scheduler
+    except UserError as error:
+        refusal = str(error)
+    if refusal is None:
+        latents = pipeline(3, torch.Generator().manual_seed(5), 4, output_type="latent").images
+        assert latents.isfinite().all()
+    else:
+        assert name in refusal
+        assert "\n" not in refusal
+
+
+@pytest.mark.parametrize("schedule", ["use_karras_sigmas", "use_exponential_sigmas", "rescale_betas_zero_snr"])
+def test_schedules_of_other_noise_levels(schedule: str) -> None:
+    pipeline = exact_pipeline("v")
+    scheduler = EulerDiscreteScheduler.from_config(pipeline.scheduler.config, **{schedule: True})
+    pipeline.scheduler = scheduler
+    latents = pipeline(1000, torch.Generator().manual_seed(0), 100, output_type="latent").images
+    assert latents.std().item() == pytest.approx(ExactDenoiser.std, rel=0.1)

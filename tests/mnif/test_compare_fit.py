@@ -2,6 +2,9 @@
 
 import json
 import math
+import time
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 from PIL import Image as Picture
 
 from mnif.cli import main
+from mnif.comparison.engine import _time_after
 from mnif.comparison.robustness import robustness, spoilt
 from mnif.comparison.summary import comparison_table
 from mnif.data.batches import ArrayDataset, array_dataset
@@ -80,6 +84,20 @@ def test_every_method_has_its_row_of_finite_numbers(compared: Path) -> None:
         assert picture.width > 600
 
 
+def test_every_method_learns_latents_laid_out_as_tokens(picture_folder: Path, tmp_path: Path) -> None:
+    variant = "latent_layout=tokens,tokens=2,latent_dim=16"
+    more = ["--max_train_steps", "2", "--probes", "2", "--refinement_steps", "1", "--variants", variant]
+    assert main(command(picture_folder, tmp_path, *more)) == 0
+    comparison = json.loads((tmp_path / "compare.json").read_text())
+    for run in comparison["runs"]:
+        config = json.loads((Path(run["folder"]) / "model/decoder/config.json").read_text())
+        assert (config["tokens"], config["latent_dim"]) == (2, 16)
+        assert all(math.isfinite(value) for value in run.values() if isinstance(value, (int, float)))
+    assert [pca["components"] for pca in comparison["controls"]["pca"]] == [16]
+    rows = table_rows((tmp_path / "compare.md").read_text())
+    assert [row[0] for row in rows[:3]] == [f"{method}-{variant}" for method in METHODS]
+
+
 def test_the_table_marks_a_control_that_knows_its_training_set(compared: Path) -> None:
     comparison = json.loads((compared / "compare.json").read_text())
     for instances, train, lines in ((14, "26.00", 0), (13, "(26.00)", 1)):  # twelve components and the mean
@@ -121,6 +139,20 @@ def test_seconds_are_turned_into_steps_once(
     assert main(arguments) == 0
     assert capsys.readouterr().out.count("nothing to do") == 4
     assert json.loads((tmp_path / "compare.json").read_text())["runs"] == first["runs"]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the wall's clock counts where an accelerator works")
+def test_what_else_a_processor_does_makes_no_step_longer() -> None:
+    """A wait is what the loop meets on a busy machine."""
+
+    def waiting() -> Iterator[int]:
+        for step in count():
+            time.sleep(0.02)
+            yield step
+
+    steps = waiting()
+    started = _time_after(steps)
+    assert _time_after(steps) - started < 0.05  # five steps, a tenth of a second by the wall
 
 
 @pytest.mark.parametrize(

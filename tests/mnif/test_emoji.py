@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mnif.data import emoji
-from mnif.data.builtin import builtin_licence
+from mnif.data.builtin import builtin_licence, twemoji_files, twemoji_group
+from mnif.data.dataset import Split
 from mnif.data.emoji import VENDORS, emoji_design
 from mnif.data.images import ImageData, load_images
 from mnif.signals.registry import detect_signal
@@ -322,3 +323,19 @@ def test_the_real_packages_are_drawn_with_transparency(packages: dict[str, Path]
         assert (covered > 0.05).all()
         assert covered.min() < 0.95
         assert isinstance(ImageData(vendor, drawings, names, names), ImageData)
+
+
+def test_how_many_designs_the_split_of_twemoji_leaks() -> None:
+    """What docs/data.md says of it; the split itself stays, for the sake of earlier figures."""
+    ids = list(twemoji_files())
+    data = ImageData("twemoji", np.zeros((len(ids), 1, 1, 3), np.uint8), ids, [*map(twemoji_group, ids)])
+    splits, designs = data.split(0.1, 0.05), np.array([*map(emoji_design, ids)])
+    seen = np.isin(designs, designs[splits == Split.TRAIN])
+    counted = {}
+    for split in (Split.HELD_OUT, Split.TEST):
+        part, leaked = splits == split, seen & (splits == split)
+        groups = [len({data.groups[row] for row in np.flatnonzero(rows)}) for rows in (leaked, part)]
+        counted[split] = (leaked.sum(), part.sum(), *groups)
+    assert counted == {Split.HELD_OUT: (157, 355, 28, 186), Split.TEST: (80, 191, 15, 101)}
+    regrouped = replace(data, groups=designs.tolist()).split(0.1, 0.05)
+    assert not np.isin(designs[regrouped != Split.TRAIN], designs[regrouped == Split.TRAIN]).any()

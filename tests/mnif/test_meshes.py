@@ -5,7 +5,7 @@ import pytest
 
 from mnif.utils import meshes
 from mnif.utils.errors import UserError
-from mnif.utils.meshes import MESH_SUFFIXES, mesh_from_values, mesh_preview, occupancy_preview, save_mesh
+from mnif.utils.meshes import WRITTEN_SUFFIXES, mesh_from_values, mesh_preview, occupancy_preview, save_mesh
 
 trimesh = pytest.importorskip("trimesh")
 pytest.importorskip("skimage")
@@ -72,7 +72,7 @@ def test_noise_is_closed_too(share: float) -> None:
         assert np.abs(mesh.bounds).max() <= 1
 
 
-@pytest.mark.parametrize("suffix", [*MESH_SUFFIXES, ".GLB"])
+@pytest.mark.parametrize("suffix", [*WRITTEN_SUFFIXES, ".GLB"])
 def test_a_file_holds_the_mesh_that_was_saved(suffix: str, tmp_path: Path) -> None:
     vertices, faces = mesh_from_values(sphere(16, middle=(0.1, 0.2, 0.3)))
     path = tmp_path / f"folder/sphere{suffix}"

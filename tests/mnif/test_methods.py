@@ -118,8 +118,14 @@ def test_meta_learning_where_training_is_compiled(decoder: MNIFModel, signal: Im
 
 def test_diverging_inner_loop_names_the_flag_to_lower(decoder: MNIFModel, signal: Image) -> None:
     torch.nn.init.normal_(decoder.coefficient_map.weight, std=1e19)
+    inner_loop, observation = InnerLoop(12, steps=5, learning_rate=1e30), signal.on_grid(torch.rand(2, 16, 16, 3))
+    inner_loop(decoder, signal, observation)
     with pytest.raises(UserError, match=r"inner loop diverged at step \d of 5; lower --inner_learning_rate"):
-        InnerLoop(12, steps=5, learning_rate=1e30)(decoder, signal, signal.on_grid(torch.rand(2, 16, 16, 3)))
+        inner_loop.check()
+    inner_loop.check()  # of the calls since
+    rows = array_dataset({"images": torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)})
+    with pytest.raises(UserError, match="inner loop diverged"):
+        list(infer_latents(decoder, signal, rows, inner_loop, 0, batch_size=2))
 
 
 def test_every_way_of_learning_lowers_its_loss(decoder: MNIFModel, signal: Image) -> None:

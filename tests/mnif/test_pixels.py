@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-import export.device.runtime
+import export.device.pictures
 from mnif.data.batches import evenly_spaced
 from mnif.utils import errors
 from mnif.utils.errors import UserError
@@ -14,7 +14,7 @@ from mnif.utils.pixels import as_axes, save_animation, to_uint8
 
 def test_a_board_rounds_values_to_the_same_pixels() -> None:
     values = torch.cat([torch.linspace(-1.5, 1.5, 4001), torch.arange(-255, 256, 2) / 255]).reshape(-1, 3)
-    np.testing.assert_array_equal(export.device.runtime.to_uint8(values.numpy()), to_uint8(values))
+    np.testing.assert_array_equal(export.device.pictures.to_uint8(values.numpy()), to_uint8(values))
 
 
 def test_one_number_stands_for_all_axes() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from mnif.data.views import load_views
 from mnif.latents.embedding import LatentEmbedding
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import psnr
-from mnif.signals.radiance import Cameras, RadianceField, Rays
+from mnif.signals.radiance import Cameras, RadianceField, Rays, ViewWriter
 from mnif.signals.volume_rendering import camera_rays, turntable_poses
 from mnif.training.methods import AutoDecoderMethod
 from mnif.utils.errors import UserError
@@ -261,7 +262,26 @@ def test_turntable_at_another_size_shows_the_same() -> None:
     large = signal.turntable(field, torch.zeros(1, 5), frames=1, resolution=48)
     assert large.shape == (1, 1, 48, 72, 3)
     np.testing.assert_allclose(large[:, :, 1::3, 1::3].astype(int), small, atol=1)
-    assert signal.images(field, torch.zeros(2, 5)).shape == (2, 16, 24, 3)
+
+
+def test_one_of_eight_views_is_drawn_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    signal, latents = RadianceField([16, 24], samples=40), torch.zeros(2, 5)
+    field = Drawn(lambda points: ball(points, [0.3, 0.3, 0.0]))
+    circle = signal.turntable(field, latents, frames=8)
+    low = ViewWriter(resolution=[24], elevation=-30.0)
+    from_below = signal.turntable(field, latents, frames=8, elevation=-30.0, resolution=24)
+    rendered = []
+    render_views = RadianceField.render_views
+
+    def counted(self: RadianceField, decoder: Any, coefficients: Tensor, cameras: Cameras) -> Tensor:
+        rendered.append(cameras.poses.shape[1])
+        return render_views(self, decoder, coefficients, cameras)
+
+    monkeypatch.setattr(RadianceField, "render_views", counted)
+    np.testing.assert_array_equal(signal.images(field, latents), circle[:, 1])
+    np.testing.assert_array_equal(ViewWriter().images(field, signal, latents), circle[:, 1])
+    np.testing.assert_array_equal(low.images(field, signal, latents), from_below[:, 1])
+    assert rendered == [1, 1, 1]
 
 
 @pytest.mark.parametrize("cells", [1, 2])

@@ -18,12 +18,13 @@ from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals import registry
 from mnif.signals.base import GridSignal, Observation, Signal, intersection_over_union, psnr
-from mnif.signals.image import Image
+from mnif.signals.image import Image, ImageWriter
 from mnif.signals.radiance import RadianceField
 from mnif.signals.registry import register_signal, signal_class, signal_of_model
-from mnif.signals.voxels import Voxels
+from mnif.signals.voxels import MeshWriter, Voxels
 from mnif.training.methods import EncoderMethod
 from mnif.utils.errors import UserError
+from mnif.utils.meshes import occupancy_preview
 
 SIZE = [12, 8]
 
@@ -80,6 +81,24 @@ def test_pictures_of_any_channels(channels: int) -> None:
     assert shown.dtype == np.uint8
     expected = np.stack([on_white(pixels) for pixels in drawn])
     np.testing.assert_allclose(shown.astype(int), expected, atol=2 if channels == 4 else 0)
+    writer = ImageWriter(resolution=[24, 15])
+    with torch.no_grad():
+        large, written = writer.images(decoder, signal, latents), writer.to_array(decoder, signal, latents, 3, 2)
+    expected = np.stack([on_white(pixels) for pixels in written])
+    np.testing.assert_allclose(large.astype(int), expected, atol=2 if channels == 4 else 0)
+    assert large.shape == (3, 24, 15, 3)
+
+
+@torch.no_grad()
+def test_shapes_are_shaded_at_the_resolution_asked_for() -> None:
+    signal = Voxels(8)
+    decoder, latents = decoder_of(signal), torch.randn(2, 6, generator=torch.Generator().manual_seed(1))
+    shaded = MeshWriter(resolution=[20]).images(decoder, signal, latents)
+    expected = [occupancy_preview(shape, 96) for shape in (decoder(latents, 20)[..., 0] > 0).numpy()]
+    np.testing.assert_array_equal(shaded, np.stack(expected))
+    plain = MeshWriter().images(decoder, signal, latents)
+    np.testing.assert_array_equal(plain, signal.images(decoder, latents))
+    assert (plain != shaded).any()
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

@@ -8,7 +8,13 @@ import torch
 
 from mnif.models.io import load_component, save_component
 from mnif.models.mnif_model import MNIFModel
-from mnif.models.sparse_coefficients import gathering_pays, keep_largest, mix_gathered
+from mnif.models.sparse_coefficients import (
+    gathering_pays,
+    keep_largest,
+    keep_largest_of_each,
+    mix_gathered,
+    share_of_each,
+)
 from mnif.utils.errors import UserError
 
 ACTIVE = 5
@@ -40,6 +46,18 @@ def test_the_largest_are_kept_and_the_others_are_zero(active: int) -> None:
     kept = keep_largest(torch.from_numpy(rows), active).numpy()
     np.testing.assert_allclose(kept, expected, atol=1e-14)
     assert ((kept != 0).sum(axis=-1) == active).all()
+
+
+def test_generations_keep_the_largest_of_their_own() -> None:
+    assert share_of_each(16, [96, 32, 3, 1]) == [16, 6, 1, 1]
+    assert share_of_each(5, [6, 4]) == [5, 4]  # all of four
+    rows = torch.from_numpy(np.random.default_rng(0).standard_normal((3, 13)))
+    kept = keep_largest_of_each(rows, [6, 4, 3], [2, 4, 1])
+    torch.testing.assert_close(kept[:, :6], keep_largest(rows[:, :6], 2))
+    assert torch.equal(kept[:, 6:10], rows[:, 6:10])
+    assert torch.equal(keep_largest_of_each(1e6 * rows[:, :6], [6], [2]), keep_largest(1e6 * rows[:, :6], 2))
+    larger = torch.cat([rows[:, :6], 1e6 * rows[:, 6:]], dim=1)  # what is added does not make the old ones leave
+    assert torch.equal(keep_largest_of_each(larger, [6, 4, 3], [2, 4, 1])[:, :6], kept[:, :6])
 
 
 def test_equals_leave_together_and_order_does_not_matter() -> None:

@@ -1,4 +1,4 @@
-// Bases open in the viewer, instances and samples are chosen; everything stands in the page already.
+// Bases open in the viewer, instances and samples are chosen, sliders move; everything stands in the page already.
 const viewer = document.getElementById("viewer");
 const articles = [...viewer.querySelectorAll("article")];
 let place = 0; // of the basis that is shown
@@ -37,5 +37,14 @@ for (const button of document.querySelectorAll("[data-subject]")) {
       other.setAttribute("aria-pressed", String(other === button));
       document.getElementById(other.dataset.subject).hidden = other !== button;
     }
+  });
+}
+
+for (const slider of document.querySelectorAll(".slider input")) {
+  slider.addEventListener("input", () => {
+    const words = slider.list.options[slider.valueAsNumber].label;
+    slider.closest(slider.dataset.owner).style.setProperty(slider.dataset.property, slider.value);
+    slider.setAttribute("aria-valuetext", words);
+    slider.nextElementSibling.textContent = words;
   });
 }

@@ -4,7 +4,7 @@ The prior is told how each was changed, so that its samples are of instances as 
 leak (Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, 2022).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import product
@@ -18,12 +18,14 @@ from torch import Tensor, nn
 from mnif.data.batches import ArrayDataset, array_dataset
 from mnif.latents.inference import infer_latents, load_latent_init
 from mnif.latents.table import LatentTable
+from mnif.models.lineage import ancestor, fingerprints, widened
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Change, Observation, Signal
 from mnif.signals.registry import signal_of_model
+from mnif.training.inheritance import inherited_tables
 from mnif.training.run_record import read_run_record, stage_one_of
 from mnif.utils.errors import UserError
-from mnif.utils.process import default_device, progress_bar
+from mnif.utils.process import progress_bar
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class ChangedInstances:
         signal: the decoder's.
         encoder: finds latents.
         rows: N training instances, in the order of the run's latent table.
+        flags: of the fit, that asked for the changes.
         ways: in each of them an instance goes through one or more changes; as it is is no way of these.
     """
 
@@ -42,12 +45,14 @@ class ChangedInstances:
     signal: Signal
     encoder: nn.Module
     rows: ArrayDataset
+    flags: list[str]
     ways: list[list[Change]]
 
     @torch.no_grad()
-    def latents(self) -> Float[Tensor, "n ways latent_dim"]:
-        """Infers the latents of all instances in all ways, [N, ways, D] on the CPU, by an accelerator if any."""
-        decoder, encoder = self.decoder.to(default_device()), self.encoder.to(default_device())
+    def latents(self, device: torch.device) -> Float[Tensor, "n ways latent_dim"]:
+        """Infers the latents of all instances in all ways on a device, where decoder and encoder stay: [N, ways, D]
+        on the CPU."""
+        decoder, encoder = self.decoder.to(device), self.encoder.to(device)
         found: list[Tensor] = []
         with progress_bar(total=len(self.ways) * len(self.rows), desc="changed", unit=self.signal.noun) as bar:
             for way in self.ways:
@@ -56,10 +61,9 @@ class ChangedInstances:
                     return reduce(lambda seen, change: change(seen), way, self.signal.observe(batch))
 
                 for latents in infer_latents(decoder, self.signal, self.rows, encoder, 0, observe=changed):
-                    found.append(latents.cpu())
+                    found.append(latents)
                     bar.update(len(latents))
-        decoder.cpu()  # where `mnif prior` draws its sheet of samples
-        return torch.cat(found).unflatten(0, (len(self.ways), len(self.rows))).transpose(0, 1).contiguous()
+        return torch.cat(found).cpu().unflatten(0, (len(self.ways), len(self.rows))).transpose(0, 1).contiguous()
 
 
 def changed_instances(run: Path, decoder: MNIFModel, table: LatentTable) -> ChangedInstances:
@@ -90,4 +94,42 @@ def changed_instances(run: Path, decoder: MNIFModel, table: LatentTable) -> Chan
     rows = array_dataset(data.arrays()).subset(np.array(kept))
     choices = product(*([None, *signal.changes()[flag]] for flag in flags))
     _, *ways = ([change for change in way if change is not None] for way in choices)
-    return ChangedInstances(decoder, signal, encoder, rows, ways)
+    return ChangedInstances(decoder, signal, encoder, rows, flags, ways)
+
+
+def changed_in_all_generations(run: Path, decoder: MNIFModel, table: LatentTable) -> list[ChangedInstances]:
+    """Reads what a run learned from, and then what every generation before did whose latents it has inherited.
+
+    Instances of before are found by the encoder of their own generation, which is kept beside their latents.
+
+    Args:
+        run: the run folder.
+        decoder: its stage one.
+        table: its own latents.
+
+    Raises:
+        UserError: of one of them as :func:`changed_instances` says, generations were changed in different ways, or the
+            bases of one have moved since.
+    """
+    found, known = [changed_instances(run, decoder, table)], fingerprints(decoder)
+    for path in inherited_tables(run):
+        (generation,) = (n for n, fingerprint in enumerate(known) if fingerprint.startswith(path.parent.name))
+        try:
+            earlier = ancestor(decoder, generation)
+        except UserError as error:
+            raise UserError(f"--augment: {error}") from None
+        found.append(changed_instances(path.parent, earlier, LatentTable.load_for(earlier, path)))
+        ours, theirs = (" ".join(f"--{flag}" for flag in each.flags) for each in (found[0], found[-1]))
+        if ours != theirs:
+            raise UserError(f"--augment: {run} was changed by {ours}, {path.parent} by {theirs}; leave it out")
+    return found
+
+
+def changed_latents(
+    generations: Sequence[ChangedInstances], device: torch.device
+) -> Float[Tensor, "n ways latent_dim"]:
+    """Infers the latents of all instances of all generations in all ways on a device, as the first one's decoder takes
+    them: [N, ways, D] on the CPU."""
+    decoder = generations[0].decoder
+    found = [each.latents(device) for each in generations]
+    return torch.cat([widened(decoder, some.flatten(0, 1)).unflatten(0, some.shape[:2]) for some in found])

@@ -1,4 +1,4 @@
-"""The instances that a profile finds most surprising, drawn beside what the model makes of them."""
+"""The page of `mnif monitor`: the most surprising instances, drawn beside what the model makes of them."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from latent_prior.changes import changed_instances
+from latent_prior.augmentation import changed_instances
 from latent_prior.denoisers import Denoiser, PaperDenoiser, ResMLPDenoiser, TransformerDenoiser
 from latent_prior.diffusion import UNCHANGED, DenoisingLoss, sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline, load_pipeline
@@ -101,7 +101,7 @@ PRIOR = ["--width", "16", "--depth", "1", "--augment", *QUICK]
 def test_latents_of_changed_instances(run: Path, picture_folder: Path, tmp_path: Path) -> None:
     decoder = load_component(MNIFModel, run / "model", "decoder")
     table = LatentTable.load(run / "latents.safetensors")
-    latents = changed_instances(run, decoder, table).latents()
+    latents = changed_instances(run, decoder, table).latents(torch.device("cpu"))
     assert latents.shape == (len(table.train), 11, 12)
     encode = [
         "encode",

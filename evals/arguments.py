@@ -6,8 +6,8 @@ from typing import Literal
 
 import tyro
 
-from latent_prior.hub_flags import HubFlags
-from latent_prior.settings import INFERENCE_STEPS
+from latent_prior.settings import INFERENCE_STEPS, HubFlags
+from mnif.utils.devices import DeviceFlags
 from mnif.utils.errors import UserError
 from mnif.utils.pixels import MAX_IMAGE_PIXELS
 
@@ -57,7 +57,7 @@ class DataFlags:
 
 
 @dataclass(kw_only=True)
-class EvalArguments(ProtocolFlags, SamplingFlags, DataFlags, HubFlags):
+class EvalArguments(ProtocolFlags, SamplingFlags, DataFlags, HubFlags, DeviceFlags):
     """Measure samples against a reference set, and reconstructions, each beside its controls."""
 
     compared: tyro.conf.Positional[list[Path]] = field(default_factory=list)
