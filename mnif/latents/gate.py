@@ -29,7 +29,8 @@ def judge(profile: Profile, scored: Scored, ids: Sequence[str], rate: float) -> 
 
     Returns:
         ``false_alarm_rate``, ``counts`` of the verdicts, and ``instances``: by id the verdict, its conformal
-        ``p_value``, the ``reason`` (a kind of damage or a score), all ``scores``, and the ``patches`` that the field misses most, by their place along each axis from 0 on; of views, these are means.
+        ``p_value``, the ``reason`` (a kind of damage or a score), all ``scores``, and the ``patches`` that the field
+        misses most, by their place along each axis from 0 on; of views, these are means.
     """
     verdicts = profile.verdicts(scored, rate)
     instances = {
