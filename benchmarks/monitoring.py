@@ -295,7 +295,7 @@ def _error(area: float, sound: int, spoilt: int) -> float:
 
 @torch.no_grad()
 def _denoising_errors(model: Path, latents: np.ndarray) -> np.ndarray:
-    """Means over noise levels of the logarithm of what the prior misses of latents [N, D] under the same noise, [N]."""
+    """Means over noise levels of the logarithm of what the prior misses of latents [N, D] under one noise, [N]."""
     pipeline = MNIFPipeline.from_pretrained(model)
     denoiser, scheduler = pipeline.denoiser, pipeline.scheduler
     assert scheduler.config["prediction_type"] == "sample"

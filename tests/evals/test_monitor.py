@@ -203,7 +203,8 @@ def test_views_are_judged_and_watched(balls: Path, tmp_path: Path) -> None:
     assert gate["counts"]["in"] == 0
     assert {one["reason"] for one in gate["instances"].values()} == {"noise"}
     monitor = ["monitor", "--model", str(balls / "run"), "--refinement_steps", "2", "--data"]
-    assert main([*monitor, str(balls / "known"), "--split", "held_out", "--output_dir", f"{tmp_path}/a"]) in (0, 1)
+    held_out = ["--split", "held_out", "--held_out_fraction", "0.5", "--test_fraction", "0"]
+    assert main([*monitor, str(balls / "known"), *held_out, "--output_dir", f"{tmp_path}/a"]) in (0, 1)
     assert main([*monitor, str(balls / "noise"), "--output_dir", f"{tmp_path}/b"]) == 1
     known, noise = (json.loads((tmp_path / name / "monitor.json").read_text()) for name in "ab")
     assert known["gate"]["counts"]["in"] >= 0.8 * known["instances"]
