@@ -141,7 +141,7 @@ def _fit(arguments: MonitorArguments, decoder: MNIFModel, signal: Signal, latent
     import torch
 
     from mnif.data.batches import array_dataset
-    from mnif.latents.calibration import check_enough, fit_profile
+    from mnif.latents.calibration import TrainingInstances, check_enough, fit_profile
     from mnif.latents.inference import infer_latents
     from mnif.latents.profile import FALSE_ALARM_RATE
     from mnif.utils.model_folders import PROFILE
@@ -162,7 +162,9 @@ def _fit(arguments: MonitorArguments, decoder: MNIFModel, signal: Signal, latent
         search = {"refinement_steps": steps}
     elif steps:
         search = {"refined": (found(steps), steps)}
-    profile = fit_profile(decoder, signal, rows, data.groups, latents, data.name, rate, **search)
+    learned = _selected(arguments, signal, "train")
+    trained = TrainingInstances(array_dataset(learned.arrays()), learned.groups)
+    profile = fit_profile(decoder, signal, trained, rows, data.groups, latents, data.name, rate, **search)
     profile.save(arguments.model)
     folder = model_folder_in(arguments.model) / PROFILE
     print(f"{folder}: a profile of {len(data)} held-out {signal.noun}s, for verdicts at {rate:.1%} of false alarms")
@@ -212,14 +214,13 @@ def _searched_residuals(
 
     from mnif.data.batches import evenly_spaced
     from mnif.latents.inference import infer_latents
-    from mnif.latents.patches import patch_statistics
-    from mnif.latents.surprise import SCORES
+    from mnif.latents.patches import patch_residuals
+    from mnif.latents.surprise import residual_score
 
     some = rows.subset(evenly_spaced(len(rows), _SEARCHED))
     steps = max(arguments.refinement_steps, profile.record.refinement_steps)
     latents = torch.cat([*infer_latents(decoder, signal, some, latent_init, steps, progress=True)])
-    statistics = patch_statistics(decoder, signal, some, latents, profile.record.patches)
-    return profile.score(latents.cpu().numpy(), statistics).scores[:, list(SCORES).index("residual")]
+    return residual_score(patch_residuals(decoder, signal, some, latents, profile.record.patches))
 
 
 def _result(
@@ -269,7 +270,7 @@ def _page(
     from evals.report.monitor import worst_instances
     from evals.report.provenance import provenance
     from evals.report.templates import as_svgs, rendered
-    from mnif.latents.surprise import SCORES
+    from mnif.latents.surprise import REASONS, SCORES
 
     ids = list(result["gate"]["instances"])
     charts = {
@@ -283,6 +284,7 @@ def _page(
         result=result,
         families=FAMILIES,
         meanings=SCORES,
+        reasons=REASONS,
         charts=as_svgs(charts),
         noun=signal.noun,
         tests=tests[:_SHOWN_TESTS],

@@ -54,7 +54,7 @@ def _encode(options: Any) -> int:
     begun = time.perf_counter()
     encoded = encoder(observed.values, mask, options.batch_size)
     seconds = time.perf_counter() - begun
-    verdicts = [] if gate is None else gate(encoded)
+    verdicts = [] if gate is None else gate(observed.values, encoded)
     _write(options.output_dir, bundle, " ".join(map(str, options.data)), observed, encoded)
     write_json(options.output_dir / f"{_SCORES}.json", _scores(observed, encoded, gate, verdicts))
     error = float(encoded.residual.mean(dtype=np.float64))
@@ -73,7 +73,7 @@ def _gate(options: Any, bundle: Bundle, encoder: Encoder) -> Gate | None:
             raise BundleError("--false_alarm_rate: this bundle has no reference profile to judge by")
         print("no reference profile is in this bundle: nothing is said of what to trust")
         return None
-    gate = Gate(bundle.folder, encoder.latent_dim, options.false_alarm_rate)
+    gate = Gate(bundle.folder, encoder.latent_dim, encoder.shape[:-1], options.false_alarm_rate)
     if options.mask is not None:
         print("the reference profile is of whole instances: nothing is judged with --mask")
         return None

@@ -7,6 +7,7 @@ A profile is what `mnif fit` and `mnif monitor` learned of held-out instances. T
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ _STRIKING = 3.0  # standard deviations from which on a patch is named
 
 _NAMED = 4  # patches, at most
 
+_BATCH = 64
+
 
 class Verdict(NamedTuple):
     """What is thought of one instance.
@@ -28,7 +31,7 @@ class Verdict(NamedTuple):
     Attributes:
         verdict: ``"in"``, ``"doubtful"`` or ``"out"``.
         p_value: conformal, in (0, 1].
-        reason: the most surprising score.
+        reason: a kind of damage, or the most surprising score.
         scores: all of them.
         patches: those of which the field misses unusually much, the worst first: the place of each along every axis.
     """
@@ -46,65 +49,74 @@ class Gate:
     Args:
         folder: the bundle.
         latent_dim: numbers in a latent.
+        grid: pixels along each axis of an observation.
         rate: share of instances like the held-out ones that may be called doubtful or out; None: the profile's.
 
     Raises:
         BundleError: there is no profile, it is damaged, or it comes from too few instances for the rate.
     """
 
-    def __init__(self, folder: BundleFolder, latent_dim: int, rate: float | None = None):
+    def __init__(self, folder: BundleFolder, latent_dim: int, grid: Sequence[int], rate: float | None = None):
         described = folder.manifest.get("profile")
         if described is None:
             raise BundleError(f"{folder.path}: no reference profile is in it; export a model that has one")
         self.patches: list[int] = entry(described, "patches", kind=list)
         self.rate = float(described["false_alarm_rate"]) if rate is None else rate
         self._arrays = folder.arrays(PROFILE)
-        self._check(f"{folder.path / PROFILE}", latent_dim)
+        self._check(f"{folder.path / PROFILE}", latent_dim, grid)
         least = surprise.least_rate(len(self._arrays["alarms"]))
         if not least <= self.rate < 1:
             raise BundleError(f"--false_alarm_rate {self.rate:g}: the profile allows {least:.2g} to 1")
 
-    def __call__(self, encoded: Encoded) -> list[Verdict]:
-        """Judges instances that were seen whole."""
+    def __call__(self, values: np.ndarray, encoded: Encoded) -> list[Verdict]:
+        """Judges instances that were seen whole, by their values [N, pixels…, C] and what the encoder made of them."""
         if encoded.patch_statistics is None:
             raise BundleError("the encoder's graph has no patch_statistics; export the bundle again")
-        statistics = {name: encoded.patch_statistics[:, row] for row, name in enumerate(surprise.STATISTICS)}
-        scores = surprise.scores_of(self._arrays, encoded.latents, statistics)
+        residual = encoded.patch_statistics[:, surprise.STATISTICS.index("residual")]
+        parts = [values[begin : begin + _BATCH] for begin in range(0, len(values), _BATCH)]
+        boxes = (surprise.boxes_of(part, self.patches) for part in parts)
+        look = np.concatenate([surprise.look_of(self._arrays, part, self.patches) for part in boxes])
+        scores = surprise.scores_of(self._arrays, encoded.latents, residual, look)
         surprises = surprise.surprises_of(self._arrays, scores)
         p_values = surprise.p_values_of(self._arrays, surprise.alarms_of(self._arrays, surprises))
         verdicts = surprise.verdicts_of(self._arrays, p_values, self.rate)
-        deviations = surprise.patch_deviations(self._arrays, statistics["residual"])
-        return [self._verdict(*row) for row in zip(verdicts, p_values, surprises, scores, deviations)]
+        reasons = surprise.reasons_of(self._arrays, surprises, look)
+        deviations = surprise.patch_deviations(self._arrays, residual)
+        return [self._verdict(*row) for row in zip(verdicts, p_values, reasons, scores, deviations)]
 
     def _verdict(
-        self, verdict: int, p_value: float, surprises: np.ndarray, scores: np.ndarray, deviations: np.ndarray
+        self, verdict: int, p_value: float, reason: str, scores: np.ndarray, deviations: np.ndarray
     ) -> Verdict:
-        names = list(surprise.SCORES)
         worst = [int(each) for each in np.argsort(-deviations, kind="stable")[:_NAMED] if deviations[each] > _STRIKING]
         return Verdict(
             surprise.VERDICTS[verdict],
             float(p_value),
-            names[int(surprises.argmax())],
-            {name: float(each) for name, each in zip(names, scores)},
+            reason,
+            {name: float(each) for name, each in zip(surprise.SCORES, scores)},
             [[int(place) for place in np.unravel_index(each, self.patches)] for each in worst],
         )
 
-    def _check(self, where: str, latent_dim: int) -> None:
+    def _check(self, where: str, latent_dim: int, grid: Sequence[int]) -> None:
         """Makes sure that the arrays are those that scores are made with."""
-        patches, scores = math.prod(self.patches), len(surprise.SCORES)
-        features = patches * len(surprise.STATISTICS)
+        patches, scores, looks = math.prod(self.patches), len(surprise.SCORES), len(surprise.LOOK)
+        boxes, kinds = surprise.count_boxes(grid, self.patches), len(surprise.KINDS)
         shapes: dict[str, list[tuple]] = {
+            "log_mean": [(boxes,)],
+            "log_whitening": [(boxes, boxes)],
+            "root_mean": [(2 * patches,)],
+            "root_whitening": [(2 * patches, 2 * patches)],
+            "look_mean": [(looks,)],
+            "look_std": [(looks,)],
+            "kind_weights": [(kinds, looks)],
+            "kind_offsets": [(kinds,)],
             "latent_mean": [(latent_dim,)],
             "latent_whitening": [(latent_dim, latent_dim), (latent_dim,)],
-            "sharpness": [(1,)],
             "residual_mean": [(patches,)],
             "residual_std": [(patches,)],
             "tail_start": [(scores,)],
             "tail_scale": [(scores,)],
             "shares": [(scores,)],
         }
-        for kind in ("log", "root"):
-            shapes[f"{kind}_mean"], shapes[f"{kind}_whitening"] = [(features,)], [(features, features), (features,)]
         for name, allowed in shapes.items():
             if name not in self._arrays or self._arrays[name].shape not in allowed:
                 raise BundleError(f"{where}: damaged ({name}); export the bundle again")
@@ -112,9 +124,12 @@ class Gate:
         counts = ranks.ndim == 2 and len(ranks) == scores and ranks.size > 0 and alarms.ndim == 1 and alarms.size > 0
         if not counts or not all(np.isfinite(array).all() for array in self._arrays.values()):
             raise BundleError(f"{where}: damaged (ranks, alarms, or what is no number); export the bundle again")
+        wrong = surprise.wrong_array(self._arrays)
+        if wrong:
+            raise BundleError(f"{where}: damaged ({wrong}); export the bundle again")
 
 
 def describe(verdict: Verdict) -> str:
     """Says in words why an instance is not trusted, and where."""
     places = ", ".join("(" + ", ".join(map(str, place)) + ")" for place in verdict.patches)
-    return surprise.SCORES[verdict.reason] + (f"; patches {places}" if places else "")
+    return surprise.REASONS[verdict.reason] + (f"; patches {places}" if places else "")

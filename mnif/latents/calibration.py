@@ -1,41 +1,49 @@
-"""How a profile is made of held-out instances.
+"""How a profile is made of training and held-out instances.
 
-Half of them make the scores (means, covariances, how rare a score is), the other half, which no score has seen, the
-thresholds (split conformal prediction: Vovk, Gammerman and Shafer, 2005; Lei et al., 2018). Instances of one group
-stay in one half, and one of them alone counts for a threshold, as variants of a design are no evidence of their own.
+How sound instances look is learned from the observations that the model was trained on, and how damaged ones do from
+damaged copies of some of them (:mod:`mnif.latents.damage`). A third of the held-out instances makes what needs the
+model (residuals, latents, and how rare each score is), the others, which no score has seen, the thresholds (split
+conformal prediction: Vovk, Gammerman and Shafer, 2005; Lei et al., 2018). Instances of one group stay in one part, and
+one of them alone counts for a threshold, as variants of a design are no evidence of their own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
 
 from mnif.data.batches import ArrayDataset
 from mnif.latents import surprise
-from mnif.latents.patches import observed_grid, patch_statistics, patches_of
+from mnif.latents.damage import damaged
+from mnif.latents.patches import observed_grid, observed_values, patch_residuals, patches_of
 from mnif.latents.profile import FALSE_ALARM_RATE, FULL_COVARIANCE, Profile, ProfileRecord
-from mnif.latents.surprise import SCORES, STATISTICS, TAIL
+from mnif.latents.surprise import KINDS, LOOK, SCORES, TAIL
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Signal
 from mnif.utils.errors import UserError
 
 _FOLDS = 5
 _LEAST_SHAPED = 10  # instances that make the scores
+_SHAPING = 3  # one part of so many makes the scores
 _REFERENCE = 1000  # instances kept to compare others with
-# Of the false alarms, for each score. Where grain and sharpness are out they are far out; strength and layout need the
-# room.
-_SHARES = {
-    "residual": 0.05,
-    "patch": 0.05,
-    "latent": 0.05,
-    "sharpness": 0.09,
-    "grain": 0.09,
-    "strength": 0.36,
-    "layout": 0.31,
-}
+_SOUND = 4096  # training instances that say how sound ones look, at most
+_DAMAGED = 512  # and that are damaged
+_PIXELS = 2**23  # of those that are damaged, at most; of sound ones eight times as many
+_BATCH = 64
+# Of the false alarms, for each score.
+_SHARES = {"look": 0.6, "strength": 0.25, "residual": 0.05, "patch": 0.05, "latent": 0.05}
+
+
+@dataclass(frozen=True)
+class TrainingInstances:
+    """What a model was trained on: the rows, and the group of each."""
+
+    rows: ArrayDataset
+    groups: Sequence[str]
 
 
 def check_enough(instances: int, rate: float) -> None:
@@ -46,17 +54,19 @@ def check_enough(instances: int, rate: float) -> None:
     """
     if not 0 < rate < 1:
         raise UserError(f"--false_alarm_rate {rate:g}: must lie between 0 and 1")
-    needed = 2 * max(math.ceil(1 / rate - 1e-9) - 1, _LEAST_SHAPED)
+    thresholds = math.ceil(1 / rate - 1e-9) - 1
+    needed = max(math.ceil(thresholds * _SHAPING / (_SHAPING - 1)), _LEAST_SHAPED * _SHAPING)
     if instances < needed:
         raise UserError(
-            f"{instances} held-out instances: a false-alarm rate of {rate:g} needs {needed} at least (half of them "
-            "set the threshold); hold more out, or ask for a higher --false_alarm_rate"
+            f"{instances} held-out instances: a false-alarm rate of {rate:g} needs {needed} at least (two thirds of "
+            "them set the threshold); hold more out, or ask for a higher --false_alarm_rate"
         )
 
 
 def fit_profile(
     decoder: MNIFModel,
     signal: Signal,
+    trained: TrainingInstances,
     rows: ArrayDataset,
     groups: Sequence[str],
     latents: Tensor,
@@ -65,11 +75,12 @@ def fit_profile(
     refinement_steps: int = 0,
     refined: tuple[Tensor, int] | None = None,
 ) -> Profile:
-    """Makes a profile of held-out instances.
+    """Makes a profile of training and held-out instances.
 
     Args:
         decoder: the model.
         signal: the model's.
+        trained: what it was trained on.
         rows: N instances that the model has not learned from.
         groups: of each; those of one group are no independent evidence.
         latents: [N, D], found as those to be judged will be.
@@ -84,11 +95,16 @@ def fit_profile(
     check_enough(len(rows), rate)
     grid = observed_grid(signal, rows)
     patches = patches_of(grid)
-    statistics = patch_statistics(decoder, signal, rows, latents, patches)
-    numbers = latents.cpu().numpy()
-    arrays, calibrating = fit_arrays(numbers, statistics, groups, rate)
+    arrays = fit_looks(signal, trained, patches)
+    held_out = HeldOut(
+        latents.cpu().numpy(),
+        patch_residuals(decoder, signal, rows, latents, patches),
+        _looks_of(arrays, signal, rows, patches),
+        groups,
+    )
+    arrays, calibrating = fit_arrays(arrays, held_out, rate)
     if refined is not None:
-        arrays["gaps"] = np.sort(refinement_gaps(numbers, refined[0].cpu().numpy())[calibrating])
+        arrays["gaps"] = np.sort(refinement_gaps(held_out.latents, refined[0].cpu().numpy())[calibrating])
     record = ProfileRecord(
         fingerprints=[decoder.fingerprint(), *decoder.rounded_fingerprints()],
         data=data,
@@ -96,7 +112,7 @@ def fit_profile(
         false_alarm_rate=rate,
         patches=patches,
         grid=grid,
-        statistics=list(STATISTICS),
+        statistics=list(LOOK),
         scores=list(SCORES),
         refinement_steps=refinement_steps,
         gap_steps=0 if refined is None else refined[1],
@@ -109,16 +125,84 @@ def refinement_gaps(first: np.ndarray, refined: np.ndarray) -> np.ndarray:
     return np.sqrt(np.square(refined.astype(np.float64) - first).mean(axis=1))
 
 
-def fit_arrays(
-    latents: np.ndarray, statistics: Mapping[str, np.ndarray], groups: Sequence[str], rate: float
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Makes a profile's arrays.
+def _looks_of(arrays: dict[str, np.ndarray], signal: Signal, rows: ArrayDataset, patches: Sequence[int]) -> np.ndarray:
+    """Computes the looks of N instances, [N, 7]."""
+    boxes = (surprise.boxes_of(values, patches) for values in observed_values(signal, rows))
+    return np.concatenate([surprise.look_of(arrays, some, patches) for some in boxes])
 
-    Args:
-        latents: [N, D].
-        statistics: of the patches, each [N, P].
-        groups: of each instance.
-        rate: of false alarms.
+
+def fit_looks(signal: Signal, trained: TrainingInstances, patches: Sequence[int]) -> dict[str, np.ndarray]:
+    """Learns how sound instances look, and damaged ones: the arrays from ``log_mean`` to ``kind_offsets``.
+
+    Two thirds of the training instances make means and covariances, the others, of which damaged copies are made,
+    a multinomial logistic regression of the kinds.
+
+    Raises:
+        UserError: the training instances are too few.
+    """
+    parts = _parts(trained.groups, _SHAPING)
+    pixels = math.prod(observed_grid(signal, trained.rows)) * max(1, _views(signal, trained.rows))
+    sound = _some(np.flatnonzero(parts != 0), min(_SOUND, max(_BATCH, 8 * _PIXELS // pixels)))
+    spoilt = _some(np.flatnonzero(parts == 0), min(_DAMAGED, max(_BATCH, _PIXELS // pixels)))
+    if min(len(sound), len(spoilt)) < _LEAST_SHAPED:
+        raise UserError(
+            f"{len(trained.groups)} training instances of {len(set(trained.groups))} groups: too few to learn how "
+            "sound ones look"
+        )
+    observed = observed_values(signal, trained.rows.subset(sound))
+    boxes = np.concatenate([surprise.boxes_of(values, patches, moved=False)[:, 0] for values in observed])
+    arrays: dict[str, np.ndarray] = {}
+    features = {"log": surprise.log_features(boxes), "root": surprise.root_features(boxes, patches)}
+    for name, rows in features.items():
+        arrays[f"{name}_mean"], arrays[f"{name}_whitening"] = _mean_and_whitening(rows, rows.shape[1])
+    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    looks: dict[str, list[np.ndarray]] = {}
+    for number, values in enumerate(observed_values(signal, trained.rows.subset(spoilt))):
+        for kind, some in {"sound": values, **damaged(values, len(patches), number)}.items():
+            looks.setdefault(kind, []).append(surprise.look_of(arrays, surprise.boxes_of(some, patches), patches))
+    return arrays | _fit_kinds({kind: np.concatenate(some) for kind, some in looks.items()})
+
+
+def _fit_kinds(looks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Fits the log-odds of each kind of damage against none, of looks [n, 7] of ``sound`` instances and each kind."""
+    from sklearn.linear_model import LogisticRegression  # not needed where a profile is only read
+
+    mean, std = looks["sound"].mean(axis=0), looks["sound"].std(axis=0) + 1e-6
+    rows = np.concatenate([(looks[kind] - mean) / std for kind in ("sound", *KINDS)])
+    kinds = np.repeat(np.arange(len(KINDS) + 1), len(looks["sound"]))
+    # As many sound ones as damaged ones, all kinds together.
+    fitted = LogisticRegression(max_iter=2000).fit(rows, kinds, np.where(kinds == 0, len(KINDS), 1.0))
+    return {
+        "look_mean": mean,
+        "look_std": std,
+        "kind_weights": fitted.coef_[1:] - fitted.coef_[0],
+        "kind_offsets": fitted.intercept_[1:] - fitted.intercept_[0],
+    }
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out instances as they are scored: latents [N, D], residuals [N, P], looks [N, 7], and groups."""
+
+    latents: np.ndarray
+    residuals: np.ndarray
+    looks: np.ndarray
+    groups: Sequence[str]
+
+    def rows(self, rows: np.ndarray) -> HeldOut:
+        """Takes some of them."""
+        groups = [self.groups[row] for row in rows.tolist()]
+        return HeldOut(self.latents[rows], self.residuals[rows], self.looks[rows], groups)
+
+    def scores(self, arrays: dict[str, np.ndarray]) -> np.ndarray:
+        """Scores them, [N, 5]."""
+        return surprise.scores_of(arrays, self.latents, self.residuals, self.looks)
+
+
+def fit_arrays(
+    looks: dict[str, np.ndarray], held_out: HeldOut, rate: float
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Makes a profile's arrays of those of :func:`fit_looks` and held-out instances.
 
     Returns:
         The arrays, and the rows that set the thresholds.
@@ -126,31 +210,29 @@ def fit_arrays(
     Raises:
         UserError: there are too few groups.
     """
-    parts = _parts(groups, 2)
-    shaping, calibrating = np.flatnonzero(parts == 0), np.flatnonzero(parts == 1)
+    groups = held_out.groups
+    parts = _parts(groups, _SHAPING)
+    shaping, calibrating = np.flatnonzero(parts == 0), np.flatnonzero(parts != 0)
     # Variants are no evidence of their own.
     calibrating = calibrating[one_of_each([groups[row] for row in calibrating.tolist()])]
     least = math.ceil(1 / rate - 1e-9) - 1
     if min(len(shaping) - _LEAST_SHAPED, len(calibrating) - least) < 0:
-        raise UserError(f"{len(set(groups))} groups among {len(groups)} held-out instances: too few to make halves of")
-    arrays = _shapes(latents[shaping], _rows(statistics, shaping))
+        raise UserError(f"{len(set(groups))} groups among {len(groups)} held-out instances: too few to make thirds of")
+    shapers = held_out.rows(shaping)
+    arrays = looks | _shapes(shapers)
     # How rare a score is can only be told on instances that its means and covariances have not seen.
-    scores, folds = np.empty((len(shaping), len(SCORES))), _parts([groups[row] for row in shaping.tolist()], _FOLDS)
+    scores, folds = np.empty((len(shaping), len(SCORES))), _parts(shapers.groups, _FOLDS)
     for fold in range(_FOLDS):
-        seen, unseen = shaping[folds != fold], shaping[folds == fold]
+        seen, unseen = np.flatnonzero(folds != fold), np.flatnonzero(folds == fold)
         if len(unseen):
-            shapes = _shapes(latents[seen], _rows(statistics, seen))
-            scores[folds == fold] = surprise.scores_of(shapes, latents[unseen], _rows(statistics, unseen))
+            scores[unseen] = shapers.rows(unseen).scores(looks | _shapes(shapers.rows(seen)))
     arrays |= _tails(scores)
-    of_others = surprise.scores_of(arrays, latents[calibrating], _rows(statistics, calibrating))
+    calibrators = held_out.rows(calibrating)
+    of_others = calibrators.scores(arrays)
     arrays["alarms"] = np.sort(surprise.alarms_of(arrays, surprise.surprises_of(arrays, of_others)))
-    arrays["reference_latents"] = latents[calibrating][:_REFERENCE].astype(np.float32)
+    arrays["reference_latents"] = calibrators.latents[:_REFERENCE].astype(np.float32)
     arrays["reference_scores"] = of_others[:_REFERENCE]
     return arrays, calibrating
-
-
-def _rows(statistics: Mapping[str, np.ndarray], rows: np.ndarray) -> dict[str, np.ndarray]:
-    return {name: values[rows] for name, values in statistics.items()}
 
 
 def one_of_each(groups: Sequence[str]) -> np.ndarray:
@@ -166,30 +248,38 @@ def _parts(groups: Sequence[str], count: int) -> np.ndarray:
     return np.array([part[group] for group in groups])
 
 
-def _shapes(latents: np.ndarray, statistics: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Means, spreads and covariances that scores are made with."""
-    residual = statistics["residual"]
+def _some(rows: np.ndarray, most: int) -> np.ndarray:
+    """Draws at most so many rows, in order."""
+    return np.sort(np.random.default_rng(len(rows)).permutation(rows)[:most])
+
+
+def _views(signal: Signal, rows: ArrayDataset) -> int:
+    (first,) = rows.subset(np.arange(1)).batches(1)
+    return signal.num_views(first)
+
+
+def _shapes(held_out: HeldOut) -> dict[str, np.ndarray]:
+    """Means, spreads and covariances of residuals and latents."""
+    residual = held_out.residuals
+    mean, whitening = _mean_and_whitening(held_out.latents, FULL_COVARIANCE)
     arrays = {
         "residual_mean": residual.mean(axis=0),
         # No patch is so well drawn that a hundredth of the usual error counts as much.
         "residual_std": residual.std(axis=0) + 0.01 * residual.mean() + 1e-6,
-        "sharpness": np.median(surprise.sharpness_of(statistics), keepdims=True),
+        "latent_mean": mean,
+        "latent_whitening": whitening,
     }
-    features = {
-        "latent": latents,
-        "root": surprise.root_features(statistics),
-        "log": surprise.log_features(statistics),
-    }
-    for name, rows in features.items():
-        arrays[f"{name}_mean"], arrays[f"{name}_whitening"] = _mean_and_whitening(rows)
     return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
-def _mean_and_whitening(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean of [N, D], and a factor of the inverse of its covariance, shrunk as Ledoit and Wolf (2004) do."""
+def _mean_and_whitening(rows: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of [N, D], and a factor of the inverse of its covariance, shrunk as Ledoit and Wolf (2004) do.
+
+    With more than ``most`` numbers each counts by itself, and the factor is [D].
+    """
     from sklearn.covariance import LedoitWolf  # not needed where a profile is only read
 
-    if rows.shape[1] > FULL_COVARIANCE:
+    if rows.shape[1] > most:
         return rows.mean(axis=0), 1 / (rows.std(axis=0) + 1e-6)
     fitted = LedoitWolf().fit(rows)
     variances, directions = np.linalg.eigh(fitted.covariance_)

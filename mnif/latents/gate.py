@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mnif.latents.calibration import refinement_gaps
 from mnif.latents.profile import Profile, Scored
-from mnif.latents.surprise import SCORES, VERDICTS
+from mnif.latents.surprise import REASONS, SCORES, VERDICTS
 from mnif.utils.errors import printable
 
 _PATCHES = 4  # that are named
@@ -29,15 +29,15 @@ def judge(profile: Profile, scored: Scored, ids: Sequence[str], rate: float) -> 
 
     Returns:
         ``false_alarm_rate``, ``counts`` of the verdicts, and ``instances``: by id the verdict, its conformal
-        ``p_value``, the ``reason`` (the most surprising score), all ``scores``, and the ``patches`` that the field
+        ``p_value``, the ``reason`` (a kind of damage or a score), all ``scores``, and the ``patches`` that the field
         misses most, by their place along each axis from 0 on; of views, these are means.
     """
-    verdicts, reasons = profile.verdicts(scored, rate), scored.reasons()
+    verdicts = profile.verdicts(scored, rate)
     instances = {
         id: {
             "verdict": verdicts[row],
             "p_value": round(float(scored.p_values[row]), 5),
-            "reason": reasons[row],
+            "reason": scored.reasons[row],
             "scores": dict(zip(SCORES, (round(float(score), 4) for score in scored.scores[row]), strict=True)),
             "patches": missed_patches(scored.deviations[row], profile.record.patches),
         }
@@ -75,5 +75,5 @@ def summary(judged: dict[str, Any]) -> str:
     for id, one in sorted(outside.items(), key=lambda item: item[1]["p_value"])[:_SHOWN]:
         where = "".join(f" {tuple(patch)}" for patch in one["patches"])
         where = f"; patches{where}" if where else ""
-        lines.append(f"  {printable(id)}: {one['verdict']}, {SCORES[one['reason']]} ({one['reason']}){where}")
+        lines.append(f"  {printable(id)}: {one['verdict']}, {REASONS[one['reason']]} ({one['reason']}){where}")
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mnif.data.batches import ArrayDataset
-from mnif.latents.surprise import STATISTICS
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import GridSignal, Signal
 from mnif.utils.devices import sent
@@ -42,29 +41,23 @@ def observed_grid(signal: Signal, rows: ArrayDataset) -> list[int]:
     raise UserError(f"a {signal.noun} is seen neither on a grid nor in views: there is no profile of such")
 
 
+def observed_values(signal: Signal, rows: ArrayDataset) -> Iterator[np.ndarray]:
+    """Yields what is observed of rows, some at a time, [B, (views,) pixels…, C]."""
+    for batch in rows.batches(_BATCH):
+        yield signal.observe(batch).values.numpy()
+
+
 @torch.no_grad()
-def patch_statistics(
+def patch_residuals(
     decoder: MNIFModel, signal: Signal, rows: ArrayDataset, latents: Tensor, patches: Sequence[int]
-) -> dict[str, np.ndarray]:
-    """Measures how each patch of the rows looks, and how latents [N, D] show it.
-
-    Args:
-        decoder: the model.
-        signal: the model's.
-        rows: N instances.
-        latents: theirs.
-        patches: along each axis.
-
-    Returns:
-        For each of :data:`mnif.latents.surprise.STATISTICS` [N, P] float64; those of views are their means.
-    """
-    found: dict[str, list[Tensor]] = {name: [] for name in STATISTICS}
+) -> np.ndarray:
+    """Measures how much latents [N, D] miss of each patch of N rows: mean squares, [N, P] float64, also over views."""
+    found: list[Tensor] = []
     for batch, some in zip(rows.batches(_BATCH, decoder.device), latents.split(_BATCH), strict=True):
         observation = signal.observe(batch)
         predictions = signal.predict(decoder, decoder.coefficients(sent(some, decoder.device)), observation)
-        for name, values in statistics_of(observation.values, predictions, patches).items():
-            found[name].append(values)
-    return {name: torch.cat(parts).cpu().double().numpy() for name, parts in found.items()}
+        found.append(statistics_of(observation.values, predictions, patches)["residual"])
+    return torch.cat(found).cpu().double().numpy()
 
 
 def statistics_of(values: Tensor, predictions: Tensor, patches: Sequence[int]) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ It lies in the model folder, ``profile/profile.json`` beside ``profile/arrays.sa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,8 +21,8 @@ from torch import Tensor
 from mnif.data.batches import ArrayDataset
 from mnif.latents import surprise
 from mnif.latents.inference import LatentInit, infer_latents
-from mnif.latents.patches import observed_grid, patch_statistics
-from mnif.latents.surprise import SCORES, STATISTICS
+from mnif.latents.patches import observed_grid, observed_values, patch_residuals, patches_of
+from mnif.latents.surprise import KINDS, LOOK, SCORES
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Signal
 from mnif.utils.errors import UserError
@@ -49,19 +48,19 @@ class ProfileRecord(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         false_alarm_rate: that verdicts are given at, unless told otherwise.
         patches: along each axis.
         grid: pixels along each axis of what was observed.
-        statistics: of each patch, in order.
+        statistics: that a look is known by, in order.
         scores: in order.
         refinement_steps: by which the latents were found; 0: by the model's encoder or inner loop alone.
         gap_steps: of the refinement whose gaps are known; 0: none are.
     """
 
     format: Literal["mnif-profile/1"] = "mnif-profile/1"
-    fingerprints: list[str]
+    fingerprints: Annotated[list[str], Meta(min_length=1)]
     data: str
     instances: Size
     false_alarm_rate: _Rate
     patches: list[Size]
-    grid: list[Size]
+    grid: Annotated[list[Size], Meta(min_length=1, max_length=3)]
     statistics: list[str]
     scores: list[str]
     refinement_steps: Annotated[int, Meta(ge=0)]
@@ -76,17 +75,15 @@ class Scored:
         scores: [N, S].
         surprises: [N, S], how rare each score is.
         p_values: [N], conformal.
+        reasons: of each instance, of :data:`mnif.latents.surprise.REASONS`.
         deviations: [N, P], each patch's residual in its own standard deviations.
     """
 
     scores: np.ndarray
     surprises: np.ndarray
     p_values: np.ndarray
+    reasons: list[str]
     deviations: np.ndarray
-
-    def reasons(self) -> list[str]:
-        """Names the most surprising score of each instance."""
-        return [list(SCORES)[index] for index in self.surprises.argmax(axis=1)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,12 +100,18 @@ class Profile:
     record: ProfileRecord
     arrays: dict[str, np.ndarray]
 
-    def score(self, latents: np.ndarray, statistics: Mapping[str, np.ndarray]) -> Scored:
-        """Scores instances by their latents [N, D] and the statistics of their patches, each [N, P]."""
-        scores = surprise.scores_of(self.arrays, latents, statistics)
+    def score(self, latents: np.ndarray, residuals: np.ndarray, looks: np.ndarray) -> Scored:
+        """Scores instances by their latents [N, D], the residuals of their patches [N, P] and their looks [N, 7]."""
+        scores = surprise.scores_of(self.arrays, latents, residuals, looks)
         surprises = surprise.surprises_of(self.arrays, scores)
         p_values = surprise.p_values_of(self.arrays, surprise.alarms_of(self.arrays, surprises))
-        return Scored(scores, surprises, p_values, surprise.patch_deviations(self.arrays, statistics["residual"]))
+        reasons = surprise.reasons_of(self.arrays, surprises, looks)
+        return Scored(scores, surprises, p_values, reasons, surprise.patch_deviations(self.arrays, residuals))
+
+    def looks(self, values: np.ndarray) -> np.ndarray:
+        """Computes how observed values [B, (views,) pixels…, C] look, [B, 7]."""
+        patches = self.record.patches
+        return surprise.look_of(self.arrays, surprise.boxes_of(values, patches), patches)
 
     def rate(self, asked: float | None) -> float:
         """Settles the false-alarm rate: the one asked for, or the profile's own.
@@ -120,7 +123,7 @@ class Profile:
         if not least <= rate < 1 or asked == 0:
             raise UserError(
                 f"--false_alarm_rate {asked:g}: the profile's {self.record.instances} held-out instances allow "
-                f"{math.ceil(least * 1000) / 1000:g} to 1 (half of them set the threshold)"
+                f"{math.ceil(least * 1000) / 1000:g} to 1 (two thirds of them set the threshold)"
             )
         return rate
 
@@ -157,22 +160,31 @@ def load_profile(model: Path, decoder: MNIFModel) -> Profile:
             f"{folder}: the profile of another decoder ({record.fingerprints[0][:12]}, not "
             f"{decoder.fingerprint()[:12]}); `mnif monitor --fit --model {model} --data DATA` makes it anew"
         )
-    if (tuple(record.statistics), tuple(record.scores)) != (STATISTICS, tuple(SCORES)):
-        raise UserError(f"{folder}: scores of another version; `mnif monitor --fit` makes the profile anew")
+    if (record.statistics, record.scores) != (list(LOOK), list(SCORES)):
+        raise UserError(
+            f"{folder}: scores of another version of mnif; `mnif monitor --fit --model {model} --data DATA` makes the "
+            "profile anew"
+        )
+    if record.patches != patches_of(record.grid):
+        raise UserError(f"{folder / 'profile.json'}: patches {record.patches} are not those of a grid {record.grid}")
     return Profile(record, _read_arrays(folder / "arrays.safetensors", record, decoder.config.latent_dim))
 
 
 def _read_arrays(path: Path, record: ProfileRecord, latent_dim: int) -> dict[str, np.ndarray]:
     """Reads the arrays, each of the shape that the record makes it."""
     patches, scores = math.prod(record.patches), len(SCORES)
-    features = patches * len(STATISTICS)
+    boxes = surprise.count_boxes(record.grid, record.patches)
     shapes: dict[str, tuple[int | None, ...]] = {
+        "log_mean": (boxes,),
+        "log_whitening": (boxes, boxes),
+        "root_mean": (2 * patches,),
+        "root_whitening": (2 * patches, 2 * patches),
+        **dict.fromkeys(("look_mean", "look_std"), (len(LOOK),)),
+        "kind_weights": (len(KINDS), len(LOOK)),
+        "kind_offsets": (len(KINDS),),
         "latent_mean": (latent_dim,),
         "latent_whitening": (latent_dim,) * (2 if latent_dim <= FULL_COVARIANCE else 1),
-        **{f"{kind}_mean": (features,) for kind in ("log", "root")},
-        **{f"{kind}_whitening": (features, features) for kind in ("log", "root")},
         **dict.fromkeys(("residual_mean", "residual_std"), (patches,)),
-        "sharpness": (1,),
         "ranks": (scores, None),
         **dict.fromkeys(("tail_start", "tail_scale", "shares"), (scores,)),
         "alarms": (None,),
@@ -193,6 +205,9 @@ def _read_arrays(path: Path, record: ProfileRecord, latent_dim: int) -> dict[str
     for name, array in arrays.items():
         if array.dtype not in (np.float32, np.float64) or not len(array) or not np.isfinite(array).all():
             raise UserError(f"{path}: {name} holds something else than finite numbers")
+    wrong = surprise.wrong_array(arrays)
+    if wrong:
+        raise UserError(f"{path}: {wrong}")
     return arrays
 
 
@@ -216,5 +231,6 @@ def score_rows(
         raise UserError(f"{signal.noun}s of {grid} pixels; the profile is of {profile.record.grid}")
     steps = profile.record.refinement_steps
     latents = torch.cat([*infer_latents(decoder, signal, rows, latent_init, steps, progress=steps > 0)])
-    statistics = patch_statistics(decoder, signal, rows, latents, profile.record.patches)
-    return latents, profile.score(latents.cpu().numpy(), statistics)
+    residuals = patch_residuals(decoder, signal, rows, latents, profile.record.patches)
+    looks = np.concatenate([profile.looks(values) for values in observed_values(signal, rows)])
+    return latents, profile.score(latents.cpu().numpy(), residuals, looks)

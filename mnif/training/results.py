@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mnif.data.batches import ArrayDataset, evenly_spaced
 from mnif.data.dataset import Dataset, Split
-from mnif.latents.calibration import fit_profile
+from mnif.latents.calibration import TrainingInstances, fit_profile
 from mnif.latents.inference import LatentInit, evaluate_latents, infer_latents
 from mnif.latents.inner_loop import InnerLoop
 from mnif.latents.pca import pca_metrics, pca_warnings
@@ -77,7 +77,9 @@ def save_results(
 
     _save_latent_table(run, data, splits, train_latents, first, decoder)
     held_out = data.rows(splits == Split.HELD_OUT)
-    _save_profile(run / "model", decoder, signal, held_rows, held_out, latent_init, first, refined, refinement_steps)
+    trained = TrainingInstances(train_rows, data.rows(splits == Split.TRAIN).groups)
+    found = (latent_init, first, refined, refinement_steps)
+    _save_profile(run / "model", decoder, signal, trained, held_rows, held_out, *found)
     shown = (held_rows, first, refined) if len(held_rows) else (train_rows, train_latents, train_latents)
     _save_reconstructions(run, decoder, signal, *shown)
     print(f"{run / 'model'}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
@@ -118,6 +120,7 @@ def _save_profile(
     model: Path,
     decoder: MNIFModel,
     signal: Signal,
+    trained: TrainingInstances,
     rows: ArrayDataset,
     data: Dataset,
     latent_init: LatentInit,
@@ -131,7 +134,7 @@ def _save_profile(
             raise UserError("nothing found the latents of held-out instances (--refinement_steps 0)")
         search, gaps = (steps, None) if latent_init is None else (0, (refined, steps) if steps else None)
         make = partial(fit_profile, refinement_steps=search, refined=gaps)
-        make(decoder, signal, rows, data.groups, first, data.name).save(model)
+        make(decoder, signal, trained, rows, data.groups, first, data.name).save(model)
     except UserError as error:
         print(f"no profile of held-out instances: {error}")
 

@@ -24,7 +24,7 @@ from mnif.cli import main
 from mnif.data.batches import array_dataset
 from mnif.data.images import load_images
 from mnif.latents import surprise as surprise_of_mnif
-from mnif.latents.calibration import fit_profile
+from mnif.latents.calibration import TrainingInstances, fit_profile
 from mnif.latents.inference import infer_latents
 from mnif.latents.table import LatentTable
 from mnif.models.encoders import PatchEncoder, TokenEncoder, ViewsEncoder
@@ -38,7 +38,7 @@ from tests.export.test_device import run
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path) -> Path:
-    """A model of 12×16 pictures with tokens and an encoder for them, and its profile on 38 pictures."""
+    """A model of 12×16 pictures with tokens and an encoder for them, and its profile on 38 of 48 pictures."""
     folder = tmp_path_factory.mktemp("run") / "model"
     torch.manual_seed(0)
     settings: dict[str, Any] = {"resolution": [12, 16], "latent_dim": 16, "tokens": 2}
@@ -47,9 +47,10 @@ def model(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path) -> Pat
     save_component(folder, "decoder", decoder)
     save_component(folder, "encoder", encoder)
     data, signal = load_images(str(picture_folder), (12, 16)), signal_of_model(decoder)
-    rows = array_dataset(data.arrays()).subset(np.arange(10, 48))
+    trained = TrainingInstances(array_dataset(data.arrays()), data.ids)
+    rows = trained.rows.subset(np.arange(10, 48))
     latents = torch.cat([*infer_latents(decoder, signal, rows, encoder, 0)])
-    fit_profile(decoder, signal, rows, data.ids[10:], latents, "pictures").save(folder)
+    fit_profile(decoder, signal, trained, rows, data.ids[10:], latents, "pictures").save(folder)
     return folder
 
 
@@ -356,8 +357,9 @@ def test_damaged_profiles_are_one_line(bundle: Path, tmp_path: Path, capsys: pyt
     write_png(tmp_path / "a.png", np.zeros((12, 16, 3), np.uint8))
     with np.load(bundle / "profile.npz") as stored:
         arrays = dict(stored)
-    for name, array in arrays.items():
-        for wrong in (array[:-1], array[..., None], np.full_like(array, np.nan), None):
+    for number, (name, array) in enumerate(sorted(arrays.items())):
+        wrongs = (array[:-1], array[..., None], np.full_like(array, np.nan), None, -np.abs(array) - 1)
+        for wrong in (wrongs[number % 4], wrongs[4] if name in ("shares", "look_std") else None):
             if name in ("alarms", "ranks") and wrong is not None and wrong.shape == array[:-1].shape:
                 continue  # as good as another
             folder = Path(shutil.copytree(bundle, tmp_path / "damaged"))

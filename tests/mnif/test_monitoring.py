@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,50 +11,56 @@ import torch
 from scipy import stats
 
 from mnif.cli import main
+from mnif.data.batches import ArrayDataset
 from mnif.latents import surprise
-from mnif.latents.calibration import check_enough, fit_arrays
+from mnif.latents.calibration import HeldOut, TrainingInstances, check_enough, fit_arrays, fit_looks
+from mnif.latents.damage import damaged
 from mnif.latents.inference import optimize_latents
 from mnif.latents.patches import patches_of, statistics_of
 from mnif.latents.profile import load_profile
 from mnif.latents.robust import RobustLoss
-from mnif.latents.surprise import SCORES, STATISTICS
+from mnif.latents.surprise import KINDS, LOOK, SCORES
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.registry import signal_of_model
 from mnif.utils.errors import UserError
 from mnif.utils.model_folders import sha256_of_model
+from tests.conftest import small_decoder
+
+_LOOKS = {
+    "look_mean": np.zeros(len(LOOK)),
+    "look_std": np.ones(len(LOOK)),
+    "kind_weights": np.eye(len(KINDS), len(LOOK)),
+    "kind_offsets": np.full(len(KINDS), -2.0),
+}
 
 
-def gaussian_instances(count: int, seed: int, patches: int = 4, spread: float = 1.0) -> tuple[np.ndarray, dict]:
-    """Latents of a Gaussian, and patches' statistics whose logarithms are."""
+def gaussian_instances(count: int, seed: int, patches: int = 4) -> HeldOut:
+    """Latents of a Gaussian, patches' residuals whose logarithms are, and looks that are."""
     draw = np.random.default_rng(seed)
     mixing = np.array([[2.0, 0.0, 0.0], [1.0, 0.5, 0.0], [0.0, 0.3, 1.5]])
-    latents = draw.standard_normal((count, 3)) @ mixing.T * spread + [1.0, -2.0, 0.5]
-    logs = spread * 0.5 * draw.standard_normal((len(STATISTICS), count, patches))
-    return latents, dict(zip(STATISTICS, 0.01 * np.exp(logs), strict=True))
-
-
-def own_groups(count: int) -> list[str]:
-    return [str(number) for number in range(count)]
+    latents = draw.standard_normal((count, 3)) @ mixing.T + [1.0, -2.0, 0.5]
+    residuals = 0.01 * np.exp(0.5 * draw.standard_normal((count, patches)))
+    return HeldOut(latents, residuals, draw.standard_normal((count, len(LOOK))), [str(each) for each in range(count)])
 
 
 def fitted(count: int, seed: int = 0) -> dict[str, np.ndarray]:
-    return fit_arrays(*gaussian_instances(count, seed), own_groups(count), 0.05)[0]
+    return fit_arrays(_LOOKS, gaussian_instances(count, seed), 0.05)[0]
 
 
-def p_values(arrays: dict[str, np.ndarray], latents: np.ndarray, statistics: dict) -> np.ndarray:
-    scores = surprise.scores_of(arrays, latents, statistics)
-    return surprise.p_values_of(arrays, surprise.alarms_of(arrays, surprise.surprises_of(arrays, scores)))
+def p_values(arrays: dict[str, np.ndarray], some: HeldOut) -> np.ndarray:
+    surprises = surprise.surprises_of(arrays, some.scores(arrays))
+    return surprise.p_values_of(arrays, surprise.alarms_of(arrays, surprises))
 
 
 def test_latent_score_is_the_density_of_a_gaussian() -> None:
     """−2 log of the density, but for a constant, by SciPy and the covariance that latents were drawn with."""
     arrays = fitted(8000)
-    latents, statistics = gaussian_instances(200, 1)
+    some = gaussian_instances(200, 1)
     mixing = np.array([[2.0, 0.0, 0.0], [1.0, 0.5, 0.0], [0.0, 0.3, 1.5]])
     density = stats.multivariate_normal([1.0, -2.0, 0.5], mixing @ mixing.T)
-    distances = -2 * (density.logpdf(latents) - density.logpdf(density.mean))
-    found = np.exp(surprise.scores_of(arrays, latents, statistics)[:, list(SCORES).index("latent")])
+    distances = -2 * (density.logpdf(some.latents) - density.logpdf(density.mean))
+    found = np.exp(some.scores(arrays)[:, list(SCORES).index("latent")])
     np.testing.assert_allclose(found, distances, rtol=0.1, atol=0.05)
 
 
@@ -73,7 +80,7 @@ def test_false_alarms_of_fresh_instances_are_those_of_the_beta_distribution() ->
     rates = []
     for seed in range(40):
         arrays = fitted(160, seed)
-        rates.append((p_values(arrays, *gaussian_instances(2000, 1000 + seed)) <= 0.05).mean())
+        rates.append((p_values(arrays, gaussian_instances(2000, 1000 + seed)) <= 0.05).mean())
     m = len(arrays["alarms"])
     k = int(0.05 * (m + 1))
     expected = stats.beta(k, m + 1 - k)
@@ -93,15 +100,128 @@ def test_verdicts_follow_the_rank_of_the_threshold() -> None:
 
 
 def test_groups_are_not_divided_and_too_few_instances_are_refused() -> None:
-    latents, statistics = gaussian_instances(100, 0)
-    groups = [str(number // 2) for number in range(100)]
-    _, calibrating = fit_arrays(latents, statistics, groups, 0.05)
-    assert len(calibrating) == len({groups[row] for row in calibrating}) == 25  # half of 50, one instance of each
-    with pytest.raises(UserError, match="1 groups among 100 held-out instances"):
-        fit_arrays(latents, statistics, ["one"] * 100, 0.05)
-    check_enough(38, 0.05)
-    with pytest.raises(UserError, match=r"37 held-out instances: a false-alarm rate of 0.05 needs 38 at least"):
-        check_enough(37, 0.05)
+    some = gaussian_instances(102, 0)
+    groups = [str(number // 2) for number in range(102)]
+    _, calibrating = fit_arrays(_LOOKS, replace(some, groups=groups), 0.05)
+    assert len(calibrating) == len({groups[row] for row in calibrating}) == 34  # two thirds of 51, one of each group
+    with pytest.raises(UserError, match="1 groups among 102 held-out instances"):
+        fit_arrays(_LOOKS, replace(some, groups=["one"] * 102), 0.05)
+    check_enough(30, 0.05)
+    with pytest.raises(UserError, match=r"29 held-out instances: a false-alarm rate of 0.05 needs 30 at least"):
+        check_enough(29, 0.05)
+
+
+@pytest.mark.parametrize("shape", [(12, 9, 3), (6, 40, 1), (9, 8, 10, 1)])
+def test_boxes_are_those_of_loops(shape: tuple[int, ...]) -> None:
+    """Means of squared differences in patches and layers; of a moved copy, those of maps that are moved by hand."""
+    values = np.random.default_rng(0).standard_normal((2, *shape))
+    grid, patches = shape[:-1], patches_of(shape[:-1])
+    axes = range(1, len(grid) + 1)
+    padded = np.pad(values, [(0, 0), *[(1, 1)] * len(grid), (0, 0)], mode="edge")
+    inner = (slice(None), *[slice(1, -1)] * len(grid))
+    maps = [np.square(np.roll(padded, -1, axis)[inner] - values).mean(axis=-1) for axis in axes]
+    bend = sum(np.roll(padded, 1, axis)[inner] + np.roll(padded, -1, axis)[inner] - 2 * values for axis in axes)
+    maps.append(np.square(bend).mean(axis=-1))
+    found = surprise.boxes_of(values, patches)
+    assert found.shape == (2, 1 + 2 * len(grid), surprise.count_boxes(grid, patches))
+    owners = [np.arange(pixels) * count // pixels for pixels, count in zip(grid, patches, strict=True)]
+    layers = [np.arange(pixels) * min(32, pixels) // pixels for pixels in grid]
+    for number, (axis, step) in enumerate([(1, 0), *((axis, step) for axis in axes for step in (2, -2))]):
+        moved = []
+        for one in maps:
+            places = np.arange(one.shape[axis]) + step  # a step of 2 brings what is two pixels further
+            kept = np.take(one, np.clip(places, 0, one.shape[axis] - 1), axis)
+            kept = np.moveaxis(kept, axis, -1) * ((places >= 0) & (places < one.shape[axis]))
+            moved.append(np.moveaxis(kept, -1, axis))
+        inside = [
+            np.ix_([0, 1], *[np.flatnonzero(owner == at) for owner, at in zip(owners, place, strict=True)])
+            for place in np.ndindex(*patches)
+        ]
+        expected = [one[box] for one in moved for box in inside]
+        expected += [
+            np.compress(layers[across - 1] == layer, one, axis=across)
+            for across in axes
+            for one in moved[:-1]
+            for layer in range(layers[across - 1][-1] + 1)
+        ]
+        by_hand = np.stack([box.reshape(2, -1).mean(axis=1) for box in expected], axis=1)
+        np.testing.assert_allclose(found[:, number], by_hand, rtol=2e-4, atol=1e-6, err_msg=f"{axis} {step}")
+
+
+def discs(count: int, seed: int) -> np.ndarray:
+    """Pictures [count, 16, 16, 3] in [-1, 1] of a disc near the middle of a ground, with stripes."""
+    draw = np.random.default_rng(seed)
+    rows, columns = np.mgrid[0:16, 0:16]
+    images = []
+    for _ in range(count):
+        ground, colour = draw.uniform(-1, 1, (2, 3))
+        radius = draw.uniform(4, 6)
+        disc = ((rows - 7.5) ** 2 + (columns - 7.5) ** 2 < radius**2)[..., None]
+        images.append(np.where(disc, colour * (1 - 0.3 * (rows % 4 == 0)[..., None]), ground))
+    return np.stack(images).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def looks() -> dict[str, np.ndarray]:
+    rows = ArrayDataset(images=torch.from_numpy(((discs(300, 0) + 1) * 127.5).astype(np.uint8)))
+    trained = TrainingInstances(rows, [str(each) for each in range(300)])
+    return fit_looks(signal_of_model(small_decoder()), trained, [4, 4])
+
+
+def odds(looks: dict[str, np.ndarray], values: np.ndarray) -> np.ndarray:
+    return surprise.log_odds_of(looks, surprise.look_of(looks, surprise.boxes_of(values, [4, 4]), [4, 4]))
+
+
+def test_looks_tell_each_damage_by_its_name(looks: dict[str, np.ndarray]) -> None:
+    """Damage of other makes than what was learned from, done to discs that were not."""
+    fresh, draw = discs(60, 1), np.random.default_rng(2)
+    hidden = fresh.copy()
+    hidden[:, 2:10, 6:14] = draw.uniform(-1, 1, (60, 1, 1, 3))
+    halved = fresh.copy()
+    halved[:, :, 8:] = fresh[::-1, :, 8:]
+    spoilt = {
+        "noise": fresh + 0.1 * draw.standard_normal(fresh.shape).astype(np.float32),
+        "blur": (np.roll(fresh, 1, 1) + fresh + np.roll(fresh, -1, 1)) / 3,
+        "occlusion": hidden,
+        "shift": np.roll(fresh, 2, axis=2),
+        "foreign": halved,
+    }
+    sound = np.logaddexp.reduce(odds(looks, fresh), axis=1)
+    for kind, values in spoilt.items():
+        found = odds(looks, values)
+        higher = np.logaddexp.reduce(found, axis=1)[:, None] > sound
+        assert higher.mean() > 0.95, kind
+        named = [list(KINDS)[each] for each in found.argmax(axis=1)]
+        assert np.mean([name == kind or {name, kind} == {"occlusion", "foreign"} for name in named]) > 0.6, kind
+
+
+def test_layout_is_the_density_of_a_gaussian(looks: dict[str, np.ndarray]) -> None:
+    """−2 log of the density of the logarithms, but for a constant, by SciPy and the profile's own covariance."""
+    boxes = surprise.boxes_of(discs(5, 3), [4, 4])
+    whitening = looks["log_whitening"].astype(np.float64)
+    density = stats.multivariate_normal(looks["log_mean"], np.linalg.inv(whitening @ whitening), allow_singular=True)
+    expected = -2 * (density.logpdf(surprise.log_features(boxes[:, 0])) - density.logpdf(density.mean))
+    found = np.exp(surprise.look_of(looks, boxes, [4, 4])[:, list(LOOK).index("layout")])
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def test_damage_is_what_it_is_called() -> None:
+    values = discs(40, 0).reshape(20, 2, 16, 16, 3)  # of two views each
+    spoilt = damaged(values, 2)
+    assert list(spoilt) == list(KINDS)
+    assert all(some.shape == values.shape and some.dtype == values.dtype for some in spoilt.values())
+    noise = (spoilt["noise"] - values).std(axis=(2, 3, 4))
+    assert 0.025 < noise.min() < noise.max() < 0.22
+    assert (np.diff(spoilt["blur"], axis=2).std() < np.diff(values, axis=2).std()).all()
+    changed = (spoilt["occlusion"] != values).any(axis=-1)
+    for picture, where in zip(spoilt["occlusion"].reshape(-1, 16, 16, 3), changed.reshape(-1, 16, 16), strict=True):
+        assert len(np.unique(picture[where], axis=0)) <= 1  # one flat colour
+    moves = [np.roll(values, step, axis) for axis in (2, 3) for step in (-3, -2, -1, 1, 2, 3)]
+    inner = (slice(None), slice(None), slice(3, -3), slice(3, -3))
+    moved = [(spoilt["shift"][inner] == move[inner]).all(axis=(2, 3, 4)) for move in moves]
+    assert np.any(moved, axis=0).all()
+    assert (damaged(values, 2)["noise"] == spoilt["noise"]).all()
+    assert (damaged(values, 2, seed=1)["noise"] != spoilt["noise"]).any()
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 3), (2, 8, 12, 3), (2, 9, 8, 10, 1), (2, 3, 8, 8, 3)])
@@ -183,7 +303,7 @@ def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(drawings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "discs"
     fit = ["fit", "--data", str(drawings / "sound.npz"), "--output_dir", str(output), *SMALL, *TRAINING]
-    fit += ["--held_out_fraction", "0.5", "--test_fraction", "0.25", "--refinement_steps", "4"]
+    fit += ["--held_out_fraction", "0.4", "--test_fraction", "0.2", "--refinement_steps", "4"]
     assert main([*fit, "--max_train_steps", "150"]) == 0
     return output
 
@@ -202,7 +322,7 @@ def test_fit_leaves_a_profile_and_the_gate_judges_by_it(
     assert profile.record.patches == [4, 4]
     assert profile.record.gap_steps == 4
     encode = ["encode", "--model", str(run), "--gate", "--refinement_steps", "4"]
-    encode += ["--held_out_fraction", "0.5", "--test_fraction", "0.25"]
+    encode += ["--held_out_fraction", "0.4", "--test_fraction", "0.2"]
     hidden, sound = tmp_path / "hidden", tmp_path / "sound"
     assert main([*encode, "--data", str(drawings / "hidden.npz"), "--output_dir", str(hidden)]) == 0
     assert "gate: 0 in, " in capsys.readouterr().out
