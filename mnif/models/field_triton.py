@@ -443,7 +443,7 @@ def _options(rows: Tensor, sizes: Sequence[int], output_sine: bool, gradients: i
         "OUTPUT_SINE": output_sine,
         "W": width,
         "CW": 16,
-        "BLOCK": 64 if not gradients else 64 // gradients if width <= 32 else 32 // gradients,
+        "BLOCK": (64, {16: 64, 32: 64, 64: 32, 128: 16}[width], 16)[gradients],
         "PRECISION": _precision(),
         "IN_MEMORY": width * gradients > 64,
         "num_warps": 4 if width <= 32 else 8,
