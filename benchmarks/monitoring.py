@@ -57,7 +57,7 @@ from mnif.utils.files import write_json
 
 _OTHERS = 400
 _DIVISIONS = 40
-_BOUND_STEPS = 1500
+_BOUND_STEPS = 400
 _TIMESTEPS = (50, 150, 300, 500, 700)
 _BATCH = 64
 
@@ -257,7 +257,7 @@ def _bound(
 ) -> float:
     """AUROC of a network that is trained to tell sound pictures from spoilt ones, mirrored at random."""
     torch.manual_seed(0)
-    draw, channels, width = np.random.default_rng(0), train.shape[-1], 48
+    draw, channels, width = np.random.default_rng(0), train.shape[-1], 24
     layers: list[nn.Module] = []
     for inputs, outputs in ((channels + 2, width), (width, 2 * width), (2 * width, 4 * width)):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
