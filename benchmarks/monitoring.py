@@ -18,8 +18,7 @@ reason given most often.
 
 ``divided`` has means of the same over 40 divisions of held-out instances (with ``--split test``: and those of the
 test) in two thirds that make residuals', latents' and thresholds' part of a profile anew, and a third that is judged.
-Choices were made by ``--split held_out``, which looks at no test instance. ``--bound DAMAGE`` trains a convolutional
-network to tell training pictures from the very damage, and gives its AUROC on the split: about the best there is.
+Choices were made by ``--split held_out``, which looks at no test instance.
 ``denoising``, where the model has a prior of clean latents: AUROC of its mean log squared error at five noise levels,
 which is no score of profiles.
 """
@@ -36,7 +35,7 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 from scipy.stats import rankdata
-from torch import Tensor, nn
+from torch import Tensor
 
 from latent_prior import MNIFPipeline
 from mnif.data.batches import array_dataset
@@ -57,7 +56,6 @@ from mnif.utils.files import write_json
 
 _OTHERS = 400
 _DIVISIONS = 40
-_BOUND_STEPS = 1500
 _TIMESTEPS = (50, 150, 300, 500, 700)
 _BATCH = 64
 
@@ -123,7 +121,6 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--other", required=True)
-    parser.add_argument("--bound", choices=list(DAMAGE), help="of pictures: only what a trained classifier can do")
     parser.add_argument("--split", choices=["test", "held_out"], default="test")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--rubbish", type=int, default=64, help="instances of the robust search; 0 leaves it out")
@@ -154,10 +151,6 @@ def main() -> None:
     for name, spoil in DAMAGE.items():
         for split, some in values.items():
             sets[split][name] = seen(spoil(some, np.random.default_rng(int(split))))
-    if arguments.bound:
-        train, judged = values_of(data.rows(splits == Split.TRAIN)), values[max(values)]
-        print(f"bound of {arguments.bound}: {_bound(train, judged, DAMAGE[arguments.bound]):.3f}")
-        return
     rate = profile.record.false_alarm_rate
     result: dict[str, Any] = {"data": data.name, "held_out": profile.record.instances}
     if arguments.split == "test":
@@ -250,40 +243,6 @@ def _joined(parts: list[HeldOut]) -> HeldOut:
         for rows in zip(*[(some.latents, some.residuals, some.looks) for some in parts], strict=True)
     ]
     return HeldOut(*arrays, [str(number) for number in range(len(arrays[0]))])
-
-
-def _bound(
-    train: np.ndarray, judged: np.ndarray, spoil: Callable[[np.ndarray, np.random.Generator], np.ndarray]
-) -> float:
-    """AUROC of a network that is trained to tell sound pictures from spoilt ones, mirrored at random."""
-    torch.manual_seed(0)
-    draw, channels, width = np.random.default_rng(0), train.shape[-1], 48
-    layers: list[nn.Module] = []
-    for inputs, outputs in ((channels + 2, width), (width, 2 * width), (2 * width, 4 * width)):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(), nn.MaxPool2d(2)]
-    size = [pixels // 8 for pixels in train.shape[1:-1]]
-    network = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.5), nn.Linear(4 * width * size[0] * size[1], 1))
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=_BOUND_STEPS)
-    places = np.stack(np.meshgrid(*[np.linspace(-1, 1, pixels) for pixels in train.shape[1:-1]], indexing="ij"), -1)
-
-    def told(pictures: np.ndarray) -> Tensor:
-        placed = np.concatenate([pictures, np.broadcast_to(places, (len(pictures), *places.shape))], axis=-1)
-        return network(torch.from_numpy(placed).float().movedim(-1, 1))[:, 0]
-
-    for _ in range(_BOUND_STEPS):
-        some = train[draw.integers(len(train), size=64)]
-        some = some[:, :, ::-1] if draw.random() < 0.5 else some
-        logits = torch.cat([told(some), told(spoil(some, draw))])
-        loss = nn.functional.binary_cross_entropy_with_logits(logits, torch.arange(2.0).repeat_interleave(64))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    network.eval()
-    with torch.no_grad():
-        sound, spoilt = told(judged).numpy(), told(spoil(judged, np.random.default_rng(1))).numpy()
-    return auroc(sound, spoilt)
 
 
 def _error(area: float, sound: int, spoilt: int) -> float:
