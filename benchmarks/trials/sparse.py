@@ -6,7 +6,7 @@ All take `--flags="--coefficient_sparsity K"`: K of M bases for a layer of a cel
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mnif.models.mnif_model import MNIFModel
 
@@ -144,57 +144,6 @@ class FixedAtRandom(Thinned):
         return self.order
 
 
-class FixedSetOfAll(FixedSet):
-    """Likewise, but some cells and layers have more than others."""
-
-    over = "instance"
-
-
-class FixedSetOfCell(FixedSet):
-    """Likewise, but some layers have more than others."""
-
-    over = "cell"
-
-
-class Gated(Thinned):
-    """A second map scores the bases; the K with the highest scores stay, times tanh of their lead over the next."""
-
-    def __init__(self, **settings):  # type: ignore[no-untyped-def]
-        super().__init__(**settings)
-        inputs, outputs = self.coefficient_map.in_features, self.coefficient_map.out_features
-        self.scores = nn.Linear(inputs, outputs)
-        nn.init.normal_(self.scores.weight, std=1 / inputs**0.5)
-        nn.init.zeros_(self.scores.bias)
-
-    def coefficients(self, latents: Tensor) -> Tensor:
-        whole = _dense(self, latents)
-        scores = self.scores(latents).view(whole.shape)
-        return whole * (scores - self._threshold(scores)).clamp(min=0).tanh()
-
-
-class Sparsemax(Thinned):
-    """α p / max(p) with p = sparsemax(|α| / s), a learned s for every layer of every cell; at most the K largest."""
-
-    def __init__(self, **settings):  # type: ignore[no-untyped-def]
-        super().__init__(**settings)
-        self.log_scale = nn.Parameter(torch.full((self.num_cells, len(self.bases), 1), -3.0))
-
-    def coefficients(self, latents: Tensor) -> Tensor:
-        whole = _dense(self, latents)
-        share = _sparsemax(whole.abs() * (-self.log_scale).exp())
-        share = share / share.amax(dim=-1, keepdim=True).clamp(min=1e-12)
-        return self._kept(whole * share, whole.detach().abs())
-
-
-def _sparsemax(scores: Tensor) -> Tensor:
-    """The point of the simplex that is nearest to ``scores`` (Martins and Astudillo, 2016)."""
-    ordered = scores.sort(dim=-1, descending=True).values
-    count = torch.arange(1, scores.shape[-1] + 1, device=scores.device)
-    above = ordered.cumsum(dim=-1) - 1
-    support = (ordered * count > above).sum(dim=-1, keepdim=True)
-    return (scores - above.gather(-1, support - 1) / support).clamp(min=0)
-
-
 SPARSE_DECODERS = {
     "hard threshold": HardThreshold,
     "straight through": StraightThrough,
@@ -206,16 +155,7 @@ SPARSE_DECODERS = {
     "the largest of a cell": _thinned(over="cell", by_effect=True),
     "the largest of a layer": _thinned(over="layer", by_effect=True),
     "the largest of an instance": _thinned(over="instance", by_effect=True),
-    "the largest of an instance, by size alone": _thinned(over="instance"),
     "the largest of an instance, around means": _thinned(over="instance", by_effect=True, around_mean=True),
-    "the largest of an instance, around means, annealed": _thinned(
-        over="instance", by_effect=True, around_mean=True, annealed=True
-    ),
-    "the largest of an instance, annealed": _thinned(over="instance", by_effect=True, annealed=True),
     "a fixed set for each cell": FixedSet,
     "a fixed set for each cell, at random": FixedAtRandom,
-    "a fixed set, shared out over all": FixedSetOfAll,
-    "a fixed set, shared out over layers": FixedSetOfCell,
-    "gates of their own": Gated,
-    "sparsemax": Sparsemax,
 }
