@@ -1,6 +1,7 @@
 """The page of `mnif report`: what it says of metrics, what it draws, and what a browser makes of it."""
 
 import base64
+import html
 import io
 import json
 import re
@@ -17,6 +18,7 @@ from evals.commands.report import ReportArguments, report
 from evals.report.embedded import gallery
 from evals.report.exhibits import Exhibit
 from evals.report.findings import Finding, findings_of
+from evals.report.templates import rendered
 from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import sampling_scheduler
 from latent_prior.pipeline import MNIFPipeline
@@ -266,3 +268,13 @@ def test_objects_are_seen_from_all_sides(tmp_path: Path, monkeypatch: pytest.Mon
     )
     assert "Objects as neural fields" in found["words"]
     assert (found["frames"], found["caption"]) == (24, "From all sides")
+
+
+def test_commands_stand_on_pages_as_they_were_given() -> None:
+    """A flag is not broken after its dashes, and what is copied is the command."""
+    given = "mnif fit --data 'a <b>' --random_flip\nmnif prior  --run a"
+    page = rendered("made.html.jinja", commands=given.split("\n"), provenance={}, sizes=[])
+    found = re.search(r"<pre.*</pre>", page, re.DOTALL)
+    assert found is not None
+    assert html.unescape(re.sub("<[^>]*>", "", found[0])) == given
+    assert re.findall('<span class="flag">([^<]*)</span>', found[0]) == ["--data", "--random_flip", "--run"]
