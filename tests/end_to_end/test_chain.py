@@ -279,7 +279,7 @@ def test_two_processes_learn_what_one_does(picture_folder: Path, tmp_path: Path)
             shutil.copytree(tmp_path / "1", tmp_path / "of-one")
         prior = ["prior", "--run", folder, "--width", "32", "--dropout", "0.2", "--latent_noise", "0.1", *steps]
         distill = ["distill", "--run", folder, "--width", "32", "--num_pairs", "256", "--dropout", "0.2", *steps]
-        distill += ["--matching_steps", "5"]
+        distill += ["--matching_steps", "3"]
         for command in (prior, distill):
             subprocess.run([*launch, *command], check=True, capture_output=True, env=environment)
     weights = "diffusion_pytorch_model.safetensors"
