@@ -185,8 +185,8 @@ def _remarks(pilot: Mapping[str, Any]) -> list[str]:
     if best["num_bases"] == largest:
         lines.append(f"The best is the largest that was tried, M = {largest}: more may be better still.")
     lines.append(
-        "Where it was measured, small M caught up in longer runs: what is good enough here should be so there, and "
-        "less may do."
+        "What is good enough here was so in longer runs where that was measured; small M sometimes caught up, so "
+        "where bytes matter, less may do."
     )
     control = best_setting["means"].get(_pca(quality))
     if control is not None and best_setting["means"][quality] < control:
