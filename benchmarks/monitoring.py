@@ -43,7 +43,7 @@ from mnif.data.dataset import Split
 from mnif.latents import surprise
 from mnif.latents.calibration import HeldOut, fit_arrays, one_of_each
 from mnif.latents.inference import LatentInit, initial_latents, load_latent_init, optimize_latents
-from mnif.latents.patches import statistics_of
+from mnif.latents.patches import residuals_in_patches
 from mnif.latents.pca import fit_pca
 from mnif.latents.profile import Profile, load_profile
 from mnif.latents.robust import RobustLoss
@@ -183,7 +183,7 @@ def _seen(
         observation = signal.on_grid(some)
         latents.append(initial_latents(decoder, signal, latent_init, observation))
         predictions = signal.predict(decoder, decoder.coefficients(latents[-1]), observation)
-        residuals.append(statistics_of(some, predictions, profile.record.patches)["residual"].double())
+        residuals.append(residuals_in_patches(some, predictions, profile.record.patches).double())
     looks = [profile.looks(some) for some in np.array_split(values, -(-len(values) // _BATCH))]
     groups = [str(number) for number in range(len(values))]
     return HeldOut(torch.cat(latents).numpy(), torch.cat(residuals).numpy(), np.concatenate(looks), groups)

@@ -21,8 +21,7 @@ _TENSORS = {
     "latents": "Latents [batch, latent_dim], each of mean 0 and variance 1.",
     "fields": "The cells' networks [batch, cells, parameters]: of each layer weights [in, out], then biases.",
     "cell_residuals": "Mean squared errors of decoded values over what was seen of each cell, 0 where nothing was.",
-    "patch_statistics": "Of each patch [batch, 4, patches]: mean squares of what the field misses, of its second "
-    "differences, and of the first and second differences of the values.",
+    "patch_residuals": "Mean squared errors of decoded values over each patch [batch, patches].",
     "residual": "The mean squared error over all that was seen.",
     "coordinates": "Points of each cell [cells, points, dimensions], in the cell's own [-1, 1].",
     "points": "Points in world coordinates.",

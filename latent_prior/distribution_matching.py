@@ -12,6 +12,7 @@ from latent_prior.diffusion import OBJECTIVES, DenoisingLoss, Objective, noise_l
 from latent_prior.distillation import energy_distance
 from latent_prior.settings import TRAIN_TIMESTEPS
 from mnif.data.batches import InstanceGenerator, evenly_spaced
+from mnif.utils.devices import sent
 
 _NOISE = (0.02, 0.98)  # shares of all timesteps between which noise is added, as the authors of the method do
 
@@ -51,6 +52,7 @@ class DistributionMatchingLoss(nn.Module):
     """
 
     latents: Tensor
+    every_timestep: Tensor
 
     def __init__(
         self,
@@ -71,6 +73,8 @@ class DistributionMatchingLoss(nn.Module):
         told = _SPREAD_OF_TOLD * torch.randn(len(self.timesteps), auxiliary.config.time_width)
         self.told = nn.Parameter(told)
         self.register_buffer("latents", latents, persistent=False)
+        # Where they are wanted, so that a number becomes a tensor there without a copy.
+        self.register_buffer("every_timestep", torch.arange(TRAIN_TIMESTEPS, dtype=torch.float32), persistent=False)
 
     def following_parameters(self) -> list[nn.Parameter]:
         """Everything that learns but the student."""
@@ -86,7 +90,7 @@ class DistributionMatchingLoss(nn.Module):
         generator = InstanceGenerator(key)
         path = self.paths[_draw_path(self.paths)]
         noise = generator.normal(self.student.config.latent_dim)
-        drawn = self.student(self._states(noise, path), path[-1], generator).float()
+        drawn = self.student(self._states(noise, path), self.every_timestep[path[-1]], generator).float()
         told = self.told[self.timesteps.index(path[-1])].expand(len(drawn), -1)
         moved = self._matching(drawn, generator, told.detach()) + _ENERGY_WEIGHT * self._energy(drawn)
         return moved + self._following(drawn.detach(), generator, told)
@@ -94,9 +98,10 @@ class DistributionMatchingLoss(nn.Module):
     @torch.no_grad()
     def _states(self, noise: Tensor, path: Sequence[int]) -> Tensor:
         """Where the student's steps lead from pure noise [B, D] to the last timestep of a path: [B, D]."""
-        alphas, sigmas = noise_levels("x0", torch.tensor(path, device=noise.device))
+        timesteps = torch.stack([self.every_timestep[timestep] for timestep in path])
+        alphas, sigmas = noise_levels("x0", timesteps, self.following.schedule)
         states = noise
-        for place, timestep in enumerate(path[:-1]):
+        for place, timestep in enumerate(timesteps[:-1]):
             clean = self.student(states, timestep).float()
             noise = (states - alphas[place] * clean) / sigmas[place]
             states = alphas[place + 1] * clean + sigmas[place + 1] * noise
@@ -118,7 +123,7 @@ class DistributionMatchingLoss(nn.Module):
         least, most = _NOISE
         timestep = TRAIN_TIMESTEPS * (least + (most - least) * generator.uniform())
         timestep = timestep if OBJECTIVES[self.objective].is_flow else timestep.long()
-        alpha, sigma = noise_levels(self.objective, timestep)
+        alpha, sigma = noise_levels(self.objective, timestep, self.following.schedule)
         return timestep, alpha[:, None], sigma[:, None]
 
     def _clean(
@@ -139,7 +144,7 @@ class DistributionMatchingLoss(nn.Module):
 
         They are held against latents that are the same in all processes, and against the samples of all processes.
         """
-        real = self.latents[torch.randint(len(self.latents), (_LATENTS_AT_ONCE,)).to(drawn.device)]
+        real = self.latents[sent(torch.randint(len(self.latents), (_LATENTS_AT_ONCE,)), drawn.device)]
         others = _of_all_processes(drawn.detach())
         within = torch.cdist(drawn, others).mean() * len(others) / max(len(others) - 1, 1)  # none from itself
         return 2 * (torch.cdist(drawn, real).mean() - within) / math.sqrt(drawn.shape[1])

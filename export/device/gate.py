@@ -70,9 +70,9 @@ class Gate:
 
     def __call__(self, values: np.ndarray, encoded: Encoded) -> list[Verdict]:
         """Judges instances that were seen whole, by their values [N, pixels…, C] and what the encoder made of them."""
-        if encoded.patch_statistics is None:
-            raise BundleError("the encoder's graph has no patch_statistics; export the bundle again")
-        residual = encoded.patch_statistics[:, surprise.STATISTICS.index("residual")]
+        if encoded.patch_residuals is None:
+            raise BundleError("the encoder's graph has no patch_residuals; export the bundle again")
+        residual = encoded.patch_residuals
         parts = [values[begin : begin + _BATCH] for begin in range(0, len(values), _BATCH)]
         boxes = (surprise.boxes_of(part, self.patches) for part in parts)
         look = np.concatenate([surprise.look_of(self._arrays, part, self.patches) for part in boxes])

@@ -172,7 +172,7 @@ class Encoded(NamedTuple):
         fields: [N, cells, parameters], for :class:`Field`.
         cell_residuals: [N, cells], mean squared errors of what they decode to over what was seen of each cell.
         residual: [N], the same over all that was seen.
-        patch_statistics: [N, 4, patches], for :class:`export.device.gate.Gate`; None without a reference profile.
+        patch_residuals: [N, patches], for :class:`export.device.gate.Gate`; None without a reference profile.
     """
 
     latents: np.ndarray
@@ -180,7 +180,7 @@ class Encoded(NamedTuple):
     fields: np.ndarray
     cell_residuals: np.ndarray
     residual: np.ndarray
-    patch_statistics: np.ndarray | None = None
+    patch_residuals: np.ndarray | None = None
 
 
 class Encoder:

@@ -24,8 +24,7 @@ from export.graphs.fields import (
     reference_count,
 )
 from export.graphs.specs import GraphSpec, reference_of
-from mnif.latents.patches import statistics_of
-from mnif.latents.surprise import STATISTICS
+from mnif.latents.patches import residuals_in_patches
 from mnif.models.encoders import AttentionBlock, PatchEncoder, TokenEncoder
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.pixels import as_axes
@@ -47,8 +46,7 @@ def encoder_graph(encoder: GridEncoder, decoder: MNIFModel, patches: Sequence[in
         encoder: the model's.
         decoder: the model's.
         patches: along each axis, of the model's reference profile, where it has one: there is an output
-            ``patch_statistics`` [batch, 4, patches] then, those of :data:`mnif.latents.surprise.STATISTICS`, which do
-            not look at the mask.
+            ``patch_residuals`` [batch, patches] then, mean squared errors that do not look at the mask.
     """
     builder, config = GraphBuilder(), decoder.config
     axes = as_axes(encoder.config.resolution, config.dimensions)
@@ -68,8 +66,7 @@ def encoder_graph(encoder: GridEncoder, decoder: MNIFModel, patches: Sequence[in
         "residual": (whole, ["batch"]),
     }
     if patches is not None:
-        statistics: Shape = ["batch", len(STATISTICS), math.prod(patches)]
-        results["patch_statistics"] = (_patch_statistics(builder, axes, patches), statistics)
+        results["patch_residuals"] = (_patch_residuals(builder, axes, patches), ["batch", math.prod(patches)])
     sources = {"values": ["batch", *axes, config.channels], "mask": ["batch", *axes]}
     return builder.model("encoder", sources, results)
 
@@ -244,50 +241,13 @@ def _residuals(builder: GraphBuilder, decoder: MNIFModel, decoded: str, axes: Se
     return by_cell, builder.add("Div", [whole["errors"], some], "residuals/whole")
 
 
-def _patch_statistics(builder: GraphBuilder, axes: Sequence[int], patches: Sequence[int]) -> str:
-    """Computes :func:`mnif.latents.profile.statistics_of` of what was observed and missed, [batch, 4, patches]."""
+def _patch_residuals(builder: GraphBuilder, axes: Sequence[int], patches: Sequence[int]) -> str:
+    """Computes :func:`mnif.latents.patches.residuals_in_patches` of decoded values, [batch, patches]."""
     boxes = []
     for pixels, count in zip(axes, patches, strict=True):
         inside = (np.arange(pixels) * count // pixels == np.arange(count)[:, None]).astype(np.float32)
         boxes.append(inside / inside.sum(axis=1, keepdims=True))
-    squares = {
-        "residual": "residuals/error",
-        "residual_curvature": _curvature(builder, "residuals/difference", axes, "patches/residual_curvature"),
-        "slope": _slope(builder, "values", axes, "patches/slope"),
-        "curvature": _curvature(builder, "values", axes, "patches/curvature"),
-    }
-    rows = []
-    for name in STATISTICS:
-        mean = _sum_in_boxes(builder, squares[name], boxes, f"patches/{name}/mean")
-        rows.append(builder.unsqueeze(mean, [1], f"patches/{name}/row"))
-    return builder.add("Concat", rows, "patches/statistics", axis=1)
-
-
-def _slope(builder: GraphBuilder, values: str, axes: Sequence[int], name: str) -> str:
-    """Adds the mean squares of first differences along each axis, [batch, *axes]; they are 0 at its end."""
-    squares = []
-    for axis, pixels in enumerate(axes):
-        following = _shifted(builder, values, axis, pixels, 1, f"{name}/next_{axis}")
-        difference = builder.add("Sub", [following, values], f"{name}/difference_{axis}")
-        squares.append(_mean_square(builder, difference, f"{name}/square_{axis}"))
-    return builder.weighted_sum([(square, 1.0) for square in squares], name)
-
-
-def _curvature(builder: GraphBuilder, values: str, axes: Sequence[int], name: str) -> str:
-    """Squares the sum of second differences along the axes, [batch, *axes]; an axis goes on as its last pixel."""
-    neighbours = [
-        (_shifted(builder, values, axis, pixels, step, f"{name}/{side}_{axis}"), 1.0)
-        for axis, pixels in enumerate(axes)
-        for side, step in (("previous", -1), ("next", 1))
-    ]
-    total = builder.weighted_sum([*neighbours, (values, -2.0 * len(axes))], f"{name}/sum")
-    return _mean_square(builder, total, name)
-
-
-def _shifted(builder: GraphBuilder, values: str, axis: int, pixels: int, step: int, name: str) -> str:
-    """Puts in the place of each pixel that ``step`` further along an axis, or the last there is."""
-    places = builder.constant(f"{name}/places", np.clip(np.arange(pixels) + step, 0, pixels - 1))
-    return builder.add("Gather", [values, places], name, axis=axis + 1)
+    return _sum_in_boxes(builder, "residuals/error", boxes, "patches/residuals")
 
 
 def _mean_square(builder: GraphBuilder, values: str, name: str) -> str:
@@ -361,5 +321,4 @@ def encode_exactly(
     }
     if patches is None:
         return results
-    statistics = statistics_of(values, decoded, patches)
-    return results | {"patch_statistics": torch.stack([statistics[name] for name in STATISTICS], dim=1)}
+    return results | {"patch_residuals": residuals_in_patches(values, decoded, patches)}

@@ -56,36 +56,13 @@ def patch_residuals(
     for batch, some in zip(rows.batches(_BATCH, decoder.device), latents.split(_BATCH), strict=True):
         observation = signal.observe(batch)
         predictions = signal.predict(decoder, decoder.coefficients(sent(some, decoder.device)), observation)
-        found.append(statistics_of(observation.values, predictions, patches)["residual"])
+        found.append(residuals_in_patches(observation.values, predictions, patches))
     return torch.cat(found).cpu().double().numpy()
 
 
-def statistics_of(values: Tensor, predictions: Tensor, patches: Sequence[int]) -> dict[str, Tensor]:
-    """Computes the statistics of each patch, [B, P], of values and predictions [B, (views,) pixels…, C]."""
-    residual = predictions - values
-    axes = range(values.ndim - 1 - len(patches), values.ndim - 1)
-    squares = {
-        "residual": residual.square(),
-        "residual_curvature": _second_differences(residual, axes).square(),
-        "slope": torch.stack([_first_differences(values, axis).square() for axis in axes]).sum(dim=0),
-        "curvature": _second_differences(values, axes).square(),
-    }
-    return {name: _mean_in_patches(square.mean(dim=-1), patches) for name, square in squares.items()}
-
-
-def _first_differences(values: Tensor, axis: int) -> Tensor:
-    """Differences of each pixel and the next along an axis, 0 at its end."""
-    last = values.narrow(axis, values.shape[axis] - 1, 1)
-    return values.diff(dim=axis, append=last)
-
-
-def _second_differences(values: Tensor, axes: Sequence[int]) -> Tensor:
-    """Sums second differences over axes; beyond its ends an axis goes on as its last pixel."""
-    total = torch.zeros_like(values)
-    for axis in axes:
-        first, last = values.narrow(axis, 0, 1), values.narrow(axis, values.shape[axis] - 1, 1)
-        total += torch.cat([first, values, last], dim=axis).diff(n=2, dim=axis)
-    return total
+def residuals_in_patches(values: Tensor, predictions: Tensor, patches: Sequence[int]) -> Tensor:
+    """Computes the mean squared error of each patch, [B, P], of predictions of values [B, (views,) pixels…, C]."""
+    return _mean_in_patches((predictions - values).square().mean(dim=-1), patches)
 
 
 def _mean_in_patches(squares: Tensor, patches: Sequence[int]) -> Tensor:

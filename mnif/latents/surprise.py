@@ -33,10 +33,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-STATISTICS = ("residual", "residual_curvature", "slope", "curvature")
-"""Of each patch, in an encoder's graph: mean squares of what the field misses, of that's second differences, and of
-the first and second differences of the observed values, summed over the axes and meant over the channels."""
-
 LOOK = {
     "layout": "log of the Mahalanobis distance of all mean squares' logarithms",
     "strength": "log of that of the square roots of slopes and curvatures",

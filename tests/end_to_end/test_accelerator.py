@@ -30,6 +30,7 @@ ALLOWED = {
     "steps of fit to views": (6, 0),  # "poses" and "intrinsics" too, and which rays at which depths
     "steps of fit to views in cells": (6, 2),  # the points that fields share, and the most that one gets
     "steps of prior": (2, 0),
+    "steps of distill that match distributions": (2, 0),  # "row", and which training latents
     "steps of distill": (3, 0),
     "steps of refinement": (0, 0),
     "steps of robust refinement": (0, 0),
@@ -124,7 +125,18 @@ def stage_two_loops(output: Path) -> dict[str, Callable[[int], Any]]:
         accelerator, student = make_accelerator(arguments, arguments.run), small_pipeline(small_decoder()).denoiser
         distill._train(arguments, accelerator, student, pairs)
 
-    return {"steps of prior": train_prior, "steps of distill": train_student}
+    def match_student(steps: int) -> None:
+        arguments = distill.DistillArguments(run=output / "distill", matching_steps=steps, num_pairs=80, **given)
+        accelerator = make_accelerator(arguments, arguments.run)
+        pipeline = small_pipeline(small_decoder()).to(accelerator.device)
+        student = small_pipeline(small_decoder()).denoiser.to(accelerator.device)
+        distill._match(arguments, accelerator, student, pipeline, table)
+
+    return {
+        "steps of prior": train_prior,
+        "steps of distill": train_student,
+        "steps of distill that match distributions": match_student,
+    }
 
 
 def inference_loops(output: Path) -> dict[str, Callable[[int], Any]]:
@@ -134,7 +146,7 @@ def inference_loops(output: Path) -> dict[str, Callable[[int], Any]]:
     from mnif.data.batches import array_dataset
     from mnif.latents.inference import evaluate_latents, infer_latents
     from mnif.latents.masks import masked
-    from mnif.latents.patches import patch_statistics
+    from mnif.latents.patches import patch_residuals
     from mnif.latents.robust import RobustLoss
     from mnif.signals.image import Image, ImageWriter
     from mnif.utils.devices import default_device, sent
@@ -170,7 +182,7 @@ def inference_loops(output: Path) -> dict[str, Callable[[int], Any]]:
         "batches to encode": lambda batches: found(4 * batches, 0),
         "batches to encode through masks": lambda batches: found(4 * batches, 0, observe=observe),
         "batches to measure": lambda n: evaluate_latents(decoder, signal, rows(4 * n), latents[: 4 * n], 4),
-        "batches of patches": lambda n: patch_statistics(decoder, signal, rows(64 * n), latents[: 64 * n], (2, 2)),
+        "batches of patches": lambda n: patch_residuals(decoder, signal, rows(64 * n), latents[: 64 * n], (2, 2)),
         "latents to decode": decode,
         "batches of pictures to evaluate": evaluated,
         "batches of pictures for Inception": lambda n: [*inception.features(images[: 32 * n], bilinear)],

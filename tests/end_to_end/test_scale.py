@@ -34,7 +34,7 @@ import json, sys
 from mnif.cli import main
 from mnif.training.methods import MetaMethod
 
-MetaMethod.__init__.__defaults__ = (0.0,)
+MetaMethod.__init__.__defaults__ = (0.0, 0.0)
 sys.exit(max(main(command) for command in json.loads(sys.argv[1])))
 """
 
@@ -313,7 +313,7 @@ def test_two_processes_learn_what_one_does_by_the_other_methods(
 ) -> None:
     """Without noise, which each process draws for itself."""
     (tmp_path / "run.py").write_text(WITHOUT_NOISE)
-    monkeypatch.setattr(MetaMethod.__init__, "__defaults__", (0.0,))
+    monkeypatch.setattr(MetaMethod.__init__, "__defaults__", (0.0, 0.0))
     commands = {}
     for processes in ("one", "two"):
         fit = ["fit", "--data", str(varied_folder), *SMALL, *QUICK]

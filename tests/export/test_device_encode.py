@@ -341,7 +341,7 @@ def test_an_encoder_without_a_profile_judges_nothing(exported: Path, tmp_path: P
     values = np.random.default_rng(0).uniform(-1, 1, (3, 16, 16, 3)).astype(np.float32)
     encoder = Encoder(load_bundle(exported, "onnxruntime"))
     found = encoder(values, batch_size=2)
-    assert found.patch_statistics is None
+    assert found.patch_residuals is None
     with torch.no_grad():
         expected = small_encoder()(torch.from_numpy(values)).numpy()
     np.testing.assert_allclose(found.latents, expected, atol=1e-5)

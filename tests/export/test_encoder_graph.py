@@ -17,8 +17,7 @@ from export.device.reference_evaluator import evaluate
 from export.graphs.encoder import GridEncoder, encoder_graph, encoder_spec
 from export.graphs.precision import convert, hidden_products
 from export.graphs.specs import make_variants
-from mnif.latents.patches import patches_of, statistics_of
-from mnif.latents.surprise import STATISTICS
+from mnif.latents.patches import patches_of, residuals_in_patches
 from mnif.models.encoders import PatchEncoder, TokenEncoder
 from mnif.models.mnif_model import MNIFModel
 from mnif.utils.pixels import as_axes
@@ -92,7 +91,7 @@ def test_the_graph_is_the_model(form: str) -> None:
         values, mask = (torch.from_numpy(each) for each in inputs.values())
         latents = encoder(values, mask)
         predictions = decoder(latents, values.shape[1:-1])
-        statistics, decoded = statistics_of(values, predictions, patches), predictions.numpy()
+        by_patch, decoded = residuals_in_patches(values, predictions, patches), predictions.numpy()
         cells = decoder.config.cells
         by_cell = [mean_squares(*each, cells) for each in zip(decoded, *inputs.values(), strict=True)]
         seen = inputs["mask"].reshape(count, -1)
@@ -100,8 +99,7 @@ def test_the_graph_is_the_model(form: str) -> None:
         whole = squares.sum(axis=1) / np.maximum(seen.sum(axis=1), 1)
         coefficients = decoder.coefficients(latents)
         fields = decoder.bake(coefficients).params.view(count, decoder.num_cells, -1)
-        expected = [latents.numpy(), coefficients.numpy(), fields.numpy(), np.stack(by_cell), whole]
-        expected.append(np.stack([statistics[name].numpy() for name in STATISTICS], axis=1))
+        expected = [latents.numpy(), coefficients.numpy(), fields.numpy(), np.stack(by_cell), whole, by_patch.numpy()]
         backends = [run(model, inputs), list(evaluate(model, inputs).values())]
         for answers in backends if count == 1 else [*backends, openvino(inputs)]:
             for answer, wanted in zip(answers, expected, strict=True):
