@@ -7,7 +7,7 @@ from pathlib import Path
 from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_folder
 
-TRAINED_MODELS = {"avatars": "d7023b38d68d53991020af19b960f3e8f5c652c62d85f79f4520bf19dd3e9ed8"}
+TRAINED_MODELS = {"avatars": "17c287032c28b7c11c62d9035ab8c740c6fd0f3e889a8012f05481a99bdde165"}
 """The trained models that come with the package: name → :func:`sha256_of_model`."""
 
 COMES_ALONG = f"and {', '.join(TRAINED_MODELS)} comes along"
