@@ -185,8 +185,8 @@ def _remarks(pilot: Mapping[str, Any]) -> list[str]:
     if best["num_bases"] == largest:
         lines.append(f"The best is the largest that was tried, M = {largest}: more may be better still.")
     lines.append(
-        "What is good enough here was so in longer runs where that was measured; in some of them small M caught up, in "
-        "others large M went ahead, so try the neighbours too where it matters."
+        "What is good enough here was so in longer runs where that was measured; in some small M caught up, in others "
+        "large M went ahead, so try the neighbours too where it matters."
     )
     control = best_setting["means"].get(_pca(quality))
     if control is not None and best_setting["means"][quality] < control:
