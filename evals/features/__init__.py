@@ -19,7 +19,7 @@ def extractor_by_name(
     Args:
         name: "lite0", "resnet" or "inception".
         inception_weights: a file of Inception's weights; default: looked for (:mod:`evals.features.extractor`).
-        device: of Inception; the others run in ONNX Runtime on the CPU.
+        device: where it computes; of those in ONNX Runtime see :func:`evals.features.extractor.session_on`.
         grey: of Inception, the value in 0..255 that becomes 0.
 
     Raises:
@@ -28,11 +28,11 @@ def extractor_by_name(
     if name == "lite0":  # imported only if it is used
         from evals.features.lite0 import Lite0
 
-        return Lite0()
+        return Lite0(device)
     if name == "resnet":
         from evals.features.resnet import ResNet
 
-        return ResNet()
+        return ResNet(device)
     if name == "inception":
         from evals.features.inception import Inception
 

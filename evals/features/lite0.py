@@ -19,7 +19,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
-from evals.features.extractor import OnnxExtractor, one_thread_session
+from evals.features.extractor import OnnxExtractor, session_on
 from mnif.utils.errors import UserError, require
 from mnif.utils.files import sha256_of_file
 
@@ -37,6 +37,9 @@ _BATCH_NORM_EPSILON = 1e-3
 class Lite0(OnnxExtractor):
     """EfficientNet-Lite0 in ONNX Runtime.
 
+    Args:
+        device: where it computes (:func:`evals.features.extractor.session_on`).
+
     Raises:
         UserError: the weights are missing or not the ones of :data:`WEIGHTS_SHA256`.
     """
@@ -46,8 +49,8 @@ class Lite0(OnnxExtractor):
     dimension = 1280
     size = 224
 
-    def __init__(self) -> None:
-        super().__init__(_session())
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__(_session(str(device)))
 
     def protocol(self) -> dict[str, str]:
         """States the network, its weights and its normalisation."""
@@ -59,8 +62,8 @@ class Lite0(OnnxExtractor):
 
 
 @cache
-def _session() -> onnxruntime.InferenceSession:
-    return one_thread_session(_graph(_load_weights()))
+def _session(device: str) -> onnxruntime.InferenceSession:
+    return session_on(device, _graph(_load_weights()))
 
 
 def _load_weights() -> dict[str, Tensor]:

