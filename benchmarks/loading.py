@@ -29,7 +29,7 @@ from mnif.data.batches import array_dataset
 from mnif.data.images import ImageData, image_files, load_images
 from mnif.signals.image import Image as ImageSignal
 from mnif.training.assembly import bare_steps
-from mnif.training.loop import make_loader
+from mnif.training.loader import make_loader
 
 T = TypeVar("T")
 

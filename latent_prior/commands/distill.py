@@ -121,7 +121,8 @@ def distill(arguments: DistillArguments) -> None:
     from latent_prior.hub import push, repository_for
     from latent_prior.pipeline import load_pipeline
     from mnif.latents.table import LatentTable
-    from mnif.training.loop import check_machine, fill_in_steps, make_accelerator
+    from mnif.training.loader import fill_in_steps
+    from mnif.training.loop import check_machine, make_accelerator
 
     started = time.perf_counter()
     _check(arguments)

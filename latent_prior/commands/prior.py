@@ -180,7 +180,8 @@ def fit_prior(arguments: PriorArguments) -> None:
     from mnif.models.io import load_component
     from mnif.models.mnif_model import MNIFModel
     from mnif.training.inheritance import inherited_tables
-    from mnif.training.loop import check_machine, fill_in_steps, make_accelerator
+    from mnif.training.loader import fill_in_steps
+    from mnif.training.loop import check_machine, make_accelerator
 
     started = time.perf_counter()
     run = arguments.run

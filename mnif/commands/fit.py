@@ -55,7 +55,8 @@ def fit(arguments: FitArguments) -> None:
     from accelerate.utils import set_seed
 
     from mnif.signals.registry import signal_class
-    from mnif.training.loop import check_machine, fill_in_steps, make_accelerator
+    from mnif.training.loader import fill_in_steps
+    from mnif.training.loop import check_machine, make_accelerator
 
     started = time.perf_counter()
     check_machine(arguments)

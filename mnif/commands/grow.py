@@ -110,7 +110,8 @@ def grow(arguments: GrowArguments) -> None:
     from mnif.models.mnif_model import MNIFModel
     from mnif.signals.registry import signal_of_model
     from mnif.training.inheritance import keep_inheritance
-    from mnif.training.loop import check_machine, fill_in_steps, make_accelerator
+    from mnif.training.loader import fill_in_steps
+    from mnif.training.loop import check_machine, make_accelerator
 
     started = time.perf_counter()
     _check(arguments)

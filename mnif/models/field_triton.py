@@ -456,7 +456,7 @@ def _precision() -> str:
     """Of products after the first layer: bfloat16 under autocast, else by ``torch.set_float32_matmul_precision``.
 
     For float32 a product is three of TF32, which is as exact to 1e-6: products of float32 itself, without tensor
-    cores, keep so much in registers that a gradient of width 64 spills 23 KB a thread.
+    cores, keep so much in registers that a gradient of width 64 spills 49 KB a thread.
     """
     if torch.is_autocast_enabled("cuda"):
         return "bf16"

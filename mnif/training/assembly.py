@@ -179,7 +179,7 @@ def make_method(
     """
     from mnif.latents.embedding import LatentEmbedding
     from mnif.latents.inner_loop import InnerLoop
-    from mnif.training.loop import batch_size_of
+    from mnif.training.loader import batch_size_of
     from mnif.training.methods import AutoDecoderMethod, EncoderMethod, MetaMethod
 
     latent_dim, weight = decoder.config.latent_dim, arguments.gradient_weight

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from mnif.cli import main
 from mnif.data.batches import ArrayDataset, array_dataset
 from mnif.data.dataset import SelectedRows
-from mnif.training import loop
+from mnif.training import loader
 from mnif.training.arguments import TrainingArguments
-from mnif.training.loop import make_loader, placed
+from mnif.training.loader import make_loader, placed
 from mnif.utils.devices import chosen_device, default_device, memory_of, sent
 from mnif.utils.errors import UserError
 from mnif.utils.process import Processes
@@ -129,7 +129,7 @@ def test_data_live_on_a_gpu_where_they_take_a_quarter_of_it_at_most(
     wanted: Any, device: str, memory: float, is_there: bool, images: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = array_dataset({"images": images})
-    monkeypatch.setattr(loop, "memory_of", lambda device: memory * rows.nbytes() if device.type == "cuda" else 0)
+    monkeypatch.setattr(loader, "memory_of", lambda device: memory * rows.nbytes() if device.type == "cuda" else 0)
     monkeypatch.setattr(type(rows), "on", lambda self, device: f"on {device}")
     found = placed(TrainingArguments(data_on_device=wanted), rows, torch.device(device))
     assert found == (f"on {device}" if is_there else rows)

@@ -30,7 +30,8 @@ from mnif.data.batches import InstanceGenerator, ShuffledBatches, array_dataset
 from mnif.training import loop
 from mnif.training.arguments import TrainingArguments
 from mnif.training.checkpoints import newest_checkpoint
-from mnif.training.loop import TrainLoop, make_accelerator, steps_of_epochs
+from mnif.training.loader import steps_of_epochs
+from mnif.training.loop import TrainLoop, make_accelerator
 from mnif.training.run_record import read_metrics_log
 from mnif.utils import errors, process
 from mnif.utils.errors import UserError
