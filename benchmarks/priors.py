@@ -43,6 +43,9 @@ VARIANTS = {
     "edge, 4000 steps, no dropout": "--preset edge --max_train_steps 4000 --dropout 0 --learning_rate 2e-3",
     "edge, 2500 steps": "--preset edge --max_train_steps 2500",
     "edge, 2500 steps, augmented": "--preset edge --max_train_steps 2500 --augment",
+    "512 x 6, 6000 steps, augmented": (
+        "--depth 6 --dropout 0 --max_train_steps 6000 --validation_steps 500 --augment --mixed_precision bf16"
+    ),
     "1600 steps, last weights": "--keep last --max_train_steps 1600",
 }
 

@@ -40,7 +40,7 @@ from mnif.signals.image import Image
 from mnif.signals.registry import signal_class
 from mnif.training.assembly import cells_and_tokens, make_method
 from mnif.training.fit_arguments import DECODER_SETTINGS
-from mnif.training.methods import LearningMethod, make_optimizers
+from mnif.training.methods import EncoderMethod, LearningMethod, make_optimizers
 from mnif.utils.pixels import to_uint8
 from mnif.utils.process import progress_bar
 
@@ -114,6 +114,9 @@ def trial(variant: Variant, setting: dict[str, Any]) -> dict[str, float]:
     )
     variant.prepare(decoder)
     method = make_method(fit, decoder, signal, len(train_rows))
+    if variant.noise is not None:
+        assert isinstance(method, EncoderMethod)
+        variant.noise(method)
     if variant.augment is not None:
         mirrored, augment = signal.augmented, variant.augment
         signal.augmented = lambda observation: _with_values(mirrored(observation), augment)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from losses import POINT_LOSSES, PointLoss
+from noises import NOISES
 from sparse import SPARSE_DECODERS
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from mnif.models.cell_grid import CellGrid
 from mnif.models.mnif_model import MNIFModel
 from mnif.models.siren import BakedField, LayerShape, siren_params
 from mnif.models.token_map import TokenMap
+from mnif.training.methods import EncoderMethod
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Variant:
             its points count alike) or "blended" (the error of the blended values alone).
         augment: changes a batch of pictures [B, H, W, C] at random before it is learned from.
         point_loss: in place of the squared error; not with another choice of ``errors``.
+        noise: changes the noise on the latents of an encoder.
     """
 
     arguments: dict[str, Any] = field(default_factory=dict)
@@ -43,6 +46,7 @@ class Variant:
     augment: Callable[[Tensor], Tensor] | None = None
     errors: str = "shares"
     point_loss: PointLoss | None = None
+    noise: Callable[[EncoderMethod], None] | None = None
 
 
 class MixedFirstLayer(MNIFModel):
@@ -332,4 +336,6 @@ TOKENS = {
 SPARSE = {name: Variant(decoder=decoder) for name, decoder in SPARSE_DECODERS.items()}
 SHARP = {name: Variant(point_loss=loss) for name, loss in POINT_LOSSES.items()}
 SHARP |= {f"gradients, {weight}": Variant({"gradient_weight": weight}) for weight in (0.1, 0.5, 2.0)}
-VARIANTS = FIRST_ROUND | SECOND_ROUND | TOKENS | SPARSE | SHARP
+NOISY = {name: Variant(noise=noise) for name, noise in NOISES.items()}
+
+VARIANTS = FIRST_ROUND | SECOND_ROUND | TOKENS | SPARSE | SHARP | NOISY

@@ -68,7 +68,7 @@ def builtin_licence(source: str) -> tuple[str, str] | None:
     if not is_avatars(source):
         return _LICENCES.get(source)
     try:
-        meta = _avatar_style(source)["meta"]
+        meta = avatar_style(source)["meta"]
     except UserError:
         return None
     licence, work = meta["license"], meta["source"]["name"]
@@ -92,7 +92,7 @@ def avatar_drawings(source: str) -> tuple[list[str], np.ndarray]:
     Raises:
         UserError: a package is missing, N is no number of seeds, there is no such style, or it must not be used.
     """
-    definition = _avatar_style(source)
+    definition = avatar_style(source)
     style, count = _style_and_count(source)
 
     def fill(drawings: np.ndarray) -> None:
@@ -126,7 +126,7 @@ def _style_and_count(source: str) -> tuple[str, int]:
     return style or _AVATAR_STYLE, int(count or _AVATAR_SEEDS)
 
 
-def _avatar_style(source: str) -> dict[str, Any]:
+def avatar_style(source: str) -> dict[str, Any]:
     """Reads the definition of the style that a source names, if its licence is a standard one."""
     for package, module in _AVATAR_PACKAGES.items():
         require(package, "avatars", f"--data {source}", module)
