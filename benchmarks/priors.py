@@ -43,8 +43,18 @@ VARIANTS = {
     "edge, 4000 steps, no dropout": "--preset edge --max_train_steps 4000 --dropout 0 --learning_rate 2e-3",
     "edge, 2500 steps": "--preset edge --max_train_steps 2500",
     "edge, 2500 steps, augmented": "--preset edge --max_train_steps 2500 --augment",
+    "edge, 6000 steps, augmented": "--preset edge --max_train_steps 6000 --augment",
     "512 x 6, 6000 steps, augmented": (
         "--depth 6 --dropout 0 --max_train_steps 6000 --validation_steps 500 --augment --mixed_precision bf16"
+    ),
+    "transformer, 1500 steps, augmented": (
+        "--preset transformer-edge --max_train_steps 1500 --validation_steps 500 --augment --mixed_precision bf16"
+    ),
+    "transformer, 15000 steps, augmented": (
+        "--preset transformer-edge --max_train_steps 15000 --validation_steps 1000 --augment --mixed_precision bf16"
+    ),
+    "transformer, 30000 steps, augmented": (
+        "--preset transformer-edge --max_train_steps 30000 --validation_steps 1000 --augment --mixed_precision bf16"
     ),
     "1600 steps, last weights": "--keep last --max_train_steps 1600",
 }
