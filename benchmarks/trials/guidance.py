@@ -13,10 +13,9 @@ from pathlib import Path
 
 import tyro
 from diffusers import DPMSolverMultistepScheduler
-from torch import Tensor
 
-from latent_prior.denoisers import Denoiser, ResMLPDenoiser
-from latent_prior.pipeline import MNIFPipeline, load_pipeline
+from latent_prior.guidance import guided_pipeline
+from latent_prior.pipeline import load_pipeline
 from latent_prior.sampling import sample_latents
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -33,11 +32,6 @@ class Arguments:
     """The run folder of the weak one."""
     weights: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0)
     """1 is no guidance."""
-    below: tuple[int, ...] = (1000,)
-    """Guide at timesteps below this alone, of 1000 (Kynkäänniemi et al., Applying Guidance in a Limited Interval,
-    2024); each with each weight."""
-    above: int = 0
-    """Guide at timesteps from this on."""
     truncations: tuple[float, ...] = (1.0,)
     """As of the pipeline; each with each weight."""
     steps: int = 8
@@ -48,40 +42,18 @@ class Arguments:
     """That distances are taken over."""
 
 
-class Guided(ResMLPDenoiser):
-    """The strong denoiser, led away from the weak one."""
-
-    strong: Denoiser
-    weak: Denoiser
-    weight: float
-    between: tuple[int, int]
-
-    def forward(self, sample: Tensor, timestep: Tensor | float, *_: object) -> Tensor:
-        near = self.strong(sample, timestep)
-        if self.weight == 1 or not self.between[0] <= float(timestep) < self.between[1]:
-            return near
-        far = self.weak(sample, timestep)
-        return far + self.weight * (near - far)
-
-
 def main(arguments: Arguments) -> None:
     judge, pipeline = judge_of(arguments.run), load_pipeline(arguments.run / "model")
-    strong, scheduler = pipeline.denoiser, pipeline.scheduler
-    guided = Guided(strong.config.latent_dim, 1, 0, decoder_fingerprint=strong.config.decoder_fingerprint).eval()
-    guided.latent_mean.copy_(strong.latent_mean)
-    guided.latent_std.copy_(strong.latent_std)
-    guided.strong, guided.weak = strong, load_pipeline(arguments.weak / "model").denoiser
     if arguments.new_noise:
-        scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="sde-dpmsolver++")
-    pipeline = MNIFPipeline(pipeline.decoder, guided, scheduler)
-    pipeline.set_progress_bar_config(disable=True)
-    for below, guided.weight, truncation in product(arguments.below, arguments.weights, arguments.truncations):
-        guided.between = (arguments.above, below)
-        indices = range(arguments.num_samples)
-        latents = sample_latents(pipeline, 0, indices, arguments.steps, truncation=truncation, use_student=False)
+        settings = pipeline.scheduler.config
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(settings, algorithm_type="sde-dpmsolver++")
+    for weight, truncation in product(arguments.weights, arguments.truncations):
+        guided = guided_pipeline(pipeline, arguments.weak, weight)
+        guided.set_progress_bar_config(disable=True)
+        latents = sample_latents(guided, 0, range(arguments.num_samples), arguments.steps, truncation=truncation)
         figures = judge.of_latents(latents.numpy())
         shown = (judge.distance, "precision", "recall", "coverage", "nn_ratio_latents")
-        place = f"weight {guided.weight}, below {below}, truncation {truncation}"
+        place = f"weight {weight}, truncation {truncation}"
         print(place, {name: round(figures[name], 3) for name in shown if name in figures}, flush=True)
 
 

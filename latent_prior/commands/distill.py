@@ -249,7 +249,7 @@ def _match(
     pipeline: MNIFPipeline,
     table: LatentTable,
 ) -> None:
-    """Brings the samples of ``student`` to the distribution of the teacher's, beginning to follow it as ``denoiser``."""
+    """Brings the samples of ``student`` to the distribution of the pipeline's; a ``denoiser`` learns to follow it."""
     import torch
     from diffusers.training_utils import EMAModel
 

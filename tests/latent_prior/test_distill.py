@@ -176,9 +176,7 @@ def test_pairs_are_kept_continued_and_belong_to_their_teacher(
     samples_of = Teacher.samples
     monkeypatch.setattr(Teacher, "samples", counted)
 
-    def pairs(
-        count: int, steps: int = 2, timesteps: tuple[int, ...] = (999, 499), **teachers: str
-    ) -> Pairs:
+    def pairs(count: int, steps: int = 2, timesteps: tuple[int, ...] = (999, 499), **teachers: str) -> Pairs:
         found = (tmp_path / "pairs", teachers, pipeline, count, 3, steps, timesteps, Accelerator(cpu=True))
         return teacher_pairs(*found)
 

@@ -1,7 +1,6 @@
 """Guidance by a weaker prior: what is predicted, what is drawn, and who may guide whom."""
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -57,7 +56,9 @@ class Gaussian(ResMLPDenoiser):
         self.objective, self.mean, self.std = objective, mean, std
 
     def forward(self, sample: Tensor, timestep: Tensor | float, *_: object) -> Tensor:
-        alpha, sigma = (level[:, None] for level in noise_levels(self.objective, torch.as_tensor(timestep).reshape(-1)))
+        alpha, sigma = (
+            level[:, None] for level in noise_levels(self.objective, torch.as_tensor(timestep).reshape(-1))
+        )
         clean = self.mean + alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2) * (sample - alpha * self.mean)
         return OBJECTIVES[self.objective].target(clean, (sample - alpha * clean) / sigma, alpha, sigma)
 
@@ -70,9 +71,7 @@ def test_guided_scores_of_gaussians_in_closed_form(objective: Objective) -> None
     alpha, sigma = (level[:, None] for level in noise_levels(objective, timestep))
     clean = OBJECTIVES[objective].clean(noisy, guided(noisy, timestep), alpha, sigma)
     score = (alpha * clean - noisy) / sigma**2
-    strong, weak = (
-        -(noisy - alpha * mean) / (alpha**2 * std**2 + sigma**2) for mean, std in ((1.0, 0.5), (0.4, 0.8))
-    )
+    strong, weak = (-(noisy - alpha * mean) / (alpha**2 * std**2 + sigma**2) for mean, std in ((1.0, 0.5), (0.4, 0.8)))
     torch.testing.assert_close(score, 3 * strong - 2 * weak, rtol=1e-3, atol=1e-3)
 
 
