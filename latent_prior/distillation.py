@@ -1,6 +1,6 @@
 """What students learn from: pairs of a noisy latent and the sample its teacher ends at from there."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from latent_prior.pipeline import MNIFPipeline
 from latent_prior.sampling import initial_noise
 from mnif.data.batches import InstanceGenerator
 from mnif.utils.devices import sent
+from mnif.utils.files import sha256_of_folder
 from mnif.utils.process import progress_bar
 from mnif.utils.resumable import Chunks
 
@@ -114,7 +115,7 @@ class Teacher:
 
 def teacher_pairs(
     folder: Path,
-    teachers: Mapping[str, str],
+    model: Path,
     pipeline: MNIFPipeline,
     count: int,
     seed: int,
@@ -129,8 +130,8 @@ def teacher_pairs(
 
     Args:
         folder: where the chunks are kept.
-        teachers: fingerprints of what the teacher is made of; chunks of another one go.
-        pipeline: whose denoiser is the teacher.
+        model: the model folder.
+        pipeline: what is in it.
         count: of noises.
         seed: of the noise.
         steps: of the teacher.
@@ -139,9 +140,9 @@ def teacher_pairs(
     """
     denoiser = pipeline.denoiser.to(accelerator.device)
     teacher = Teacher(denoiser, objective_of(pipeline.scheduler), steps)
-    search = {**teachers, "seed": seed, "steps": steps, "timesteps": list(timesteps)}
+    search = {"teacher": sha256_of_folder(model / "denoiser"), "seed": seed, "steps": steps}
     with accelerator.main_process_first():
-        chunks = Chunks(folder, "latents", search)
+        chunks = Chunks(folder, "latents", search | {"timesteps": list(timesteps)})
     begins = range(0, count, _CHUNK)
     missing = [begin for begin in begins if begin not in chunks]
     accelerator.wait_for_everyone()

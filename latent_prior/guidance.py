@@ -1,7 +1,7 @@
 """Guidance by a weaker denoiser: samples are led away from what a worse model of the same latents would draw.
 
 Autoguidance (Karras et al., Guiding a Diffusion Model with a Bad Version of Itself, 2024) needs no labels. Every step
-costs both denoisers, so a student learns it (`mnif distill --guide`) and draws by itself.
+costs both denoisers; why no student learns it is told in docs/experiments.md.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from mnif.utils.errors import UserError
 class GuidedDenoiser(Denoiser):
     """A denoiser led away from a weaker one of the same latents: it predicts weak + scale · (strong − weak).
 
-    It draws and teaches wherever the strong one does, whose configuration it has. It is two networks and not saved.
+    It draws wherever the strong one does, whose configuration it has. It is two networks and not saved.
 
     Args:
         strong: whose latents are drawn.

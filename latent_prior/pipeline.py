@@ -331,7 +331,7 @@ class MNIFPipeline(DiffusionPipeline):
         if not safe_serialization:
             raise ValueError("safe_serialization=False: weights are written as safetensors alone")
         if not isinstance(self.denoiser, tuple(DENOISERS.values())):
-            raise UserError(f"a {type(self.denoiser).__name__} is not saved; `mnif distill` makes one network of it")
+            raise UserError(f"a {type(self.denoiser).__name__} is not saved; save the pipelines it is made of")
         folder = Path(save_directory)
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
         to_push = {name: options.pop(name) for name in names if name in options}

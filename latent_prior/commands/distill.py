@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -12,14 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from latent_prior.settings import GUIDANCE_SCALE, TRAIN_TIMESTEPS, HubFlags, LossType, check_heads
+from latent_prior.settings import TRAIN_TIMESTEPS, HubFlags, LossType, check_heads
 from mnif.training.arguments import TrainingArguments
 from mnif.training.run_record import begin_stage, check_finished, finish_stage
 from mnif.utils.args import parse_arguments
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import folder_written_atomically, remove_folder, sha256_of_folder
 from mnif.utils.json_files import merge_json
-from mnif.utils.model_folders import model_folder_in
 from mnif.utils.output_folders import holds_folder
 from mnif.utils.process import peak_memory_megabytes
 
@@ -62,10 +60,6 @@ class TeacherFlags:
     """Noises that the teacher draws samples from; what it draws stays in RUN/pairs."""
     teacher_steps: int = 8
     """Denoising steps of the teacher, a multiple of each of --student_steps."""
-    guide: Path | None = None
-    """Run or model folder of a weaker prior of the same latents: the teacher is led away from what that would draw."""
-    guidance_scale: float | None = None
-    """How far, at least 1, which is not at all; 1.5 unless given."""
 
 
 @dataclass(kw_only=True)
@@ -138,21 +132,19 @@ def distill(arguments: DistillArguments) -> None:
     check_machine(arguments)
     check_finished(run, "prior")
     pipeline = load_pipeline(model)
-    teacher = _teacher(arguments, pipeline)
     table = LatentTable.load_for(pipeline.decoder, run / "latents.safetensors")
     settings_of_tokens(arguments.denoiser or "modulated", pipeline.decoder)  # in time: nothing has been written yet
-    teachers = _fingerprints(arguments)
     fill_in_steps(arguments, arguments.num_pairs - _held_out(arguments))
     repository = repository_for(arguments, model)
     accelerator = make_accelerator(arguments, run)
-    if begin_stage(run, "distill", arguments, {f"{name}_sha256": found for name, found in teachers.items()}):
+    if begin_stage(run, "distill", arguments, {"teacher_sha256": sha256_of_folder(model / "denoiser")}):
         print(f"{run}: `mnif distill` has finished here before with these arguments; nothing to do")
         push(model, repository)
         return
     pairs = teacher_pairs(
         run / "pairs",
-        teachers | ({"guidance_scale": str(arguments.guidance_scale)} if arguments.guide else {}),
-        teacher,
+        model,
+        pipeline,
         arguments.num_pairs,
         arguments.seed,
         arguments.teacher_steps,
@@ -164,42 +156,12 @@ def distill(arguments: DistillArguments) -> None:
     student = make_student(arguments, pipeline.denoiser, pipeline.decoder)
     _train(arguments, accelerator, student, pairs)
     if arguments.matching_steps:
-        _match(arguments, accelerator, student, pipeline.denoiser, teacher, table)
+        _match(arguments, accelerator, student, pipeline, table)
     if accelerator.is_main_process:
         seconds = {"seconds_of_pairs": round(drawn, 1), "seconds": round(time.perf_counter() - started, 1)}
-        add_student(model, pipeline, student.eval())
-        _finish(arguments, teacher, student, table, seconds)
+        _finish(arguments, pipeline, student.eval(), table, seconds)
         push(model, repository)
     accelerator.wait_for_everyone()
-
-
-def _teacher(arguments: DistillArguments, pipeline: MNIFPipeline) -> MNIFPipeline:
-    """The pipeline that is learned from, led away from that of ``--guide`` if there is one.
-
-    Raises:
-        UserError: it is no prior of the same latents.
-    """
-    from latent_prior.guidance import guided_pipeline
-    from latent_prior.pipeline import MNIFPipeline
-
-    if arguments.guide is None:
-        return MNIFPipeline(pipeline.decoder, pipeline.denoiser, pipeline.scheduler)
-    arguments.guidance_scale = arguments.guidance_scale or GUIDANCE_SCALE
-    return guided_pipeline(pipeline, arguments.guide, arguments.guidance_scale)
-
-
-def _fingerprints(arguments: DistillArguments) -> dict[str, str]:
-    """Those of the networks that are learned from.
-
-    Raises:
-        UserError: the guide is the prior itself.
-    """
-    found = {"teacher": sha256_of_folder(arguments.run / "model/denoiser")}
-    if arguments.guide is not None:
-        found["guide"] = sha256_of_folder(model_folder_in(arguments.guide) / "denoiser")
-        if found["guide"] == found["teacher"]:
-            raise UserError(f"--guide {arguments.guide}: is the prior itself; a weaker one is needed")
-    return found
 
 
 def _held_out(arguments: DistillArguments) -> int:
@@ -245,11 +207,10 @@ def _match(
     arguments: DistillArguments,
     accelerator: Accelerator,
     student: Denoiser,
-    denoiser: Denoiser,
     pipeline: MNIFPipeline,
     table: LatentTable,
 ) -> None:
-    """Brings the samples of ``student`` to the distribution of the pipeline's; a ``denoiser`` learns to follow it."""
+    """Brings the samples of ``student`` to the distribution of the teacher's."""
     import torch
     from diffusers.training_utils import EMAModel
 
@@ -261,7 +222,7 @@ def _match(
 
     accelerator.free_memory()  # checkpoints hold what is learned now, and no longer what was
     teacher, objective = pipeline.denoiser.eval().requires_grad_(False), objective_of(pipeline.scheduler)
-    auxiliary = deepcopy(denoiser).train().requires_grad_(True)
+    auxiliary = deepcopy(teacher).train().requires_grad_(True)
     latents = student.standardised(table.train.to(accelerator.device))
     loss = DistributionMatchingLoss(student.train(), teacher, auxiliary, objective, arguments.student_steps, latents)
     loss.to(accelerator.device)
@@ -333,26 +294,24 @@ def _check(arguments: DistillArguments) -> None:
         check_heads(arguments.width)
     if not 0 <= arguments.dropout < 1:
         raise UserError(f"--dropout {arguments.dropout}: must be at least 0 and below 1")
-    scale = arguments.guidance_scale
-    if scale is not None and arguments.guide is None:
-        raise UserError(f"--guidance_scale {scale}: away from what? --guide names a weaker prior of the same latents")
-    if scale is not None and not 1 <= scale < math.inf:
-        raise UserError(f"--guidance_scale {scale}: a finite number from 1 on is needed")
     if arguments.num_pairs < 2:
         raise UserError(f"--num_pairs {arguments.num_pairs}: at least one to learn from and one held out are needed")
 
 
 def _finish(
     arguments: DistillArguments,
-    teacher: MNIFPipeline,
+    pipeline: MNIFPipeline,
     student: Denoiser,
     table: LatentTable,
     seconds: dict[str, float],
 ) -> None:
-    """Reports the student's distance from the data beside the teacher's."""
+    """Adds the student to the model folder and reports its distance from the data beside the teacher's."""
     from latent_prior.model_card import write_model_card
+    from latent_prior.pipeline import MNIFPipeline
 
     run = arguments.run
+    add_student(run / "model", pipeline, student)
+    teacher = MNIFPipeline(pipeline.decoder, pipeline.denoiser, pipeline.scheduler)
     distances = energy_distances(arguments, teacher, student, table)
     metrics = seconds | {
         "peak_rss_mb": peak_memory_megabytes(),

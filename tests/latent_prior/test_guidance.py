@@ -1,12 +1,12 @@
 """Guidance by a weaker prior: what is predicted, what is drawn, and who may guide whom."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
 from torch import Tensor
 
 from latent_prior.commands.prior import add_prior
@@ -14,13 +14,13 @@ from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import OBJECTIVES, Objective, noise_levels, sampling_scheduler
 from latent_prior.distillation import Teacher
 from latent_prior.guidance import GuidedDenoiser, guided_pipeline
-from latent_prior.pipeline import MNIFPipeline, load_pipeline
-from latent_prior.sampling import initial_noise
+from latent_prior.pipeline import MNIFPipeline
+from latent_prior.sampling import sample_latents
 from mnif.cli import main
 from mnif.models.io import save_component
 from mnif.utils.errors import UserError
 from tests.conftest import small_decoder, small_pipeline
-from tests.latent_prior.test_distill import QUICK, run
+from tests.latent_prior.test_distill import run
 
 __all__ = ["run"]  # the fixture
 
@@ -103,32 +103,23 @@ def test_a_guided_pipeline_draws_and_is_not_saved(pipeline: MNIFPipeline, guide:
     assert not (tmp_path / "saved").exists()
 
 
-def test_a_student_of_a_guided_teacher_is_one_network(
-    run: Path, pipeline: MNIFPipeline, guide: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_sample_draws_guided_and_knows_by_what(
+    run: Path, pipeline: MNIFPipeline, guide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("latent_prior.commands.distill._COMPARED", 64)
-    monkeypatch.setattr("latent_prior.distillation._CHUNK", 64)
-    command = ["distill", "--run", str(run), "--guide", str(guide), "--compile", "off", "--num_pairs", "64"]
-    command += ["--max_train_steps", "2", "--matching_steps", "2", "--width", "16", "--depth", "1"]
+    command = ["sample", "--model", str(run), "--output_dir", str(tmp_path / "drawn"), "--num_samples", "3"]
+    command += ["--num_inference_steps", "2", "--grid", "0", "--guide", str(guide)]
     assert main([*command, "--guidance_scale", "3"]) == 0
-    loaded = load_pipeline(run / "model")
-    assert type(loaded.denoiser) is type(loaded.student) is ResMLPDenoiser
-    assert torch.equal(loaded.denoiser.read.weight, pipeline.denoiser.read.weight)
-    pairs = load_file(run / "pairs/000000000.safetensors")["latents"][:, 0]
-    noise = torch.from_numpy(initial_noise(0, range(2**40, 2**40 + 64), 12))
-    guided = GuidedDenoiser(pipeline.denoiser, weaker(pipeline).denoiser, 3)
-    torch.testing.assert_close(pairs, Teacher(guided, "x0", 8).samples(noise, 999), rtol=1e-4, atol=1e-4)
-    record = json.loads((run / "run.json").read_text())["distill"]
-    assert record["arguments"]["guidance_scale"] == 3
-    assert record["inputs"].keys() == {"teacher_sha256", "guide_sha256"}
+    drawn = guided_pipeline(pipeline, guide, 3)
+    latents = sample_latents(drawn, 0, range(3), 2)
+    shown = np.stack([np.asarray(Image.open(tmp_path / f"drawn/00000{i}.png")) for i in range(3)])
+    expected = 255 * (pipeline.decoder(latents) / 2 + 0.5).clamp(0, 1).detach().numpy()
+    assert np.abs(shown - expected).max() < 1
+    assert not torch.allclose(latents, sample_latents(pipeline, 0, range(3), 2), atol=0.1)
     capsys.readouterr()
-    assert main([*command, "--guidance_scale", "3"]) == 0
-    assert "nothing to do" in capsys.readouterr().out
     assert main(command) == 2  # 1.5, the default
-    assert "holds a `distill` with guidance_scale 3.0 where now it is 1.5" in capsys.readouterr().err
-    add_prior(guide / "model", MNIFPipeline(pipeline.decoder, pipeline.denoiser, pipeline.scheduler))
-    assert main(command) == 2
-    assert "is the prior itself; a weaker one is needed" in capsys.readouterr().err
+    assert "drawn with guidance_scale 3.0, not 1.5" in capsys.readouterr().err
+    assert main(command[:-2]) == 2
+    assert "drawn with denoiser guided, not teacher" in capsys.readouterr().err
 
 
 def of_another_decoder(pipeline: MNIFPipeline) -> MNIFPipeline:
@@ -164,21 +155,22 @@ def test_what_cannot_guide_gets_one_line_in_time(
         weak = made(pipeline)
         save_component(guide, "decoder", weak.decoder)
         add_prior(guide, weak)
-    assert main(["distill", "--run", str(run), "--guide", str(guide), *QUICK]) == 2
+    output = run.with_name("drawn")
+    assert main(["sample", "--model", str(run), "--guide", str(guide), "--output_dir", str(output)]) == 2
     told = capsys.readouterr().err
     assert message in told
     assert str(guide) in told
-    assert not {"pairs", "run.json"} & {path.name for path in run.iterdir()}
+    assert not any(path.is_file() for path in output.rglob("*.*"))
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--guidance_scale", "2"], "--guidance_scale 2.0: away from what? --guide names a weaker prior"),
+        (["--guidance_scale", "2"], "--guidance_scale 2: away from what? --guide names a prior"),
         (["--guide", "x", "--guidance_scale", "0.5"], "--guidance_scale 0.5: a finite number from 1 on"),
         (["--guide", "x", "--guidance_scale", "inf"], "--guidance_scale inf: a finite number from 1 on"),
     ],
 )
 def test_scales_out_of_range(run: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["distill", "--run", str(run), *flags]) == 2
+    assert main(["sample", "--model", str(run), "--output_dir", str(run.with_name("drawn")), *flags]) == 2
     assert message in capsys.readouterr().err
