@@ -98,7 +98,7 @@ def test_a_guided_pipeline_draws_and_is_not_saved(pipeline: MNIFPipeline, guide:
     drawn = {scale: guided[scale](latents=noise, output_type="latent").images for scale in guided}
     assert torch.equal(drawn[1.0], pipeline(latents=noise, output_type="latent").images)
     assert (drawn[2.0] - drawn[1.0]).abs().max() > 0.1
-    with pytest.raises(UserError, match="a GuidedDenoiser is not saved; `mnif distill`"):
+    with pytest.raises(UserError, match="a GuidedDenoiser is not saved; save the pipelines"):
         guided[2.0].save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
 
