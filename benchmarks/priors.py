@@ -141,6 +141,9 @@ def copied(source: Path, run: Path, stages: list[str]) -> None:
         return
     run.mkdir(parents=True)
     shutil.copytree(source / "model", run / "model", ignore=shutil.ignore_patterns("student*"))
+    if (index := run / "model/model_index.json").exists():
+        parts = {name: part for name, part in read_json(index).items() if not name.startswith("student")}
+        write_json(index, parts)
     shutil.copy(source / "latents.safetensors", run)
     recorded, metrics = read_json(source / "run.json"), read_json(source / "metrics.json")
     write_json(run / "run.json", {stage: recorded[stage] for stage in stages})

@@ -326,10 +326,12 @@ class MNIFPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: pickles are asked for.
-            UserError: the hub cannot be reached or refuses.
+            UserError: the denoiser is none that could be loaded again, or the hub cannot be reached or refuses.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False: weights are written as safetensors alone")
+        if not isinstance(self.denoiser, tuple(DENOISERS.values())):
+            raise UserError(f"a {type(self.denoiser).__name__} is not saved; save the pipelines it is made of")
         folder = Path(save_directory)
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
         to_push = {name: options.pop(name) for name in names if name in options}

@@ -30,6 +30,9 @@ TRAIN_TIMESTEPS = 1000
 INFERENCE_STEPS = 8
 """The default of sampling: samples of emoji are as near to the data with 8 steps as with 20 (docs/performance.md)."""
 
+GUIDANCE_SCALE = 1.5
+"""Of guidance by a weaker prior, the default: the nearest samples of emoji (docs/experiments.md)."""
+
 
 def check_heads(width: int) -> None:
     """Makes sure that heads can share the width of a transformer; one that is narrower has a single head.

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from latent_prior.settings import INFERENCE_STEPS
+from latent_prior.settings import GUIDANCE_SCALE, INFERENCE_STEPS
 from mnif.signals.output_flags import OutputFlags
 from mnif.utils.args import parse_arguments
 from mnif.utils.devices import DeviceFlags
 from mnif.utils.errors import UserError, check_at_least
 from mnif.utils.files import flush_everything, remove_leftovers, sha256_of_folder, write_json
 from mnif.utils.json_files import read_json
+from mnif.utils.model_folders import model_folder_in
 from mnif.utils.output_folders import holds_folder
 from mnif.utils.process import Processes, command_line, peak_memory_megabytes, progress_bar
 
@@ -34,6 +36,11 @@ class SamplingFlags:
     """A diffusers scheduler by class name, such as DDIMScheduler, for the prior; default: the model's own."""
     truncation: float = 1.0
     """Below 1: draws latents towards their mean, for typical samples of less variety; 0 is the mean itself."""
+    guide: Path | None = None
+    """Run or model folder of a weaker prior of the same latents: the prior's samples are led away from what that would
+    draw; each step costs both."""
+    guidance_scale: float | None = None
+    """How far, at least 1, which is not at all; with --guide 1.5 unless given."""
 
 
 @dataclass(kw_only=True)
@@ -87,6 +94,7 @@ def sample(arguments: SampleArguments) -> None:
     """
     from accelerate.utils import gather_object
 
+    from latent_prior.guidance import guided_pipeline
     from latent_prior.hub import model_folder
     from latent_prior.pipeline import load_pipeline
     from latent_prior.sample_writers import save_interpolation, save_preview
@@ -98,6 +106,8 @@ def sample(arguments: SampleArguments) -> None:
     pipeline = load_pipeline(model)
     if arguments.scheduler:
         pipeline.scheduler = scheduler_by_name(arguments.scheduler, pipeline.scheduler)
+    if arguments.guide:
+        pipeline = guided_pipeline(pipeline, arguments.guide, arguments.guidance_scale or GUIDANCE_SCALE)
     samples = _samples(arguments, pipeline)
     if arguments.interpolate:
         _check_interpolation(samples)
@@ -139,6 +149,11 @@ def _check(arguments: SampleArguments) -> None:
         raise UserError(f"--shard_size {arguments.shard_size}: must be a multiple of {CHUNK}")
     if not 0 <= arguments.truncation <= 1:
         raise UserError(f"--truncation {arguments.truncation:g}: must lie between 0 and 1")
+    scale = arguments.guidance_scale
+    if scale is not None and arguments.guide is None:
+        raise UserError(f"--guidance_scale {scale:g}: away from what? --guide names a prior of the same latents")
+    if scale is not None and not 1 <= scale < math.inf:
+        raise UserError(f"--guidance_scale {scale:g}: a finite number from 1 on is needed")
     if arguments.format == "npz":
         for flag in ("mesh", "turntable", "frames"):
             if getattr(arguments, flag) is not None:
@@ -195,6 +210,12 @@ def _requested(arguments: SampleArguments, model: Path, samples: Samples) -> dic
         "truncation": arguments.truncation,
         "format": arguments.format,
     } | asdict(samples.writer)
+    if arguments.guide:
+        requested |= {
+            "denoiser": "guided",
+            "guide_sha256": sha256_of_folder(model_folder_in(arguments.guide) / "denoiser"),
+            "guidance_scale": arguments.guidance_scale or GUIDANCE_SCALE,
+        }
     if arguments.format != "folder":
         requested |= {"num_samples": arguments.num_samples, "shard_size": arguments.shard_size}
     return requested
