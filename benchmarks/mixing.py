@@ -3,8 +3,8 @@
     python benchmarks/mixing.py
 
 - One matrix product per layer beside the broadcast form, which makes a [B, M, P] tensor.
-- Of sparse coefficients: the product beside a sum of the rows that are taken, and what the model chooses layer by
-  layer.
+- Of sparse coefficients: the product beside a sum of the rows that are taken, what the model chooses layer by layer,
+  and a model that has no other bases.
 
 Prints medians of alternating rounds, so that a machine whose speed drifts drifts for all.
 """
@@ -79,16 +79,19 @@ def dense() -> None:
 def sparse() -> None:
     for label, settings in SIZES.items():
         print(f"\nsparse, {label}; ms")
-        print("| active | batch | product | gathered | the model's choice | largest difference |\n|" + "---|" * 6)
+        columns = "active | batch | product | gathered | the model's choice | no other bases | largest difference"
+        print(f"| {columns} |\n|" + "---|" * 7)
         for active in ACTIVE:
             model = MNIFModel(**settings, coefficient_sparsity=active)
+            few = MNIFModel(**settings | {"num_bases": active})
             torch.nn.init.normal_(model.coefficient_map.weight)
             for batch in BATCHES:
-                coefficients = model.coefficients(torch.randn(batch, model.config.latent_dim))
+                latents = torch.randn(batch, model.config.latent_dim)
+                coefficients = model.coefficients(latents)
                 ways = {
                     mix.__name__: partial(mix, model, coefficients)
                     for mix in (product_mixing, gathered_mixing, chosen_mixing)
-                }
+                } | {"few": partial(chosen_mixing, few, few.coefficients(latents))}
                 product = product_mixing(model, coefficients)
                 difference = (gathered_mixing(model, coefficients) - product).abs().max() / product.abs().max()
                 times = " | ".join(f"{milliseconds:.3f}" for milliseconds in medians(ways).values())

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from export.graphs.builder import GraphBuilder
+from mnif.models.growth import numbers_heard
 from mnif.models.mnif_model import MNIFModel
 from mnif.models.sparse_coefficients import FADE, floor_of
 from mnif.models.token_map import TokenMap
@@ -15,14 +16,16 @@ from mnif.models.token_map import TokenMap
 def coefficients_of(builder: GraphBuilder, decoder: MNIFModel, latents: str) -> str:
     """Maps latents [batch, latent_dim] to coefficients [batch, cells · layers · bases], as the model does."""
     scale = decoder.generations[0] ** -0.5
-    first, *later = _split_latents(builder, decoder, latents)
+    parts = _split_latents(builder, decoder, latents)
+    first = parts[0]
     if decoder.coefficient_map is None and decoder.config.mixing == "average":
         first = builder.add("Add", [first, builder.number(1.0)], "coefficients/shifted")
     mapped = _mapped(builder, decoder.coefficient_map, "coefficient_map", first, scale, "coefficients/flat")
-    for number, (growth, part) in enumerate(zip(decoder.later, later, strict=True)):
-        weights, name = f"later.{number}.coefficient_map", f"coefficients/{number + 1}"
-        said = _mapped(builder, growth.coefficient_map, weights, part, scale, f"{name}/said")
-        mapped = _grown_coefficients(builder, decoder, number + 1, mapped, said, name)
+    for number, growth in enumerate(decoder.later, 1):
+        weights, name = f"later.{number - 1}.coefficient_map", f"coefficients/{number}"
+        heard = _heard(builder, decoder, parts[: number + 1], name)
+        said = _mapped(builder, growth.coefficient_map, weights, heard, scale, f"{name}/said")
+        mapped = _grown_coefficients(builder, decoder, number, mapped, said, name)
     if decoder.active_bases is not None:
         mapped = _sparse(builder, decoder, mapped, decoder.active_bases)
     if decoder.config.coefficient_form != "shared":
@@ -70,6 +73,24 @@ def _split_latents(builder: GraphBuilder, decoder: MNIFModel, latents: str) -> l
     parts = builder.split(tokens, decoder.latent_parts, names)
     sizes = zip(parts, decoder.latent_parts, strict=True)
     return [builder.reshape(part, (-1, count * numbers), f"{part}/flat") for part, numbers in sizes]
+
+
+def _heard(builder: GraphBuilder, decoder: MNIFModel, parts: Sequence[str], name: str) -> str:
+    """Lays out what a generation's map hears, [batch, tokens · numbers], as :meth:`mnif.models.growth.Growth.heard`."""
+    if decoder.coefficient_map is None:
+        return parts[-1]
+    own, count = parts[-1], decoder.num_tokens
+    square = builder.add("Mul", [own, own], f"{name}/square")
+    presence = builder.add("ReduceMean", [square], f"{name}/mean_square", axes=[1], keepdims=1)
+    presence = builder.reshape(presence, (-1, 1, 1), f"{name}/presence")
+    every = []
+    for part, numbers in zip(parts, decoder.latent_parts, strict=False):
+        tokens = builder.reshape(part, (-1, count, numbers), f"{name}/{part}")
+        every.append(tokens if part == own else builder.add("Mul", [tokens, presence], f"{name}/{part}/present"))
+    ones = builder.constant("tokens/ones", np.ones((1, count, 1), dtype=np.float32))
+    every.append(builder.add("Mul", [presence, ones], f"{name}/presence/of_each"))
+    heard = builder.add("Concat", every, f"{name}/heard/by_token", axis=2)
+    return builder.reshape(heard, (-1, count * numbers_heard(decoder.latent_parts[: len(parts)])), f"{name}/heard")
 
 
 def _grown_coefficients(
