@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from export.graphs.builder import GraphBuilder
-from mnif.models.growth import numbers_heard
 from mnif.models.mnif_model import MNIFModel
 from mnif.models.sparse_coefficients import FADE, floor_of
 from mnif.models.token_map import TokenMap
@@ -76,21 +75,28 @@ def _split_latents(builder: GraphBuilder, decoder: MNIFModel, latents: str) -> l
 
 
 def _heard(builder: GraphBuilder, decoder: MNIFModel, parts: Sequence[str], name: str) -> str:
-    """Lays out what a generation's map hears, [batch, tokens · numbers], as :meth:`mnif.models.growth.Growth.heard`."""
-    if decoder.coefficient_map is None:
-        return parts[-1]
-    own, count = parts[-1], decoder.num_tokens
+    """Lays out what a generation's map hears, [batch, numbers], as :func:`mnif.models.growth.what_is_heard` does."""
+    *earlier, own = parts
+    *sizes, added = decoder.latent_parts[: len(parts)]
+    count, earlier_map = decoder.num_tokens, decoder.later[len(earlier) - 1].earlier_map
+    if earlier_map is None:
+        return own
     square = builder.add("Mul", [own, own], f"{name}/square")
     presence = builder.add("ReduceMean", [square], f"{name}/mean_square", axes=[1], keepdims=1)
     presence = builder.reshape(presence, (-1, 1, 1), f"{name}/presence")
-    every = []
-    for part, numbers in zip(parts, decoder.latent_parts, strict=False):
-        tokens = builder.reshape(part, (-1, count, numbers), f"{name}/{part}")
-        every.append(tokens if part == own else builder.add("Mul", [tokens, presence], f"{name}/{part}/present"))
+    tokens = [
+        builder.reshape(part, (-1, numbers), f"{name}/{part}") for part, numbers in zip(earlier, sizes, strict=True)
+    ]
+    before = builder.add("Concat", tokens, f"{name}/earlier", axis=1)
+    weight = builder.constant(f"decoder.later.{len(earlier) - 1}.earlier_map.weight", earlier_map.weight)
+    mixed = builder.linear(before, weight, None, f"{name}/mixed")
+    mixed = builder.reshape(mixed, (-1, count, added), f"{name}/mixed/by_token")
+    mixed = builder.add("Mul", [mixed, presence], f"{name}/mixed/present")
     ones = builder.constant("tokens/ones", np.ones((1, count, 1), dtype=np.float32))
-    every.append(builder.add("Mul", [presence, ones], f"{name}/presence/of_each"))
-    heard = builder.add("Concat", every, f"{name}/heard/by_token", axis=2)
-    return builder.reshape(heard, (-1, count * numbers_heard(decoder.latent_parts[: len(parts)])), f"{name}/heard")
+    present = builder.add("Mul", [presence, ones], f"{name}/presence/of_each")
+    own = builder.reshape(own, (-1, count, added), f"{name}/own")
+    heard = builder.add("Concat", [own, mixed, present], f"{name}/heard/by_token", axis=2)
+    return builder.reshape(heard, (-1, count * (2 * added + 1)), f"{name}/heard")
 
 
 def _grown_coefficients(

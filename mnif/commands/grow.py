@@ -20,7 +20,7 @@ from mnif.training.fit_arguments import (
 from mnif.training.run_record import begin_stage, finish_stage
 from mnif.utils.args import parse_given
 from mnif.utils.errors import UserError, check_at_least
-from mnif.utils.files import sha256_of_file, sha256_of_folder
+from mnif.utils.files import check_writable, sha256_of_file, sha256_of_folder
 from mnif.utils.flag_files import laid_over
 from mnif.utils.json_files import merge_json
 from mnif.utils.output_folders import holds_folder
@@ -89,9 +89,10 @@ def parse_grow_arguments(arguments: list[str]) -> GrowArguments:
     """Reads the flags over those that `mnif fit` has for models of this signal.
 
     Raises:
-        UserError: a flag cannot be understood, or the model cannot be read.
+        UserError: a flag cannot be understood, nothing can be written to the output, or the model cannot be read.
     """
     given = parse_given(GrowArguments, arguments, "mnif grow")
+    check_writable(given["output_dir"])  # before the model is read
 
     from mnif.models.io import load_component
     from mnif.models.mnif_model import MNIFModel

@@ -19,7 +19,7 @@ from msgspec import Meta
 from torch import Tensor, nn
 
 from mnif.models.cell_grid import CellGrid, assign_points, cell_grid
-from mnif.models.growth import Generation, Growth, GrowthShape, numbers_heard
+from mnif.models.growth import Generation, Growth, GrowthShape
 from mnif.models.io import OwnMemory
 from mnif.models.siren import BakedField, layer_shapes, siren_params
 from mnif.models.sparse_coefficients import (
@@ -143,9 +143,9 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         later = []
         for number, growth in enumerate(growths, 1):
             new = [rows(index, growth["num_bases"]) for index in self.mixed_layers]
-            heard = numbers_heard(self.latent_parts[: number + 1]) * self.num_tokens
+            heard = 2 * growth["latent_dim"] + self.num_tokens
             said = self._map(heard, vectors * sum(self.generations[: number + 1]), None)
-            later.append(Growth(new, said, self.num_tokens))
+            later.append(Growth(new, said, self.latent_parts[: number + 1], self.num_tokens))
         self.later = cast(Sequence[Growth], nn.ModuleList(later))
 
     def _check_growths(self, vectors: int) -> None:
