@@ -79,8 +79,8 @@ def dense() -> None:
 def sparse() -> None:
     for label, settings in SIZES.items():
         print(f"\nsparse, {label}; ms")
-        columns = "active | batch | product | gathered | the model's choice | all bases | no others | largest difference"
-        print(f"| {columns} |\n|" + "---|" * 8)
+        print("| active | batch | product | gathered | baked | all bases, baked | no others, baked | difference |")
+        print("|" + "---|" * 8)
         for active in ACTIVE:
             model = MNIFModel(**settings, coefficient_sparsity=active)
             every, few = MNIFModel(**settings), MNIFModel(**settings | {"num_bases": active})

@@ -102,7 +102,7 @@ def _heard(builder: GraphBuilder, decoder: MNIFModel, parts: Sequence[str], name
 def _grown_coefficients(
     builder: GraphBuilder, decoder: MNIFModel, generation: int, before: str, said: str, name: str
 ) -> str:
-    """Adds what a generation's numbers say to the coefficients before, as :class:`mnif.models.growth.Growth` does."""
+    """Adds what a latent says to the coefficients before a generation, as :class:`mnif.models.growth.Growth` does."""
     vectors = decoder.num_cells * (1 if decoder.config.coefficient_form == "shared" else len(decoder.bases))
     earlier, added = sum(decoder.generations[:generation]), decoder.generations[generation]
     before = builder.reshape(before, (-1, vectors, earlier), f"{name}/before")
