@@ -1,7 +1,7 @@
 """What growing keeps and what it reaches: `mnif grow` beside fine-tuning, replay, and training anew.
 
     python benchmarks/growing.py --output_dir runs/growing --steps 1500
-    python benchmarks/growing.py --output_dir runs/seats --data furniture --resolution 16 --steps 600 --flags=
+    python benchmarks/growing.py --output_dir runs/seats --data furniture --resolution 16 --steps 250 --flags=
 
 Learns a part of a built-in set (Twemoji without people, the designs that are drawn in five skin tones; furniture
 without seats), then the rest: grown with frozen bases, grown with replay, fine-tuned, and anew on both for as many
