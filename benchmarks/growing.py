@@ -1,7 +1,7 @@
 """What growing keeps and what it reaches: `mnif grow` beside fine-tuning, replay, and training anew.
 
     python benchmarks/growing.py --output_dir runs/growing --steps 1500
-    python benchmarks/growing.py --output_dir runs/seats --data furniture --resolution 16 --prior_steps 1000
+    python benchmarks/growing.py --output_dir runs/seats --data furniture --resolution 16 --steps 250 --flags=
 
 Learns a part of a built-in set (Twemoji without people, the designs that are drawn in five skin tones; furniture
 without seats), then the rest: grown with frozen bases, grown with replay, fine-tuned, and anew on both for as many
@@ -67,8 +67,8 @@ class Arguments:
     """Of a prior of the old model, and of each that goes on with it or begins anew; 0: none is learned."""
     flags: str = "--stride 2"
     """Further flags of every `mnif fit`."""
-    learning: str = "--random_flip --random_colours"
-    """Further flags of every `mnif fit` and `mnif grow`."""
+    learning: str | None = None
+    """Further flags of every `mnif fit` and `mnif grow`; default: --random_flip, of pictures --random_colours too."""
     prior_flags: str = "--preset edge"
     """Further flags of every `mnif prior`."""
 
@@ -113,7 +113,8 @@ def commands(arguments: Arguments) -> dict[str, str]:
     """The command behind each way, by its name; the prior of the old model is learned before that grows."""
     folder, steps = arguments.output_dir, f"--max_train_steps {arguments.steps}"
     old, new = PARTS[arguments.data]
-    shared = f"{arguments.learning} --refinement_steps {REFINEMENT_STEPS}"
+    learning = arguments.learning or "--random_flip" + " --random_colours" * (arguments.data == "twemoji")
+    shared = f"{learning} --refinement_steps {REFINEMENT_STEPS}"
     whole = f"--num_bases {arguments.num_bases + arguments.add_bases}"
     whole += f" --latent_dim {arguments.latent_dim + arguments.add_latents}"
     fit = f"fit --resolution {arguments.resolution} {arguments.flags} {shared}"

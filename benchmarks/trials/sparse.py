@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mnif.models.mnif_model import MNIFModel
+from mnif.models.sparse_coefficients import keep_largest
 
 
 class HardThreshold(MNIFModel):
@@ -116,6 +117,33 @@ def _thinned(**rule: object) -> type[MNIFModel]:
     return type("Thinned", (Thinned,), rule)
 
 
+class SparsemaxGates(MNIFModel):
+    """Coefficients have gates of their own, which a layer of a cell shares out by sparsemax; the K largest stay.
+
+    Of M bases with equal gates each has K / M; what gets 1 / K or more of the gates counts in full or more.
+    """
+
+    def __init__(self, **settings):  # type: ignore[no-untyped-def]
+        super().__init__(**settings)
+        shape = self.coefficient_map.weight.shape
+        self.coefficient_map.gates = torch.nn.Linear(shape[1], shape[0])
+
+    def coefficients(self, latents: Tensor) -> Tensor:
+        whole = _dense(self, latents)
+        gates = sparsemax(self.coefficient_map.gates(latents).view_as(whole))
+        active = self.config.coefficient_sparsity
+        return keep_largest(whole * gates * active, active)
+
+
+def sparsemax(numbers: Tensor) -> Tensor:
+    """Projects rows [..., M] to shares that sum to 1, most of them 0 (Martins and Astudillo, 2016)."""
+    falling = numbers.sort(dim=-1, descending=True).values
+    excess = falling.cumsum(dim=-1) - 1
+    counts = torch.arange(1, numbers.shape[-1] + 1)
+    support = (falling * counts > excess).sum(dim=-1, keepdim=True)
+    return (numbers - excess.gather(-1, support - 1) / support).clamp(min=0)
+
+
 class FixedSet(Thinned):
     """A layer of a cell has the same K bases for all instances: those that it used most while K fell."""
 
@@ -156,6 +184,7 @@ SPARSE_DECODERS = {
     "the largest of a layer": _thinned(over="layer", by_effect=True),
     "the largest of an instance": _thinned(over="instance", by_effect=True),
     "the largest of an instance, around means": _thinned(over="instance", by_effect=True, around_mean=True),
+    "sparsemax gates": SparsemaxGates,
     "a fixed set for each cell": FixedSet,
     "a fixed set for each cell, at random": FixedAtRandom,
 }

@@ -15,14 +15,16 @@ from mnif.models.token_map import TokenMap
 def coefficients_of(builder: GraphBuilder, decoder: MNIFModel, latents: str) -> str:
     """Maps latents [batch, latent_dim] to coefficients [batch, cells · layers · bases], as the model does."""
     scale = decoder.generations[0] ** -0.5
-    first, *later = _split_latents(builder, decoder, latents)
+    parts = _split_latents(builder, decoder, latents)
+    first = parts[0]
     if decoder.coefficient_map is None and decoder.config.mixing == "average":
         first = builder.add("Add", [first, builder.number(1.0)], "coefficients/shifted")
     mapped = _mapped(builder, decoder.coefficient_map, "coefficient_map", first, scale, "coefficients/flat")
-    for number, (growth, part) in enumerate(zip(decoder.later, later, strict=True)):
-        weights, name = f"later.{number}.coefficient_map", f"coefficients/{number + 1}"
-        said = _mapped(builder, growth.coefficient_map, weights, part, scale, f"{name}/said")
-        mapped = _grown_coefficients(builder, decoder, number + 1, mapped, said, name)
+    for number, growth in enumerate(decoder.later, 1):
+        weights, name = f"later.{number - 1}.coefficient_map", f"coefficients/{number}"
+        heard = _heard(builder, decoder, parts[: number + 1], name)
+        said = _mapped(builder, growth.coefficient_map, weights, heard, scale, f"{name}/said")
+        mapped = _grown_coefficients(builder, decoder, number, mapped, said, name)
     if decoder.active_bases is not None:
         mapped = _sparse(builder, decoder, mapped, decoder.active_bases)
     if decoder.config.coefficient_form != "shared":
@@ -72,10 +74,35 @@ def _split_latents(builder: GraphBuilder, decoder: MNIFModel, latents: str) -> l
     return [builder.reshape(part, (-1, count * numbers), f"{part}/flat") for part, numbers in sizes]
 
 
+def _heard(builder: GraphBuilder, decoder: MNIFModel, parts: Sequence[str], name: str) -> str:
+    """Lays out what a generation's map hears, [batch, numbers], as :func:`mnif.models.growth.what_is_heard` does."""
+    *earlier, own = parts
+    *sizes, added = decoder.latent_parts[: len(parts)]
+    count, earlier_map = decoder.num_tokens, decoder.later[len(earlier) - 1].earlier_map
+    if earlier_map is None:
+        return own
+    square = builder.add("Mul", [own, own], f"{name}/square")
+    presence = builder.add("ReduceMean", [square], f"{name}/mean_square", axes=[1], keepdims=1)
+    presence = builder.reshape(presence, (-1, 1, 1), f"{name}/presence")
+    tokens = [
+        builder.reshape(part, (-1, numbers), f"{name}/{part}") for part, numbers in zip(earlier, sizes, strict=True)
+    ]
+    before = builder.add("Concat", tokens, f"{name}/earlier", axis=1)
+    weight = builder.constant(f"decoder.later.{len(earlier) - 1}.earlier_map.weight", earlier_map.weight)
+    mixed = builder.linear(before, weight, None, f"{name}/mixed")
+    mixed = builder.reshape(mixed, (-1, count, added), f"{name}/mixed/by_token")
+    mixed = builder.add("Mul", [mixed, presence], f"{name}/mixed/present")
+    ones = builder.constant("tokens/ones", np.ones((1, count, 1), dtype=np.float32))
+    present = builder.add("Mul", [presence, ones], f"{name}/presence/of_each")
+    own = builder.reshape(own, (-1, count, added), f"{name}/own")
+    heard = builder.add("Concat", [own, mixed, present], f"{name}/heard/by_token", axis=2)
+    return builder.reshape(heard, (-1, count * (2 * added + 1)), f"{name}/heard")
+
+
 def _grown_coefficients(
     builder: GraphBuilder, decoder: MNIFModel, generation: int, before: str, said: str, name: str
 ) -> str:
-    """Adds what a generation's numbers say to the coefficients before, as :class:`mnif.models.growth.Growth` does."""
+    """Adds what a latent says to the coefficients before a generation, as :class:`mnif.models.growth.Growth` does."""
     vectors = decoder.num_cells * (1 if decoder.config.coefficient_form == "shared" else len(decoder.bases))
     earlier, added = sum(decoder.generations[:generation]), decoder.generations[generation]
     before = builder.reshape(before, (-1, vectors, earlier), f"{name}/before")

@@ -10,11 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from mnif.data.dataset import Dataset, Split
 from mnif.training.arguments import TrainingArguments
 from mnif.training.assembly import check_loss, learn, make_method
-from mnif.training.fit_arguments import AUGMENTATIONS, FitArguments, MethodFlags, OptimizerFlags
+from mnif.training.fit_arguments import (
+    AUGMENTATIONS,
+    FitArguments,
+    MethodFlags,
+    OptimizerFlags,
+    defaults_of_signal,
+)
 from mnif.training.run_record import begin_stage, finish_stage
-from mnif.utils.args import parse_arguments
+from mnif.utils.args import parse_given
 from mnif.utils.errors import UserError, check_at_least
-from mnif.utils.files import sha256_of_file, sha256_of_folder
+from mnif.utils.files import check_writable, sha256_of_file, sha256_of_folder
+from mnif.utils.flag_files import laid_over
 from mnif.utils.json_files import merge_json
 from mnif.utils.output_folders import holds_folder
 from mnif.utils.pixels import MAX_IMAGE_PIXELS, limit_image_pixels
@@ -78,9 +85,25 @@ class GrowArguments(DataFlags, GrowthFlags, MethodFlags, OptimizerFlags, Trainin
     """Peak learning rate of all but bases and latents."""
 
 
+def parse_grow_arguments(arguments: list[str]) -> GrowArguments:
+    """Reads the flags over those that `mnif fit` has for models of this signal.
+
+    Raises:
+        UserError: a flag cannot be understood, nothing can be written to the output, or the model cannot be read.
+    """
+    given = parse_given(GrowArguments, arguments, "mnif grow")
+    check_writable(given["output_dir"])  # before the model is read
+
+    from mnif.models.io import load_component
+    from mnif.models.mnif_model import MNIFModel
+
+    signal = load_component(MNIFModel, given["model"], "decoder").config.signal
+    return GrowArguments(**laid_over(defaults_of_signal(GrowArguments, signal), given))
+
+
 def main(arguments: list[str]) -> None:
     """Runs `mnif grow`."""
-    grow(parse_arguments(GrowArguments, arguments, "mnif grow"))
+    grow(parse_grow_arguments(arguments))
 
 
 def _check(arguments: GrowArguments) -> None:

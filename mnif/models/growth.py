@@ -1,13 +1,15 @@
 """Bases that a model was grown by: a later generation, silent for latents that know nothing of it.
 
-A model that grows keeps what it has and gets further bases, and its latents further numbers. What those numbers say is
-linear in them and without a constant, so an earlier latent, with zeros in their place, says exactly nothing: its
+A model that grows keeps what it has and gets further bases, and its latents further numbers. A latent that has any of
+these is heard anew: a further map hears them, and as many mixtures of the earlier ones, times the *presence* of the
+further ones, their mean square. So an earlier latent, with zeros in their place, says exactly nothing more: its
 coefficients, and all that is decoded from them, stay what they were to the last bit.
 """
 
 from collections.abc import Sequence
 from typing import TypedDict
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -41,30 +43,63 @@ class Generation(TypedDict):
 
 
 class Growth(nn.Module):
-    """The bases of a later generation, and what its numbers say of these and of all bases before them.
+    """The bases of a later generation, and what latents that have its numbers say of these and of all bases before.
 
     Args:
         bases: for each mixed layer, [m, parameters].
-        coefficient_map: [B, E] → [B, cells · vectors · (bases before + m)], zero at zero; None: the numbers are the
-            coefficients of the new bases themselves.
+        coefficient_map: [B, tokens · (2 E + 1)] → [B, cells · vectors · (bases before + m)], zero at zero; None: the
+            numbers are the coefficients of the new bases themselves.
+        latent_parts: numbers that each generation has in a token, those before and E, its own, the last.
+        tokens: of a latent; 1 of a global one.
     """
 
-    def __init__(self, bases: Sequence[nn.Parameter], coefficient_map: nn.Linear | TokenMap | None):
+    def __init__(
+        self,
+        bases: Sequence[nn.Parameter],
+        coefficient_map: nn.Linear | TokenMap | None,
+        latent_parts: Sequence[int],
+        tokens: int,
+    ):
         super().__init__()
-        self.bases = nn.ParameterList(bases)
+        self.bases, self.tokens = nn.ParameterList(bases), tokens
         self.coefficient_map = coefficient_map
+        *earlier, own = latent_parts
+        self.earlier_map = None if coefficient_map is None else nn.Linear(sum(earlier), own, bias=False)
 
     def forward(
-        self, numbers: Float[Tensor, "batch latent_dim"], before: Float[Tensor, "batch cells vectors earlier"]
+        self,
+        parts: Sequence[Float[Tensor, "batch numbers"]],
+        before: Float[Tensor, "batch cells vectors earlier"],
     ) -> Float[Tensor, "batch cells vectors bases"]:
-        """Adds what ``numbers`` [B, E] say to the coefficients ``before`` [B, cells, vectors, bases before].
+        """Adds what a latent says to the coefficients ``before`` [B, cells, vectors, bases before].
+
+        Args:
+            parts: its numbers [B, tokens · some], those of every generation before and its own the last.
+            before: the coefficients of the generations before.
 
         Returns:
             [B, cells, vectors, bases before + m].
         """
         added = len(self.bases[0])
-        if self.coefficient_map is None:
-            said = F.pad(numbers.view(*before.shape[:-1], added), (before.shape[-1], 0))
+        if self.coefficient_map is None or self.earlier_map is None:
+            said = F.pad(parts[-1].view(*before.shape[:-1], added), (before.shape[-1], 0))
         else:
-            said = self.coefficient_map(numbers).view(*before.shape[:-1], -1)
+            heard = what_is_heard(parts, self.earlier_map, self.tokens)
+            said = self.coefficient_map(heard).view(*before.shape[:-1], -1)
         return F.pad(before, (0, added)) + said
+
+
+def what_is_heard(
+    parts: Sequence[Float[Tensor, "batch numbers"]], earlier_map: nn.Linear, tokens: int
+) -> Float[Tensor, "batch heard"]:
+    """Lays out for each token what a growth's map hears: its own numbers, and times their presence mixtures and 1.
+
+    Args:
+        parts: a latent's numbers [B, tokens · some], those of every generation before and its own the last.
+        earlier_map: mixes the earlier ones of a token.
+        tokens: of a latent; 1 of a global one.
+    """
+    *earlier, own = (part.view(len(part), tokens, -1) for part in parts)
+    presence = own.square().mean(dim=(1, 2), keepdim=True)
+    mixed = presence * earlier_map(torch.cat(earlier, dim=2))
+    return torch.cat([own, mixed, presence.expand(-1, tokens, -1)], dim=2).flatten(1)

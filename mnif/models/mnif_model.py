@@ -143,8 +143,9 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         later = []
         for number, growth in enumerate(growths, 1):
             new = [rows(index, growth["num_bases"]) for index in self.mixed_layers]
-            said = self._map(growth["latent_dim"], vectors * sum(self.generations[: number + 1]), None)
-            later.append(Growth(new, said))
+            heard = 2 * growth["latent_dim"] + self.num_tokens
+            said = self._map(heard, vectors * sum(self.generations[: number + 1]), None)
+            later.append(Growth(new, said, self.latent_parts[: number + 1], self.num_tokens))
         self.later = cast(Sequence[Growth], nn.ModuleList(later))
 
     def _check_growths(self, vectors: int) -> None:
@@ -210,13 +211,13 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         Of a sparse model all but :attr:`active_bases` of each generation's are zero.
         """
         config = self.config
-        first, *later = self.split_latents(latents)
-        mapped = first if self.coefficient_map is None else self.coefficient_map(first)
+        parts = self.split_latents(latents)
+        mapped = parts[0] if self.coefficient_map is None else self.coefficient_map(parts[0])
         if self.coefficient_map is None and config.mixing == "average":
             mapped = mapped + 1  # zero latents then mean the average of all bases, as the map's bias has it elsewhere
         mapped = mapped.view(len(latents), self.num_cells, -1, self.generations[0])
-        for growth, numbers in zip(self.later, later, strict=True):
-            mapped = growth(numbers, mapped)
+        for number, growth in enumerate(self.later, 2):
+            mapped = growth(parts[:number], mapped)
         if (active := self.active_bases) is not None:
             mapped = keep_largest_of_each(mapped, self.generations, active)
         return mapped.expand(-1, -1, len(self.bases), -1) / self.coefficient_scale

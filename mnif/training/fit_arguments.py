@@ -217,6 +217,15 @@ def with_preset(kind: type[T], given: dict[str, Any]) -> T:
     return arguments
 
 
+def defaults_of_signal(kind: type, signal: str) -> dict[str, Any]:
+    """What a signal's own preset says of the flags that ``kind`` has too, beside the way of learning."""
+    if signal not in preset_names(PRESETS):
+        return {}
+    shared = {field.name for field in fields(kind)} - _NOT_OF_A_PRESET - {"method"}
+    arguments = {name: value for name, value in _preset(signal)["arguments"].items() if name in shared}
+    return preset_values(kind, arguments, signal, "mnif fit", _NOT_OF_A_PRESET)
+
+
 def _preset_for(given: dict[str, Any]) -> dict[str, Any]:
     if given.get("preset") is not None:
         return _preset(given["preset"])

@@ -205,11 +205,11 @@ def make_optimizers(
 def _by_generation(method: LearningMethod, earlier_rate: float) -> Iterator[tuple[float, list, list]]:
     """Yields what moves at one rate: the rate, parameters of fields, and all others; what came last comes first."""
     decoder, others = method.decoder, method.others()
-    parts = [([*decoder.shared, *decoder.means, *decoder.bases], decoder.coefficient_map)]
-    parts += [([*growth.bases], growth.coefficient_map) for growth in decoder.later]
-    for number, (fields, mapping) in enumerate(reversed(parts)):
+    parts = [([*decoder.shared, *decoder.means, *decoder.bases], [decoder.coefficient_map])]
+    parts += [([*growth.bases], [growth.coefficient_map, growth.earlier_map]) for growth in decoder.later]
+    for number, (fields, maps) in enumerate(reversed(parts)):
         others = others if number == 0 else []
-        others += [] if mapping is None else mapping.parameters()
+        others += [parameter for each in maps if each is not None for parameter in each.parameters()]
         fields, others = ([each for each in part if each.requires_grad] for part in (fields, others))
         yield earlier_rate if number else 1.0, fields, others
 

@@ -104,6 +104,8 @@ def test_old_shapes_and_scenes_are_the_same_bytes_through_every_runtime(
     fit = ["fit", "--data", str(data), "--output_dir", str(run), *SMALL, *quick, "--method", "auto-decoding", *flags]
     assert main([*fit, *(["--held_out_views", "1"] if signal == "radiance" else [])]) == 0
     assert main(grow_command(run, data, child, "--compile", "off")) == 0
+    taken = json.loads((child / "run.json").read_text())["grow"]["arguments"]  # what is not given is as in `mnif fit`
+    assert (taken["latent_noise"], taken["validation_steps"]) == ((0.1, 500) if signal == "voxels" else (0.3, 2000))
     answers = []
     for number, folder in enumerate((run, child)):
         decoder, bundle = load_component(MNIFModel, folder, "decoder"), tmp_path / f"bundle_{number}"

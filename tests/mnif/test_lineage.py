@@ -90,7 +90,11 @@ def test_further_numbers_and_bases_make_what_plain_sums_make(form: str) -> None:
     if growth.coefficient_map is None:
         new = numbers.view(*old.shape[:-1], 5)
     else:
-        said = growth.coefficient_map(numbers).view(*old.shape[:-1], 11)
+        presence = numbers.square().mean(dim=1).view(3, 1, 1)
+        earlier, own = (part.view(3, child.num_tokens, -1) for part in (first, numbers))
+        mixed = presence * (earlier @ growth.earlier_map.weight.mT)
+        heard = torch.cat([own, mixed, presence * torch.ones_like(own[..., :1])], dim=2).flatten(1)
+        said = growth.coefficient_map(heard).view(*old.shape[:-1], 11)
         old, new = old + said[..., :6], said[..., 6:]
     if form.startswith("sparse"):
         old, new = (keep_largest(part, 2) for part in (old, new))  # a third of each, rounded up
