@@ -206,7 +206,7 @@ def test_layout_is_the_density_of_a_gaussian(looks: dict[str, np.ndarray]) -> No
 
 
 def test_kinds_are_those_of_bayes() -> None:
-    """Looks of Gaussians that differ in means and spreads: log-odds are those of their densities, and of the priors."""
+    """Looks of Gaussians that differ in means and spreads: log-odds are those of densities and priors."""
     draw = np.random.default_rng(0)
     means, spreads = draw.normal(0, 0.8, (len(KINDS), len(LOOK))), draw.uniform(0.8, 1.3, (len(KINDS), len(LOOK)))
     pairs = [(np.zeros(len(LOOK)), np.ones(len(LOOK))), *zip(means, spreads, strict=True)]
@@ -224,26 +224,34 @@ def test_kinds_are_those_of_bayes() -> None:
 def test_squares_of_a_look_tell_what_is_unusual_to_either_side() -> None:
     arrays = {"look_mean": np.full(len(LOOK), 2.0), "look_std": np.full(len(LOOK), 0.5)}
     found = surprise.kind_features(arrays, np.array([[1.0] * len(LOOK), [9.0] * len(LOOK)]))
-    np.testing.assert_array_equal(found, [[-2.0] * len(LOOK) + [4.0] * len(LOOK), [14.0] * len(LOOK) + [25.0] * len(LOOK)])
+    np.testing.assert_array_equal(
+        found, [[-2.0] * len(LOOK) + [4.0] * len(LOOK), [14.0] * len(LOOK) + [25.0] * len(LOOK)]
+    )
 
 
 @pytest.mark.parametrize("shape", [(8, 6, 3), (7, 8, 5, 1)])
 def test_foreign_ones_are_of_several(shape: tuple[int, ...]) -> None:
-    """Each corner holds every second pixel of one instance, or all but one half is as it was; never the whole."""
-    values = np.arange(30.0).reshape(30, *[1] * len(shape)) + np.zeros(shape)  # an instance is its number
-    spoilt = damaged(values, len(shape) - 1)["foreign"]
-    halves = [-(-pixels // 2) for pixels in shape[:-1]]
-    counted = []
-    for number, one in enumerate(spoilt):
-        corners = [
-            one[tuple(slice(at * half, (at + 1) * half) for at, half in zip(place, halves, strict=True))]
-            for place in np.ndindex(*[2] * len(halves))
-        ]
-        counted.append(len(np.unique(one)))
-        of_two = len({id for id in one.ravel().tolist()} - {number}) <= 1
-        assert of_two or all(len(np.unique(corner)) == 1 for corner in corners)
-    assert min(counted) >= 1
-    assert np.mean(np.array(counted) > 2) > 0.2
+    """Each corner holds every second pixel of one instance, or no more than one half is another's."""
+    pixels = np.arange(np.prod(shape)).reshape(shape) / 1000
+    values = np.arange(30.0).reshape(30, *[1] * len(shape)) + pixels  # an instance is its number, a pixel the rest
+    second = pixels[tuple([slice(None, None, 2)] * (len(shape) - 1))]
+    corners = []
+    for place in np.ndindex(*[2] * (len(shape) - 1)):
+        sides = zip(place, second.shape[:-1], strict=True)
+        corners.append(tuple(slice(at * half, (at + 1) * half) for at, half in sides))
+    mosaics = 0
+    for number, one in enumerate(damaged(values, len(shape) - 1)["foreign"]):
+        whose = np.floor(one)
+        if len(set(whose.ravel().tolist()) - {number}) > 1:
+            mosaics += 1
+            for corner in corners:
+                assert len(np.unique(whose[corner])) == 1
+                kept = second[tuple(slice(count) for count in one[corner].shape[:-1])]
+                np.testing.assert_allclose(one[corner] % 1, kept)
+        else:
+            np.testing.assert_allclose(one % 1, pixels)
+            assert (whose == number).mean() >= 0.4
+    assert 8 < mosaics < 22
 
 
 def test_damage_is_what_it_is_called() -> None:
