@@ -10,7 +10,8 @@ reason given most often.
 - noise: Gaussian, standard deviation 0.1 on values in [-1, 1].
 - blur: Gaussian, standard deviation 1/32 of an axis; light blur: half of it.
 - occluded: a square (cube) of a quarter of the picture's area (volume), anywhere, of one random colour; shapes: empty.
-- shifted: by 2 pixels along the last axis, what leaves at one side enters at the other; by 1 pixel likewise.
+- shifted: by 2 pixels along the last axis, what leaves at one side enters at the other; by 1 pixel likewise;
+  or by 2, and what enters repeats the border.
 - specks: one pixel of fifty is white (full); turned: two axes exchanged; faint: values halved. Profiles learn nothing
   of these.
 - other: instances of another data set, at most 400.
@@ -91,6 +92,10 @@ def shifted_by_one(values: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     return np.roll(values, 1, axis=-2)
 
 
+def shifted_repeating(values: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    return np.take(values, np.maximum(np.arange(values.shape[-2]) - 2, 0), axis=-2)
+
+
 def specks(values: np.ndarray, draw: np.random.Generator) -> np.ndarray:
     return np.where(draw.random(values.shape[:-1])[..., None] < 0.02, np.float32(1), values)
 
@@ -110,6 +115,7 @@ DAMAGE: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     "occluded": occluded,
     "shifted": shifted,
     "shifted by 1": shifted_by_one,
+    "shifted, border repeated": shifted_repeating,
     "specks": specks,
     "turned": turned,
     "faint": faint,

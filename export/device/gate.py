@@ -107,7 +107,7 @@ class Gate:
             "root_whitening": [(2 * patches, 2 * patches)],
             "look_mean": [(looks,)],
             "look_std": [(looks,)],
-            "kind_weights": [(kinds, looks)],
+            "kind_weights": [(kinds, 2 * looks)],
             "kind_offsets": [(kinds,)],
             "latent_mean": [(latent_dim,)],
             "latent_whitening": [(latent_dim, latent_dim), (latent_dim,)],

@@ -13,7 +13,7 @@ array                 shape             meaning
 ``root_whitening``    [2·P, 2·P]        likewise
 ``look_mean``         [7]               of :data:`LOOK`, of other training instances
 ``look_std``          [7]               likewise
-``kind_weights``      [K, 7]            of the standardised look in each kind's log-odds against sound instances
+``kind_weights``      [K, 14]           of :func:`kind_features` in each kind's log-odds against sound instances
 ``kind_offsets``      [K]               likewise
 ``latent_mean``       [D]               of held-out latents
 ``latent_whitening``  [D, D] or [D]     likewise (a factor for each number where D is large)
@@ -75,6 +75,7 @@ _GRAIN = 0.05  # the share of patches that are the smoothest
 _STEPS = (-2, 2)  # pixels by which copies are moved along each axis
 _MOST_LINES = 32  # along an axis
 _OUT = 0.2  # of the false-alarm rate is that of "out"
+_MOST_SQUARED = 25.0  # a standardised number of a look squared: five standard deviations
 
 
 def boxes_of(values: np.ndarray, patches: Sequence[int], moved: bool = True) -> np.ndarray:
@@ -183,8 +184,13 @@ def _slope_and_curvature(boxes: np.ndarray, patches: Sequence[int]) -> tuple[np.
 
 def log_odds_of(arrays: Mapping[str, np.ndarray], look: np.ndarray) -> np.ndarray:
     """Computes the log-odds of each kind of damage against none, [B, K], of looks [B, 7]."""
+    return kind_features(arrays, look) @ arrays["kind_weights"].T + arrays["kind_offsets"]
+
+
+def kind_features(arrays: Mapping[str, np.ndarray], look: np.ndarray) -> np.ndarray:
+    """Standardises looks [B, 7], and adds their squares, 25 at most: what is unusual to either side, [B, 14]."""
     standard = (look - arrays["look_mean"]) / arrays["look_std"]
-    return standard @ arrays["kind_weights"].T + arrays["kind_offsets"]
+    return np.concatenate([standard, np.minimum(np.square(standard), _MOST_SQUARED)], axis=1)
 
 
 def scores_of(

@@ -35,7 +35,9 @@ _DAMAGED = 512  # and that are damaged
 _PIXELS = 2**23  # of those that are damaged, at most; of sound ones eight times as many
 _BATCH = 64
 # Of the false alarms, for each score.
-_SHARES = {"look": 0.6, "strength": 0.25, "residual": 0.05, "patch": 0.05, "latent": 0.05}
+_SHARES = {"look": 0.65, "strength": 0.2, "residual": 0.05, "patch": 0.05, "latent": 0.05}
+# How probable kinds of damage are beside one another: the two that are hardest to tell count twice.
+_PRIORS = {"noise": 1.0, "blur": 1.0, "occlusion": 1.0, "shift": 2.0, "foreign": 2.0}
 
 
 @dataclass(frozen=True)
@@ -167,16 +169,16 @@ def _fit_kinds(looks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Fits the log-odds of each kind of damage against none, of looks [n, 7] of ``sound`` instances and each kind."""
     from sklearn.linear_model import LogisticRegression  # not needed where a profile is only read
 
-    mean, std = looks["sound"].mean(axis=0), looks["sound"].std(axis=0) + 1e-6
-    rows = np.concatenate([(looks[kind] - mean) / std for kind in ("sound", *KINDS)])
+    arrays = {"look_mean": looks["sound"].mean(axis=0), "look_std": looks["sound"].std(axis=0) + 1e-6}
+    rows = np.concatenate([surprise.kind_features(arrays, looks[kind]) for kind in ("sound", *KINDS)])
     kinds = np.repeat(np.arange(len(KINDS) + 1), len(looks["sound"]))
     # As many sound ones as damaged ones, all kinds together.
     fitted = LogisticRegression(max_iter=2000).fit(rows, kinds, np.where(kinds == 0, len(KINDS), 1.0))
+    priors = np.array([_PRIORS[kind] for kind in KINDS])
     return {
-        "look_mean": mean,
-        "look_std": std,
+        **arrays,
         "kind_weights": fitted.coef_[1:] - fitted.coef_[0],
-        "kind_offsets": fitted.intercept_[1:] - fitted.intercept_[0],
+        "kind_offsets": fitted.intercept_[1:] - fitted.intercept_[0] + np.log(priors),
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
@@ -21,7 +23,7 @@ def damaged(values: np.ndarray, dimensions: int, seed: int = 0) -> dict[str, np.
     """
     pictures = values.reshape(-1, *values.shape[values.ndim - 1 - dimensions :])
     draw = np.random.default_rng(seed)
-    ways = {"noise": _noisy, "blur": _blurred, "occlusion": _occluded, "shift": _shifted, "foreign": _of_two}
+    ways = {"noise": _noisy, "blur": _blurred, "occlusion": _occluded, "shift": _shifted, "foreign": _of_several}
     return {kind: ways[kind](pictures, draw).astype(values.dtype).reshape(values.shape) for kind in KINDS}
 
 
@@ -59,6 +61,25 @@ def _shifted(pictures: np.ndarray, draw: np.random.Generator) -> np.ndarray:
         places = np.arange(one.shape[axis]) + step
         moved.append(np.take(one, np.clip(places, 0, one.shape[axis] - 1), axis))
     return np.stack(moved)
+
+
+def _of_several(pictures: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """Two halves, or all corners, are other instances': by the toss of a coin."""
+    tossed = draw.random(len(pictures)) < 0.5
+    return np.where(tossed.reshape(-1, *[1] * (pictures.ndim - 1)), _of_two(pictures, draw), _of_many(pictures, draw))
+
+
+def _of_many(pictures: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """Each corner is an instance at half its size, of which there is every second pixel."""
+    spoilt, axes = np.empty_like(pictures), range(pictures.ndim - 2)
+    small = pictures[(slice(None), *[slice(None, None, 2)] * len(axes))]
+    halves = small.shape[1:-1]
+    for one in spoilt:
+        for corner in itertools.product((0, 1), repeat=len(axes)):
+            place = tuple(slice(at * half, (at + 1) * half) for at, half in zip(corner, halves, strict=True))
+            kept = tuple(slice(pixels) for pixels in one[place].shape[:-1])  # of an odd axis one half is shorter
+            one[place] = small[draw.integers(len(small))][kept]
+    return spoilt
 
 
 def _of_two(pictures: np.ndarray, draw: np.random.Generator) -> np.ndarray:

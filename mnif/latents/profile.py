@@ -54,7 +54,7 @@ class ProfileRecord(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         gap_steps: of the refinement whose gaps are known; 0: none are.
     """
 
-    format: Literal["mnif-profile/1"] = "mnif-profile/1"
+    format: Literal["mnif-profile/1", "mnif-profile/2"] = "mnif-profile/2"
     fingerprints: Annotated[list[str], Meta(min_length=1)]
     data: str
     instances: Size
@@ -160,7 +160,7 @@ def load_profile(model: Path, decoder: MNIFModel) -> Profile:
             f"{folder}: the profile of another decoder ({record.fingerprints[0][:12]}, not "
             f"{decoder.fingerprint()[:12]}); `mnif monitor --fit --model {model} --data DATA` makes it anew"
         )
-    if (record.statistics, record.scores) != (list(LOOK), list(SCORES)):
+    if (record.format, record.statistics, record.scores) != ("mnif-profile/2", list(LOOK), list(SCORES)):
         raise UserError(
             f"{folder}: scores of another version of mnif; `mnif monitor --fit --model {model} --data DATA` makes the "
             "profile anew"
@@ -180,7 +180,7 @@ def _read_arrays(path: Path, record: ProfileRecord, latent_dim: int) -> dict[str
         "root_mean": (2 * patches,),
         "root_whitening": (2 * patches, 2 * patches),
         **dict.fromkeys(("look_mean", "look_std"), (len(LOOK),)),
-        "kind_weights": (len(KINDS), len(LOOK)),
+        "kind_weights": (len(KINDS), 2 * len(LOOK)),
         "kind_offsets": (len(KINDS),),
         "latent_mean": (latent_dim,),
         "latent_whitening": (latent_dim,) * (2 if latent_dim <= FULL_COVARIANCE else 1),

@@ -93,6 +93,7 @@ def test_wrong_arrays_are_refused(model: Path) -> None:
         ({"grid": [10**9, 10**9]}, "grid[0]: Expected"),
         ({"grid": [80, 16]}, "patches [4, 4] are not those of a grid [80, 16]"),
         ({"scores": ["residual", "patch"]}, "scores of another version of mnif; `mnif monitor --fit --model"),
+        ({"format": "mnif-profile/1"}, "scores of another version of mnif; `mnif monitor --fit --model"),
         ({"statistics": ["residual"]}, "--data DATA` makes the profile anew"),
         ({"false_alarm_rate": 1}, "false_alarm_rate"),
         ({"fingerprints": []}, "fingerprints"),

@@ -12,7 +12,7 @@ from scipy import stats
 
 from mnif.cli import main
 from mnif.data.batches import ArrayDataset
-from mnif.latents import surprise
+from mnif.latents import calibration, surprise
 from mnif.latents.calibration import HeldOut, TrainingInstances, check_enough, fit_arrays, fit_looks
 from mnif.latents.damage import damaged
 from mnif.latents.inference import optimize_latents
@@ -30,7 +30,7 @@ from tests.conftest import small_decoder
 _LOOKS = {
     "look_mean": np.zeros(len(LOOK)),
     "look_std": np.ones(len(LOOK)),
-    "kind_weights": np.eye(len(KINDS), len(LOOK)),
+    "kind_weights": np.eye(len(KINDS), 2 * len(LOOK)),
     "kind_offsets": np.full(len(KINDS), -2.0),
 }
 
@@ -203,6 +203,55 @@ def test_layout_is_the_density_of_a_gaussian(looks: dict[str, np.ndarray]) -> No
     expected = -2 * (density.logpdf(surprise.log_features(boxes[:, 0])) - density.logpdf(density.mean))
     found = np.exp(surprise.look_of(looks, boxes, [4, 4])[:, list(LOOK).index("layout")])
     np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def test_kinds_are_those_of_bayes() -> None:
+    """Looks of Gaussians that differ in means and spreads: log-odds are those of densities and priors."""
+    draw = np.random.default_rng(0)
+    means, spreads = draw.normal(0, 0.8, (len(KINDS), len(LOOK))), draw.uniform(0.8, 1.3, (len(KINDS), len(LOOK)))
+    pairs = [(np.zeros(len(LOOK)), np.ones(len(LOOK))), *zip(means, spreads, strict=True)]
+    densities = [stats.multivariate_normal(mean, np.diag(spread**2)) for mean, spread in pairs]
+    rows = [density.rvs(2000, random_state=number) for number, density in enumerate(densities)]
+    arrays = calibration._fit_kinds(dict(zip(("sound", *KINDS), rows, strict=True)))
+    fresh = np.concatenate([density.rvs(100, random_state=99) for density in densities])
+    ratios = np.stack([each.logpdf(fresh) - densities[0].logpdf(fresh) for each in densities[1:]], axis=1)
+    expected = ratios + np.log([calibration._PRIORS[kind] / len(KINDS) for kind in KINDS])
+    found = surprise.log_odds_of(arrays, fresh)
+    assert np.abs(found - expected).mean() < 0.1 * expected.std()
+    assert np.abs((found - expected).mean(axis=0)).max() < 0.4  # a prior of two moves them by 0.7
+
+
+def test_squares_of_a_look_tell_what_is_unusual_to_either_side() -> None:
+    arrays = {"look_mean": np.full(len(LOOK), 2.0), "look_std": np.full(len(LOOK), 0.5)}
+    found = surprise.kind_features(arrays, np.array([[1.0] * len(LOOK), [9.0] * len(LOOK)]))
+    np.testing.assert_array_equal(
+        found, [[-2.0] * len(LOOK) + [4.0] * len(LOOK), [14.0] * len(LOOK) + [25.0] * len(LOOK)]
+    )
+
+
+@pytest.mark.parametrize("shape", [(8, 6, 3), (7, 8, 5, 1)])
+def test_foreign_ones_are_of_several(shape: tuple[int, ...]) -> None:
+    """Each corner holds every second pixel of one instance, or no more than one half is another's."""
+    pixels = np.arange(np.prod(shape)).reshape(shape) / 1000
+    values = np.arange(30.0).reshape(30, *[1] * len(shape)) + pixels  # an instance is its number, a pixel the rest
+    second = pixels[tuple([slice(None, None, 2)] * (len(shape) - 1))]
+    corners = []
+    for place in np.ndindex(*[2] * (len(shape) - 1)):
+        sides = zip(place, second.shape[:-1], strict=True)
+        corners.append(tuple(slice(at * half, (at + 1) * half) for at, half in sides))
+    mosaics = 0
+    for number, one in enumerate(damaged(values, len(shape) - 1)["foreign"]):
+        whose = np.floor(one)
+        if len(set(whose.ravel().tolist()) - {number}) > 1:
+            mosaics += 1
+            for corner in corners:
+                assert len(np.unique(whose[corner])) == 1
+                kept = second[tuple(slice(count) for count in one[corner].shape[:-1])]
+                np.testing.assert_allclose(one[corner] % 1, kept)
+        else:
+            np.testing.assert_allclose(one % 1, pixels)
+            assert (whose == number).mean() >= 0.4
+    assert 8 < mosaics < 22
 
 
 def test_damage_is_what_it_is_called() -> None:
