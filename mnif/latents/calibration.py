@@ -36,6 +36,7 @@ _PIXELS = 2**23  # of those that are damaged, at most; of sound ones eight times
 _BATCH = 64
 # Of the false alarms, for each score.
 _SHARES = {"look": 0.65, "strength": 0.2, "residual": 0.05, "patch": 0.05, "latent": 0.05}
+_SQUARED_FROM = 100  # instances; squares of looks learned from fewer tell those few from all others
 # How probable kinds of damage are beside one another: the two that are hardest to tell count twice.
 _PRIORS = {"noise": 1.0, "blur": 1.0, "occlusion": 1.0, "shift": 2.0, "foreign": 2.0}
 
@@ -171,6 +172,8 @@ def _fit_kinds(looks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     arrays = {"look_mean": looks["sound"].mean(axis=0), "look_std": looks["sound"].std(axis=0) + 1e-6}
     rows = np.concatenate([surprise.kind_features(arrays, looks[kind]) for kind in ("sound", *KINDS)])
+    if len(looks["sound"]) < _SQUARED_FROM:
+        rows[:, len(LOOK) :] = 0  # what is not seen gets no weight
     kinds = np.repeat(np.arange(len(KINDS) + 1), len(looks["sound"]))
     # As many sound ones as damaged ones, all kinds together.
     fitted = LogisticRegression(max_iter=2000).fit(rows, kinds, np.where(kinds == 0, len(KINDS), 1.0))
