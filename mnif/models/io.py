@@ -132,6 +132,7 @@ def check_component(kind: Any, folder: Path, variant: str | None = None) -> None
         for name in sorted(expected.keys() | found.keys()):
             shape, wanted = found[name].get_shape() if name in found else None, expected.get(name)
             if shape != wanted:
-                raise UserError(f"{path}: {name} is {shape or 'missing'}, where config.json makes it {wanted}")
+                reason = f"{name} is {shape or 'missing'}, where config.json makes it {wanted}"
+                raise UserError(f"{path}: {reason}; these are of another model or version of mnif (CHANGELOG.md)")
             if found[name].get_dtype() not in _REAL:
                 raise UserError(f"{path}: {name} is {found[name].get_dtype()}; floating-point numbers are needed")
