@@ -18,6 +18,7 @@ import tyro
 from dicebear import Avatar, Style
 from sklearn.decomposition import PCA
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from torch import Tensor
 
 from evals.loaded_run import splits_of
 from latent_prior.pipeline import load_pipeline
@@ -26,9 +27,11 @@ from mnif.data.builtin import avatar_style
 from mnif.data.dataset import Split
 from mnif.data.images import load_images
 from mnif.latents.table import LatentTable
+from mnif.models.mnif_model import MNIFModel
 from mnif.utils.pixels import to_uint8
 
 KINDS = ("head", "expression", "facialHair", "accessories", "mask", "skinColor", "clothingColor")
+_SHAPES = 5  # the first kinds, which are no colours
 _COMPONENTS, _UNSURE = 256, 0.01
 
 
@@ -104,7 +107,7 @@ class PartJudge:
         make = LinearDiscriminantAnalysis
         self.judges = [make(solver="lsqr", shrinkage=0.01).fit(inputs, column) for column in parts.T]
         self.combinations = {tuple(row) for row in parts}
-        self.looks = {tuple(row[:5]) for row in parts}
+        self.looks = {tuple(row[:_SHAPES]) for row in parts}
         self.sure = np.zeros(len(KINDS))
 
     def named(self, pictures: np.ndarray) -> Named:
@@ -114,16 +117,14 @@ class PartJudge:
         return Named(np.stack(names, axis=1), np.stack([share.max(axis=1) for share in shares], axis=1))
 
     def known(self, parts: np.ndarray, colours: bool = True) -> np.ndarray:
-        if colours:
-            return np.array([tuple(row) in self.combinations for row in parts])
-        return np.array([tuple(row[:5]) in self.looks for row in parts])
+        kinds, among = (len(KINDS), self.combinations) if colours else (_SHAPES, self.looks)
+        return np.array([tuple(row[:kinds]) in among for row in parts])
 
 
 def show(name: str, judge: PartJudge, named: Named) -> None:
     unsure = named.certainty < judge.sure
     shares = [
-        judge.known(named.parts).mean(),
-        judge.known(named.parts, colours=False).mean(),
+        *(judge.known(named.parts, colours).mean() for colours in (True, False)),
         unsure.any(axis=1).mean(),
     ]
     cells = [f"{share:.1%}" for share in (*shares, *unsure.mean(axis=0))]
@@ -135,7 +136,7 @@ def _flat(pictures: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def drawn(decoder, latents):  # type: ignore[no-untyped-def]
+def drawn(decoder: MNIFModel, latents: Tensor) -> np.ndarray:
     return np.concatenate([to_uint8(decoder(some)) for some in latents.split(64)])
 
 
