@@ -38,11 +38,12 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> None:
-    print(f"{'kernel':16} {'registers':>9} {'spilled, bytes':>14} {'shared, bytes':>13}")
+    print(f"{'kernel':16} {'registers':>9} {'spilled, bytes':>14} {'shared, bytes':>13} {'wgmma':>6}")
     for gradients, name in enumerate(("values", "first_order", "second_order")):
         made = compiled(arguments, name, gradients)
+        wgmma = made.asm["ptx"].count("wgmma.mma_async")
         registers, spilled = resources(made.asm["ptx"], arguments.capability)
-        print(f"{name:16} {registers:9} {spilled:14} {made.metadata.shared:13}", flush=True)
+        print(f"{name:16} {registers:9} {spilled:14} {made.metadata.shared:13} {wgmma:6}", flush=True)
 
 
 def compiled(arguments: Arguments, name: str, gradients: int) -> Any:

@@ -4,10 +4,11 @@ A program has one field and works through its points a block at a time: it evalu
 goes back through them, before anything but values, errors and gradients is written. Coordinates and the first layer
 are in float32 whatever the precision of products; so are sums. Sines are the polynomials of ``field_op.cpp``.
 
-Gradients are summed over chunks of points of one size in a fixed order, so they depend neither on the other fields of
-the batch nor on the card.
+Gradients are summed over chunks of points, as many as the number of points says, in a fixed order, so they depend
+neither on the other fields of the batch nor on the card.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_CHUNK = 1024  # points whose gradients one program sums up
+# A Hopper's asynchronous products read shared memory that is not theirs in kernels like these (Triton 3.6 on an H100):
+# illegal addresses or NaN, by the size of a block. Triton reads this when it compiles; what is set already is kept.
+os.environ.setdefault("DISABLE_MMA_V3", "1")
+
+_LEAST_CHUNK = 128  # points whose gradients one program sums up
+_MOST_CHUNKS = 32  # of a field, each of which has sums of its own in memory
 
 # fmt: off
 # ---- what a program does with a block of points ----
@@ -377,7 +383,8 @@ def _first_order(
     coordinates: Tensor, rows: Tensor, given: Tensor, weights: Tensor | None, sizes: Sequence[int], output_sine: bool
 ) -> tuple[Tensor, Tensor]:
     points = coordinates.shape[1]
-    chunks = triton.cdiv(points, _CHUNK)
+    chunk = max(_LEAST_CHUNK, triton.cdiv(points, _MOST_CHUNKS))
+    chunks = triton.cdiv(points, chunk)
     found = rows.new_empty(chunks, len(rows))
     gradient = rows.new_empty(chunks, *rows.shape)
     known = rows if weights is None else weights.contiguous()  # read with weights alone
@@ -392,7 +399,7 @@ def _first_order(
         gradient,
         len(rows),
         points,
-        _CHUNK,
+        chunk,
         ERRORS=weights is not None,
         **_options(rows, sizes, output_sine, gradients=1),
     )
@@ -409,7 +416,8 @@ def _second_order(
     output_sine: bool,
 ) -> tuple[Tensor, Tensor]:
     points = coordinates.shape[1]
-    chunks = triton.cdiv(points, _CHUNK)
+    chunk = max(_LEAST_CHUNK, triton.cdiv(points, _MOST_CHUNKS))
+    chunks = triton.cdiv(points, chunk)
     gradient, tangent = rows.new_empty(chunks, *rows.shape), torch.empty_like(given.contiguous())
     known = rows if weights is None else weights.contiguous()
     _second_order_kernel[(len(rows) * chunks,)](
@@ -424,7 +432,7 @@ def _second_order(
         gradient,
         len(rows),
         points,
-        _CHUNK,
+        chunk,
         ERRORS=weights is not None,
         **_options(rows, sizes, output_sine, gradients=2),
     )
