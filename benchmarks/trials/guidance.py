@@ -12,15 +12,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from diffusers import DPMSolverMultistepScheduler
-from torch import Tensor
 
 from latent_prior import distillation, distribution_matching
 from latent_prior.commands.distill import DistillArguments, distill
@@ -46,9 +43,8 @@ class Arguments:
     """The run folder of the weak one."""
     weights: tuple[float, ...] = (1.0, 1.25, 1.5, 2.0)
     """1 is no guidance."""
-    below: tuple[int, ...] = (1000,)
-    """Guide at timesteps below this alone, of 1000 (Kynkäänniemi et al., Applying Guidance in a Limited Interval,
-    2024); each with each weight."""
+    starts: tuple[float, ...] = (0.0,)
+    """Shares of the way that are gone without guidance, as `mnif sample --guidance_start`; each with each weight."""
     truncations: tuple[float, ...] = (1.0,)
     """As of the pipeline; each with each weight."""
     steps: int = 8
@@ -76,10 +72,9 @@ def main(arguments: Arguments) -> None:
     if arguments.new_noise:
         settings = pipeline.scheduler.config
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(settings, algorithm_type="sde-dpmsolver++")
-    for weight, below, truncation in product(arguments.weights, arguments.below, arguments.truncations):
-        guided = guided_pipeline(pipeline, arguments.weak, weight)
-        guided.denoiser.forward = partial(guided_below, guided.denoiser, below)
-        what = f"weight {weight}, below {below}, truncation {truncation}"
+    for weight, start, truncation in product(arguments.weights, arguments.starts, arguments.truncations):
+        guided = guided_pipeline(pipeline, arguments.weak, weight, start)
+        what = f"weight {weight}, start {start}, truncation {truncation}"
         measure(what, guided, arguments.steps, truncation)
     for weight in arguments.weights if arguments.distill else ():
         run = arguments.run / "guided" / slug(f"{weight} {arguments.distill_flags}")
@@ -90,14 +85,6 @@ def main(arguments: Arguments) -> None:
         drawing = load_pipeline(run / "model")
         for steps in drawing.student.config.distilled_steps:
             measure(f"student of weight {weight}, {steps} steps", drawing, steps)
-
-
-def guided_below(denoiser: GuidedDenoiser, below: int, sample: Tensor, timestep: Tensor, *_: object) -> Tensor:
-    """Predicts as a guided denoiser at timesteps below one, and as its strong one from there on."""
-    near: Tensor = denoiser.strong(sample, timestep)
-    if float(timestep) >= below:
-        return near
-    return torch.lerp(denoiser.weak(sample, timestep), near, denoiser.scale)
 
 
 @contextmanager

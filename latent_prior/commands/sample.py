@@ -41,6 +41,8 @@ class SamplingFlags:
     draw; each step costs both."""
     guidance_scale: float | None = None
     """How far, at least 1, which is not at all; with --guide 1.5 unless given."""
+    guidance_start: float = 0.0
+    """The share of the way from noise to latents that is gone without guidance, below 1."""
 
 
 @dataclass(kw_only=True)
@@ -107,7 +109,8 @@ def sample(arguments: SampleArguments) -> None:
     if arguments.scheduler:
         pipeline.scheduler = scheduler_by_name(arguments.scheduler, pipeline.scheduler)
     if arguments.guide:
-        pipeline = guided_pipeline(pipeline, arguments.guide, arguments.guidance_scale or GUIDANCE_SCALE)
+        scale = arguments.guidance_scale or GUIDANCE_SCALE
+        pipeline = guided_pipeline(pipeline, arguments.guide, scale, arguments.guidance_start)
     samples = _samples(arguments, pipeline)
     if arguments.interpolate:
         _check_interpolation(samples)
@@ -154,6 +157,12 @@ def _check(arguments: SampleArguments) -> None:
         raise UserError(f"--guidance_scale {scale:g}: away from what? --guide names a prior of the same latents")
     if scale is not None and not 1 <= scale < math.inf:
         raise UserError(f"--guidance_scale {scale:g}: a finite number from 1 on is needed")
+    if not 0 <= arguments.guidance_start < 1:
+        raise UserError(f"--guidance_start {arguments.guidance_start:g}: must be at least 0 and below 1")
+    if arguments.guidance_start and arguments.guide is None:
+        raise UserError(
+            f"--guidance_start {arguments.guidance_start:g}: of which guidance? --guide names a weaker prior"
+        )
     if arguments.format == "npz":
         for flag in ("mesh", "turntable", "frames"):
             if getattr(arguments, flag) is not None:
@@ -215,7 +224,7 @@ def _requested(arguments: SampleArguments, model: Path, samples: Samples) -> dic
             "denoiser": "guided",
             "guide_sha256": sha256_of_folder(model_folder_in(arguments.guide) / "denoiser"),
             "guidance_scale": arguments.guidance_scale or GUIDANCE_SCALE,
-        }
+        } | ({"guidance_start": arguments.guidance_start} if arguments.guidance_start else {})
     if arguments.format != "folder":
         requested |= {"num_samples": arguments.num_samples, "shard_size": arguments.shard_size}
     return requested

@@ -43,6 +43,10 @@ def test_scales_of_one_and_zero_are_the_strong_and_the_weak_prior_to_the_bit(pip
         assert torch.equal(GuidedDenoiser(strong, weak, 0)(noisy, timestep), theirs)
         guided = GuidedDenoiser(strong, weak, 2)
         torch.testing.assert_close(guided(noisy, timestep), 2 * ours - theirs)
+        late = GuidedDenoiser(strong, weak, 2, start=0.3)
+        assert torch.equal(late(noisy, timestep), torch.where(timestep[:, None] >= 700, ours, guided(noisy, timestep)))
+        assert torch.equal(late(noisy, 700), strong(noisy, 700))
+        assert torch.equal(late(noisy, torch.tensor(699)), guided(noisy, torch.tensor(699)))
     assert guided.config == strong.config
     assert torch.equal(guided.to_latents(noisy), strong.to_latents(noisy))
 
@@ -120,6 +124,15 @@ def test_sample_draws_guided_and_knows_by_what(
     assert "drawn with guidance_scale 3.0, not 1.5" in capsys.readouterr().err
     assert main(command[:-2]) == 2
     assert "drawn with denoiser guided, not teacher" in capsys.readouterr().err
+    assert main([*command, "--guidance_scale", "3", "--guidance_start", "0.5"]) == 2
+    assert "guidance_start" in capsys.readouterr().err
+    command[command.index(str(tmp_path / "drawn"))] = str(tmp_path / "late")
+    assert main([*command, "--guidance_scale", "3", "--guidance_start", "0.5"]) == 0
+    late = sample_latents(guided_pipeline(pipeline, guide, 3, 0.5), 0, range(3), 2)
+    shown = np.stack([np.asarray(Image.open(tmp_path / f"late/00000{i}.png")) for i in range(3)])
+    expected = 255 * (pipeline.decoder(late) / 2 + 0.5).clamp(0, 1).detach().numpy()
+    assert np.abs(shown - expected).max() < 1
+    assert not torch.allclose(late, latents, atol=1e-3)
 
 
 def of_another_decoder(pipeline: MNIFPipeline) -> MNIFPipeline:
@@ -169,6 +182,8 @@ def test_what_cannot_guide_gets_one_line_in_time(
         (["--guidance_scale", "2"], "--guidance_scale 2: away from what? --guide names a prior"),
         (["--guide", "x", "--guidance_scale", "0.5"], "--guidance_scale 0.5: a finite number from 1 on"),
         (["--guide", "x", "--guidance_scale", "inf"], "--guidance_scale inf: a finite number from 1 on"),
+        (["--guide", "x", "--guidance_start", "1"], "--guidance_start 1: must be at least 0 and below 1"),
+        (["--guidance_start", "0.2"], "--guidance_start 0.2: of which guidance? --guide names a weaker prior"),
     ],
 )
 def test_scales_out_of_range(run: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
