@@ -23,7 +23,7 @@ STRIPS = 6
 _PIXELS = 96  # of pictures; views, which take longer, have 64
 _GAIN = 64  # at most, of a difference
 _MAP = (36, 72, 196)  # the colour of cells that count; the more the less transparent
-_BETWEEN = (150, 158, 170, 255)  # of what parts layers of cells
+_BETWEEN = (212, 217, 225, 255)  # the colour of what parts layers of cells
 
 
 @dataclass(frozen=True)
