@@ -71,6 +71,8 @@ class Arguments:
     """Further flags of every `mnif fit` and `mnif grow`; default: --random_flip, of pictures --random_colours too."""
     prior_flags: str = "--preset edge"
     """Further flags of every `mnif prior`."""
+    seed: int = 0
+    """Of everything that is learned; the data are cut in the same way."""
 
 
 def main(arguments: Arguments) -> None:
@@ -111,7 +113,7 @@ def write_data(folder: Path, source: str, resolution: int) -> None:
 
 def commands(arguments: Arguments) -> dict[str, str]:
     """The command behind each way, by its name; the prior of the old model is learned before that grows."""
-    folder, steps = arguments.output_dir, f"--max_train_steps {arguments.steps}"
+    folder, steps = arguments.output_dir, f"--max_train_steps {arguments.steps} --seed {arguments.seed}"
     old, new = PARTS[arguments.data]
     learning = arguments.learning or "--random_flip" + " --random_colours" * (arguments.data == "twemoji")
     shared = f"{learning} --refinement_steps {REFINEMENT_STEPS}"
@@ -126,12 +128,12 @@ def commands(arguments: Arguments) -> dict[str, str]:
         "grown": f"{grow} --output_dir {folder}/grown",
         "finetuned": f"{grow} --replay --replay_weight 0 --earlier_learning_rate 1 --output_dir {folder}/finetuned",
         "both": f"{fit} --data {folder}/both.npz {whole} --max_train_steps {2 * arguments.steps}"
-        f" --output_dir {folder}/both",
+        f" --seed {arguments.seed} --output_dir {folder}/both",
         "replayed": f"{grow} --replay --output_dir {folder}/replayed",
     }
     if not arguments.prior_steps:
         return every
-    prior = f"prior {arguments.prior_flags} --max_train_steps {arguments.prior_steps}"
+    prior = f"prior {arguments.prior_flags} --max_train_steps {arguments.prior_steps} --seed {arguments.seed}"
     own = {f"prior of {name}": f"{prior} --run {folder}/{name}" for name in ("old", "scratch", "grown", "both")}
     own["prior of scratch"] += " --from_scratch"
     return {"old": every.pop("old"), "prior of old": own.pop("prior of old")} | every | own

@@ -85,6 +85,7 @@ class _Writer:
         return {
             "name": plate.name,
             "original": None if plate.original is None else self._picture(plate.original),
+            "beside_original": None if plate.beside_original is None else self._picture(plate.beside_original),
             "picture": self._sheet(plate.shown[:, None]),
             "psnr": psnr_of(plate.error),
             "left": self._sheet(plate.left[:, None]),

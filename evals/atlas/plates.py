@@ -23,6 +23,7 @@ STRIPS = 6
 _PIXELS = 96  # of pictures; views, which take longer, have 64
 _GAIN = 64  # at most, of a difference
 _MAP = (36, 72, 196)  # the colour of cells that count; the more the less transparent
+_BETWEEN = (212, 217, 225, 255)  # the colour of what parts layers of cells
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class SubjectPlate:
     Attributes:
         name: of it.
         original: as it is in the data, [H, W, 3]; None of a sample.
+        beside_original: the same view as the model draws it, of objects that are drawn from other sides; else None.
         shown: as the model draws it, from each side, [sides, H, W, 3].
         error: its squared error.
         left: without the coefficients that it names as strongest.
@@ -90,6 +92,7 @@ class SubjectPlate:
 
     name: str
     original: np.ndarray | None
+    beside_original: np.ndarray | None
     shown: np.ndarray
     error: float
     left: np.ndarray
@@ -153,13 +156,33 @@ class Draughtsman:
         mixtures = torch.stack([whole, mixture.without(whole, top), mixture.without(whole, others)])
         error, left_error, others_error = mean_errors(mixture, subject, mixtures).tolist()
         shown, left, left_others = self.drawn(mixtures)
-        original = None if subject.is_sample else self.mixture.signal.original_images(subject.row)[0]
+        original, beside_original = self._originals(subject)
         total = rises.sum(dim=0).flatten()
         strips = [self._strip(subject, rises, basis) for basis in total.topk(min(STRIPS, len(total))).indices.tolist()]
         cells = self.map(rises.sum(dim=(1, 2)))
         return SubjectPlate(
-            subject.name, original, shown, error, left, left_error, left_others, others_error, cells, strips
+            subject.name,
+            original,
+            beside_original,
+            shown,
+            error,
+            left,
+            left_error,
+            left_others,
+            others_error,
+            cells,
+            strips,
         )
+
+    def _originals(self, subject: Subject) -> tuple[np.ndarray | None, np.ndarray | None]:
+        mixture, signal = self.mixture, self.mixture.signal
+        if subject.is_sample:
+            return None, None
+        (original,) = signal.original_images(subject.row)
+        if self.easel.sides == 1:
+            return original, None
+        latents = mixture.as_latents(subject.coefficients[None])
+        return original, signal.reconstruction_images(mixture.by_coefficients, latents, subject.row)[0]
 
     def _strip(self, subject: Subject, rises: Tensor, basis: int) -> Strip:
         of_cells = rises.flatten(1)
@@ -187,17 +210,18 @@ def cell_map(values: np.ndarray) -> np.ndarray:
     """Draws values on a grid of cells, from nothing at 0 or below to the full colour at the largest: [H, W, 4] uint8.
 
     One axis is a row; two are rows and columns; of three, indexed [x, y, z] with y up, the layers stand side by side
-    from the bottom to the top, each as seen from above. Further axes lie in the rows.
+    from the bottom to the top, each as seen from above, with a grey line between. Further axes lie in the rows.
     """
     if values.ndim == 3:
         layers = values.transpose(1, 2, 0)
-        gap = np.zeros((layers.shape[1], 1))
+        gap = np.full((layers.shape[1], 1), np.nan)
         plane = np.concatenate([part for layer in layers for part in (layer, gap)][:-1], axis=1)
     else:
         plane = values.reshape(-1, values.shape[-1])
-    share = plane.clip(0) / max(plane.max(), 1e-12)
+    share = np.nan_to_num(plane).clip(0) / max(np.nanmax(plane), 1e-12)
     picture = np.empty((*plane.shape, 4), dtype=np.uint8)
     picture[..., :3], picture[..., 3] = _MAP, np.rint(255 * share)
+    picture[np.isnan(plane)] = _BETWEEN
     return picture
 
 

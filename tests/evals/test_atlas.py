@@ -144,7 +144,7 @@ def test_maps_and_differences_show_where_something_is() -> None:
     assert drawn[..., 3].tolist() == [[0, 255], [0, 128]]
     solid = np.zeros((2, 2, 2))
     solid[1, 0, 0], solid[0, 1, 1] = 1, 0.5  # right, below, at the back; left, above, in front
-    assert cell_map(solid)[..., 3].tolist() == [[0, 255, 0, 0, 0], [0, 0, 0, 128, 0]]
+    assert cell_map(solid)[..., 3].tolist() == [[0, 255, 255, 0, 0], [0, 0, 255, 128, 0]]  # a line between the layers
     one, other = np.full((1, 4, 4, 3), 100, np.uint8), np.full((1, 4, 4, 3), 100, np.uint8)
     one[0, 0, 0, 0] += 20
     difference, gain = signed_difference(one, other)
@@ -346,6 +346,7 @@ def test_shapes_and_objects_are_called_so(signal: str, tmp_path: Path, ball_view
     assert "picture" not in words.lower()
     assert "Samples" not in words
     assert ("layers from the bottom to the top" in words) is (signal == "voxels")
+    assert ("that view, as the model draws it" in words) is (signal == "radiance")
 
 
 def test_bad_input_is_one_line(
