@@ -53,6 +53,9 @@ VARIANTS = {
     "transformer, 15000 steps, augmented": (
         "--preset transformer-edge --max_train_steps 15000 --validation_steps 1000 --augment --mixed_precision bf16"
     ),
+    "transformer, 40000 steps, augmented": (
+        "--preset transformer-edge --max_train_steps 40000 --validation_steps 2000 --augment --mixed_precision bf16"
+    ),
     "1600 steps, last weights": "--keep last --max_train_steps 1600",
 }
 
