@@ -1,6 +1,6 @@
 """What the kernels for GPUs take of a card that need not be there: registers, what they spill, and shared memory.
 
-    python benchmarks/kernels.py --width 128 --precision tf32 --capability 90
+    python benchmarks/kernels.py --width 64 --precision tf32 --capability 90
 
 Triton and ptxas compile them. A spill is what does not fit into the registers of a thread, bytes that are stored and
 loaded again for every block of points.

@@ -330,9 +330,9 @@ def _second_order_kernel(
 
 
 def has_kernel(sizes: Sequence[int]) -> bool:
-    """Tells whether there are kernels for fields of these sizes: hidden layers of one width up to 128."""
+    """Tells whether there are kernels for fields of these sizes: hidden layers of one width up to 64."""
     hidden = sizes[1:-1]
-    return len(hidden) > 0 and len({*hidden}) == 1 and hidden[0] <= 128 and sizes[0] <= 4 and sizes[-1] <= 16
+    return len(hidden) > 0 and len({*hidden}) == 1 and hidden[0] <= 64 and sizes[0] <= 4 and sizes[-1] <= 16
 
 
 def values(coordinates: Tensor, rows: Tensor, sizes: Sequence[int], output_sine: bool) -> Tensor:
@@ -452,7 +452,7 @@ def _options(rows: Tensor, sizes: Sequence[int], output_sine: bool, gradients: i
         "OUTPUT_SINE": output_sine,
         "W": width,
         "CW": 16,
-        "BLOCK": (64, {16: 64, 32: 64, 64: 32, 128: 16}[width], 16)[gradients],
+        "BLOCK": (64, {16: 64, 32: 64, 64: 32}[width], 16)[gradients],
         "PRECISION": _precision(),
         "num_warps": 4 if width <= 32 else 8,
         "num_stages": 1,

@@ -16,8 +16,7 @@ from tests.mnif.test_field_op import SHAPES, plain_values, random_rows
 
 # Every kernel is compiled for each of them, some seconds long.
 field_shapes = [
-    *("cells of width 24", "voxels, points of their own", "a single point"),
-    *("width 64, as in the paper", "width 128, the large model"),
+    *("cells of width 24", "voxels, points of their own", "a single point", "width 64, as in the paper"),
 ]
 
 pytestmark = [

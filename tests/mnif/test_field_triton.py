@@ -35,7 +35,6 @@ SHAPES = {
     "cells of width 24": ((2, 24, 24, 24, 3), False, 4, 2, 40),
     "voxels, one hidden layer": ((3, 20, 1), True, 2, 2, 100),
     "width 64, as in the paper": ((2, 64, 64, 64, 3), True, 2, 1, 40),
-    "width 128, as in the paper's large models": ((3, 128, 128, 1), True, 2, 1, 40),
     "a single point": ((2, 16, 16, 3), False, 1, 1, 1),
 }
 
@@ -82,7 +81,7 @@ def test_errors_their_gradient_and_hessian_products_equal_float64(kernels: Modul
     assert_near(kernels.errors_hvp(coordinates, rows, targets, weights, direction, sizes, output_sine), product)
 
 
-@pytest.mark.parametrize("width", [16, 100])
+@pytest.mark.parametrize("width", [16, 50])
 def test_chunks_add_up_and_a_field_does_not_depend_on_the_others(
     kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, width: int
 ) -> None:
@@ -105,8 +104,8 @@ def test_chunks_add_up_and_a_field_does_not_depend_on_the_others(
         ((3, 64, 1), True),
         ((2, 7, 13, 2), False),
         ((2, 3), False),
-        ((2, 96, 96, 3), True),
-        ((2, 129, 3), False),
+        ((2, 48, 48, 3), True),
+        ((2, 65, 3), False),
     ],
 )
 def test_which_fields_there_are_kernels_for(kernels: ModuleType, sizes: tuple[int, ...], has: bool) -> None:
@@ -208,7 +207,7 @@ def test_more_programs_than_a_second_axis_has(kernels: ModuleType, monkeypatch: 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "precision", "width", "alone"),
-    [(80, "tf32", 24, False), (90, "tf32x3", 24, True), (90, "bf16", 128, False)],
+    [(80, "tf32", 24, False), (90, "tf32x3", 24, True), (90, "bf16", 64, False)],
 )
 def test_kernels_compile_for_a_card(capability: int, precision: str, width: int, alone: bool, tmp_path: Path) -> None:
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
