@@ -359,7 +359,7 @@ def test_damaged_profiles_are_one_line(bundle: Path, tmp_path: Path, capsys: pyt
         arrays = dict(stored)
     for number, (name, array) in enumerate(sorted(arrays.items())):
         wrongs = (array[:-1], array[..., None], np.full_like(array, np.nan), None, -np.abs(array) - 1)
-        for wrong in (wrongs[number % 4], wrongs[4] if name in ("shares", "look_std") else None):
+        for wrong in (wrongs[number % 4], wrongs[4] if name in ("shares", "residual_std") else None):
             if name in ("alarms", "ranks") and wrong is not None and wrong.shape == array[:-1].shape:
                 continue  # as good as another
             folder = Path(shutil.copytree(bundle, tmp_path / "damaged"))
