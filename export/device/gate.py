@@ -107,7 +107,7 @@ class Gate:
             "residual_std": [(patches,)],
             "tail_start": [(scores,)],
             "tail_scale": [(scores,)],
-            "shares": [(scores,)],
+            "weights": [(scores,)],
         }
         for name, allowed in shapes.items():
             if name not in self._arrays or self._arrays[name].shape not in allowed:

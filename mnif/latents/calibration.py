@@ -39,8 +39,9 @@ _NETWORK_FROM = 500  # pictures; fewer are too few to learn a network from
 _SQUARED_FROM = 100  # instances; squares of numbers learned from fewer tell those few from all others
 # How probable kinds of damage are beside one another: the two that are hardest to tell count twice.
 _PRIORS = {"noise": 1.0, "blur": 1.0, "occlusion": 1.0, "shift": 2.0, "foreign": 2.0}
-# Of the false alarms, for each score.
-_SHARES = {"damage": 0.65, "strength": 0.2, "residual": 0.05, "patch": 0.05, "latent": 0.05}
+# Of each score's surprise in the alarm, in order. Strength knows most of foreign pictures, and of what few can tell.
+_WEIGHTS = (1.0, 1.0, 0.1, 0.1, 0.1)
+_WEIGHTS_BY_SQUARES = (1.0, 0.1, 0.25, 0.25, 0.25)
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _looks_of(arrays: dict[str, np.ndarray], signal: Signal, rows: ArrayDataset,
 
 
 def fit_looks(signal: Signal, trained: TrainingInstances, patches: Sequence[int]) -> dict[str, np.ndarray]:
-    """Learns how sound instances look, and damaged ones: the arrays from ``conv_0`` to ``root_whitening``.
+    """Learns how sound instances look, and damaged ones: the arrays up to ``root_whitening``, and ``weights``.
 
     Damage of pictures is told by a network if there are enough to learn from, that of others by a regression.
 
@@ -175,7 +176,7 @@ def _fit_network(signal: Signal, trained: TrainingInstances, patches: Sequence[i
     _, group, size = np.unique([trained.groups[row] for row in rows], return_inverse=True, return_counts=True)
     boxes = _boxes_of(signal, trained.rows.subset(rows), patches)
     network = learn_damage(pictures, 1 / size[group] / len(size))
-    return network | _gaussian("root", surprise.root_features(boxes, patches))
+    return network | _gaussian("root", surprise.root_features(boxes, patches)) | {"weights": np.array(_WEIGHTS)}
 
 
 def _boxes_of(signal: Signal, rows: ArrayDataset, patches: Sequence[int]) -> np.ndarray:
@@ -194,7 +195,8 @@ def _fit_kinds(numbers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
     arrays = {"number_mean": numbers["sound"].mean(axis=0), "number_std": numbers["sound"].std(axis=0) + 1e-6}
     rows = np.concatenate([surprise.kind_features(arrays, numbers[kind]) for kind in ("sound", *KINDS)])
-    if len(numbers["sound"]) < _SQUARED_FROM:
+    squared = len(numbers["sound"]) >= _SQUARED_FROM
+    if not squared:
         rows[:, len(NUMBERS) :] = 0  # what is not seen gets no weight
     kinds = np.repeat(np.arange(len(KINDS) + 1), len(numbers["sound"]))
     # As many sound ones as damaged ones, all kinds together.
@@ -204,6 +206,7 @@ def _fit_kinds(numbers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         **arrays,
         "kind_weights": fitted.coef_[1:] - fitted.coef_[0],
         "kind_offsets": fitted.intercept_[1:] - fitted.intercept_[0] + np.log(priors),
+        "weights": np.array(_WEIGHTS_BY_SQUARES if squared else _WEIGHTS),
     }
 
 
@@ -327,5 +330,4 @@ def _tails(scores: np.ndarray) -> dict[str, np.ndarray]:
         "ranks": np.sort(scores, axis=0).T,
         "tail_start": start,
         "tail_scale": scale,
-        "shares": np.array([_SHARES[name] for name in SCORES]),
     }

@@ -87,8 +87,8 @@ def _shifted(pictures: np.ndarray, draw: np.random.Generator) -> _Damaged:
     which = draw.integers(dimensions * len(_STEPS), size=len(pictures))
     for one, (axis, step) in zip(pictures, np.stack(np.divmod(which, len(_STEPS)), axis=1), strict=True):
         places = np.arange(one.shape[axis]) + _STEPS[step]
-        mode = "wrap" if draw.random() < 0.5 else "clip"
-        moved.append(np.take(one, places, axis, mode=mode))
+        wrapped, pixels = draw.random() < 0.5, one.shape[axis]
+        moved.append(np.take(one, places % pixels if wrapped else np.clip(places, 0, pixels - 1), axis))
     return np.stack(moved), which
 
 
@@ -170,5 +170,5 @@ def _turned(one: np.ndarray, others: np.ndarray, draw: np.random.Generator) -> n
     if one.ndim == 2:
         return one[::-1]
     first, second = draw.permutation(one.ndim - 1)[:2]
-    quarters = draw.integers(1, 4) if one.shape[first] == one.shape[second] else 2
+    quarters = int(draw.integers(1, 4)) if one.shape[first] == one.shape[second] else 2
     return np.rot90(one, quarters, (first, second))

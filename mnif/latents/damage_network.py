@@ -20,28 +20,24 @@ _BATCH = 96
 _MOST_STEPS = 1500
 _LEAST_STEPS = 30
 _EPOCHS = 20  # of the sound ones, at most
-_PIXELS = 2**23  # of instances that are seen at one place of the batch, at most
 _LEARNING_RATE = 3e-3
 _WEIGHT_DECAY = 0.05
 _DROPOUT = 0.3
 
 
-def steps_of(instances: int, pixels: int) -> int:
-    """Plans the steps of learning: about a minute of one core, less where there are few instances."""
-    most = min(_MOST_STEPS, max(_MOST_STEPS // 5, _PIXELS // pixels))
-    return min(most, max(_LEAST_STEPS, instances * _EPOCHS * 3 // _BATCH))
-
-
-def learn_damage(pictures: np.ndarray, probabilities: np.ndarray, seed: int = 0) -> dict[str, np.ndarray]:
+def learn_damage(
+    pictures: np.ndarray, probabilities: np.ndarray, seed: int = 0, steps: int | None = None
+) -> dict[str, np.ndarray]:
     """Learns to tell damage: the arrays from ``conv_0`` to ``logits_bias``, in half precision.
 
     Args:
         pictures: [n, pixels…, C], sound ones.
         probabilities: of each to be drawn, [n].
         seed: of weights and draws; PyTorch's own generator stays as it is.
+        steps: None: about a minute of one core, less where there are few instances.
     """
     grid, channels = pictures.shape[1:-1], pictures.shape[-1]
-    draw, steps = np.random.default_rng(seed), steps_of(len(pictures), int(np.prod(grid)))
+    draw, steps = np.random.default_rng(seed), steps or _steps_of(len(pictures))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _Network(grid, channels)
@@ -57,9 +53,13 @@ def learn_damage(pictures: np.ndarray, probabilities: np.ndarray, seed: int = 0)
     return network.arrays()
 
 
+def _steps_of(instances: int) -> int:
+    return min(_MOST_STEPS, max(_LEAST_STEPS, instances * _EPOCHS * 3 // _BATCH))
+
+
 def _drawn(pictures: np.ndarray, probabilities: np.ndarray, draw: np.random.Generator) -> np.ndarray:
-    """Draws sound pictures; half of them are mirrored along the last axis (if not the only one), and of colours any
-    may be another's, as there are too few pictures to learn from."""
+    """Draws sound pictures: half of them mirrored along the last axis (if not the only one), all with their channels
+    in any order, as pictures are few to learn from."""
     drawn = pictures[draw.choice(len(pictures), _BATCH, p=probabilities)].astype(np.float32)
     if drawn.ndim > 3:
         mirrored = draw.random(len(drawn)) < 0.5
@@ -82,7 +82,8 @@ class _Network(nn.Module):
             _, incoming, outgoing = shapes[f"conv_{number}"]
             self.convolutions.append(convolution(incoming, outgoing, 3, stride, 1, bias=False))
             self.normalizations.append(normalization(outgoing))
-        self.hidden, self.logits = nn.Linear(*shapes["hidden"]), nn.Linear(*shapes["logits"])
+        (incoming, width), (_, classes) = shapes["hidden"], shapes["logits"]
+        self.hidden, self.logits = nn.Linear(incoming, width), nn.Linear(width, classes)
 
     def forward(self, values: Tensor) -> Tensor:
         """Computes logits [B, 1 + V] of values with their places [B, pixels…, C + d]."""
@@ -95,12 +96,13 @@ class _Network(nn.Module):
     @torch.no_grad()
     def arrays(self) -> dict[str, np.ndarray]:
         """Gives what has been learned, normalization folded into the convolutions, in half precision."""
-        found: dict[str, Tensor] = {}
-        for number, (convolution, normal) in enumerate(zip(self.convolutions, self.normalizations, strict=True)):
-            scale = normal.weight / (normal.running_var + normal.eps).sqrt()
-            weight = convolution.weight.movedim((1, 0), (-2, -1)).flatten(0, self.dimensions - 1)
+        state, found = self.state_dict(), {}
+        for number in range(len(self.convolutions)):
+            normal = f"normalizations.{number}"
+            scale = state[f"{normal}.weight"] / (state[f"{normal}.running_var"] + 1e-5).sqrt()  # PyTorch's own
+            weight = state[f"convolutions.{number}.weight"].movedim((1, 0), (-2, -1)).flatten(0, self.dimensions - 1)
             found[f"conv_{number}"] = weight * scale
-            found[f"conv_{number}_bias"] = normal.bias - normal.running_mean * scale
-        for name, layer in {"hidden": self.hidden, "logits": self.logits}.items():
-            found |= {name: layer.weight.T, f"{name}_bias": layer.bias}
+            found[f"conv_{number}_bias"] = state[f"{normal}.bias"] - state[f"{normal}.running_mean"] * scale
+        for name in ("hidden", "logits"):
+            found |= {name: state[f"{name}.weight"].T, f"{name}_bias": state[f"{name}.bias"]}
         return {name: array.contiguous().numpy().astype(np.float16) for name, array in found.items()}

@@ -184,7 +184,7 @@ def _read_arrays(path: Path, record: ProfileRecord, latent_dim: int) -> dict[str
         "latent_whitening": (latent_dim,) * (2 if latent_dim <= FULL_COVARIANCE else 1),
         **dict.fromkeys(("residual_mean", "residual_std"), (patches,)),
         "ranks": (scores, None),
-        **dict.fromkeys(("tail_start", "tail_scale", "shares"), (scores,)),
+        **dict.fromkeys(("tail_start", "tail_scale", "weights"), (scores,)),
         "alarms": (None,),
         "reference_latents": (None, latent_dim),
         "reference_scores": (None, scores),

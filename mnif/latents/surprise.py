@@ -32,7 +32,7 @@ array                 shape               meaning
 ``ranks``             [5, n]              each score of n held-out instances, ascending
 ``tail_start``        [5]                 the score from which on its tail is taken as exponential
 ``tail_scale``        [5]                 mean excess over it
-``shares``            [5]                 of the false alarms that each score may cause; they sum to 1
+``weights``           [5]                 of each score's surprise in the alarm
 ``alarms``            [m]                 the alarm of m other held-out instances, ascending
 ====================  ==================  =======================================================================
 """
@@ -258,11 +258,11 @@ def log_odds_of(arrays: Mapping[str, np.ndarray], values: np.ndarray) -> np.ndar
     sees where each pixel lies.
     """
     grid = values.shape[1:-1]
-    seen = with_places(values.astype(np.float32))
+    seen = with_places(values).astype(np.float64)
     for number, stride in enumerate(strides_of(grid)):
-        seen = _convolved(seen, arrays[f"conv_{number}"], stride) + arrays[f"conv_{number}_bias"].astype(np.float32)
+        seen = _convolved(seen, arrays[f"conv_{number}"], stride) + arrays[f"conv_{number}_bias"]
         seen = np.maximum(seen, 0)
-    hidden = seen.reshape(len(seen), -1).astype(np.float64) @ arrays["hidden"] + arrays["hidden_bias"]
+    hidden = seen.reshape(len(seen), -1) @ arrays["hidden"] + arrays["hidden_bias"]
     return kinds_of_logits(np.maximum(hidden, 0) @ arrays["logits"] + arrays["logits_bias"], len(grid))
 
 
@@ -279,11 +279,10 @@ def _convolved(seen: np.ndarray, kernel: np.ndarray, stride: int) -> np.ndarray:
     """Convolves [B, pixels…, C] by a kernel [3^d, C, C'] with zeros around the border."""
     grid = seen.shape[1:-1]
     padded = np.pad(seen, [(0, 0), *[(1, 1)] * len(grid), (0, 0)])
-    total = None
-    for offset, weights in zip(np.ndindex(*[3] * len(grid)), kernel.astype(np.float32)):  # noqa: B905
+    total = np.zeros(())
+    for offset, weights in zip(np.ndindex(*[3] * len(grid)), kernel.astype(np.float64)):  # noqa: B905
         place = tuple(slice(start, start + pixels, stride) for start, pixels in zip(offset, grid))  # noqa: B905
-        part = padded[(slice(None), *place)] @ weights
-        total = part if total is None else total + part
+        total = total + padded[(slice(None), *place)] @ weights
     return total
 
 
@@ -341,31 +340,18 @@ def surprises_of(arrays: Mapping[str, np.ndarray], scores: np.ndarray) -> np.nda
 
 
 def alarms_of(arrays: Mapping[str, np.ndarray], surprises: np.ndarray) -> np.ndarray:
-    """Takes the most surprising score of each instance, where scores share the false alarms out: [B].
+    """Sums up the surprises of each instance by their weights, [B].
 
-    ``damage`` by a network and ``strength`` count as one, as a network knows little of foreign instances: by Fisher's
-    way to combine p-values (*Statistical Methods for Research Workers*, 1925).
+    For independent scores of one weight that would be Fisher's way to combine p-values (*Statistical Methods for
+    Research Workers*, 1925). They are neither, so how large is unusual is told by held-out instances' alarms.
     """
-    return _shared(arrays, surprises).max(axis=1)
-
-
-def _shared(arrays: Mapping[str, np.ndarray], surprises: np.ndarray) -> np.ndarray:
-    """Surprises less the logarithms of their shares, [B, 5]; of two that count as one, the greater says both."""
-    shares = arrays["shares"]
-    shared = surprises + np.log(shares)
-    if "conv_0" not in arrays:
-        return shared
-    both = surprises[:, :2].sum(axis=1)
-    both = both - np.log1p(both) + np.log(shares[:2].sum())  # exp(-s)·(1 + s) is the chance of a sum s or more
-    first = surprises[:, 0] >= surprises[:, 1]
-    shared[:, 0], shared[:, 1] = np.where(first, both, -np.inf), np.where(first, -np.inf, both)
-    return shared
+    return surprises @ arrays["weights"]
 
 
 def reasons_of(arrays: Mapping[str, np.ndarray], surprises: np.ndarray, look: np.ndarray) -> list[str]:
-    """Names what made each instance's alarm, of :data:`REASONS`."""
+    """Names what adds most to each instance's alarm, of :data:`REASONS`."""
     kinds = look[:, :-1].argmax(axis=1)
-    names = [list(SCORES)[score] for score in _shared(arrays, surprises).argmax(axis=1)]
+    names = [list(SCORES)[score] for score in (surprises * arrays["weights"]).argmax(axis=1)]
     return [list(KINDS)[kind] if name == "damage" else name for name, kind in zip(names, kinds)]  # noqa: B905
 
 
@@ -418,7 +404,7 @@ def look_shapes(
 
 def wrong_array(arrays: Mapping[str, np.ndarray]) -> str | None:
     """Says what of arrays of the right shapes cannot be, if anything."""
-    for name in ("number_std", "residual_std", "tail_scale", "shares"):
+    for name in ("number_std", "residual_std", "tail_scale", "weights"):
         if name in arrays and not (arrays[name] > 0).all():
             return f"{name} holds numbers that are not positive"
     for name in ("ranks", "alarms"):

@@ -12,7 +12,7 @@ from scipy import stats
 
 from mnif.cli import main
 from mnif.data.batches import ArrayDataset
-from mnif.latents import calibration, damage_network, surprise
+from mnif.latents import calibration, surprise
 from mnif.latents.calibration import HeldOut, TrainingInstances, check_enough, fit_arrays, fit_looks
 from mnif.latents.damage import SHARES, _foreign, damaged, some_damaged
 from mnif.latents.damage_network import _Network, learn_damage
@@ -41,7 +41,7 @@ def gaussian_instances(count: int, seed: int, patches: int = 4) -> HeldOut:
 
 
 def fitted(count: int, seed: int = 0) -> dict[str, np.ndarray]:
-    return fit_arrays({}, gaussian_instances(count, seed), 0.05)[0]
+    return fit_arrays({"weights": np.ones(len(SCORES))}, gaussian_instances(count, seed), 0.05)[0]
 
 
 def p_values(arrays: dict[str, np.ndarray], some: HeldOut) -> np.ndarray:
@@ -71,21 +71,17 @@ def test_surprise_is_counted_in_the_body_and_exponential_in_the_tail() -> None:
     np.testing.assert_allclose(found[:, 0], asked, rtol=0.1, atol=0.05)  # −log of the share beyond x is x itself
 
 
-def test_damage_and_strength_are_one_by_fisher() -> None:
-    """SciPy's combination of both p-values; the greater surprise is the reason, if no other score's is."""
+def test_alarms_of_equal_weights_order_as_fishers_p_values() -> None:
+    """SciPy's combination of all p-values; the reason is what adds most."""
     surprises = np.random.default_rng(0).exponential(2, (50, len(SCORES)))
-    arrays = {"conv_0": np.zeros(1), "shares": np.array([0.6, 0.25, 0.05, 0.05, 0.05])}
-    both = [stats.combine_pvalues(np.exp(-row[:2])).pvalue for row in surprises]
-    expected = np.maximum(np.log(0.85) - np.log(both), surprises[:, 2:].max(axis=1) + np.log(0.05))
+    arrays = {"weights": np.ones(len(SCORES))}
+    expected = [stats.combine_pvalues(np.exp(-row)).statistic / 2 for row in surprises]
     np.testing.assert_allclose(surprise.alarms_of(arrays, surprises), expected)
     looks = np.eye(len(KINDS) + 1)[np.arange(50) % len(KINDS)]
+    arrays["weights"][1] = 0.1
     for row, reason in enumerate(surprise.reasons_of(arrays, surprises, looks)):
-        if np.log(0.85) - np.log(both[row]) < expected[row]:
-            assert reason in ("residual", "patch", "latent")
-        elif surprises[row, 0] > surprises[row, 1]:
-            assert reason == list(KINDS)[row % len(KINDS)]
-        else:
-            assert reason == "strength"
+        most = list(SCORES)[(surprises[row] * arrays["weights"]).argmax()]
+        assert reason == (list(KINDS)[row % len(KINDS)] if most == "damage" else most)
 
 
 def test_false_alarms_of_fresh_instances_are_those_of_the_beta_distribution() -> None:
@@ -115,10 +111,10 @@ def test_verdicts_follow_the_rank_of_the_threshold() -> None:
 def test_groups_are_not_divided_and_too_few_instances_are_refused() -> None:
     some = gaussian_instances(102, 0)
     groups = [str(number // 2) for number in range(102)]
-    _, calibrating = fit_arrays({}, replace(some, groups=groups), 0.05)
+    _, calibrating = fit_arrays({"weights": np.ones(len(SCORES))}, replace(some, groups=groups), 0.05)
     assert len(calibrating) == len({groups[row] for row in calibrating}) == 34  # two thirds of 51, one of each group
     with pytest.raises(UserError, match="1 groups among 102 held-out instances"):
-        fit_arrays({}, replace(some, groups=["one"] * 102), 0.05)
+        fit_arrays({"weights": np.ones(len(SCORES))}, replace(some, groups=["one"] * 102), 0.05)
     check_enough(30, 0.05)
     with pytest.raises(UserError, match=r"29 held-out instances: a false-alarm rate of 0.05 needs 30 at least"):
         check_enough(29, 0.05)
@@ -228,20 +224,17 @@ def test_looks_tell_each_damage_by_its_name(looks: dict[str, np.ndarray]) -> Non
         assert np.mean([name == kind or {name, kind} == {"occlusion", "foreign"} for name in named]) > 0.6, kind
 
 
-def test_a_network_learns_to_tell_damage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In some steps, from few pictures; it is the same again, and PyTorch's draws go on as if it had not been."""
-    monkeypatch.setattr(damage_network, "steps_of", lambda instances, pixels: 60)
-    pictures, state = discs(300, 0)[:, ::2, ::2], torch.get_rng_state()
-    network = learn_damage(pictures, np.full(300, 1 / 300))
+def test_a_network_learns_to_tell_damage() -> None:
+    """In few steps, from few pictures; it is the same again, and PyTorch's draws go on as if it had not been."""
+    pictures, state = discs(240, 0), torch.get_rng_state()
+    network, again = (learn_damage(pictures, np.full(240, 1 / 240), steps=steps) for steps in (80, 80))
     assert torch.equal(torch.get_rng_state(), state)
+    assert all((network[name] == array).all() for name, array in again.items())
     fresh, spoilt = spoilt_discs()
-    sound = np.logaddexp.reduce(surprise.log_odds_of(network, fresh[:, ::2, ::2]), axis=1)
-    for kind in ("noise", "occlusion", "foreign"):
-        found = np.logaddexp.reduce(surprise.log_odds_of(network, spoilt[kind][:, ::2, ::2]), axis=1)
-        assert (found[:, None] > sound).mean() > 0.9, kind
-    monkeypatch.setattr(damage_network, "steps_of", lambda instances, pixels: 2)
-    first, again = (learn_damage(pictures, np.full(300, 1 / 300)) for _ in range(2))
-    assert all((first[name] == array).all() for name, array in again.items())
+    sound = np.logaddexp.reduce(surprise.log_odds_of(network, fresh), axis=1)
+    for kind in ("blur", "foreign", "shift"):
+        found = np.logaddexp.reduce(surprise.log_odds_of(network, spoilt[kind]), axis=1)
+        assert (found[:, None] > sound).mean() > 0.85, kind
 
 
 def test_layout_is_the_density_of_a_gaussian(looks: dict[str, np.ndarray]) -> None:
