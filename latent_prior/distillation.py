@@ -202,6 +202,7 @@ class DistillationLoss(nn.Module):
 
     timesteps: Tensor
     shares: Tensor
+    bounds: Tensor
 
     def __init__(self, student: Denoiser, timesteps: Tensor, loss_type: LossType = "mse"):
         super().__init__()
@@ -210,6 +211,8 @@ class DistillationLoss(nn.Module):
         shares[0] = max(len(timesteps) - 1, 1)
         self.register_buffer("timesteps", timesteps)
         self.register_buffer("shares", shares / shares.sum())
+        # Kept, as torch.compile for GPUs cannot look numbers up in what is a part of a tensor.
+        self.register_buffer("bounds", self.shares.cumsum(0)[:-1].clone(), persistent=False)
 
     def forward(
         self,
@@ -222,7 +225,7 @@ class DistillationLoss(nn.Module):
         chosen by its key [B]. ``row`` is not looked at."""
         generator = InstanceGenerator(key)
         each = torch.arange(len(states), device=states.device)
-        place = torch.bucketize(generator.uniform(), self.shares.cumsum(0)[:-1], right=True)
+        place = torch.bucketize(generator.uniform(), self.bounds, right=True)
         guess = self.student(states[each, place], self.timesteps[place], generator)
         return penalty(guess - samples[each, place], self.loss_type).mean()
 

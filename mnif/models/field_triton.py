@@ -434,7 +434,8 @@ def _second_order(
 def _options(rows: Tensor, sizes: Sequence[int], output_sine: bool, gradients: int = 0) -> dict[str, Any]:
     """What kernels are compiled for."""
     width = max(16, triton.next_power_of_2(sizes[1]))
-    return {
+    sums = {"IN_MEMORY": width * gradients > 64} if gradients else {}
+    return sums | {
         "D": sizes[0],
         "WIDTH": sizes[1],
         "C": sizes[-1],
@@ -445,7 +446,6 @@ def _options(rows: Tensor, sizes: Sequence[int], output_sine: bool, gradients: i
         "CW": 16,
         "BLOCK": (64, {16: 64, 32: 64, 64: 32, 128: 16}[width], 16)[gradients],
         "PRECISION": _precision(),
-        "IN_MEMORY": width * gradients > 64,
         "num_warps": 4 if width <= 32 else 8,
         "num_stages": 1,
         "enable_fp_fusion": True,
