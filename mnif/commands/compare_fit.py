@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from mnif.utils.errors import UserError
 from mnif.utils.files import write_json, written_atomically
 from mnif.utils.flag_files import typed_values
 
-STAGE_ONE = StageOne(fit, bare_steps)
+STAGE_ONE = StageOne(partial(fit, profile=False), bare_steps)
 """What trains the runs of a comparison."""
 
 _TRAIN_SECONDS = 480.0
