@@ -46,12 +46,22 @@ def main(arguments: list[str]) -> None:
 
 
 @holds_folder("output_dir", "fit")
-def fit(arguments: FitArguments, profile: bool = True) -> None:
-    """Trains stage one into ``arguments.output_dir``; its model gets a reference profile unless ``profile`` is False.
+def fit(arguments: FitArguments) -> None:
+    """Trains stage one into ``arguments.output_dir``.
 
     Raises:
         UserError: the data cannot be read, the folder is another command's or holds another run, or training diverges.
     """
+    _fit(arguments, profile=True)
+
+
+@holds_folder("output_dir", "fit")
+def fit_bare(arguments: FitArguments) -> None:
+    """Trains as :func:`fit` does; the model gets no reference profile, which takes a minute."""
+    _fit(arguments, profile=False)
+
+
+def _fit(arguments: FitArguments, profile: bool) -> None:
     from accelerate.utils import set_seed
 
     from mnif.signals.registry import signal_class
