@@ -73,7 +73,7 @@ def _gate(options: Any, bundle: Bundle, encoder: Encoder) -> Gate | None:
             raise BundleError("--false_alarm_rate: this bundle has no reference profile to judge by")
         print("no reference profile is in this bundle: nothing is said of what to trust")
         return None
-    gate = Gate(bundle.folder, encoder.latent_dim, encoder.shape[:-1], options.false_alarm_rate)
+    gate = Gate(bundle.folder, encoder.latent_dim, encoder.shape, options.false_alarm_rate)
     if options.mask is not None:
         print("the reference profile is of whole instances: nothing is judged with --mask")
         return None

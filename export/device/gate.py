@@ -49,21 +49,21 @@ class Gate:
     Args:
         folder: the bundle.
         latent_dim: numbers in a latent.
-        grid: pixels along each axis of an observation.
+        shape: pixels along each axis of an observation, and channels.
         rate: share of instances like the held-out ones that may be called doubtful or out; None: the profile's.
 
     Raises:
         BundleError: there is no profile, it is damaged, or it comes from too few instances for the rate.
     """
 
-    def __init__(self, folder: BundleFolder, latent_dim: int, grid: Sequence[int], rate: float | None = None):
+    def __init__(self, folder: BundleFolder, latent_dim: int, shape: Sequence[int], rate: float | None = None):
         described = folder.manifest.get("profile")
         if described is None:
             raise BundleError(f"{folder.path}: no reference profile is in it; export a model that has one")
         self.patches: list[int] = entry(described, "patches", kind=list)
         self.rate = float(described["false_alarm_rate"]) if rate is None else rate
         self._arrays = folder.arrays(PROFILE)
-        self._check(f"{folder.path / PROFILE}", latent_dim, grid)
+        self._check(f"{folder.path / PROFILE}", latent_dim, shape)
         least = surprise.least_rate(len(self._arrays["alarms"]))
         if not least <= self.rate < 1:
             raise BundleError(f"--false_alarm_rate {self.rate:g}: the profile allows {least:.2g} to 1")
@@ -74,8 +74,7 @@ class Gate:
             raise BundleError("the encoder's graph has no patch_residuals; export the bundle again")
         residual = encoded.patch_residuals
         parts = [values[begin : begin + _BATCH] for begin in range(0, len(values), _BATCH)]
-        boxes = (surprise.boxes_of(part, self.patches) for part in parts)
-        look = np.concatenate([surprise.look_of(self._arrays, part, self.patches) for part in boxes])
+        look = np.concatenate([surprise.look_of(self._arrays, part, self.patches) for part in parts])
         scores = surprise.scores_of(self._arrays, encoded.latents, residual, look)
         surprises = surprise.surprises_of(self._arrays, scores)
         p_values = surprise.p_values_of(self._arrays, surprise.alarms_of(self._arrays, surprises))
@@ -96,26 +95,19 @@ class Gate:
             [[int(place) for place in np.unravel_index(each, self.patches)] for each in worst],
         )
 
-    def _check(self, where: str, latent_dim: int, grid: Sequence[int]) -> None:
+    def _check(self, where: str, latent_dim: int, shape: Sequence[int]) -> None:
         """Makes sure that the arrays are those that scores are made with."""
-        patches, scores, looks = math.prod(self.patches), len(surprise.SCORES), len(surprise.LOOK)
-        boxes, kinds = surprise.count_boxes(grid, self.patches), len(surprise.KINDS)
+        patches, scores = math.prod(self.patches), len(surprise.SCORES)
+        looks = surprise.look_shapes(shape[:-1], self.patches, shape[-1], "conv_0" in self._arrays)
         shapes: dict[str, list[tuple]] = {
-            "log_mean": [(boxes,)],
-            "log_whitening": [(boxes, boxes)],
-            "root_mean": [(2 * patches,)],
-            "root_whitening": [(2 * patches, 2 * patches)],
-            "look_mean": [(looks,)],
-            "look_std": [(looks,)],
-            "kind_weights": [(kinds, 2 * looks)],
-            "kind_offsets": [(kinds,)],
+            **{name: [each] for name, each in looks.items()},
             "latent_mean": [(latent_dim,)],
             "latent_whitening": [(latent_dim, latent_dim), (latent_dim,)],
             "residual_mean": [(patches,)],
             "residual_std": [(patches,)],
             "tail_start": [(scores,)],
             "tail_scale": [(scores,)],
-            "shares": [(scores,)],
+            "weights": [(scores,)],
         }
         for name, allowed in shapes.items():
             if name not in self._arrays or self._arrays[name].shape not in allowed:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from mnif.commands.fit import fit
+from mnif.commands.fit import fit_bare
 from mnif.comparison.engine import BUDGETS, ComparisonFlags, Run, StageOne, opened, settle_budget
 from mnif.training.assembly import bare_steps
 from mnif.training.fit_arguments import AUGMENTATIONS, FitArguments, with_preset
@@ -16,7 +16,7 @@ from mnif.utils.errors import UserError
 from mnif.utils.files import write_json, written_atomically
 from mnif.utils.flag_files import typed_values
 
-STAGE_ONE = StageOne(fit, bare_steps)
+STAGE_ONE = StageOne(fit_bare, bare_steps)
 """What trains the runs of a comparison."""
 
 _TRAIN_SECONDS = 480.0

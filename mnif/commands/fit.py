@@ -52,6 +52,16 @@ def fit(arguments: FitArguments) -> None:
     Raises:
         UserError: the data cannot be read, the folder is another command's or holds another run, or training diverges.
     """
+    _fit(arguments, profile=True)
+
+
+@holds_folder("output_dir", "fit")
+def fit_bare(arguments: FitArguments) -> None:
+    """Trains as :func:`fit` does; the model gets no reference profile, which takes a minute."""
+    _fit(arguments, profile=False)
+
+
+def _fit(arguments: FitArguments, profile: bool) -> None:
     from accelerate.utils import set_seed
 
     from mnif.signals.registry import signal_class
@@ -81,16 +91,21 @@ def fit(arguments: FitArguments) -> None:
         print(f"{run}: `mnif fit` has finished here before with these arguments; nothing to do")
         return
     set_seed(arguments.seed)
-    metrics = _train(arguments, accelerator, signal, data, splits)
+    metrics = _train(arguments, accelerator, signal, data, splits, profile)
     if accelerator.is_main_process:
         merge_json(run / "metrics.json", metrics | {"seconds": round(time.perf_counter() - started, 1)})
         finish_stage(run, "fit")
 
 
 def _train(
-    arguments: FitArguments, accelerator: Accelerator, signal: Signal, data: Dataset, splits: np.ndarray
+    arguments: FitArguments,
+    accelerator: Accelerator,
+    signal: Signal,
+    data: Dataset,
+    splits: np.ndarray,
+    profile: bool,
 ) -> dict[str, float]:
     """Learns from the data and saves what was learned; the main process gets figures of it."""
     decoder = make_decoder(arguments, signal)
     method = make_method(arguments, decoder, signal, int((splits == Split.TRAIN).sum()), accelerator)
-    return learn(arguments, accelerator, method.to(accelerator.device), data, splits)
+    return learn(arguments, accelerator, method.to(accelerator.device), data, splits, profile=profile)

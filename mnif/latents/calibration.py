@@ -1,10 +1,10 @@
 """How a profile is made of training and held-out instances.
 
 How sound instances look is learned from the observations that the model was trained on, and how damaged ones do from
-damaged copies of some of them (:mod:`mnif.latents.damage`). A third of the held-out instances makes what needs the
-model (residuals, latents, and how rare each score is), the others, which no score has seen, the thresholds (split
-conformal prediction: Vovk, Gammerman and Shafer, 2005; Lei et al., 2018). Instances of one group stay in one part, and
-one of them alone counts for a threshold, as variants of a design are no evidence of their own.
+damaged copies of them (:mod:`mnif.latents.damage`). A third of the held-out instances makes what needs the model
+(residuals, latents, and how rare each score is), the others, which no score has seen, the thresholds (split conformal
+prediction: Vovk, Gammerman and Shafer, 2005; Lei et al., 2018). Instances of one group stay in one part, and one of
+them alone counts for a threshold, as variants of a design are no evidence of their own.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from torch import Tensor
 from mnif.data.batches import ArrayDataset
 from mnif.latents import surprise
 from mnif.latents.damage import damaged
+from mnif.latents.damage_network import learn_damage
 from mnif.latents.patches import observed_grid, observed_values, patch_residuals, patches_of
 from mnif.latents.profile import FALSE_ALARM_RATE, FULL_COVARIANCE, Profile, ProfileRecord
-from mnif.latents.surprise import KINDS, LOOK, SCORES, TAIL
+from mnif.latents.surprise import KINDS, NUMBERS, SCORES, TAIL
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Signal
 from mnif.utils.errors import UserError
@@ -31,14 +32,16 @@ _LEAST_SHAPED = 10  # instances that make the scores
 _SHAPING = 3  # one part of so many makes the scores
 _REFERENCE = 1000  # instances kept to compare others with
 _SOUND = 4096  # training instances that say how sound ones look, at most
-_DAMAGED = 512  # and that are damaged
+_DAMAGED = 512  # and that are damaged for the regression
 _PIXELS = 2**23  # of those that are damaged, at most; of sound ones eight times as many
 _BATCH = 64
-# Of the false alarms, for each score.
-_SHARES = {"look": 0.65, "strength": 0.2, "residual": 0.05, "patch": 0.05, "latent": 0.05}
-_SQUARED_FROM = 100  # instances; squares of looks learned from fewer tell those few from all others
+_NETWORK_FROM = 500  # pictures; fewer are too few to learn a network from
+_SQUARED_FROM = 100  # instances; squares of numbers learned from fewer tell those few from all others
 # How probable kinds of damage are beside one another: the two that are hardest to tell count twice.
 _PRIORS = {"noise": 1.0, "blur": 1.0, "occlusion": 1.0, "shift": 2.0, "foreign": 2.0}
+# Of each score's surprise in the alarm, in order. Strength knows most of foreign pictures, and of what few can tell.
+_WEIGHTS = (1.0, 1.0, 0.1, 0.1, 0.1)
+_WEIGHTS_BY_SQUARES = (1.0, 0.1, 0.25, 0.25, 0.25)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,9 @@ def fit_profile(
         false_alarm_rate=rate,
         patches=patches,
         grid=grid,
-        statistics=list(LOOK),
+        channels=_channels(signal, rows),
+        network="conv_0" in arrays,
+        kinds=list(KINDS),
         scores=list(SCORES),
         refinement_steps=refinement_steps,
         gap_steps=0 if refined is None else refined[1],
@@ -129,22 +134,23 @@ def refinement_gaps(first: np.ndarray, refined: np.ndarray) -> np.ndarray:
 
 
 def _looks_of(arrays: dict[str, np.ndarray], signal: Signal, rows: ArrayDataset, patches: Sequence[int]) -> np.ndarray:
-    """Computes the looks of N instances, [N, 7]."""
-    boxes = (surprise.boxes_of(values, patches) for values in observed_values(signal, rows))
-    return np.concatenate([surprise.look_of(arrays, some, patches) for some in boxes])
+    """Computes the looks of N instances, [N, K + 1]."""
+    return np.concatenate([surprise.look_of(arrays, some, patches) for some in observed_values(signal, rows)])
 
 
 def fit_looks(signal: Signal, trained: TrainingInstances, patches: Sequence[int]) -> dict[str, np.ndarray]:
-    """Learns how sound instances look, and damaged ones: the arrays from ``log_mean`` to ``kind_offsets``.
+    """Learns how sound instances look, and damaged ones: the arrays up to ``root_whitening``, and ``weights``.
 
-    Two thirds of the training instances make means and covariances, the others, of which damaged copies are made,
-    a multinomial logistic regression of the kinds.
+    Damage of pictures is told by a network if there are enough to learn from, that of others by a regression.
 
     Raises:
         UserError: the training instances are too few.
     """
+    views = _views(signal, trained.rows)
+    if len(patches) == 2 and not views and len(trained.groups) >= _NETWORK_FROM:
+        return _fit_network(signal, trained, patches)
     parts = _parts(trained.groups, _SHAPING)
-    pixels = math.prod(observed_grid(signal, trained.rows)) * max(1, _views(signal, trained.rows))
+    pixels = math.prod(observed_grid(signal, trained.rows)) * max(1, views)
     sound = _some(np.flatnonzero(parts != 0), min(_SOUND, max(_BATCH, 8 * _PIXELS // pixels)))
     spoilt = _some(np.flatnonzero(parts == 0), min(_DAMAGED, max(_BATCH, _PIXELS // pixels)))
     if min(len(sound), len(spoilt)) < _LEAST_SHAPED:
@@ -152,29 +158,47 @@ def fit_looks(signal: Signal, trained: TrainingInstances, patches: Sequence[int]
             f"{len(trained.groups)} training instances of {len(set(trained.groups))} groups: too few to learn how "
             "sound ones look"
         )
-    observed = observed_values(signal, trained.rows.subset(sound))
-    boxes = np.concatenate([surprise.boxes_of(values, patches, moved=False)[:, 0] for values in observed])
-    arrays: dict[str, np.ndarray] = {}
-    features = {"log": surprise.log_features(boxes), "root": surprise.root_features(boxes, patches)}
-    for name, rows in features.items():
-        arrays[f"{name}_mean"], arrays[f"{name}_whitening"] = _mean_and_whitening(rows, rows.shape[1])
-    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
-    looks: dict[str, list[np.ndarray]] = {}
-    for number, values in enumerate(observed_values(signal, trained.rows.subset(spoilt))):
-        for kind, some in {"sound": values, **damaged(values, len(patches), number)}.items():
-            looks.setdefault(kind, []).append(surprise.look_of(arrays, surprise.boxes_of(some, patches), patches))
-    return arrays | _fit_kinds({kind: np.concatenate(some) for kind, some in looks.items()})
+    boxes = _boxes_of(signal, trained.rows.subset(sound), patches)
+    arrays = _gaussian("log", surprise.log_features(boxes)) | _gaussian("root", surprise.root_features(boxes, patches))
+    numbers: dict[str, list[np.ndarray]] = {}
+    for seed, values in enumerate(observed_values(signal, trained.rows.subset(spoilt))):
+        for kind, some in {"sound": values, **damaged(values, len(patches), seed)}.items():
+            found = surprise.numbers_of(arrays, surprise.boxes_of(some, patches), patches)
+            numbers.setdefault(kind, []).append(found)
+    return arrays | _fit_kinds({kind: np.concatenate(some) for kind, some in numbers.items()})
 
 
-def _fit_kinds(looks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Fits the log-odds of each kind of damage against none, of looks [n, 7] of ``sound`` instances and each kind."""
+def _fit_network(signal: Signal, trained: TrainingInstances, patches: Sequence[int]) -> dict[str, np.ndarray]:
+    """Learns from pictures; each group, whose instances are variants of one another, is drawn as often as any."""
+    pixels = math.prod(observed_grid(signal, trained.rows))
+    rows = _some(np.arange(len(trained.groups)), min(_SOUND, max(_BATCH, 8 * _PIXELS // pixels)))
+    pictures = np.concatenate([*observed_values(signal, trained.rows.subset(rows))])
+    _, group, size = np.unique([trained.groups[row] for row in rows], return_inverse=True, return_counts=True)
+    boxes = _boxes_of(signal, trained.rows.subset(rows), patches)
+    network = learn_damage(pictures, 1 / size[group] / len(size))
+    return network | _gaussian("root", surprise.root_features(boxes, patches)) | {"weights": np.array(_WEIGHTS)}
+
+
+def _boxes_of(signal: Signal, rows: ArrayDataset, patches: Sequence[int]) -> np.ndarray:
+    observed = observed_values(signal, rows)
+    return np.concatenate([surprise.boxes_of(values, patches, moved=False)[:, 0] for values in observed])
+
+
+def _gaussian(name: str, rows: np.ndarray) -> dict[str, np.ndarray]:
+    mean, whitening = _mean_and_whitening(rows, rows.shape[1])
+    return {f"{name}_mean": mean.astype(np.float32), f"{name}_whitening": whitening.astype(np.float32)}
+
+
+def _fit_kinds(numbers: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Fits each kind's log-odds against none, of numbers [n, 7] of ``sound`` instances and of each kind."""
     from sklearn.linear_model import LogisticRegression  # not needed where a profile is only read
 
-    arrays = {"look_mean": looks["sound"].mean(axis=0), "look_std": looks["sound"].std(axis=0) + 1e-6}
-    rows = np.concatenate([surprise.kind_features(arrays, looks[kind]) for kind in ("sound", *KINDS)])
-    if len(looks["sound"]) < _SQUARED_FROM:
-        rows[:, len(LOOK) :] = 0  # what is not seen gets no weight
-    kinds = np.repeat(np.arange(len(KINDS) + 1), len(looks["sound"]))
+    arrays = {"number_mean": numbers["sound"].mean(axis=0), "number_std": numbers["sound"].std(axis=0) + 1e-6}
+    rows = np.concatenate([surprise.kind_features(arrays, numbers[kind]) for kind in ("sound", *KINDS)])
+    squared = len(numbers["sound"]) >= _SQUARED_FROM
+    if not squared:
+        rows[:, len(NUMBERS) :] = 0  # what is not seen gets no weight
+    kinds = np.repeat(np.arange(len(KINDS) + 1), len(numbers["sound"]))
     # As many sound ones as damaged ones, all kinds together.
     fitted = LogisticRegression(max_iter=2000).fit(rows, kinds, np.where(kinds == 0, len(KINDS), 1.0))
     priors = np.array([_PRIORS[kind] for kind in KINDS])
@@ -182,12 +206,13 @@ def _fit_kinds(looks: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         **arrays,
         "kind_weights": fitted.coef_[1:] - fitted.coef_[0],
         "kind_offsets": fitted.intercept_[1:] - fitted.intercept_[0] + np.log(priors),
+        "weights": np.array(_WEIGHTS_BY_SQUARES if squared else _WEIGHTS),
     }
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Held-out instances as they are scored: latents [N, D], residuals [N, P], looks [N, 7], and groups."""
+    """Held-out instances as they are scored: latents [N, D], residuals [N, P], looks [N, K + 1], and groups."""
 
     latents: np.ndarray
     residuals: np.ndarray
@@ -258,6 +283,10 @@ def _some(rows: np.ndarray, most: int) -> np.ndarray:
     return np.sort(np.random.default_rng(len(rows)).permutation(rows)[:most])
 
 
+def _channels(signal: Signal, rows: ArrayDataset) -> int:
+    return next(observed_values(signal, rows.subset(np.arange(1)))).shape[-1]
+
+
 def _views(signal: Signal, rows: ArrayDataset) -> int:
     (first,) = rows.subset(np.arange(1)).batches(1)
     return signal.num_views(first)
@@ -301,5 +330,4 @@ def _tails(scores: np.ndarray) -> dict[str, np.ndarray]:
         "ranks": np.sort(scores, axis=0).T,
         "tail_start": start,
         "tail_scale": scale,
-        "shares": np.array([_SHARES[name] for name in SCORES]),
     }

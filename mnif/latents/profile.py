@@ -22,7 +22,7 @@ from mnif.data.batches import ArrayDataset
 from mnif.latents import surprise
 from mnif.latents.inference import LatentInit, infer_latents
 from mnif.latents.patches import observed_grid, observed_values, patch_residuals, patches_of
-from mnif.latents.surprise import KINDS, LOOK, SCORES
+from mnif.latents.surprise import KINDS, SCORES
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.base import Signal
 from mnif.utils.errors import UserError
@@ -48,20 +48,26 @@ class ProfileRecord(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         false_alarm_rate: that verdicts are given at, unless told otherwise.
         patches: along each axis.
         grid: pixels along each axis of what was observed.
-        statistics: that a look is known by, in order.
+        channels: of a pixel.
+        network: whether one tells damage.
+        statistics: that a look was known by in earlier versions.
+        kinds: of damage that are told, in order.
         scores: in order.
         refinement_steps: by which the latents were found; 0: by the model's encoder or inner loop alone.
         gap_steps: of the refinement whose gaps are known; 0: none are.
     """
 
-    format: Literal["mnif-profile/1", "mnif-profile/2"] = "mnif-profile/2"
+    format: Literal["mnif-profile/1", "mnif-profile/2", "mnif-profile/3"] = "mnif-profile/3"
     fingerprints: Annotated[list[str], Meta(min_length=1)]
     data: str
     instances: Size
     false_alarm_rate: _Rate
     patches: list[Size]
     grid: Annotated[list[Size], Meta(min_length=1, max_length=3)]
-    statistics: list[str]
+    channels: Size = 1
+    network: bool = False
+    statistics: list[str] = []
+    kinds: list[str] = []
     scores: list[str]
     refinement_steps: Annotated[int, Meta(ge=0)]
     gap_steps: Annotated[int, Meta(ge=0)] = 0
@@ -101,7 +107,7 @@ class Profile:
     arrays: dict[str, np.ndarray]
 
     def score(self, latents: np.ndarray, residuals: np.ndarray, looks: np.ndarray) -> Scored:
-        """Scores instances by their latents [N, D], the residuals of their patches [N, P] and their looks [N, 7]."""
+        """Scores instances by their latents [N, D], their patches' residuals [N, P] and looks [N, K + 1]."""
         scores = surprise.scores_of(self.arrays, latents, residuals, looks)
         surprises = surprise.surprises_of(self.arrays, scores)
         p_values = surprise.p_values_of(self.arrays, surprise.alarms_of(self.arrays, surprises))
@@ -109,9 +115,8 @@ class Profile:
         return Scored(scores, surprises, p_values, reasons, surprise.patch_deviations(self.arrays, residuals))
 
     def looks(self, values: np.ndarray) -> np.ndarray:
-        """Computes how observed values [B, (views,) pixels…, C] look, [B, 7]."""
-        patches = self.record.patches
-        return surprise.look_of(self.arrays, surprise.boxes_of(values, patches), patches)
+        """Computes how observed values [B, (views,) pixels…, C] look, [B, K + 1]."""
+        return surprise.look_of(self.arrays, values, self.record.patches)
 
     def rate(self, asked: float | None) -> float:
         """Settles the false-alarm rate: the one asked for, or the profile's own.
@@ -160,7 +165,7 @@ def load_profile(model: Path, decoder: MNIFModel) -> Profile:
             f"{folder}: the profile of another decoder ({record.fingerprints[0][:12]}, not "
             f"{decoder.fingerprint()[:12]}); `mnif monitor --fit --model {model} --data DATA` makes it anew"
         )
-    if (record.format, record.statistics, record.scores) != ("mnif-profile/2", list(LOOK), list(SCORES)):
+    if (record.format, record.kinds, record.scores) != ("mnif-profile/3", list(KINDS), list(SCORES)):
         raise UserError(
             f"{folder}: scores of another version of mnif; `mnif monitor --fit --model {model} --data DATA` makes the "
             "profile anew"
@@ -173,20 +178,13 @@ def load_profile(model: Path, decoder: MNIFModel) -> Profile:
 def _read_arrays(path: Path, record: ProfileRecord, latent_dim: int) -> dict[str, np.ndarray]:
     """Reads the arrays, each of the shape that the record makes it."""
     patches, scores = math.prod(record.patches), len(SCORES)
-    boxes = surprise.count_boxes(record.grid, record.patches)
     shapes: dict[str, tuple[int | None, ...]] = {
-        "log_mean": (boxes,),
-        "log_whitening": (boxes, boxes),
-        "root_mean": (2 * patches,),
-        "root_whitening": (2 * patches, 2 * patches),
-        **dict.fromkeys(("look_mean", "look_std"), (len(LOOK),)),
-        "kind_weights": (len(KINDS), 2 * len(LOOK)),
-        "kind_offsets": (len(KINDS),),
+        **surprise.look_shapes(record.grid, record.patches, record.channels, record.network),
         "latent_mean": (latent_dim,),
         "latent_whitening": (latent_dim,) * (2 if latent_dim <= FULL_COVARIANCE else 1),
         **dict.fromkeys(("residual_mean", "residual_std"), (patches,)),
         "ranks": (scores, None),
-        **dict.fromkeys(("tail_start", "tail_scale", "shares"), (scores,)),
+        **dict.fromkeys(("tail_start", "tail_scale", "weights"), (scores,)),
         "alarms": (None,),
         "reference_latents": (None, latent_dim),
         "reference_scores": (None, scores),
@@ -203,7 +201,7 @@ def _read_arrays(path: Path, record: ProfileRecord, latent_dim: int) -> dict[str
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: damaged profile ({str(error).splitlines()[0]})") from None
     for name, array in arrays.items():
-        if array.dtype not in (np.float32, np.float64) or not len(array) or not np.isfinite(array).all():
+        if array.dtype not in (np.float16, np.float32, np.float64) or not len(array) or not np.isfinite(array).all():
             raise UserError(f"{path}: {name} holds something else than finite numbers")
     wrong = surprise.wrong_array(arrays)
     if wrong:

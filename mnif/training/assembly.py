@@ -36,6 +36,7 @@ def learn(
     splits: np.ndarray,
     stage: str = "fit",
     replay: Replay | None = None,
+    profile: bool = True,
 ) -> dict[str, float]:
     """Trains ``method`` on the training part of the data and saves what it learned; the main process gets figures.
 
@@ -47,6 +48,7 @@ def learn(
         splits: for each of them a :class:`~mnif.data.dataset.Split`.
         stage: the command's name.
         replay: keeps what a decoder knew before.
+        profile: whether the model gets one of how held-out instances score.
     """
     from mnif.data.batches import array_dataset
     from mnif.training.methods import AutoDecoderMethod, mean_psnr, validation_rows
@@ -72,8 +74,9 @@ def learn(
     if not accelerator.is_main_process:
         return {}
     method.eval()
+    parts = data, splits, rows, held_rows
     steps = arguments.refinement_steps
-    return save_results(arguments.output_dir, method, arguments.method, data, splits, rows, held_rows, steps, stage)
+    return save_results(arguments.output_dir, method, arguments.method, *parts, steps, stage, profile)
 
 
 def train_loop(

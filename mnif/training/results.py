@@ -37,8 +37,9 @@ def save_results(
     held_rows: ArrayDataset,
     refinement_steps: int,
     stage: str = "fit",
+    profile: bool = True,
 ) -> dict[str, float]:
-    """Writes ``model/`` with its profile, ``latents.safetensors`` and ``samples/reconstructions.png`` into a run.
+    """Writes ``model/`` with a profile, ``latents.safetensors`` and ``samples/reconstructions.png`` into a run.
 
     Args:
         run: the run folder; an auto-decoder's latents are read from its last checkpoint.
@@ -50,6 +51,7 @@ def save_results(
         held_rows: those held out; may be empty.
         refinement_steps: Adam steps that refine the held-out latents.
         stage: the command's name.
+        profile: whether to make one, which takes up to a minute.
 
     Returns:
         Mean metrics of each split, of PCA with as many numbers, and what the model costs.
@@ -76,10 +78,11 @@ def save_results(
     metrics |= pca_metrics(signal, train_rows, held_rows, decoder.config.latent_dim)
 
     _save_latent_table(run, data, splits, train_latents, first, decoder)
-    held_out = data.rows(splits == Split.HELD_OUT)
-    trained = TrainingInstances(train_rows, data.rows(splits == Split.TRAIN).groups)
-    found = (latent_init, first, refined, refinement_steps)
-    _save_profile(run / "model", decoder, signal, trained, held_rows, held_out, *found)
+    if profile:
+        held_out = data.rows(splits == Split.HELD_OUT)
+        trained = TrainingInstances(train_rows, data.rows(splits == Split.TRAIN).groups)
+        found = (latent_init, first, refined, refinement_steps)
+        _save_profile(run / "model", decoder, signal, trained, held_rows, held_out, *found)
     shown = (held_rows, first, refined) if len(held_rows) else (train_rows, train_latents, train_latents)
     _save_reconstructions(run, decoder, signal, *shown)
     print(f"{run / 'model'}: " + ", ".join(f"{name} {value:.3f}" for name, value in metrics.items()))

@@ -23,6 +23,7 @@ from export.device.runtime import Encoder, Field, load_bundle
 from mnif.cli import main
 from mnif.data.batches import array_dataset
 from mnif.data.images import load_images
+from mnif.latents import calibration
 from mnif.latents import surprise as surprise_of_mnif
 from mnif.latents.calibration import TrainingInstances, fit_profile
 from mnif.latents.inference import infer_latents
@@ -50,7 +51,11 @@ def model(tmp_path_factory: pytest.TempPathFactory, picture_folder: Path) -> Pat
     trained = TrainingInstances(array_dataset(data.arrays()), data.ids)
     rows = trained.rows.subset(np.arange(10, 48))
     latents = torch.cat([*infer_latents(decoder, signal, rows, encoder, 0)])
-    fit_profile(decoder, signal, trained, rows, data.ids[10:], latents, "pictures").save(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "_NETWORK_FROM", 48)
+        profile = fit_profile(decoder, signal, trained, rows, data.ids[10:], latents, "pictures")
+    assert profile.record.network
+    profile.save(folder)
     return folder
 
 
@@ -359,7 +364,7 @@ def test_damaged_profiles_are_one_line(bundle: Path, tmp_path: Path, capsys: pyt
         arrays = dict(stored)
     for number, (name, array) in enumerate(sorted(arrays.items())):
         wrongs = (array[:-1], array[..., None], np.full_like(array, np.nan), None, -np.abs(array) - 1)
-        for wrong in (wrongs[number % 4], wrongs[4] if name in ("shares", "look_std") else None):
+        for wrong in (wrongs[number % 4], wrongs[4] if name in ("weights", "residual_std") else None):
             if name in ("alarms", "ranks") and wrong is not None and wrong.shape == array[:-1].shape:
                 continue  # as good as another
             folder = Path(shutil.copytree(bundle, tmp_path / "damaged"))

@@ -14,25 +14,19 @@ from mnif.cli import main
 from mnif.data.batches import ArrayDataset
 from mnif.latents import calibration, surprise
 from mnif.latents.calibration import HeldOut, TrainingInstances, check_enough, fit_arrays, fit_looks
-from mnif.latents.damage import damaged
+from mnif.latents.damage import SHARES, _foreign, damaged, some_damaged
+from mnif.latents.damage_network import _Network, learn_damage
 from mnif.latents.inference import optimize_latents
 from mnif.latents.patches import patches_of, residuals_in_patches
 from mnif.latents.profile import load_profile
 from mnif.latents.robust import RobustLoss
-from mnif.latents.surprise import KINDS, LOOK, SCORES
+from mnif.latents.surprise import KINDS, NUMBERS, SCORES
 from mnif.models.io import load_component
 from mnif.models.mnif_model import MNIFModel
 from mnif.signals.registry import signal_of_model
 from mnif.utils.errors import UserError
 from mnif.utils.model_folders import sha256_of_model
 from tests.conftest import small_decoder
-
-_LOOKS = {
-    "look_mean": np.zeros(len(LOOK)),
-    "look_std": np.ones(len(LOOK)),
-    "kind_weights": np.eye(len(KINDS), 2 * len(LOOK)),
-    "kind_offsets": np.full(len(KINDS), -2.0),
-}
 
 
 def gaussian_instances(count: int, seed: int, patches: int = 4) -> HeldOut:
@@ -41,11 +35,13 @@ def gaussian_instances(count: int, seed: int, patches: int = 4) -> HeldOut:
     mixing = np.array([[2.0, 0.0, 0.0], [1.0, 0.5, 0.0], [0.0, 0.3, 1.5]])
     latents = draw.standard_normal((count, 3)) @ mixing.T + [1.0, -2.0, 0.5]
     residuals = 0.01 * np.exp(0.5 * draw.standard_normal((count, patches)))
-    return HeldOut(latents, residuals, draw.standard_normal((count, len(LOOK))), [str(each) for each in range(count)])
+    return HeldOut(
+        latents, residuals, draw.standard_normal((count, len(KINDS) + 1)), [str(each) for each in range(count)]
+    )
 
 
 def fitted(count: int, seed: int = 0) -> dict[str, np.ndarray]:
-    return fit_arrays(_LOOKS, gaussian_instances(count, seed), 0.05)[0]
+    return fit_arrays({"weights": np.ones(len(SCORES))}, gaussian_instances(count, seed), 0.05)[0]
 
 
 def p_values(arrays: dict[str, np.ndarray], some: HeldOut) -> np.ndarray:
@@ -75,6 +71,19 @@ def test_surprise_is_counted_in_the_body_and_exponential_in_the_tail() -> None:
     np.testing.assert_allclose(found[:, 0], asked, rtol=0.1, atol=0.05)  # −log of the share beyond x is x itself
 
 
+def test_alarms_of_equal_weights_order_as_fishers_p_values() -> None:
+    """SciPy's combination of all p-values; the reason is what adds most."""
+    surprises = np.random.default_rng(0).exponential(2, (50, len(SCORES)))
+    arrays = {"weights": np.ones(len(SCORES))}
+    expected = [stats.combine_pvalues(np.exp(-row)).statistic / 2 for row in surprises]
+    np.testing.assert_allclose(surprise.alarms_of(arrays, surprises), expected)
+    looks = np.eye(len(KINDS) + 1)[np.arange(50) % len(KINDS)]
+    arrays["weights"][1] = 0.1
+    for row, reason in enumerate(surprise.reasons_of(arrays, surprises, looks)):
+        most = list(SCORES)[(surprises[row] * arrays["weights"]).argmax()]
+        assert reason == (list(KINDS)[row % len(KINDS)] if most == "damage" else most)
+
+
 def test_false_alarms_of_fresh_instances_are_those_of_the_beta_distribution() -> None:
     """Split conformal: over calibration sets of m, the rate of false alarms at level a is Beta(k, m + 1 − k)."""
     rates = []
@@ -102,10 +111,10 @@ def test_verdicts_follow_the_rank_of_the_threshold() -> None:
 def test_groups_are_not_divided_and_too_few_instances_are_refused() -> None:
     some = gaussian_instances(102, 0)
     groups = [str(number // 2) for number in range(102)]
-    _, calibrating = fit_arrays(_LOOKS, replace(some, groups=groups), 0.05)
+    _, calibrating = fit_arrays({"weights": np.ones(len(SCORES))}, replace(some, groups=groups), 0.05)
     assert len(calibrating) == len({groups[row] for row in calibrating}) == 34  # two thirds of 51, one of each group
     with pytest.raises(UserError, match="1 groups among 102 held-out instances"):
-        fit_arrays(_LOOKS, replace(some, groups=["one"] * 102), 0.05)
+        fit_arrays({"weights": np.ones(len(SCORES))}, replace(some, groups=["one"] * 102), 0.05)
     check_enough(30, 0.05)
     with pytest.raises(UserError, match=r"29 held-out instances: a false-alarm rate of 0.05 needs 30 at least"):
         check_enough(29, 0.05)
@@ -148,6 +157,26 @@ def test_boxes_are_those_of_loops(shape: tuple[int, ...]) -> None:
         np.testing.assert_allclose(found[:, number], by_hand, rtol=2e-4, atol=1e-6, err_msg=f"{axis} {step}")
 
 
+@pytest.mark.parametrize("shape", [(17, 3), (12, 19, 3), (48, 64, 1), (9, 8, 10, 1)])
+def test_the_network_is_that_of_pytorch(shape: tuple[int, ...]) -> None:
+    """Convolutions, normalization and layers in NumPy, on axes of odd lengths and at all strides."""
+    network = _Network(shape[:-1], shape[-1]).eval()
+    draw = torch.Generator().manual_seed(0)
+    for normalization in network.normalizations:
+        for values in (normalization.weight.data, normalization.bias.data, normalization.running_mean):
+            values.normal_(generator=draw)
+        normalization.running_var.uniform_(0.5, 2, generator=draw)
+    values = torch.randn(3, *shape, generator=draw)
+    arrays = network.arrays()
+    assert {name: array.shape for name, array in arrays.items()} == surprise.network_shapes(shape[:-1], shape[-1])
+    with torch.no_grad():
+        odds = network(torch.from_numpy(surprise.with_places(values.numpy()))).log_softmax(dim=1).exp()
+    sound, *kinds = odds.split([1, *surprise.variants_of(len(shape) - 1).values()], dim=1)
+    expected = torch.cat([(kind.sum(dim=1, keepdim=True) / sound).log() for kind in kinds], dim=1)
+    found = surprise.log_odds_of(arrays, values.numpy())
+    np.testing.assert_allclose(found, expected, atol=0.02 * float(expected.std()) + 0.02)  # half precision
+
+
 def discs(count: int, seed: int) -> np.ndarray:
     """Pictures [count, 16, 16, 3] in [-1, 1] of a disc near the middle of a ground, with stripes."""
     draw = np.random.default_rng(seed)
@@ -168,31 +197,44 @@ def looks() -> dict[str, np.ndarray]:
     return fit_looks(signal_of_model(small_decoder()), trained, [4, 4])
 
 
-def odds(looks: dict[str, np.ndarray], values: np.ndarray) -> np.ndarray:
-    return surprise.log_odds_of(looks, surprise.look_of(looks, surprise.boxes_of(values, [4, 4]), [4, 4]))
-
-
-def test_looks_tell_each_damage_by_its_name(looks: dict[str, np.ndarray]) -> None:
-    """Damage of other makes than what was learned from, done to discs that were not."""
+def spoilt_discs() -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Discs, and damage of other makes than what is learned from."""
     fresh, draw = discs(60, 1), np.random.default_rng(2)
     hidden = fresh.copy()
     hidden[:, 2:10, 6:14] = draw.uniform(-1, 1, (60, 1, 1, 3))
     halved = fresh.copy()
     halved[:, :, 8:] = fresh[::-1, :, 8:]
-    spoilt = {
+    return fresh, {
         "noise": fresh + 0.1 * draw.standard_normal(fresh.shape).astype(np.float32),
         "blur": (np.roll(fresh, 1, 1) + fresh + np.roll(fresh, -1, 1)) / 3,
         "occlusion": hidden,
         "shift": np.roll(fresh, 2, axis=2),
         "foreign": halved,
     }
-    sound = np.logaddexp.reduce(odds(looks, fresh), axis=1)
+
+
+def test_looks_tell_each_damage_by_its_name(looks: dict[str, np.ndarray]) -> None:
+    fresh, spoilt = spoilt_discs()
+    sound = np.logaddexp.reduce(surprise.look_of(looks, fresh, [4, 4])[:, :-1], axis=1)
     for kind, values in spoilt.items():
-        found = odds(looks, values)
+        found = surprise.look_of(looks, values, [4, 4])[:, :-1]
         higher = np.logaddexp.reduce(found, axis=1)[:, None] > sound
         assert higher.mean() > 0.95, kind
         named = [list(KINDS)[each] for each in found.argmax(axis=1)]
         assert np.mean([name == kind or {name, kind} == {"occlusion", "foreign"} for name in named]) > 0.6, kind
+
+
+def test_a_network_learns_to_tell_damage() -> None:
+    """In few steps, from few pictures; it is the same again, and PyTorch's draws go on as if it had not been."""
+    pictures, state = discs(240, 0), torch.get_rng_state()
+    network, again = (learn_damage(pictures, np.full(240, 1 / 240), steps=steps) for steps in (80, 80))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all((network[name] == array).all() for name, array in again.items())
+    fresh, spoilt = spoilt_discs()
+    sound = np.logaddexp.reduce(surprise.log_odds_of(network, fresh), axis=1)
+    for kind in ("blur", "foreign", "shift"):
+        found = np.logaddexp.reduce(surprise.log_odds_of(network, spoilt[kind]), axis=1)
+        assert (found[:, None] > sound).mean() > 0.85, kind
 
 
 def test_layout_is_the_density_of_a_gaussian(looks: dict[str, np.ndarray]) -> None:
@@ -201,57 +243,64 @@ def test_layout_is_the_density_of_a_gaussian(looks: dict[str, np.ndarray]) -> No
     whitening = looks["log_whitening"].astype(np.float64)
     density = stats.multivariate_normal(looks["log_mean"], np.linalg.inv(whitening @ whitening), allow_singular=True)
     expected = -2 * (density.logpdf(surprise.log_features(boxes[:, 0])) - density.logpdf(density.mean))
-    found = np.exp(surprise.look_of(looks, boxes, [4, 4])[:, list(LOOK).index("layout")])
+    found = np.exp(surprise.numbers_of(looks, boxes, [4, 4])[:, list(NUMBERS).index("layout")])
     np.testing.assert_allclose(found, expected, rtol=1e-3)
 
 
 def test_kinds_are_those_of_bayes() -> None:
     """Looks of Gaussians that differ in means and spreads: log-odds are those of densities and priors."""
     draw = np.random.default_rng(0)
-    means, spreads = draw.normal(0, 0.8, (len(KINDS), len(LOOK))), draw.uniform(0.8, 1.3, (len(KINDS), len(LOOK)))
-    pairs = [(np.zeros(len(LOOK)), np.ones(len(LOOK))), *zip(means, spreads, strict=True)]
+    means, spreads = (
+        draw.normal(0, 0.8, (len(KINDS), len(NUMBERS))),
+        draw.uniform(0.8, 1.3, (len(KINDS), len(NUMBERS))),
+    )
+    pairs = [(np.zeros(len(NUMBERS)), np.ones(len(NUMBERS))), *zip(means, spreads, strict=True)]
     densities = [stats.multivariate_normal(mean, np.diag(spread**2)) for mean, spread in pairs]
     rows = [density.rvs(2000, random_state=number) for number, density in enumerate(densities)]
     arrays = calibration._fit_kinds(dict(zip(("sound", *KINDS), rows, strict=True)))
     fresh = np.concatenate([density.rvs(100, random_state=99) for density in densities])
     ratios = np.stack([each.logpdf(fresh) - densities[0].logpdf(fresh) for each in densities[1:]], axis=1)
     expected = ratios + np.log([calibration._PRIORS[kind] / len(KINDS) for kind in KINDS])
-    found = surprise.log_odds_of(arrays, fresh)
+    found = surprise.log_odds_by(arrays, fresh)
     assert np.abs(found - expected).mean() < 0.1 * expected.std()
     assert np.abs((found - expected).mean(axis=0)).max() < 0.4  # a prior of two moves them by 0.7
 
 
-def test_squares_of_a_look_tell_what_is_unusual_to_either_side() -> None:
-    arrays = {"look_mean": np.full(len(LOOK), 2.0), "look_std": np.full(len(LOOK), 0.5)}
-    found = surprise.kind_features(arrays, np.array([[1.0] * len(LOOK), [9.0] * len(LOOK)]))
+def test_squares_of_numbers_tell_what_is_unusual_to_either_side() -> None:
+    arrays = {"number_mean": np.full(len(NUMBERS), 2.0), "number_std": np.full(len(NUMBERS), 0.5)}
+    found = surprise.kind_features(arrays, np.array([[1.0] * len(NUMBERS), [9.0] * len(NUMBERS)]))
     np.testing.assert_array_equal(
-        found, [[-2.0] * len(LOOK) + [4.0] * len(LOOK), [14.0] * len(LOOK) + [25.0] * len(LOOK)]
+        found, [[-2.0] * len(NUMBERS) + [4.0] * len(NUMBERS), [14.0] * len(NUMBERS) + [25.0] * len(NUMBERS)]
     )
 
 
 @pytest.mark.parametrize("shape", [(8, 6, 3), (7, 8, 5, 1)])
-def test_foreign_ones_are_of_several(shape: tuple[int, ...]) -> None:
-    """Each corner holds every second pixel of one instance, or no more than one half is another's."""
+def test_foreign_ones_are_parts_or_of_several(shape: tuple[int, ...]) -> None:
+    """One half is another's, or each corner holds every second pixel of one; or one is cut, shuffled or turned."""
     pixels = np.arange(np.prod(shape)).reshape(shape) / 1000
-    values = np.arange(30.0).reshape(30, *[1] * len(shape)) + pixels  # an instance is its number, a pixel the rest
+    values = np.arange(40.0).reshape(40, *[1] * len(shape)) + pixels  # an instance is its number, a pixel the rest
     second = pixels[tuple([slice(None, None, 2)] * (len(shape) - 1))]
     corners = []
     for place in np.ndindex(*[2] * (len(shape) - 1)):
         sides = zip(place, second.shape[:-1], strict=True)
         corners.append(tuple(slice(at * half, (at + 1) * half) for at, half in sides))
-    mosaics = 0
-    for number, one in enumerate(damaged(values, len(shape) - 1)["foreign"]):
+    spoilt, ways = _foreign(values, np.random.default_rng(0))
+    assert set(ways) == set(range(7))
+    for number, (one, way) in enumerate(zip(spoilt, ways, strict=True)):
         whose = np.floor(one)
-        if len(set(whose.ravel().tolist()) - {number}) > 1:
-            mosaics += 1
+        if way == 0:
+            np.testing.assert_allclose(one % 1, pixels)
+            assert (whose == number).mean() >= 0.4
+            assert len(set(whose.ravel().tolist())) <= 2
+        elif way == 1:
             for corner in corners:
                 assert len(np.unique(whose[corner])) == 1
                 kept = second[tuple(slice(count) for count in one[corner].shape[:-1])]
                 np.testing.assert_allclose(one[corner] % 1, kept)
-        else:
-            np.testing.assert_allclose(one % 1, pixels)
-            assert (whose == number).mean() >= 0.4
-    assert 8 < mosaics < 22
+        elif way != 4:  # of one alone: enlarged, reduced, in another order or turned
+            assert (whose == number).all()
+        if way in (5, 6):
+            np.testing.assert_array_equal(np.sort(one, axis=None), np.sort(values[number], axis=None))
 
 
 def test_damage_is_what_it_is_called() -> None:
@@ -271,6 +320,16 @@ def test_damage_is_what_it_is_called() -> None:
     assert np.any(moved, axis=0).all()
     assert (damaged(values, 2)["noise"] == spoilt["noise"]).all()
     assert (damaged(values, 2, seed=1)["noise"] != spoilt["noise"]).any()
+
+
+def test_classes_are_those_of_what_was_done() -> None:
+    values = discs(64, 0)
+    spoilt, classes = some_damaged(values, np.random.default_rng(0))
+    counts = [1, *surprise.variants_of(2).values()]
+    kinds = np.repeat(np.arange(len(counts)), counts)[classes]
+    assert np.bincount(kinds).tolist() == [2 * share for share in SHARES.values()]
+    assert ((spoilt == values).all(axis=(1, 2, 3)) == (kinds == 0))[:20].all()
+    assert classes.max() < sum(counts)
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 3), (2, 8, 12, 3), (2, 9, 8, 10, 1), (2, 3, 8, 8, 3)])
