@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mnif.latents.damage import some_damaged
 from mnif.latents.surprise import network_shapes, strides_of, with_places
+from mnif.utils.process import progress_bar
 
 _BATCH = 96
 _MOST_STEPS = 1500
@@ -43,7 +44,7 @@ def learn_damage(
         network = _Network(grid, channels)
         optimizer = torch.optim.AdamW(network.parameters(), _LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, steps, pct_start=0.15)
-        for _ in range(steps):
+        for _ in progress_bar(range(steps), desc="profile", unit="step"):
             values, classes = some_damaged(_drawn(pictures, probabilities, draw), draw)
             loss = F.cross_entropy(network(torch.from_numpy(with_places(values))), torch.from_numpy(classes))
             optimizer.zero_grad()
