@@ -77,7 +77,7 @@ def test_wrong_arrays_are_refused(model: Path) -> None:
             assert f": {name} " in refusal, (name, change)
         save_file({other: each for other, each in arrays.items() if other != name}, path)
         assert "damaged profile" in (refusal_of(lambda: judged(model)) or "")
-    for name in ("look_std", "residual_std", "tail_scale", "shares"):
+    for name in ("number_std", "residual_std", "tail_scale", "weights"):
         save_file(arrays | {name: -arrays[name]}, path)
         assert f"{name} holds numbers that are not positive" in (refusal_of(lambda: judged(model)) or "")
     for name in ("ranks", "alarms"):
@@ -93,8 +93,8 @@ def test_wrong_arrays_are_refused(model: Path) -> None:
         ({"grid": [10**9, 10**9]}, "grid[0]: Expected"),
         ({"grid": [80, 16]}, "patches [4, 4] are not those of a grid [80, 16]"),
         ({"scores": ["residual", "patch"]}, "scores of another version of mnif; `mnif monitor --fit --model"),
-        ({"format": "mnif-profile/1"}, "scores of another version of mnif; `mnif monitor --fit --model"),
-        ({"statistics": ["residual"]}, "--data DATA` makes the profile anew"),
+        ({"format": "mnif-profile/2"}, "scores of another version of mnif; `mnif monitor --fit --model"),
+        ({"kinds": ["noise"]}, "--data DATA` makes the profile anew"),
         ({"false_alarm_rate": 1}, "false_alarm_rate"),
         ({"fingerprints": []}, "fingerprints"),
         ({"fingerprints": ["0" * 64]}, "the profile of another decoder"),
