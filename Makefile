@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 MNIF := $(BIN)/mnif
 
-# `make demo` fits this in about a quarter of an hour on two cores; CI shrinks it. The emoji:
+# `make demo` fits this in about ten minutes on two cores; CI shrinks it. The emoji:
 #   make demo RUN=runs/emoji DATA=twemoji FIT_FLAGS="--random_flip --random_colours" FIT_STEPS=5000 \
 #       PRIOR_FLAGS="--preset edge --augment" PRIOR_STEPS=2500
 RUN ?= runs/demo
