@@ -149,6 +149,6 @@ def draw_chart(rates: dict[str, tuple[float, float]], path: Path) -> None:
     axes.set(xscale="log", xlabel="pictures per second")
     axes.margins(x=0.15)
     axes.invert_yaxis()
-    axes.legend(loc="upper left", bbox_to_anchor=(0, 1.12), ncols=2)
+    figure.legend(loc="outside upper left", ncols=2)
     figure.savefig(path, dpi=110, format="png")
     pyplot.close(figure)

@@ -383,8 +383,7 @@ def _first_order(
     coordinates: Tensor, rows: Tensor, given: Tensor, weights: Tensor | None, sizes: Sequence[int], output_sine: bool
 ) -> tuple[Tensor, Tensor]:
     points = coordinates.shape[1]
-    chunk = max(_LEAST_CHUNK, triton.cdiv(points, _MOST_CHUNKS))
-    chunks = triton.cdiv(points, chunk)
+    chunk, chunks = _chunks_of(points)
     found = rows.new_empty(chunks, len(rows))
     gradient = rows.new_empty(chunks, *rows.shape)
     known = rows if weights is None else weights.contiguous()  # read with weights alone
@@ -416,8 +415,7 @@ def _second_order(
     output_sine: bool,
 ) -> tuple[Tensor, Tensor]:
     points = coordinates.shape[1]
-    chunk = max(_LEAST_CHUNK, triton.cdiv(points, _MOST_CHUNKS))
-    chunks = triton.cdiv(points, chunk)
+    chunk, chunks = _chunks_of(points)
     gradient, tangent = rows.new_empty(chunks, *rows.shape), torch.empty_like(given.contiguous())
     known = rows if weights is None else weights.contiguous()
     _second_order_kernel[(len(rows) * chunks,)](
@@ -437,6 +435,12 @@ def _second_order(
         **_options(rows, sizes, output_sine, gradients=2),
     )
     return gradient.sum(dim=0), tangent
+
+
+def _chunks_of(points: int) -> tuple[int, int]:
+    """Of how many points a chunk is, and how many chunks there are."""
+    chunk = max(_LEAST_CHUNK, triton.cdiv(points, _MOST_CHUNKS))
+    return chunk, triton.cdiv(points, chunk)
 
 
 def _options(rows: Tensor, sizes: Sequence[int], output_sine: bool, gradients: int = 0) -> dict[str, Any]:
