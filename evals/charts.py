@@ -17,8 +17,8 @@ LABELS = {
     "loss": "training loss",
     "psnr_train": "training",
     "psnr_heldout": "held out",
-    "validation_loss": "held-out latents",
-    "validation_loss_train": "training latents",
+    "validation_loss": "held out",
+    "validation_loss_train": "training",
 }
 
 COSTS = {

@@ -253,6 +253,9 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, Figure | None]:
         "prior_loss": curve_chart(
             rows, "prior", ["validation_loss_train", "validation_loss"], "denoising loss", logarithmic=True
         ),
+        "student_loss": curve_chart(
+            rows, "distill", ["validation_loss_train", "validation_loss"], "error on pairs", logarithmic=True
+        ),
     }
 
 

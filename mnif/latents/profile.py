@@ -28,7 +28,7 @@ from mnif.signals.base import Signal
 from mnif.utils.errors import UserError
 from mnif.utils.files import folder_written_atomically, save_tensors, write_json
 from mnif.utils.json_files import Size, read_json
-from mnif.utils.model_folders import PROFILE, is_trained_model, model_folder_in
+from mnif.utils.model_folders import PROFILE, model_folder_in
 
 FALSE_ALARM_RATE = 0.05
 """The share of instances like the held-out ones that a verdict may call doubtful or out, unless told otherwise."""
@@ -157,8 +157,7 @@ def load_profile(model: Path, decoder: MNIFModel) -> Profile:
     """
     folder = model_folder_in(model) / PROFILE
     if not (folder / "profile.json").is_file():
-        whose = "COPY" if is_trained_model(model_folder_in(model)) else model
-        raise UserError(f"{folder}: no profile; `mnif monitor --fit --model {whose} --data DATA` makes it")
+        raise UserError(f"{folder}: no profile; `mnif monitor --fit --model {model} --data DATA` makes it")
     record = read_json(folder / "profile.json", ProfileRecord)
     if decoder.fingerprint() not in record.fingerprints:
         raise UserError(

@@ -26,6 +26,7 @@ from mnif.cli import main
 from mnif.data.batches import instance_keys
 from mnif.latents.table import LatentTable
 from mnif.models.io import save_component
+from mnif.training.run_record import read_metrics_log
 
 
 def test_energy_distance_of_a_few_points_by_hand() -> None:
@@ -242,6 +243,24 @@ def test_distill_adds_a_student_and_reports(
     add_prior(run / "model", pipeline)  # a new teacher: the student of the old one goes
     assert not (run / "model/student").exists()
     assert json.loads((run / "model/model_index.json").read_text()).get("student", [None])[0] is None
+
+
+@pytest.mark.parametrize(("num_pairs", "steps", "known"), [(60, 300, True), (2000, 20, False)])
+def test_a_student_that_knows_its_pairs_by_heart_is_told_of(
+    num_pairs: int,
+    steps: int,
+    known: bool,
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("latent_prior.commands.distill._COMPARED", 64)
+    flags = ["--num_pairs", str(num_pairs), "--max_train_steps", str(steps), "--validation_steps", str(steps)]
+    command = ["distill", "--run", str(run), *flags, "--width", "64", "--depth", "2", "--train_batch_size", "32"]
+    assert main([*command, "--matching_steps", "0", "--compile", "off"]) == 0
+    assert (f"a larger --num_pairs than {num_pairs}" in capsys.readouterr().out) == known
+    (row,) = (row for row in read_metrics_log(run / "metrics.jsonl") if "validation_loss" in row)
+    assert (row["validation_loss_train"] < 0.6 * row["validation_loss"]) == known
 
 
 @pytest.mark.parametrize(
