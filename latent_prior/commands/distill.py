@@ -210,8 +210,8 @@ def _train(arguments: DistillArguments, accelerator: Accelerator, student: Denoi
     learned, others = found["validation_loss_train"], found["validation_loss"]
     if learned < _BY_HEART * others:
         accelerator.print(
-            f"the student knows its pairs by heart: it errs by {learned:.3g} on them and by {others:.3g} on others; a "
-            f"larger --num_pairs than {arguments.num_pairs} brings its samples nearer to the teacher's"
+            f"the student knows its pairs by heart: it errs by {learned:.3g} on them and by {others:.3g} on others; "
+            f"to go on learning it wants a larger --num_pairs than {arguments.num_pairs}"
         )
 
 
@@ -275,6 +275,7 @@ def make_student(arguments: DistillArguments, teacher: Denoiser, decoder: MNIFMo
         depth=arguments.depth,
         dropout=arguments.dropout,
         decoder_fingerprint=teacher.config.decoder_fingerprint,
+        rounded_fingerprints=teacher.config.rounded_fingerprints,
         distilled_steps=sorted(arguments.student_steps),
     )
     student.latent_mean.copy_(teacher.latent_mean)

@@ -7,7 +7,7 @@ from pathlib import Path
 from mnif.utils.errors import UserError
 from mnif.utils.files import sha256_of_folder
 
-TRAINED_MODELS = {"avatars": "17c287032c28b7c11c62d9035ab8c740c6fd0f3e889a8012f05481a99bdde165"}
+TRAINED_MODELS = {"avatars": "17fd4e743c794c031aebf4a5d124a95cdea9fb78436a8f774b3d5733d2644190"}
 """The trained models that come with the package: name → :func:`sha256_of_model`."""
 
 COMES_ALONG = f"and {', '.join(TRAINED_MODELS)} comes along"
