@@ -41,6 +41,7 @@ from mnif.signals.registry import signal_class
 from mnif.training.assembly import cells_and_tokens, make_method
 from mnif.training.fit_arguments import DECODER_SETTINGS
 from mnif.training.methods import EncoderMethod, LearningMethod, make_optimizers
+from mnif.training.tied_sets import tie_sets
 from mnif.utils.pixels import to_uint8
 from mnif.utils.process import progress_bar
 
@@ -147,6 +148,7 @@ def _train(fit: Any, variant: Variant, method: LearningMethod, rows: ArrayDatase
     optimizers = [*_muon(variant, method), *usual]
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     parameters = list(method.parameters())
+    tie_sets(method.decoder, lambda: method.decoder.progress)
     batches = ShuffledBatches(len(rows), fit.train_batch_size, fit.seed, 0, fit.max_train_steps)
     for step, batch in enumerate(progress_bar(batches, desc="trial", unit="step")):
         torch.manual_seed(fit.seed * 1_000_003 + step)

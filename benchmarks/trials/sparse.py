@@ -1,9 +1,9 @@
 """Candidates of sparse coefficients: which of them stay, how they learn, and what does not count.
 
-All take `--flags="--coefficient_sparsity K"`: K of M bases for a layer of a cell, on average where several share.
+All take `--flags="--coefficient_sparsity K"`: K of M bases for a layer of a cell, on average where several share. They
+stand beside the default there, which goes by place.
 """
 
-import math
 from typing import ClassVar, Literal
 
 import torch
@@ -173,57 +173,6 @@ class FixedAtRandom(Thinned):
         return self.order
 
 
-class SetsByPlace(MNIFModel):
-    """A cell takes K bases of its own region: the M lie along a curve through the cells, each takes those around it.
-
-    Attributes:
-        tied: share of the training in which what stands at the same place of a set is one basis for all cells, so that
-            each is learned from every cell at first.
-        progress: of the training, 0 to 1; the trial sets it.
-    """
-
-    tied: ClassVar[float] = 0.0
-    progress: float = 1.0
-
-    def __init__(self, **settings):  # type: ignore[no-untyped-def]
-        super().__init__(**settings)
-        active, bases = self.config.coefficient_sparsity, self.config.num_bases
-        self.active, self.sets = active, bases // active
-        if self.sets * active != bases:
-            raise ValueError(f"coefficient_sparsity {active}: does not divide num_bases, {bases}")
-        starts = morton_ranks(self.config.cells, self.config.dimensions) * bases // self.num_cells
-        taken = (starts[:, None] + torch.arange(active)) % bases
-        self.register_buffer("taken", torch.zeros(self.num_cells, bases).scatter(1, taken, 1.0)[None, :, None])
-        for rows in self.bases if self.tied else ():
-            rows.data = rows.data[:active].repeat(self.sets, 1)
-            rows.register_hook(lambda gradient: self._shared(gradient) if self.progress < self.tied else gradient)
-
-    @property
-    def coefficient_scale(self) -> float:
-        return math.sqrt(self.active)
-
-    def coefficients(self, latents: Tensor) -> Tensor:
-        return _dense(self, latents) * self.taken
-
-    def _shared(self, rows: Tensor) -> Tensor:
-        return rows.view(self.sets, -1, rows.shape[1]).mean(dim=0).repeat(self.sets, 1)
-
-
-class SetsByPlaceTiedAtFirst(SetsByPlace):
-    """The same, every cell with the same bases in the first two fifths of the training."""
-
-    tied = 0.4
-
-
-def morton_ranks(cells: int, dimensions: int) -> Tensor:
-    """Numbers the cells along a curve that stays in a region before it goes on (Morton, 1966), [cells^d]."""
-    places = torch.cartesian_prod(*[torch.arange(cells)] * dimensions).view(-1, dimensions)
-    bits = [
-        (places[:, axis] >> bit & 1) << (bit * dimensions + axis) for axis in range(dimensions) for bit in range(8)
-    ]
-    return torch.stack(bits).sum(dim=0).argsort().argsort()
-
-
 SPARSE_DECODERS = {
     "hard threshold": HardThreshold,
     "straight through": StraightThrough,
@@ -239,6 +188,5 @@ SPARSE_DECODERS = {
     "sparsemax gates": SparsemaxGates,
     "a fixed set for each cell": FixedSet,
     "a fixed set for each cell, at random": FixedAtRandom,
-    "sets by place": SetsByPlace,
-    "sets by place, tied at first": SetsByPlaceTiedAtFirst,
+    "the largest": MNIFModel,
 }

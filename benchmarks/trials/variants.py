@@ -333,7 +333,7 @@ TOKENS = {
     "tokens that know their place": Variant(_TOKENS, PlacedTokens),
     "global, through tokens": Variant(decoder=ThroughTokens),
 }
-SPARSE = {name: Variant(decoder=decoder) for name, decoder in SPARSE_DECODERS.items()}
+SPARSE = {name: Variant({"sparsity_rule": "largest"}, decoder=decoder) for name, decoder in SPARSE_DECODERS.items()}
 SHARP = {name: Variant(point_loss=loss) for name, loss in POINT_LOSSES.items()}
 SHARP |= {f"gradients, {weight}": Variant({"gradient_weight": weight}) for weight in (0.1, 0.5, 2.0)}
 NOISY = {name: Variant(noise=noise) for name, noise in NOISES.items()}

@@ -14,7 +14,7 @@ from mnif.models.token_map import TokenMap
 
 def coefficients_of(builder: GraphBuilder, decoder: MNIFModel, latents: str) -> str:
     """Maps latents [batch, latent_dim] to coefficients [batch, cells · layers · bases], as the model does."""
-    scale = decoder.generations[0] ** -0.5
+    scale = 1 / decoder.coefficient_scale
     parts = _split_latents(builder, decoder, latents)
     first = parts[0]
     if decoder.coefficient_map is None and decoder.config.mixing == "average":
@@ -25,12 +25,29 @@ def coefficients_of(builder: GraphBuilder, decoder: MNIFModel, latents: str) -> 
         heard = _heard(builder, decoder, parts[: number + 1], name)
         said = _mapped(builder, growth.coefficient_map, weights, heard, scale, f"{name}/said")
         mapped = _grown_coefficients(builder, decoder, number, mapped, said, name)
-    if decoder.active_bases is not None:
+    if decoder.is_sparse_by_place:
+        mapped = _at_their_places(builder, decoder, mapped)
+    elif decoder.active_bases is not None:
         mapped = _sparse(builder, decoder, mapped, decoder.active_bases)
     if decoder.config.coefficient_form != "shared":
         return mapped
     by_cell = builder.reshape(mapped, (-1, 1, decoder.config.num_bases), "coefficients/shared")
     return builder.add("Concat", [by_cell] * len(decoder.bases), "coefficients/by_layer", axis=1)
+
+
+def _at_their_places(builder: GraphBuilder, decoder: MNIFModel, coefficients: str) -> str:
+    """Gives the bases that a cell does not take coefficients of zero: [batch, cells · layers · bases]."""
+    name, (cells, taken) = "coefficients/by_place", decoder.taken.shape
+    vectors = 1 if decoder.config.coefficient_form == "shared" else len(decoder.bases)
+    begins = np.arange(0, cells * vectors * taken, taken).reshape(cells, vectors, 1)
+    origins = np.zeros((cells, vectors, decoder.config.num_bases), dtype=np.int64)
+    present = np.zeros(origins.shape, dtype=np.float32)
+    places = np.broadcast_to(decoder.taken.cpu().numpy()[:, None], (cells, vectors, taken))
+    np.put_along_axis(origins, places, begins + np.arange(taken), axis=2)
+    np.put_along_axis(present, places, 1, axis=2)
+    origin = builder.constant("coefficients/origins", origins.reshape(-1))
+    gathered = builder.add("Gather", [coefficients, origin], f"{name}/gathered", axis=1)
+    return builder.add("Mul", [gathered, builder.constant("coefficients/present", present.reshape(1, -1))], name)
 
 
 def _sparse(builder: GraphBuilder, decoder: MNIFModel, coefficients: str, active: Sequence[int]) -> str:
@@ -104,7 +121,7 @@ def _grown_coefficients(
 ) -> str:
     """Adds what a latent says to the coefficients before a generation, as :class:`mnif.models.growth.Growth` does."""
     vectors = decoder.num_cells * (1 if decoder.config.coefficient_form == "shared" else len(decoder.bases))
-    earlier, added = sum(decoder.generations[:generation]), decoder.generations[generation]
+    earlier, added = sum(decoder.mapped_bases[:generation]), decoder.mapped_bases[generation]
     before = builder.reshape(before, (-1, vectors, earlier), f"{name}/before")
     if decoder.coefficient_map is None:
         new = builder.reshape(said, (-1, vectors, added), f"{name}/new")

@@ -48,7 +48,8 @@ class Growth(nn.Module):
     Args:
         bases: for each mixed layer, [m, parameters].
         coefficient_map: [B, tokens · (2 E + 1)] → [B, cells · vectors · (bases before + m)], zero at zero; None: the
-            numbers are the coefficients of the new bases themselves.
+            numbers are the coefficients of the new bases themselves. Of a model that is sparse by place, bases count
+            that a cell takes.
         latent_parts: numbers that each generation has in a token, those before and E, its own, the last.
         tokens: of a latent; 1 of a global one.
     """
@@ -80,13 +81,12 @@ class Growth(nn.Module):
         Returns:
             [B, cells, vectors, bases before + m].
         """
-        added = len(self.bases[0])
         if self.coefficient_map is None or self.earlier_map is None:
-            said = F.pad(parts[-1].view(*before.shape[:-1], added), (before.shape[-1], 0))
+            said = F.pad(parts[-1].view(*before.shape[:-1], -1), (before.shape[-1], 0))
         else:
             heard = what_is_heard(parts, self.earlier_map, self.tokens)
             said = self.coefficient_map(heard).view(*before.shape[:-1], -1)
-        return F.pad(before, (0, added)) + said
+        return F.pad(before, (0, said.shape[-1] - before.shape[-1])) + said
 
 
 def what_is_heard(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mnif.models.growth import Generation
 from mnif.models.mnif_model import MNIFModel, decoder_fingerprint
+from mnif.models.sparse_coefficients import share_of_each
 from mnif.utils.errors import UserError
 
 
@@ -28,7 +29,9 @@ def grown(model: MNIFModel, num_bases: int, latent_dim: int) -> MNIFModel:
     """
     settings = _settings(model)
     if settings["coefficient_form"] == "direct":
-        latent_dim = settings["latent_dim"] // settings["num_bases"] * num_bases
+        by_place, active = model.is_sparse_by_place, settings["coefficient_sparsity"]
+        of_a_cell = share_of_each(active, [model.generations[0], num_bases])[1] if by_place else num_bases
+        latent_dim = settings["latent_dim"] // sum(model.mapped_bases) * of_a_cell
     settings["growths"] = [*settings["growths"], {"num_bases": num_bases, "latent_dim": latent_dim}]
     settings["num_bases"] += num_bases
     settings["latent_dim"] += latent_dim

@@ -23,6 +23,7 @@ from mnif.models.growth import Generation, Growth, GrowthShape
 from mnif.models.io import OwnMemory
 from mnif.models.siren import BakedField, layer_shapes, siren_params
 from mnif.models.sparse_coefficients import (
+    bases_by_place,
     check_sparsity,
     gathering_pays,
     keep_largest_of_each,
@@ -73,8 +74,12 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         signal_settings: of the signal; default: pictures of this resolution and these channels.
         tokens: along each axis, a divisor of ``cells``; D is a multiple of their number. None: the latent is global.
         coefficient_sparsity: bases that a layer of a cell takes at most, below M; the coefficients of the others are
-            zero (:func:`mnif.models.sparse_coefficients.keep_largest`). For ``"delta"``. None: all bases. Of a model
-            that was grown it is of the first generation's bases; every later one takes as large a share of its own.
+            zero. For ``"delta"``. None: all bases. Of a model that was grown it is of the first generation's bases;
+            every later one takes as large a share of its own.
+        sparsity_rule: which they are: ``"place"``, those of the cell's own region, the same for all latents, so that
+            the map has coefficients of no others (:func:`mnif.models.sparse_coefficients.bases_by_place`); they are
+            a divisor of M, and start as one set for all regions. Or ``"largest"``, those with the largest
+            coefficients (:func:`mnif.models.sparse_coefficients.keep_largest`), as in models of earlier versions.
         growths: what the model was grown by, in order; M and D count all of it (:mod:`mnif.models.growth`).
         lineage: of a model that was grown, what is known of each generation, the first one first.
 
@@ -102,6 +107,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         signal_settings: dict[str, Any] | None = None,
         tokens: Size | None = None,
         coefficient_sparsity: Size | None = None,
+        sparsity_rule: str = "largest",
         growths: Sequence[GrowthShape] = (),
         lineage: Sequence[Generation] = (),
     ):
@@ -109,7 +115,7 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         _check_form(mixing, coefficient_form, overlap)
         added = [growth["num_bases"] for growth in growths]
         self.generations = [num_bases - sum(added), *added]
-        check_sparsity(coefficient_sparsity, self.generations[0], mixing)
+        check_sparsity(coefficient_sparsity, self.generations[0], mixing, sparsity_rule, self.num_cells)
         if signal_settings is None:
             self.register_to_config(signal_settings={"resolution": resolution, "channels": channels})
         if math.prod(as_axes(resolution, dimensions)) > MOST_POINTS or cells**dimensions > _MOST_CELLS:
@@ -118,35 +124,43 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         shapes = layer_shapes(dimensions, channels, width, depth)
         last = len(shapes) - 1
 
-        def rows(index: int, count: int) -> nn.Parameter:
+        def rows(index: int, count: int) -> Tensor:
             sine = index < last or output_sine
-            return nn.Parameter(siren_params(shapes[index], count, omega, first=index == 0, sine=sine))
+            return siren_params(shapes[index], count, omega, first=index == 0, sine=sine)
 
         delta = mixing == "delta"
         self.shapes = shapes
-        self.shared = nn.ParameterList([rows(0, 1)] if delta else [])
+        self.shared = nn.ParameterList([nn.Parameter(rows(0, 1))] if delta else [])
         self.mixed_layers = list(range(len(self.shared), len(shapes)))
-        self.means = nn.ParameterList([rows(index, 1) for index in self.mixed_layers] if delta else [])
+        self.means = nn.ParameterList([nn.Parameter(rows(index, 1)) for index in self.mixed_layers] if delta else [])
         if tokens is not None:
             check_tokens(tokens, cells, dimensions, latent_dim, coefficient_form)
         vectors = self.num_cells * (1 if coefficient_form == "shared" else len(self.mixed_layers))
         if coefficient_form == "direct":
-            if latent_dim not in (None, vectors * num_bases):
-                raise ValueError(f"latent_dim {latent_dim}: direct coefficients make it {vectors * num_bases}")
-            self.register_to_config(latent_dim=vectors * num_bases)
+            numbers = vectors * sum(self.mapped_bases)
+            if latent_dim not in (None, numbers):
+                raise ValueError(f"latent_dim {latent_dim}: direct coefficients make it {numbers}")
+            self.register_to_config(latent_dim=numbers)
         elif latent_dim is None:
             raise ValueError("latent_dim: a number is needed unless coefficients are direct")
         self._check_growths(vectors)
-        self.bases = nn.ParameterList([rows(index, self.generations[0]) for index in self.mixed_layers])
+        of_a_cell = self.mapped_bases[0]
+        sets = self.generations[0] // of_a_cell
+        self.bases = nn.ParameterList(
+            nn.Parameter(rows(index, of_a_cell).repeat(sets, 1)) for index in self.mixed_layers
+        )
         bias = 0.0 if delta else 1.0
-        self.coefficient_map = self._map(self.latent_parts[0] * self.num_tokens, vectors * self.generations[0], bias)
+        self.coefficient_map = self._map(self.latent_parts[0] * self.num_tokens, vectors * of_a_cell, bias)
         later = []
         for number, growth in enumerate(growths, 1):
-            new = [rows(index, growth["num_bases"]) for index in self.mixed_layers]
+            new = [nn.Parameter(rows(index, growth["num_bases"])) for index in self.mixed_layers]
             heard = 2 * growth["latent_dim"] + self.num_tokens
-            said = self._map(heard, vectors * sum(self.generations[: number + 1]), None)
+            said = self._map(heard, vectors * sum(self.mapped_bases[: number + 1]), None)
             later.append(Growth(new, said, self.latent_parts[: number + 1], self.num_tokens))
         self.later = cast(Sequence[Growth], nn.ModuleList(later))
+        if self.is_sparse_by_place:
+            taken = bases_by_place(cells, dimensions, self.generations, self.mapped_bases)
+            self.register_buffer("taken", taken, persistent=False)
 
     def _check_growths(self, vectors: int) -> None:
         """Makes sure that bases and numbers of a latent are shared out among the generations, and among tokens."""
@@ -155,8 +169,8 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
         first = config.latent_dim - sum(added)
         if min(self.generations[0], first, *added) < 1 or any(numbers % count for numbers in added):
             raise ValueError(f"growths {[*config.growths]}: bases or numbers cannot be shared out so")
-        if config.coefficient_form == "direct" and added != [vectors * g["num_bases"] for g in config.growths]:
-            raise ValueError(f"growths: direct coefficients make latent_dim {vectors} times num_bases")
+        if config.coefficient_form == "direct" and added != [vectors * bases for bases in self.mapped_bases[1:]]:
+            raise ValueError(f"growths: direct coefficients make latent_dim {vectors} times the bases of a cell")
         self.latent_parts = [numbers // count for numbers in (first, *added)]
 
     def _map(self, latent_dim: int, coefficients: int, bias: float | None) -> nn.Linear | TokenMap | None:
@@ -181,14 +195,25 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
 
     @property
     def coefficient_scale(self) -> float:
-        """What coefficients are divided by: the square root of the number of bases of the first generation."""
-        return math.sqrt(self.generations[0])
+        """What coefficients are divided by: the square root of the number of them that the first generation has."""
+        return math.sqrt(self.mapped_bases[0])
 
     @property
     def active_bases(self) -> list[int] | None:
         """Bases that a layer of a cell takes at most, of each generation; None where it takes all."""
         active = self.config.coefficient_sparsity
         return None if active is None else share_of_each(active, self.generations)
+
+    @property
+    def is_sparse_by_place(self) -> bool:
+        """Whether a cell takes the bases of its own region, whatever the latent is."""
+        return self.config.coefficient_sparsity is not None and self.config.sparsity_rule == "place"
+
+    @property
+    def mapped_bases(self) -> list[int]:
+        """Bases of each generation that a layer of a cell is given a coefficient of; by place, those that it takes."""
+        active = self.active_bases
+        return active if active is not None and self.is_sparse_by_place else self.generations
 
     def all_bases(self) -> list[Float[Tensor, "bases parameters"]]:
         """Gives the bases of all generations, [M, parameters] for each mixed layer."""
@@ -207,18 +232,21 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
     def coefficients(self, latents: Float[Tensor, "batch latent_dim"]) -> Float[Tensor, "batch cells layers bases"]:
         """Maps latents [B, D] to mixture coefficients [B, cells, layers, M], scaled by 1/sqrt(M).
 
-        M counts all bases, for the scale those of the first generation.
-        Of a sparse model all but :attr:`active_bases` of each generation's are zero.
+        M counts all bases, for the scale those of the first generation, of which a model that is sparse by place has
+        :attr:`active_bases`. Of a sparse model all but these of each generation's are zero.
         """
         config = self.config
         parts = self.split_latents(latents)
         mapped = parts[0] if self.coefficient_map is None else self.coefficient_map(parts[0])
         if self.coefficient_map is None and config.mixing == "average":
             mapped = mapped + 1  # zero latents then mean the average of all bases, as the map's bias has it elsewhere
-        mapped = mapped.view(len(latents), self.num_cells, -1, self.generations[0])
+        mapped = mapped.view(len(latents), self.num_cells, -1, self.mapped_bases[0])
         for number, growth in enumerate(self.later, 2):
             mapped = growth(parts[:number], mapped)
-        if (active := self.active_bases) is not None:
+        if self.is_sparse_by_place:
+            apart = mapped.new_zeros(*mapped.shape[:-1], config.num_bases)
+            mapped = apart.scatter(3, self.taken[:, None].expand_as(mapped), mapped)
+        elif (active := self.active_bases) is not None:
             mapped = keep_largest_of_each(mapped, self.generations, active)
         return mapped.expand(-1, -1, len(self.bases), -1) / self.coefficient_scale
 
@@ -335,6 +363,8 @@ def decoder_fingerprint(settings: Mapping[str, Any], state: Mapping[str, Tensor]
     for name in ("tokens", "growths", "coefficient_sparsity"):
         if not settings[name]:
             del settings[name]  # unknown to the folders of earlier versions, whose fingerprints stay
+    if settings["sparsity_rule"] == "largest":
+        del settings["sparsity_rule"]  # likewise
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         digest.update(name.encode())

@@ -1,25 +1,28 @@
 """Sparse coefficients: a layer of a cell takes a few of the bases, and the coefficients of all others are zero.
 
-The K largest in magnitude are kept as they are (hard thresholding; Blumensath and Davies, 2008), and they alone get a
-gradient. Those within a thirty-second above the next magnitude are faded, in a line down to zero: so coefficients are
-continuous in the latent, no order among equals matters, and an engine that rounds otherwise makes the same field.
+By place: the bases belong to regions, and a cell takes those of its own, the same for all latents. Or the K largest
+in magnitude are kept as they are (hard thresholding; Blumensath and Davies, 2008), and they alone get a gradient.
+Those within a thirty-second above the next magnitude are faded, in a line down to zero: so coefficients are continuous
+in the latent, no order among equals matters, and an engine that rounds otherwise makes the same field.
 """
 
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 
-def check_sparsity(active: int | None, num_bases: int, mixing: str) -> None:
+def check_sparsity(active: int | None, num_bases: int, mixing: str, rule: str, cells: int) -> None:
     """Makes sure that a layer can do with ``active`` of its bases.
 
     Args:
         active: how many; None for all.
         num_bases: how many there are.
         mixing: of :class:`mnif.models.mnif_model.MNIFModel`.
+        rule: which they are.
+        cells: of the whole domain.
 
     Raises:
         ValueError: they do not go together; the message begins with the argument that would have to be another.
@@ -32,6 +35,51 @@ def check_sparsity(active: int | None, num_bases: int, mixing: str) -> None:
         raise ValueError(
             f"coefficient_sparsity {active}: must be at least 1 and below the number of bases, {num_bases}"
         )
+    if rule not in ("place", "largest"):
+        raise ValueError(f'sparsity_rule {rule}: choose "place" or "largest"')
+    if rule == "place" and num_bases % active:
+        raise ValueError(
+            f"coefficient_sparsity {active}: must divide the number of bases, {num_bases}, to go by place"
+        )
+    if rule == "place" and cells < (sets := num_bases // active):
+        raise ValueError(
+            f"coefficient_sparsity {active}: makes {num_bases} bases {sets} sets, one for each place, and there "
+            f"{'is 1 cell' if cells == 1 else f'are {cells} cells'}; take more cells, or as many bases as a cell takes"
+        )
+
+
+def bases_by_place(
+    cells: int, dimensions: int, generations: Sequence[int], active: Sequence[int]
+) -> Int64[Tensor, "cells taken"]:
+    """Lists the bases that each cell takes: of every generation, those around its own place.
+
+    Cells are numbered along a curve that stays in a region before it goes on (Morton, 1966), and the bases of a
+    generation lie along it as evenly; a cell takes those from its place on, after the last one the first again.
+
+    Args:
+        cells: along each axis.
+        dimensions: d, axes.
+        generations: how many bases each has.
+        active: how many of them a cell takes (:func:`share_of_each`).
+
+    Returns:
+        [cells^d, all active], numbers among all bases, one generation after the other.
+    """
+    ranks = morton_ranks(cells, dimensions)
+    taken, before = [], 0
+    for bases, count in zip(generations, active, strict=True):
+        starts = ranks * bases // len(ranks)
+        taken.append(before + (starts[:, None] + torch.arange(count)) % bases)
+        before += bases
+    return torch.cat(taken, dim=1)
+
+
+def morton_ranks(cells: int, dimensions: int) -> Int64[Tensor, " cells"]:
+    """Numbers ``cells``^d cells along Morton's curve, whose places come from taking turns at the axes' bits."""
+    places = torch.cartesian_prod(*[torch.arange(cells)] * dimensions).view(-1, dimensions)
+    bits = range((cells - 1).bit_length())
+    codes = [(places[:, axis] >> bit & 1) << (bit * dimensions + axis) for axis in range(dimensions) for bit in bits]
+    return sum(codes, torch.zeros(len(places), dtype=torch.int64)).argsort().argsort()
 
 
 FADE = 1 / 32

@@ -92,6 +92,7 @@ def train_loop(
     """The loop that trains ``method`` on ``rows``, with the optimizers that the flags ask for."""
     from mnif.training.loop import TrainLoop
     from mnif.training.methods import AutoDecoderMethod, make_optimizers
+    from mnif.training.tied_sets import tie_sets
 
     optimizers = make_optimizers(
         method,
@@ -103,7 +104,7 @@ def train_loop(
     )
     latent_embedding = method.rows if isinstance(method, AutoDecoderMethod) else None
     run = arguments.output_dir
-    return TrainLoop(
+    loop = TrainLoop(
         accelerator,
         arguments,
         replay or method,
@@ -117,6 +118,9 @@ def train_loop(
         latent_embedding,
         show,
     )
+    if stage == "fit":
+        tie_sets(method.decoder, lambda: loop.progress.step / arguments.max_train_steps)
+    return loop
 
 
 def bare_steps(arguments: FitArguments, signal: Signal, train_data: Dataset) -> Generator[int]:
@@ -134,19 +138,22 @@ def cells_and_tokens(arguments: FitArguments, signal: Signal) -> tuple[int, int 
     """Settles what the flags may leave open: cells and tokens along each axis, None where the latent is global.
 
     Raises:
-        UserError: the latent cannot be laid out so, or the signal has no encoder for tokens.
+        UserError: there are too few cells for bases that go by place, the latent cannot be laid out so, or the signal
+            has no encoder for tokens.
     """
+    from mnif.models.sparse_coefficients import check_sparsity
     from mnif.models.token_map import check_tokens
 
     cells = arguments.cells or signal.default_cells()
-    if arguments.latent_layout == "global":
-        return cells, None
-    tokens = arguments.tokens or math.gcd(cells, _TOKENS)
+    active, rule = arguments.coefficient_sparsity, arguments.sparsity_rule
+    tokens = (arguments.tokens or math.gcd(cells, _TOKENS)) if arguments.latent_layout == "tokens" else None
     try:
-        check_tokens(tokens, cells, signal.dimensions, arguments.latent_dim, arguments.coefficient_form)
+        check_sparsity(active, arguments.num_bases, arguments.mixing, rule, cells**signal.dimensions)
+        if tokens is not None:
+            check_tokens(tokens, cells, signal.dimensions, arguments.latent_dim, arguments.coefficient_form)
     except ValueError as error:
         raise UserError(f"--{error}") from None  # it begins with the name of the flag
-    if arguments.method == "encoder" and signal.token_encoder_class is None:
+    if tokens is not None and arguments.method == "encoder" and signal.token_encoder_class is None:
         reason = f"a {signal.noun} of this kind has no encoder for tokens"
         raise UserError(f"--latent_layout tokens: {reason}; take --method auto-decoding or meta")
     return cells, tokens

@@ -92,7 +92,9 @@ class MixingFlags:
     coefficient_form: Literal["layer", "shared", "direct"] = "layer"
     """Coefficients for each layer, one vector for all layers, or the latent itself."""
     coefficient_sparsity: int | None = None
-    """Bases that a layer of a cell takes at most, of --num_bases; unless given, all. Needs --mixing delta."""
+    """Bases that a layer of a cell takes, of --num_bases; unless given, all. Needs --mixing delta."""
+    sparsity_rule: Literal["place", "largest"] = "place"
+    """Which these are: those of the cell's own region, which loses least, or those with the largest coefficients."""
 
 
 @dataclass(kw_only=True)

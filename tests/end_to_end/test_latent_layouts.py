@@ -85,7 +85,8 @@ def test_the_whole_chain_over_tokens_and_sparse_coefficients(
     small = ["--width", "16", "--depth", "1", *QUICK]
     small += ["--denoiser", "transformer"] if signal == "image" else []
     flip, augment = (["--random_flip"], ["--augment"]) if method == "encoder" else ([], [])
-    sparse = ["--coefficient_sparsity", "2"] if signal != "voxels" else []
+    rules = {"image": "place", "radiance": "largest"}
+    sparse = ["--coefficient_sparsity", "2", "--sparsity_rule", rules[signal]] if signal in rules else []
     assert fit(signal, "--method", method, "--latent_layout", "tokens", *flip, *sparse) == 0  # as many tokens as cells
     samplers = ["--num_inference_steps", "1", "2", "--sampler_precision", "fp32", "mixed", "--sampler_storage", "int8"]
     evaluate = ["eval", "--reference", str(data[signal]), "--held_out_fraction", "0.25", "--num_samples", "8"]
@@ -105,7 +106,8 @@ def test_the_whole_chain_over_tokens_and_sparse_coefficients(
     stored = {tensor.name for tensor in sampler.graph.initializer}
     assert "decoder.coefficient_map.write.weight" in stored
     assert ("denoiser.positions" in stored) == (signal == "image")
-    assert ("TopK" in {node.op_type for node in sampler.graph.node}) == bool(sparse)
+    assert ("coefficients/origins" in stored) == (signal == "image")
+    assert ("TopK" in {node.op_type for node in sampler.graph.node}) == (signal == "radiance")
 
 
 @pytest.mark.parametrize(
@@ -120,6 +122,8 @@ def test_the_whole_chain_over_tokens_and_sparse_coefficients(
         (["--coefficient_sparsity", "0"], "--coefficient_sparsity 0: must be at least 1"),
         (["--coefficient_sparsity", "6"], "--coefficient_sparsity 6: must be below --num_bases, 6"),
         (["--coefficient_sparsity", "2", "--mixing", "average"], "--coefficient_sparsity 2: needs --mixing delta"),
+        (["--coefficient_sparsity", "4"], "--coefficient_sparsity 4: must divide the number of bases, 6"),
+        (["--coefficient_sparsity", "2", "--cells", "1"], "--coefficient_sparsity 2: makes 6 bases 3 sets"),
     ],
 )
 def test_layouts_that_cannot_be(flags: list[str], words: str, fit: Callable, tmp_path: Path, capsys) -> None:

@@ -121,14 +121,14 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("mixing", ["delta", "average", "delta, sparse"])
+@pytest.mark.parametrize("mixing", ["delta", "average", "delta, largest", "delta, place"])
 @pytest.mark.parametrize("form", FORMS)
 def test_sampler_graph_of_other_forms_of_coefficients(form: str, mixing: str) -> None:
     torch.manual_seed(0)
     settings = {"num_bases": 4, "width": 8, "depth": 1, "cells": 2, "latent_dim": 6, "mixing": mixing}
-    sparse = mixing == "delta, sparse"
-    if sparse:
-        settings |= {"mixing": "delta", "coefficient_sparsity": 2}
+    mixing, _, rule = mixing.partition(", ")
+    if rule:
+        settings |= {"mixing": mixing, "coefficient_sparsity": 2, "sparsity_rule": rule}
     decoder = MNIFModel(**settings | FORMS[form]).eval()
     _let_latents_matter(decoder, 0.5)
     size = decoder.config.latent_dim
@@ -136,15 +136,16 @@ def test_sampler_graph_of_other_forms_of_coefficients(form: str, mixing: str) ->
     pipeline = MNIFPipeline(decoder, _lively(denoiser), sampling_scheduler("x0"))
     pipeline.set_progress_bar_config(disable=True)
     model = sampler_graph(pipeline, linear_scheduler_table(pipeline.scheduler, 4), resolution=11)
-    check_output_type(model, FIELDS | DENOISER | (SPARSE if sparse else set()))
-    assert sum(node.op_type == "TopK" for node in model.graph.node) == sparse * len(decoder.generations)
+    largest = rule == "largest"
+    check_output_type(model, FIELDS | DENOISER | (SPARSE if largest else set()))
+    assert sum(node.op_type == "TopK" for node in model.graph.node) == largest * len(decoder.generations)
     for batch in (1, 5):
         noise = initial_noise(0, range(batch), size)
         start = torch.from_numpy(noise)
         pictures = pipeline(latents=start, num_inference_steps=4, resolution=11, output_type="np").images
         np.testing.assert_allclose((run(model, noise) / 2 + 0.5).clip(0, 1), pictures, atol=1e-4)
         assert pictures.std() > 0.05
-    if sparse:
+    if rule:
         coefficients = run(sampler_graph(pipeline, linear_scheduler_table(pipeline.scheduler, 4), None), noise)
         assert coefficients.shape == (5, decoder.num_cells, 2, decoder.config.num_bases)
         assert decoder.active_bases == [2, 2, 1][: len(decoder.generations)]

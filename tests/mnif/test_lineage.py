@@ -27,6 +27,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "direct": {"coefficient_form": "direct", "latent_dim": None},
     "tokens": {"cells": 4, "tokens": 2, "latent_dim": 16},
     "sparse": {"coefficient_sparsity": 2},
+    "by place": {"coefficient_sparsity": 2, "sparsity_rule": "place"},
     "sparse, direct": {"coefficient_sparsity": 2, "coefficient_form": "direct", "latent_dim": None},
 }
 
@@ -82,23 +83,27 @@ def test_old_latents_decode_to_the_same_bytes_after_two_growths(form: str, dtype
 def test_further_numbers_and_bases_make_what_plain_sums_make(form: str) -> None:
     child = child_of(model_of(form)).double()
     latents = torch.randn(3, child.config.latent_dim).double()
-    (growth,) = child.later
+    (growth,), (count, added) = child.later, child.mapped_bases
     apart = latents.view(3, child.num_tokens, -1)
     first, numbers = (part.flatten(1) for part in apart.split(child.latent_parts, dim=2))
     old = first if child.coefficient_map is None else child.coefficient_map(first)
-    old = old.view(3, child.num_cells, -1, 6)
+    old = old.view(3, child.num_cells, -1, count)
     if growth.coefficient_map is None:
-        new = numbers.view(*old.shape[:-1], 5)
+        new = numbers.view(*old.shape[:-1], added)
     else:
         presence = numbers.square().mean(dim=1).view(3, 1, 1)
         earlier, own = (part.view(3, child.num_tokens, -1) for part in (first, numbers))
         mixed = presence * (earlier @ growth.earlier_map.weight.mT)
         heard = torch.cat([own, mixed, presence * torch.ones_like(own[..., :1])], dim=2).flatten(1)
-        said = growth.coefficient_map(heard).view(*old.shape[:-1], 11)
-        old, new = old + said[..., :6], said[..., 6:]
+        said = growth.coefficient_map(heard).view(*old.shape[:-1], count + added)
+        old, new = old + said[..., :count], said[..., count:]
     if form.startswith("sparse"):
         old, new = (keep_largest(part, 2) for part in (old, new))  # a third of each, rounded up
-    expected = (torch.cat([old, new], dim=3) / 6**0.5).expand(-1, -1, len(child.bases), -1)
+    expected = torch.cat([old, new], dim=3)
+    if form == "by place":
+        taken = child.taken[:, None].expand_as(expected)
+        expected = torch.zeros(*expected.shape[:3], 11, dtype=torch.float64).scatter(3, taken, expected)
+    expected = (expected / count**0.5).expand(-1, -1, len(child.bases), -1)
     coefficients = child.coefficients(latents)
     torch.testing.assert_close(coefficients, expected)
     start = 0

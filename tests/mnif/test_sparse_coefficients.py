@@ -1,4 +1,7 @@
-"""Sparse coefficients against NumPy's partition, their gradients by hand, and gathered rows against products."""
+"""Sparse coefficients against NumPy's partition, their gradients by hand, and gathered rows against products.
+
+Those by place are in test_bases_by_place.py.
+"""
 
 from pathlib import Path
 
