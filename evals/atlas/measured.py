@@ -99,7 +99,7 @@ def measured_atlas(
     rises = [error_rises(mixture, subject) for subject in bar]
     explained = rises[: len(instances)]
     lost = torch.stack([rise.clamp_min(0).sum(dim=0).flatten() for rise in explained]).mean(dim=0)
-    parts = explained[0].numel()
+    parts = int(mixture.held.sum())
     named, named_bases = min(max(round(0.01 * parts), 8), parts // 2), max(round(0.05 * len(lost)), 1)
     counts = sorted({named, *(max(round(share * parts), 1) for share in _CURVE)})
     return Atlas(

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mnif.models.mnif_model import MNIFModel
@@ -54,6 +54,15 @@ class Mixture:
     def __init__(self, decoder: MNIFModel, signal: Signal, baseline: Tensor) -> None:
         self.decoder, self.signal, self.baseline = decoder, signal, baseline
         self._last: tuple[tuple[Subject, int, int], Observation] | None = None
+
+    @cached_property
+    def held(self) -> Bool[Tensor, "cells layers bases"]:
+        """Marks the coefficients that a latent sets: of a model that is sparse by place those of a cell's own bases."""
+        held = torch.ones_like(self.baseline, dtype=torch.bool)
+        if self.decoder.is_sparse_by_place:
+            taken = self.decoder.taken[:, None].expand(-1, held.shape[1], -1)
+            held = torch.zeros_like(held).scatter(2, taken, held)
+        return held
 
     @cached_property
     def by_coefficients(self) -> MNIFModel:

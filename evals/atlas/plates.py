@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evals.atlas.mixture import AT_ONCE, Mixture, Subject, coefficients_of
-from evals.atlas.removal import mean_errors, others_at_random, strongest
+from evals.atlas.removal import mean_errors, some_at_random, strongest
 from evals.atlas.usage import Usage
 from evals.report.exhibits import easel_of
 from mnif.utils.pixels import as_axes
@@ -151,8 +151,9 @@ class Draughtsman:
             count: of the coefficients without which it is drawn.
         """
         mixture, whole = self.mixture, subject.coefficients
-        top = strongest(rises, count)
-        others = others_at_random(top, count, np.random.default_rng(0)).to(whole.device)
+        held = mixture.held.to(rises.device)
+        top = strongest(rises.where(held, -torch.inf), count)
+        others = some_at_random(held & ~top, count, np.random.default_rng(0)).to(whole.device)
         mixtures = torch.stack([whole, mixture.without(whole, top), mixture.without(whole, others)])
         error, left_error, others_error = mean_errors(mixture, subject, mixtures).tolist()
         shown, left, left_others = self.drawn(mixtures)

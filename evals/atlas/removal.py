@@ -85,7 +85,7 @@ class RemovalTest:
     """What taking bases away does to subjects, by how they were chosen; all lists have one entry for each count.
 
     Attributes:
-        of: how many there are to choose from.
+        of: how many there are to choose from (:attr:`Mixture.held`).
         counts: how many are taken away.
         before: the mean squared error of the subjects with all of them.
         strongest: its rise without those that score highest.
@@ -124,11 +124,13 @@ def removal_test(
         mixture: the model.
         subjects: instances or samples.
         scores: for each subject [cells, layers, M], to take bases away in single cells, or [layers, M] in all cells.
-        counts: how many are taken away, each below half of them.
+        counts: how many are taken away, each below half of those that are held (:attr:`Mixture.held`).
         draws: how often others are drawn, of each kind; their mean counts.
     """
     curves, before = [], []
+    held = mixture.held if scores[0].ndim == 3 else mixture.held.any(dim=0)
     for number, (subject, score) in enumerate(zip(subjects, scores, strict=True)):
+        score = score.where(held.to(score.device), -torch.inf)
         generator = np.random.default_rng([_UNSEEN, number])
         masks = torch.cat([_masks(mixture, subject, score, count, draws, generator) for count in counts])
         whole = subject.coefficients
@@ -142,7 +144,7 @@ def removal_test(
     strongest, random, same_sum = each.mean(dim=0).tolist()
     lowest = [min(_ratio(*pair) for pair in each[:, :2, place].tolist()) for place in range(len(counts))]
     mean = float(torch.stack(before).mean())
-    return RemovalTest(scores[0].numel(), list(counts), mean, strongest, random, same_sum, lowest)
+    return RemovalTest(int(held.sum()), list(counts), mean, strongest, random, same_sum, lowest)
 
 
 def strongest(scores: Tensor, count: int) -> Tensor:
@@ -152,12 +154,12 @@ def strongest(scores: Tensor, count: int) -> Tensor:
     return chosen.view(scores.shape)
 
 
-def others_at_random(chosen: Tensor, count: int, generator: np.random.Generator) -> Tensor:
-    """Marks ``count`` that are not ``chosen``, a mask of any shape."""
-    left = (~chosen).flatten().nonzero()[:, 0].cpu().numpy()
-    other = torch.zeros(chosen.numel(), dtype=torch.bool)
-    other[torch.from_numpy(generator.permutation(left)[:count])] = True
-    return other.view(chosen.shape)
+def some_at_random(marked: Tensor, count: int, generator: np.random.Generator) -> Tensor:
+    """Marks ``count`` of those that are ``marked``, in a mask of any shape."""
+    places = marked.flatten().nonzero()[:, 0].cpu().numpy()
+    some = torch.zeros(marked.numel(), dtype=torch.bool)
+    some[torch.from_numpy(generator.permutation(places)[:count])] = True
+    return some.view(marked.shape)
 
 
 def _masks(
@@ -165,12 +167,13 @@ def _masks(
 ) -> Tensor:
     """Marks the strongest, then ``draws`` times as many others, then ``draws`` times as large others."""
     top = strongest(score, count).cpu()
+    others = score.isfinite().cpu() & ~top
     sizes = (subject.coefficients - mixture.baseline).abs().cpu()
     sizes = (sizes if sizes.shape == score.shape else sizes.sum(dim=0)).flatten()
     total, masks = sizes[top.flatten()].sum(), [top]
-    masks += [others_at_random(top, count, generator) for _ in range(draws)]
+    masks += [some_at_random(others, count, generator) for _ in range(draws)]
     for _ in range(draws):
-        left = torch.from_numpy(generator.permutation((~top).flatten().nonzero()[:, 0].numpy()))
+        left = torch.from_numpy(generator.permutation(others.flatten().nonzero()[:, 0].numpy()))
         enough = int((sizes[left].cumsum(0) < total).sum()) + 1
         mask = torch.zeros(top.numel(), dtype=torch.bool)
         mask[left[:enough]] = True

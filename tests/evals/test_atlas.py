@@ -13,7 +13,7 @@ import torch
 from evals.atlas.contents import on_a_sheet
 from evals.atlas.mixture import Mixture, Subject, coefficient_batches, coefficients_of
 from evals.atlas.plates import cell_map, signed_difference
-from evals.atlas.removal import error_rises, estimated_rises, measured_rises, others_at_random, removal_test, strongest
+from evals.atlas.removal import error_rises, estimated_rises, measured_rises, removal_test, some_at_random, strongest
 from evals.atlas.usage import average_coefficients, measured_usage
 from latent_prior.denoisers import ResMLPDenoiser
 from latent_prior.diffusion import sampling_scheduler
@@ -31,6 +31,7 @@ FORMS: list[dict[str, Any]] = [
     {"mixing": "average"},
     {"mixing": "average", "coefficient_form": "direct", "latent_dim": None},
     {"tokens": 2},
+    {"num_bases": 6, "coefficient_sparsity": 2, "sparsity_rule": "place"},
     {"cells": 1, "output_sine": True},
     {"num_bases": 5, "latent_dim": 11, "growths": [{"num_bases": 2, "latent_dim": 3}]},
 ]
@@ -114,10 +115,27 @@ def test_an_explanation_names_the_bases_that_do_something() -> None:
     assert of_bases.random[0] < of_bases.strongest[0]
 
 
+def test_by_place_a_basis_is_one_of_few_and_is_held_against_those() -> None:
+    model = small(num_bases=12, cells=4, coefficient_sparsity=3, sparsity_rule="place")
+    mixture, subject, _ = looked_at(model)
+    assert (mixture.held.sum(dim=2) == 3).all()
+    assert torch.equal(mixture.held, (subject.coefficients != 0) | (mixture.baseline != 0))
+    rises = error_rises(mixture, subject)
+    test = removal_test(mixture, [subject], [rises], [10], draws=4)
+    assert test.of == 16 * 2 * 3
+    strongest_ten = strongest(rises, 10)
+    assert mixture.held[strongest_ten].all()
+    expected = mixture.errors(subject, mixture.without(subject.coefficients, strongest_ten)[None])
+    before = mixture.errors(subject, subject.coefficients[None])
+    assert test.strongest[0] == pytest.approx((expected - before).item(), rel=1e-4)
+    assert test.random[0] != 0
+    assert removal_test(mixture, [subject], [rises.sum(dim=0)], [2], draws=4).of == 2 * 12
+
+
 def test_others_are_others_and_as_many() -> None:
     chosen = strongest(torch.arange(24.0).view(2, 3, 4), 5)
     assert chosen.flatten().nonzero()[:, 0].tolist() == [19, 20, 21, 22, 23]
-    drawn = [others_at_random(chosen, 7, np.random.default_rng(seed)) for seed in range(50)]
+    drawn = [some_at_random(~chosen, 7, np.random.default_rng(seed)) for seed in range(50)]
     assert all(int(other.sum()) == 7 and not (other & chosen).any() for other in drawn)
     assert torch.stack(drawn).any(dim=0).sum() == 19  # each of the others has its turn
 
