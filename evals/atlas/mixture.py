@@ -57,7 +57,7 @@ class Mixture:
 
     @cached_property
     def held(self) -> Bool[Tensor, "cells layers bases"]:
-        """Marks the coefficients that a latent sets: of a model that is sparse by place those of a cell's own bases."""
+        """Marks the coefficients that a latent sets: of a model that is sparse by place, of a cell's own bases."""
         held = torch.ones_like(self.baseline, dtype=torch.bool)
         if self.decoder.is_sparse_by_place:
             taken = self.decoder.taken[:, None].expand(-1, held.shape[1], -1)

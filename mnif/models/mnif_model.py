@@ -35,6 +35,7 @@ from mnif.utils.json_files import Depth, Size
 from mnif.utils.pixels import as_axes
 
 MOST_POINTS, _MOST_CELLS = 1 << 26, 1 << 16  # that no weight bounds: 8192² points, 256² cells
+_MOST_TAKEN = 1 << 24  # bases that cells take by place, all cells together; likewise
 
 
 class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
@@ -159,6 +160,8 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
             later.append(Growth(new, said, self.latent_parts[: number + 1], self.num_tokens))
         self.later = cast(Sequence[Growth], nn.ModuleList(later))
         if self.is_sparse_by_place:
+            if self.num_cells * sum(self.mapped_bases) > _MOST_TAKEN:
+                raise ValueError(f"coefficient_sparsity {coefficient_sparsity}: too many for {self.num_cells} cells")
             taken = bases_by_place(cells, dimensions, self.generations, self.mapped_bases)
             self.register_buffer("taken", taken, persistent=False)
 
