@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from latent_prior.denoisers import ResMLPDenoiser
@@ -145,6 +146,25 @@ def test_a_stopped_run_ends_as_one_that_was_not(
     assert len(list((run / "checkpoints").iterdir())) == 2
 
 
+def test_weights_may_stay_between_pairs_and_matching(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("latent_prior.commands.distill._COMPARED", 64)
+
+    def learned(name: str, *flags: str) -> dict[str, torch.Tensor]:
+        copy = tmp_path / name
+        shutil.copytree(run, copy)
+        assert main(["distill", "--run", str(copy), *QUICK, "--compile", "off", *flags]) == 0
+        return load_file(copy / "model/student/diffusion_pytorch_model.safetensors")
+
+    pairs, matched = learned("pairs", "--matching_steps", "0"), learned("matched")
+    between, none = learned("between", "--matching_share", "0.75"), learned("none", "--matching_share", "0")
+    for name in pairs:
+        assert torch.equal(none[name], pairs[name])
+        torch.testing.assert_close(between[name], 0.25 * pairs[name] + 0.75 * matched[name])
+    assert any((pairs[name] - matched[name]).abs().max() > 1e-4 for name in pairs)
+
+
 def test_matching_begins_anew_where_more_is_learned_of_pairs(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,6 +180,7 @@ def test_matching_begins_anew_where_more_is_learned_of_pairs(
     [
         (["--matching_steps", "-1"], "--matching_steps -1: must be at least 0"),
         (["--matching_learning_rate", "-1"], "--matching_learning_rate -1.0: must be at least 0"),
+        (["--matching_share", "1.5"], "--matching_share 1.5: must lie between 0 and 1"),
     ],
 )
 def test_bad_flags_get_one_line(run: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
