@@ -363,11 +363,11 @@ class MNIFModel(OwnMemory, ModelMixin, ConfigMixin):
 def decoder_fingerprint(settings: Mapping[str, Any], state: Mapping[str, Tensor], *dtypes: torch.dtype) -> str:
     """Computes the fingerprint of a decoder of these settings and weights (:meth:`MNIFModel.fingerprint`)."""
     settings = {key: value for key, value in settings.items() if key != "lineage"}
+    if not settings["coefficient_sparsity"] or settings["sparsity_rule"] == "largest":
+        del settings["sparsity_rule"]  # unknown to the folders of earlier versions, whose fingerprints stay
     for name in ("tokens", "growths", "coefficient_sparsity"):
         if not settings[name]:
-            del settings[name]  # unknown to the folders of earlier versions, whose fingerprints stay
-    if settings["sparsity_rule"] == "largest":
-        del settings["sparsity_rule"]  # likewise
+            del settings[name]  # likewise
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         digest.update(name.encode())

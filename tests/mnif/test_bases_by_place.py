@@ -150,6 +150,13 @@ def test_a_grown_model_by_place_leaves_old_latents_as_they_were(form: str) -> No
     assert ((coefficients[..., 12:] != 0).sum(dim=-1) == 2).all()
 
 
+def test_a_rule_without_sparse_coefficients_is_no_part_of_a_fingerprint() -> None:
+    """`mnif fit` gives every model its rule; one of all bases is what it was before there were any."""
+    placed, largest = (model_of(coefficient_sparsity=None, sparsity_rule=rule) for rule in ("place", "largest"))
+    assert placed.fingerprint() == largest.fingerprint()
+    assert model_of().fingerprint() != model_of(sparsity_rule="largest").fingerprint()
+
+
 def test_a_model_by_place_is_read_as_it_was_written(tmp_path: Path) -> None:
     model = model_of()
     save_component(tmp_path, "decoder", model)
